@@ -1,0 +1,1 @@
+"""From a trained model to a report: generate, score, metrics, report."""

@@ -1,0 +1,85 @@
+"""Tiny models and tokenizers built in code, shared by all tests."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_source() -> Tokenizer:
+    """A byte-level BPE of a few hundred tokens: lossless on any text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        ["the cat sat on the mat and the dog ran to the red house", "question: what is this? answer: a dog"]
+        * 4,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return bpe
+
+
+@pytest.fixture
+def tokenizer(tokenizer_source: Tokenizer) -> PreTrainedTokenizerFast:
+    """Plain-text tokenizer: pad and EOS are different tokens, no BOS, no chat template."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer_source: Tokenizer) -> PreTrainedTokenizerFast:
+    """Chat tokenizer in the ChatML manner: `<|im_end|>` ends a turn and is the EOS token."""
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<|im_end|>"
+    )
+    tok.chat_template = CHAT_TEMPLATE
+    return tok
+
+
+def tiny_config(**overrides) -> LlamaConfig:
+    settings = dict(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.2,  # large enough that different inputs give visibly different outputs
+    )
+    return LlamaConfig(**{**settings, **overrides})
+
+
+@pytest.fixture
+def causal_lm() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config())
+
+
+@pytest.fixture
+def reward_model() -> LlamaForSequenceClassification:
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(tiny_config(num_labels=1))
