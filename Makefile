@@ -1,0 +1,26 @@
+# Every target builds .venv on first use and installs what it needs; nothing has to be set up by hand.
+PYTHON ?= python3
+BIN = .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint format
+
+demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
+	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval]'
+	touch $@
