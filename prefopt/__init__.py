@@ -22,7 +22,19 @@ _HOME = {
     "ranking_loss": "prefopt.losses",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "PPOPtxConfig",
+    "PPOPtxTrainer",
+    "RankedCollator",
+    "RankedDPOConfig",
+    "RankedDPOTrainer",
+    "RankedRewardConfig",
+    "RankedRewardTrainer",
+    "format_ranking",
+    "load_reward_model",
+    "parse_ranking",
+    "ranking_loss",
+]
 
 if TYPE_CHECKING:
     from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking

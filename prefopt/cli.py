@@ -1,0 +1,51 @@
+"""The command line: `prefopt <command> --config file.yaml [--key value ...]`."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "sft": ("prefopt.recipes.sft", "step 1: supervised fine-tuning on demonstrations or text"),
+    "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
+    "reward": ("prefopt.recipes.reward", "step 2: reward model from rankings of K completions"),
+    "ppo-ptx": ("prefopt.recipes.ppo_ptx", "step 3: PPO with a KL penalty and pretraining gradients"),
+    "dpo": ("prefopt.recipes.dpo", "alternative to step 3: DPO from rankings"),
+    "pipeline": ("prefopt.recipes.pipeline", "all steps on the sandbox, ending in a report"),
+}
+
+
+def usage() -> str:
+    """The help text: every command with one line."""
+    lines = [
+        "usage: prefopt <command> [--config file.yaml] [--key value ...]",
+        "",
+        "Learn from rankings of K completions: reward model, PPO-ptx and DPO on Hugging Face TRL.",
+        "",
+        "commands:",
+        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "`prefopt <command> --help` lists a command's keys; keys on the command line win over the file.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 on a wrong command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from prefopt import __version__
+
+        print(f"prefopt {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"prefopt: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[argv[0]]
+    import_module(module).main(argv[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

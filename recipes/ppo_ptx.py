@@ -1,0 +1,77 @@
+"""Step 3, PPO-ptx: maximise the reward model's score, stay near SFT, keep what pretraining taught (InstructGPT Eq. 2).
+
+    prefopt ppo-ptx --config recipes/tiny/ppo_ptx.yaml
+    accelerate launch -m prefopt.recipes.ppo_ptx --config recipes/tiny/ppo_ptx.yaml
+
+Rows are {"prompt"}. `ptx_coef: 0` is the paper's "PPO"; otherwise `pretrain_dataset_name` names rows {"text"}.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, get_quantization_config
+
+from prefopt.recipes.arguments import (
+    DataArguments,
+    UserError,
+    check_fields,
+    load_policy,
+    load_rows,
+    load_tokenizer,
+    load_train_and_eval,
+    model_init_kwargs,
+    parse,
+    peft_config,
+)
+from prefopt.shared_base import load_reward_model
+from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
+
+
+@dataclass
+class PPOPtxArguments(DataArguments):
+    """Data and models of the PPO step, beside the policy."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
+    )
+    pretrain_dataset_name: str | None = field(
+        default=None, metadata={"help": 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.'}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the PPO or PPO-ptx step."""
+    data, args, model_args = parse((PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx")
+    init_kwargs = model_init_kwargs(model_args)
+    if not data.reward_model_name_or_path:
+        raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
+    if (args.ptx_coef > 0) != (data.pretrain_dataset_name is not None):
+        raise UserError("ptx_coef > 0 needs pretrain_dataset_name, and ptx_coef 0 (plain PPO) takes none")
+    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", check_fields("prompt"))
+    pretraining = None
+    if data.pretrain_dataset_name:
+        pretraining = load_rows(
+            data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
+        )
+
+    args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
+    trainer = PPOPtxTrainer(
+        model=load_policy(model_args, init_kwargs),
+        reward_funcs=load_reward_model(data.reward_model_name_or_path),
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=load_tokenizer(model_args),
+        pretrain_dataset=pretraining,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

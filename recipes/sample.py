@@ -1,0 +1,88 @@
+"""Draw K completions for every prompt, for people (or a simulated labeler) to rank.
+
+    prefopt sample --model_name_or_path runs/sft --dataset_name prompts.jsonl --output samples.jsonl
+
+Each output row keeps the input row's fields and adds `completions` and `truncated` (cut at `max_new_tokens`, so that
+no end-of-sequence token is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9).
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, get_quantization_config
+
+from prefopt.evaluation.generate import generate, write_jsonl
+from prefopt.recipes.arguments import (
+    DataArguments,
+    UserError,
+    check_fields,
+    load_policy,
+    load_rows,
+    load_tokenizer,
+    model_init_kwargs,
+    parse,
+)
+
+
+@dataclass
+class SampleArguments(DataArguments):
+    """What to draw and where to write it."""
+
+    output: str | None = field(default=None, metadata={"help": "JSONL file to write."})
+    k_min: int = field(default=4, metadata={"help": "Fewest completions per prompt."})
+    k_max: int = field(default=9, metadata={"help": "Most completions per prompt."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
+    batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
+    seed: int = field(default=42, metadata={"help": "Seed of K and of the samples."})
+
+
+def draw_counts(n: int, k_min: int, k_max: int, seed: int) -> list[int]:
+    """K for each of n prompts, uniform between k_min and k_max."""
+    generator = random.Random(seed)
+    return [generator.randint(k_min, k_max) for _ in range(n)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample completions and write them as JSONL."""
+    args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample")
+    init_kwargs = model_init_kwargs(model_args)
+    if not args.output:
+        raise UserError("output is required: the .jsonl file to write")
+    if not 1 <= args.k_min <= args.k_max:
+        raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
+    rows = load_rows(
+        args.dataset_name, split=args.dataset_train_split, check=check_fields("prompt"), key="dataset_name"
+    )
+    model = load_policy(model_args, init_kwargs)
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=get_quantization_config(model_args), **init_kwargs
+        )
+    if torch.cuda.is_available() and model.device.type == "cpu":
+        model = model.to("cuda")
+    counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
+    prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
+    drawn = generate(
+        model.eval(),
+        load_tokenizer(model_args),
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    flat = iter(completions[0] for completions in drawn)
+    output = []
+    for row, count in zip(rows, counts, strict=True):
+        mine = [next(flat) for _ in range(count)]
+        output.append(
+            {**row, "completions": [c.text for c in mine], "truncated": [c.truncated for c in mine]}
+        )
+    write_jsonl(args.output, output)
+
+
+if __name__ == "__main__":
+    main()
