@@ -1,0 +1,241 @@
+"""Reward and value models: read-out of the scalar head, the reward bias, loading and cloning.
+
+A reward model is a standard `AutoModelForSequenceClassification` with one label, or a `PeftModel` of one. Its head is
+called `score`. prefopt's score is the head's output minus `config.reward_bias`, so a plain transformers user gets the
+same number by subtracting that one field.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+
+# Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def _classifier(model: nn.Module) -> PreTrainedModel:
+    """The sequence classifier inside wrappers (data parallel, PEFT)."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                "prompt-learning adapters shift the token positions; use an adapter on weights, such as LoRA"
+            )
+        model = model.get_base_model()
+    if getattr(model, "score", None) is None or getattr(model.config, "num_labels", None) != 1:
+        raise ValueError(
+            f"{type(model).__name__} is no reward model: expected a decoder loaded with "
+            "`AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`, whose head is called `score`"
+        )
+    return model
+
+
+@contextmanager
+def _padding_allowed(config: PreTrainedConfig) -> Iterator[None]:
+    # The model's own pooling refuses a batch without a pad token. Its result is not used here, so any id will do.
+    config = config.get_text_config()
+    missing = config.pad_token_id is None
+    if missing:
+        config.pad_token_id = 0
+    try:
+        yield
+    finally:
+        if missing:
+            config.pad_token_id = None
+
+
+def _hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states `[N, T, hidden]` of the backbone.
+
+    The whole (possibly wrapped) model is called, not the backbone alone: mixed precision, data parallel gradient
+    hooks and sharded parameters all hang on that call.
+    """
+    classifier = _classifier(model)
+    captured: list[torch.Tensor] = []
+    handle = classifier.base_model.register_forward_hook(
+        lambda module, args, output: captured.append(output[0])
+    )
+    # Positions count real tokens, so left padding changes nothing, whatever the position encoding.
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    try:
+        with _padding_allowed(classifier.config):
+            model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def _apply_head(model: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`score` head in fp32, whatever autocast says, minus the reward bias; drops the last axis."""
+    classifier = _classifier(model)
+    head = classifier.score
+    with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        if all(parameter.dtype == torch.float32 for parameter in head.parameters()):
+            scores = head(hidden_states.float())
+        else:
+            weights = {name: parameter.float() for name, parameter in head.named_parameters()}
+            scores = torch.func.functional_call(head, weights, (hidden_states.float(),))
+    return scores.squeeze(-1) - get_reward_bias(classifier)
+
+
+def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Score after every token: backbone + `score` head at each position, minus `config.reward_bias`.
+
+    Args:
+        model: reward or value model, full or PEFT, wrapped or not.
+        input_ids: token ids `[N, T]`, padded on either side.
+        attention_mask: `[N, T]`, 1 = real token.
+
+    Returns:
+        fp32 scores `[N, T]`, differentiable. Values at padding are meaningless.
+
+    Raises:
+        ValueError: the model has no one-label `score` head.
+    """
+    return _apply_head(model, _hidden_states(model, input_ids, attention_mask))
+
+
+def sequence_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """prefopt's score of each sequence: `token_scores` at the last real token.
+
+    The last real token is found from the attention mask, never from the pad id (pad may equal EOS). Every row must
+    have at least one real token.
+
+    Returns:
+        fp32 scores `[N]`, differentiable.
+    """
+    hidden_states = _hidden_states(model, input_ids, attention_mask)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (positions * attention_mask.long()).argmax(-1)
+    return _apply_head(model, hidden_states[torch.arange(len(last), device=last.device), last])
+
+
+def get_reward_bias(model: nn.Module) -> float:
+    """`config.reward_bias`: what is subtracted from the head's output (0 when it was never set)."""
+    return float(getattr(_classifier(model).config, "reward_bias", 0.0))
+
+
+def set_reward_bias(model: nn.Module, value: float) -> None:
+    """Store the bias as `config.reward_bias`; `save_reward_model` and the trainers keep it, adapters included."""
+    _classifier(model).config.reward_bias = float(value)
+
+
+def init_score_head(model: nn.Module) -> None:
+    """Draw a new head: normal with standard deviation 1 / sqrt(hidden + 1).
+
+    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), whose reward model InstructGPT continues (the paper
+    states no scale of its own): scores of order 1 for hidden states of order 1.
+    """
+    head = _classifier(model).score
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if isinstance(head, ModulesToSaveWrapper):  # both copies start equal, as PEFT makes them
+        for saved in head.modules_to_save.values():
+            saved.load_state_dict(head.original_module.state_dict())
+
+
+def keep_head_fp32(model: nn.Module) -> None:
+    """Cast the head's weights to fp32 in place (heads are kept and computed in fp32)."""
+    _classifier(model).score.float()
+
+
+def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
+    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`."""
+    model.save_pretrained(path, **kwargs)
+    if isinstance(model, PeftModel):
+        _classifier(model).config.save_pretrained(path)
+
+
+def load_reward_model(
+    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """Load a reward model for scoring: full checkpoint or LoRA adapter, head in fp32, eval mode, frozen.
+
+    Args:
+        path: directory or Hub id of a checkpoint or of an adapter.
+        base_model: for an adapter, the base to put it on (path, Hub id or one-label classifier) when it is not where
+            the adapter's own `base_model_name_or_path` says.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to fp32, as in TRL's
+            trainers; with a lower one the head of a full checkpoint is rounded on the way, that of an adapter is not.
+
+    Raises:
+        ValueError: the adapter does not contain the head, or names no base model.
+    """
+    path = os.fspath(path)
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    if find_adapter_config_file(path, **hub_arguments) is None:
+        if base_model is not None:
+            raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
+        model = AutoModelForSequenceClassification.from_pretrained(path, **kwargs)
+        keep_head_fp32(model)
+    else:
+        adapter = PeftConfig.from_pretrained(path, **hub_arguments)
+        if "score" not in (getattr(adapter, "modules_to_save", None) or []):
+            raise ValueError(
+                f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
+                "scores would be random; train it again with RankedRewardTrainer, which adds it"
+            )
+        base = base_model or adapter.base_model_name_or_path
+        if not base:
+            raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
+        if not isinstance(base, PreTrainedModel):
+            hub = set(_HUB_ARGUMENTS) - {
+                "cache_dir",
+                "token",
+                "local_files_only",
+            }  # those of the adapter only
+            base_kwargs = {name: value for name, value in kwargs.items() if name not in hub}
+            base = AutoModelForSequenceClassification.from_pretrained(base, **base_kwargs)
+        keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
+        model = PeftModel.from_pretrained(base, path, **hub_arguments)
+        config_file = cached_file(
+            path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments
+        )
+        if config_file is not None:  # absent when the adapter was not saved by prefopt: then there is no bias
+            saved, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
+            set_reward_bias(model, saved.get("reward_bias", 0.0))
+    return model.eval().requires_grad_(False)
+
+
+def value_model_from(reward_model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """A trainable copy of a reward model, head and bias included: InstructGPT's initial value function (C.4).
+
+    Of a PEFT model the adapter and the head are trainable, of a full model everything.
+    """
+    value_model = copy.deepcopy(reward_model).train()
+    if isinstance(value_model, PeftModel):
+        value_model.requires_grad_(False)
+        value_model.active_peft_config.inference_mode = False
+        value_model.set_adapter(value_model.active_adapter)
+    else:
+        for parameter in value_model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    keep_head_fp32(value_model)
+    return value_model
