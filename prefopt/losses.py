@@ -1,0 +1,238 @@
+"""Losses as pure functions on tensors: no model, no config, no logging.
+
+Letters in the shapes: B prompts (or sequences), K completions of a prompt, T tokens, V vocabulary. Masks: True
+counts; a 0/1 mask of another dtype is read as bool. Half-precision inputs are computed in fp32. What a mask or a
+rank of 0 excludes reaches neither the value nor the gradient, be it NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def strict_pairs(ranks: Tensor) -> Tensor:
+    """Mask of the ordered pairs (w, l) in which completion w is ranked strictly better than completion l.
+
+    Args:
+        ranks: `[B, K]` integers, 1 = best, equal = tie, 0 = absent.
+
+    Returns:
+        `[B, K, K]` bool, True at `[b, w, l]` where both are present and `ranks[b, w] < ranks[b, l]`.
+
+    Raises:
+        ValueError: if `ranks` is not a two-dimensional tensor of integers.
+
+    Example:
+        >>> strict_pairs(torch.tensor([[2, 1, 2]])).nonzero().tolist()  # [prompt, winner, loser]
+        [[0, 1, 0], [0, 1, 2]]
+    """
+    if ranks.dim() != 2 or ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
+        raise ValueError(f"ranks must be integers [B, K], got {ranks.dtype} {tuple(ranks.shape)}")
+    present = ranks > 0
+    better = ranks.unsqueeze(2) < ranks.unsqueeze(1)
+    return better & present.unsqueeze(2) & present.unsqueeze(1)
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor, *, ties: str = "drop", reduction: str = "mean") -> Tensor:
+    """Bradley-Terry loss over all pairs of K ranked completions, every prompt weighing the same.
+
+    InstructGPT (arXiv:2203.02155) Eq. 1, for one prompt whose set of strict pairs is P:
+
+        loss = -1/|P| * sum over (w, l) in P of log sigmoid(scores[w] - scores[l])
+
+    |P| is C(K, 2) without ties. With `scores = beta * log(pi / pi_ref)` it is the DPO loss (arXiv:2305.18290
+    Eq. 7) averaged over the pairs of a prompt.
+
+    Args:
+        scores: `[B, K]`, any floating type.
+        ranks: `[B, K]` integers, 1 = best, equal = tie, 0 = absent (its score is ignored).
+        ties: `"drop"` leaves tied pairs out of sum and denominator (the paper); `"half"` keeps all present pairs
+            and gives a tied one the target 0.5: -0.5 * log sigmoid(d) - 0.5 * log sigmoid(-d).
+        reduction: `"mean"` over the prompts that have a pair, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`, in nats. A prompt without a pair is 0 and not in the mean.
+
+    Raises:
+        ValueError: if the shapes differ, ranks are not integers, or an option is unknown.
+
+    Example:
+        D > C > A = B: five strict pairs, no tied one.
+
+        >>> ranks = torch.tensor([[3, 3, 2, 1]])
+        >>> print(f"{ranking_loss(torch.zeros(1, 4), ranks).exp():.4f}")  # nothing learned yet: log 2 per pair
+        2.0000
+        >>> scores = torch.tensor([[0.0, 0.0, 2.0, 5.0]])
+        >>> pairs = torch.tensor([2.0 - 0, 2 - 0, 5 - 0, 5 - 0, 5 - 2])
+        >>> torch.allclose(ranking_loss(scores, ranks), -F.logsigmoid(pairs).mean())
+        True
+    """
+    if ties not in ("drop", "half"):
+        raise ValueError(f"ties must be 'drop' or 'half', got {ties!r}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    _require_same_shape(scores=scores, ranks=ranks)
+    scores = _at_least_fp32(scores)
+    target = strict_pairs(ranks).to(scores.dtype)  # [B, K, K]: the share of w > l that the labeler asserts
+    if ties == "half":
+        others = ~torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+        tied = (ranks.unsqueeze(2) == ranks.unsqueeze(1)) & (ranks > 0).unsqueeze(2) & others
+        target = target + 0.5 * tied  # both (i, j) and (j, i): together one pair
+    margins = scores.unsqueeze(2) - scores.unsqueeze(1)
+    margins = torch.where(target > 0, margins, 0.0)
+    num_pairs = target.sum((1, 2))
+    per_prompt = -(target * F.logsigmoid(margins)).sum((1, 2)) / num_pairs.clamp(min=1)
+    if reduction == "none":
+        return per_prompt
+    return per_prompt.sum() / (num_pairs > 0).sum().clamp(min=1)
+
+
+def clipped_policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float = 0.2,
+    num_tokens: Tensor | float | None = None,
+) -> Tensor:
+    """PPO's clipped surrogate, negated so that it is minimised.
+
+    PPO (arXiv:1707.06347) Eq. 7 with ratio = exp(logps - old_logps), eps = clip_range, averaged over tokens:
+
+        loss = -mean[ min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) ]
+
+    Args:
+        logps: `[B, T]` log-probabilities (nats) of the sampled tokens under the policy being trained.
+        old_logps: `[B, T]` the same under the policy that sampled them.
+        advantages: `[B, T]`.
+        mask: `[B, T]`, True on the tokens that count.
+        clip_range: eps; the paper's and InstructGPT's value is 0.2.
+        num_tokens: divide the sum over tokens by this, such as the token count of a whole optimizer step,
+            instead of by the number of tokens that count here.
+
+    Returns:
+        A scalar; 0 when no token counts.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        The ratio is 2 where the advantage is 1: clipped at 1.2.
+
+        >>> loss = clipped_policy_loss(
+        ...     logps=torch.tensor([[0.0]]),
+        ...     old_logps=-torch.tensor([[2.0]]).log(),
+        ...     advantages=torch.tensor([[1.0]]),
+        ...     mask=torch.tensor([[True]]),
+        ... )
+        >>> loss
+        tensor(-1.2000)
+    """
+    _require_same_shape(logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
+    mask = mask.bool()
+    # Masked before exp: the gradient of an excluded infinite ratio would be 0 * inf.
+    log_ratio = torch.where(mask, _at_least_fp32(logps) - _at_least_fp32(old_logps), 0.0)
+    advantages = torch.where(mask, _at_least_fp32(advantages), 0.0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return _token_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask, num_tokens)
+
+
+def clipped_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float = 0.2,
+    num_tokens: Tensor | float | None = None,
+) -> Tensor:
+    """Half the squared error of the values, the worse of the plain and the clipped prediction.
+
+    PPO's value clipping, which its paper leaves to the code (Engstrom et al. 2020, arXiv:2005.12729, section 3),
+    with eps = clip_range, averaged over tokens:
+
+        loss = 0.5 * mean[ max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) ]
+
+    Args:
+        values: `[B, T]` values V being trained, in units of the reward.
+        old_values: `[B, T]` values V_old at the time of the rollout.
+        returns: `[B, T]` targets R.
+        mask: `[B, T]`, True on the tokens that count.
+        clip_range: eps, in units of the reward; `float("inf")` turns the clipping off.
+        num_tokens: as in `clipped_policy_loss`.
+
+    Returns:
+        A scalar; 0 when no token counts.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        The value moved from 0 to its target 1; only 0.2 of that is trusted.
+
+        >>> one = torch.ones(1, 1)
+        >>> clipped_value_loss(values=one, old_values=0 * one, returns=one, mask=one)  # 0.5 * (0.2 - 1)^2
+        tensor(0.3200)
+    """
+    _require_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    mask = mask.bool()
+    values, old_values, returns = (
+        torch.where(mask, _at_least_fp32(x), 0.0) for x in (values, old_values, returns)
+    )
+    clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return _token_mean(0.5 * worse, mask, num_tokens)
+
+
+def lm_loss(logits: Tensor, labels: Tensor, num_tokens: Tensor | float | None = None) -> Tensor:
+    """Causal language-modelling loss, the ptx term of PPO-ptx before its coefficient.
+
+    The second expectation of InstructGPT (arXiv:2203.02155) Eq. 2, negated, as a mean over tokens:
+
+        loss = -mean over t of log softmax(logits[t])[labels[t + 1]]
+
+    Args:
+        logits: `[B, T, V]`.
+        labels: `[B, T]` token ids, not shifted (position t predicts label t + 1); -100 is ignored.
+        num_tokens: as in `clipped_policy_loss`; it counts labels other than -100 from the second position on.
+
+    Returns:
+        A scalar in nats per token; 0 when every label is ignored.
+
+    Raises:
+        ValueError: if `labels` is not `[B, T]` for logits `[B, T, V]`.
+
+    Example:
+        >>> logits = torch.zeros(1, 3, 10)  # uniform over ten tokens
+        >>> print(f"{lm_loss(logits, torch.tensor([[4, 7, -100]])).exp():.4f}")
+        10.0000
+    """
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"expected logits [B, T, V] and labels [B, T], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    labels = labels[:, 1:]
+    nats = F.cross_entropy(
+        _at_least_fp32(logits[:, :-1]).transpose(1, 2), labels, ignore_index=-100, reduction="none"
+    )
+    return _token_mean(nats, labels != -100, num_tokens)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _token_mean(x: Tensor, mask: Tensor, num_tokens: Tensor | float | None) -> Tensor:
+    """Sum over the mask divided by `num_tokens`, by default the size of the mask."""
+    total = torch.where(mask, x, 0.0).sum()
+    if num_tokens is None:
+        num_tokens = mask.sum()
+    # A sum over nothing is exactly 0 and stays it. The floor is below 1 because a trainer may pass a fraction
+    # (the step's tokens divided by the number of processes).
+    return total / torch.as_tensor(num_tokens, dtype=total.dtype, device=total.device).clamp(min=1e-8)
+
+
+def _require_same_shape(**tensors: Tensor) -> None:
+    if len({tuple(x.shape) for x in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"shapes differ: {shapes}")

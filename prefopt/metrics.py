@@ -1,0 +1,234 @@
+"""Measures of reward models and policies, each with a 95 % interval from a bootstrap over prompts.
+
+Pairs and tokens of one prompt are correlated, so intervals always resample whole prompts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import bootstrap
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval.
+
+    `n` counts what the value averages over (pairs, prompts), `n_clusters` the prompts that were resampled. The
+    value is NaN when there is nothing to average, the interval when there are fewer than two prompts.
+
+    Example:
+        >>> print(Estimate(0.724, 0.70, 0.75, n=2500, n_clusters=400))
+        0.724 [0.700, 0.750]
+    """
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    n_clusters: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}]"
+
+
+def bootstrap_over_prompts(
+    statistic: Callable[..., ArrayLike], *per_prompt_arrays: ArrayLike, seed: int = 0, n_resamples: int = 2000
+) -> Estimate:
+    """A statistic of per-prompt numbers with its percentile interval (Efron and Tibshirani 1993, chapter 13).
+
+        [ci_low, ci_high] = the 2.5 % and 97.5 % quantiles of statistic(prompts drawn with replacement)
+
+    Percentile, not BCa: it stays finite where all prompts agree (there its width is 0).
+
+    Args:
+        statistic: called as `statistic(*arrays, axis=axis)` on arrays whose `axis` runs over prompts; reduces it.
+        per_prompt_arrays: one or more sequences of N numbers, resampled together.
+        seed: the same seed gives the same interval.
+        n_resamples: number of resamples.
+
+    Returns:
+        An `Estimate` with n = n_clusters = N.
+
+    Raises:
+        ValueError: if the arrays are not of one length, or a number in them is not finite.
+
+    Example:
+        Bits per byte is a ratio of sums: resample documents, then divide.
+
+        >>> bits, num_bytes = [8.0, 30.0, 20.0, 2.0], [4, 10, 10, 1]
+        >>> ratio = lambda bits, num_bytes, axis: bits.sum(axis) / num_bytes.sum(axis)
+        >>> estimate = bootstrap_over_prompts(ratio, bits, num_bytes)
+        >>> estimate.value, estimate.ci_low >= 2.0, estimate.ci_high <= 3.0
+        (2.4, True, True)
+    """
+    arrays = [np.asarray(a, dtype=float) for a in per_prompt_arrays]
+    if not arrays or any(a.ndim != 1 or a.shape != arrays[0].shape for a in arrays):
+        raise ValueError(f"expected sequences of one length, got shapes {[a.shape for a in arrays]}")
+    for a in arrays:
+        if not np.isfinite(a).all():
+            at = int(np.flatnonzero(~np.isfinite(a))[0])
+            raise ValueError(
+                f"prompt {at}: {a[at]} is not a finite number; leave such prompts out and count them"
+            )
+    n = len(arrays[0])
+    if n == 0:
+        return Estimate(np.nan, np.nan, np.nan, 0, 0)
+    value = float(statistic(*arrays, axis=-1))
+    if n == 1:
+        return Estimate(value, np.nan, np.nan, 1, 1)
+    interval = bootstrap(
+        arrays,
+        statistic,
+        n_resamples=n_resamples,
+        batch=max(1, 4_000_000 // n),  # 32 MB per array, however many prompts
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), n, n)
+
+
+def mean_estimate(x: ArrayLike) -> Estimate:
+    """Mean of one number per prompt.
+
+        value = sum(x) / N
+
+    Raises:
+        ValueError: if a number is not finite.
+
+    Example:
+        >>> mean_estimate([1.0, 1.0, 4.0]).value
+        2.0
+    """
+    return bootstrap_over_prompts(np.mean, x)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
+    """Mean of a - b over the same prompts; the interval is that of the difference.
+
+        value = sum(a - b) / N
+
+    Raises:
+        ValueError: if the lengths differ or a number is not finite.
+
+    Example:
+        >>> print(paired_difference([5.0, 2.0, 9.0], [4.0, 1.0, 8.0]))  # always better by one
+        1.000 [1.000, 1.000]
+    """
+    a, b = _paired(a, b)
+    return mean_estimate(a - b)
+
+
+def win_rate(a: ArrayLike, b: ArrayLike) -> Estimate:
+    """Share of prompts on which a's score is higher than b's, an equal score counting one half.
+
+        value = sum over prompts of (1 if a > b, 0.5 if a = b, 0 if a < b) / N
+
+    Args:
+        a: N scores under the judge, one sample per prompt.
+        b: N scores of the model compared with, on the same prompts.
+
+    Raises:
+        ValueError: if the lengths differ or a score is not finite.
+
+    Example:
+        >>> win_rate([2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0]).value  # won, tied, lost, won
+        0.625
+    """
+    a, b = _paired(a, b)
+    return mean_estimate((1 + np.sign(a - b)) / 2)
+
+
+def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> Estimate:
+    """Share of the strictly ranked pairs that the scores order as the labeler did (InstructGPT section 3.5, C.2).
+
+        value = sum over prompts and strict pairs (w, l) of (1 if s_w > s_l, 0.5 if equal, 0 otherwise) / n
+
+    Args:
+        scores: per prompt, K scores (K may differ from prompt to prompt).
+        ranks: per prompt, K integers, 1 = best, equal = tie, 0 = absent.
+
+    Returns:
+        An `Estimate` whose n counts pairs (each weighs the same) and whose n_clusters counts prompts that have one.
+
+    Raises:
+        ValueError: if lengths differ or the score of a ranked completion is not finite, naming the prompt.
+
+    Example:
+        >>> estimate = pair_accuracy([[3.0, 2.0, 1.0], [0.0, 5.0]], [[1, 2, 2], [1, 2]])
+        >>> estimate.value == (2 + 0) / (2 + 1), estimate.n, estimate.n_clusters
+        (True, 3, 2)
+    """
+    _require_same_lengths(scores, ranks)
+    right, pairs = [], []
+    for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
+        s, r = np.asarray(s, dtype=float), np.asarray(r)
+        if not np.isfinite(s[r > 0]).all():
+            raise ValueError(f"prompt {prompt}: scores must be finite, got {s.tolist()}")
+        s = np.where(r > 0, s, 0.0)
+        strict = _order(r) > 0
+        right.append(((1 + np.sign(s[:, None] - s[None, :])) / 2)[strict].sum())
+        pairs.append(strict.sum())
+    return _ratio_over_pairs(np.array(right), np.array(pairs))
+
+
+def pair_agreement(ranks_a: Sequence[Sequence[int]], ranks_b: Sequence[Sequence[int]]) -> Estimate:
+    """Share of the pairs untied in both rankings that two labelers order the same way (InstructGPT section 3.4).
+
+        value = pairs ordered the same way / pairs that neither labeler ties
+
+    Args:
+        ranks_a: per prompt, K integers, 1 = best, equal = tie, 0 = absent.
+        ranks_b: the other labeler's ranks of the same completions.
+
+    Returns:
+        An `Estimate` whose n counts pairs and whose n_clusters counts prompts that have one.
+
+    Raises:
+        ValueError: if lengths differ, naming the prompt.
+
+    Example:
+        >>> estimate = pair_agreement([[1, 2, 3]], [[2, 1, 2]])  # A > B > C against B > A = C
+        >>> estimate.value, estimate.n  # A against B differs, B > C agrees, A against C is tied
+        (0.5, 2)
+    """
+    _require_same_lengths(ranks_a, ranks_b)
+    products = [_order(np.asarray(a)) * _order(np.asarray(b)) for a, b in zip(ranks_a, ranks_b, strict=True)]
+    same = np.array(
+        [(p > 0).sum() // 2 for p in products]
+    )  # // 2: a pair stands on both sides of the diagonal
+    untied = np.array([(p != 0).sum() // 2 for p in products])
+    return _ratio_over_pairs(same, untied)
+
+
+def _order(ranks: NDArray) -> NDArray:
+    """`[K, K]`: 1 where the row is better than the column, -1 where worse, 0 for ties and absent completions."""
+    present = ranks > 0
+    return np.sign(ranks[None, :] - ranks[:, None]) * (present[:, None] & present[None, :])
+
+
+def _ratio_over_pairs(count: NDArray, pairs: NDArray) -> Estimate:
+    """Micro average: sum of `count` over sum of `pairs`, resampling the prompts that have a pair."""
+    count, pairs = count[pairs > 0], pairs[pairs > 0]
+    estimate = bootstrap_over_prompts(lambda c, p, axis: c.sum(axis) / p.sum(axis), count, pairs)
+    return replace(estimate, n=int(pairs.sum()))
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"expected one number per prompt from both, got shapes {a.shape} and {b.shape}")
+    return a, b
+
+
+def _require_same_lengths(a: Sequence[Sequence], b: Sequence[Sequence]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"expected the same prompts in both, got {len(a)} and {len(b)}")
+    for prompt, (x, y) in enumerate(zip(a, b, strict=True)):
+        if len(x) != len(y):
+            raise ValueError(
+                f"prompt {prompt}: expected the same completions in both, got {len(x)} and {len(y)}"
+            )
