@@ -70,9 +70,7 @@ def _hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
     """
     classifier = _classifier(model)
     captured: list[torch.Tensor] = []
-    handle = classifier.base_model.register_forward_hook(
-        lambda module, args, output: captured.append(output[0])
-    )
+    handle = classifier.score.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     # Positions count real tokens, so left padding changes nothing, whatever the position encoding.
     position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     try:
@@ -160,9 +158,15 @@ def init_score_head(model: nn.Module) -> None:
             saved.load_state_dict(head.original_module.state_dict())
 
 
+def _cast_input(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (args[0].to(next(module.parameters()).dtype),)
+
+
 def keep_head_fp32(model: nn.Module) -> None:
-    """Cast the head's weights to fp32 in place (heads are kept and computed in fp32)."""
-    _classifier(model).score.float()
+    """Cast the head's weights to fp32 in place; a plain `model(...)` on a 16-bit base keeps working."""
+    head = _classifier(model).score.float()
+    if _cast_input not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_cast_input)
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
