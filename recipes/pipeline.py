@@ -1,0 +1,255 @@
+"""The whole of InstructGPT on the sandbox: from random weights to PPO-ptx, DPO and a report, in one command.
+
+    prefopt pipeline --config recipes/tiny/pipeline.yaml
+
+Every step below is one `prefopt` command with one YAML file of `config_dir`, and the data between the steps are JSONL
+files in `output_dir/data`; so any step can be replaced by one's own. A finished step is kept: run the command again
+after an interruption and it goes on where it was.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.evaluation.evaluate_models import evaluate
+from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl, write_whole
+from prefopt.evaluation.report import build_report
+from prefopt.evaluation.reward import score_completions
+from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.steps import Steps
+from prefopt.sandbox import HELD_OUT_USE_CASE, World, build_model, build_tokenizer, labelers, parse_prompt
+from prefopt.shared_base import load_reward_model
+
+MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
+
+
+@dataclass
+class PipelineArguments:
+    """Sizes of the sandbox run; the training settings are in the YAML files of `config_dir`."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "Folder of models, data and the report."})
+    config_dir: str = field(default="recipes/tiny", metadata={"help": "Folder with one YAML file per step."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the world, the weights, the data and the training."}
+    )
+    corpus_documents: int = field(default=6000, metadata={"help": "Pretraining documents."})
+    heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
+    eval_prompts: int = field(default=400, metadata={"help": "Held-out prompts for win rates."})
+    selection_prompts: int = field(
+        default=200, metadata={"help": "Validation prompts for choosing the SFT epoch."}
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "Length limit of a completion, in tokens."})
+
+
+class Pipeline:
+    """The steps, in the order of the paper; each method is one."""
+
+    def __init__(self, args: PipelineArguments) -> None:
+        self.args = args
+        self.root = Path(args.output_dir)
+        self.data = self.root / "data"
+        self.configs = Path(args.config_dir)
+        self.world = World(seed=args.seed)
+
+    def run(self) -> None:
+        """All steps; those that are done are skipped."""
+        plan: list[tuple[str, str, Callable[[], None]]] = [
+            ("data", "the world: corpus, prompts, demonstrations", self.write_data),
+            ("pretrain", "pretrain the base model", self.pretrain),
+            ("sft", "supervised fine-tuning, every epoch saved", self.sft),
+            ("sample", "sample K = 4..9 completions per prompt", self.sample),
+            ("label", "simulated labelers rank them", self.label),
+            ("reward", "reward model from the rankings", self.reward),
+            ("select", "choose the SFT epoch by reward-model score", self.select),
+            ("ppo_start", "the start of PPO: demonstrations + 10 % pretraining text", self.ppo_start),
+            ("ppo", "PPO", self.ppo),
+            ("ppo_ptx", "PPO-ptx", self.ppo_ptx),
+            ("dpo", "DPO from rankings", self.dpo),
+            ("evaluate", "evaluate and report", self.evaluate),
+        ]
+        steps = Steps(self.root, total=len(plan))
+        for name, title, work in plan:
+            config = self.configs / f"{name}.yaml"
+            settings = yaml.safe_load(config.read_text()) if config.is_file() else None
+            steps.run(name, title, {"pipeline": asdict(self.args), "step": settings}, work)
+        self.report(steps.seconds)
+        steps.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
+
+    def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
+        """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""
+        argv = ["--config", str(self.configs / f"{name}.yaml"), "--seed", str(self.args.seed)]
+        for key, value in keys.items():
+            argv += [f"--{key}", str(value)]
+        main(argv)
+
+    # ---- the three steps ----------------------------------------------------------------------------------------
+    def write_data(self) -> None:
+        world, args = self.world, self.args
+        for split, count in (("train", args.corpus_documents), ("test", args.heldout_documents)):
+            write_jsonl(
+                self.data / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, count)]
+            )
+        for split in ("sft", "rm", "rl", "tuning", "test"):
+            write_jsonl(
+                self.data / f"prompts_{split}.jsonl",
+                [{"prompt": p.text, "use_case": p.use_case} for p in world.prompts(split)],
+            )
+        for split in ("sft", "tuning"):
+            write_jsonl(
+                self.data / f"demonstrations_{split}.jsonl",
+                [{"prompt": p.text, "completion": world.demonstration(p)} for p in world.prompts(split)],
+            )
+
+    def pretrain(self) -> None:
+        start = self.root / "random-weights"
+        tokenizer = build_tokenizer(self.world)
+        tokenizer.save_pretrained(start)
+        build_model(tokenizer, seed=self.args.seed).save_pretrained(start)
+        self.step(sft.main, "pretrain", model_name_or_path=start, dataset_name=self.data / "corpus_train.jsonl",
+                  output_dir=self.root / "base")  # fmt: skip
+
+    def sft(self) -> None:
+        self.step(sft.main, "sft", model_name_or_path=self.root / "base",
+                  dataset_name=self.data / "demonstrations_sft.jsonl",
+                  eval_dataset_name=self.data / "demonstrations_tuning.jsonl",
+                  output_dir=self.root / "sft-epochs")  # fmt: skip
+
+    def sample(self) -> None:
+        for split in ("rm", "test"):
+            self.step(sample.main, "sample", model_name_or_path=self.root / "sft-epochs",
+                      dataset_name=self.data / f"prompts_{split}.jsonl", output=self.data / f"samples_{split}.jsonl",
+                      max_new_tokens=self.args.max_new_tokens)  # fmt: skip
+
+    def label(self) -> None:
+        """Training labelers rank the training prompts; both groups rank the held-out ones, for the accuracies."""
+        for split, group in (("rm", "train"), ("test", "train"), ("test", "heldout")):
+            rng = random.Random(f"{self.args.seed} {split} {group}")
+            people = labelers(self.world, group)
+            rows = [
+                rng.choice(people).label(row["prompt"], row["completions"]) | {"truncated": row["truncated"]}
+                for row in read_jsonl(self.data / f"samples_{split}.jsonl")
+            ]
+            write_jsonl(self.data / f"rankings_{split}_{group}_labelers.jsonl", rows)
+
+    def reward(self) -> None:
+        self.step(reward.main, "reward", model_name_or_path=self.root / "sft-epochs",
+                  dataset_name=self.data / "rankings_rm_train_labelers.jsonl",
+                  center_on=self.data / "demonstrations_sft.jsonl", output_dir=self.root / "reward")  # fmt: skip
+
+    def select(self) -> None:
+        """Keep the epoch with the best reward-model score on validation prompts, not the best loss (section 3.5)."""
+        judge = load_reward_model(self.root / "reward")
+        prompts = [row["prompt"] for row in read_jsonl(self.data / "prompts_tuning.jsonl")]
+        prompts = prompts[: self.args.selection_prompts]
+        state = json.loads((self.root / "sft-epochs" / "trainer_state.json").read_text())
+        losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+        epochs = []
+        checkpoints = (self.root / "sft-epochs").glob("checkpoint-*")
+        for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
+            model, tokenizer = load_causal_lm(checkpoint)
+            drawn = generate(model, tokenizer, prompts, max_new_tokens=self.args.max_new_tokens, batch_size=256,
+                             seed=self.args.seed)  # fmt: skip
+            scores = score_completions(judge, tokenizer, prompts, [c[0] for c in drawn], batch_size=256)
+            epochs.append(
+                {
+                    "epoch": len(epochs) + 1,
+                    "rm_score": sum(scores) / len(scores),
+                    "validation_loss": losses[int(checkpoint.name.split("-")[1])],
+                    "checkpoint": str(checkpoint.relative_to(self.root)),
+                }
+            )
+        best = max(epochs, key=lambda entry: entry["rm_score"])
+        write_whole(
+            self.root / "sft_selection.json", json.dumps({"epochs": epochs, "chosen": best}, indent=1)
+        )
+
+    def ppo_start(self) -> None:
+        """Appendix C.3: two more epochs with 10 % pretraining text; the result is what `sft` means from here on."""
+        chosen = json.loads((self.root / "sft_selection.json").read_text())["chosen"]["checkpoint"]
+        self.step(sft.main, "ppo_start", model_name_or_path=self.root / chosen,
+                  dataset_name=self.data / "demonstrations_sft.jsonl",
+                  pretrain_dataset_name=self.data / "corpus_train.jsonl", output_dir=self.root / "sft")  # fmt: skip
+
+    def ppo(self) -> None:
+        self.step(ppo_ptx.main, "ppo", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo",
+                  dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
+                  max_completion_length=self.args.max_new_tokens)  # fmt: skip
+
+    def ppo_ptx(self) -> None:
+        self.step(ppo_ptx.main, "ppo_ptx", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo_ptx",
+                  dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
+                  pretrain_dataset_name=self.data / "corpus_train.jsonl",
+                  max_completion_length=self.args.max_new_tokens)  # fmt: skip
+
+    def dpo(self) -> None:
+        self.step(dpo.main, "dpo", model_name_or_path=self.root / "sft", output_dir=self.root / "dpo",
+                  dataset_name=self.data / "rankings_rm_train_labelers.jsonl")  # fmt: skip
+
+    # ---- what came of it ----------------------------------------------------------------------------------------
+    def evaluate(self) -> None:
+        prompts = read_jsonl(self.data / "prompts_test.jsonl")[: self.args.eval_prompts]
+        rankings = {
+            f"{group}_labelers": [
+                row
+                for row in read_jsonl(self.data / f"rankings_test_{group}_labelers.jsonl")
+                if parse_prompt(row["prompt"]).use_case != HELD_OUT_USE_CASE
+            ]
+            for group in ("train", "heldout")
+        }
+        results = evaluate(
+            {name: load_causal_lm(self.root / name) for name in MODELS},
+            prompts=[row["prompt"] for row in prompts],
+            use_cases=[row["use_case"] for row in prompts],
+            heldout_use_case=HELD_OUT_USE_CASE,
+            gold=self.world.gold_reward,
+            corpus=[row["text"] for row in read_jsonl(self.data / "corpus_test.jsonl")],
+            tasks=[asdict(task) for task in self.world.tasks()],
+            reward_model=load_reward_model(self.root / "reward"),
+            ranked_rows=rankings,
+            max_new_tokens=self.args.max_new_tokens,
+            batch_size=256,
+            seed=self.args.seed,
+            curves=self.curves(),
+            folder=self.root / "completions",
+            progress=lambda line: print(f"  {line}", flush=True),
+        )
+        write_whole(self.root / "evaluation.json", json.dumps(results))
+
+    def curves(self) -> dict:
+        """Training curves for the report: SFT epochs, and score and KL over the PPO steps."""
+        selection = json.loads((self.root / "sft_selection.json").read_text())
+        curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
+        for name in ("ppo", "ppo_ptx"):
+            history = json.loads((self.root / name / "trainer_state.json").read_text())["log_history"]
+            curves[name] = [entry for entry in history if "reward" in entry]
+        return curves
+
+    def report(self, wall_seconds: dict[str, float]) -> None:
+        """Written on every run, so that the wall time of the evaluation itself is in it."""
+        results = json.loads((self.root / "evaluation.json").read_text())
+        results["wall_seconds"] = wall_seconds
+        write_whole(self.root / "results.json", json.dumps(results, indent=1))
+        build_report(results, self.root / "report.html")
+
+
+def load_causal_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the pipeline."""
+    (args,) = parse((PipelineArguments,), argv, "prefopt pipeline")
+    if not Path(args.config_dir).is_dir():
+        raise UserError(f"config_dir {args.config_dir!r} is not a folder")
+    Pipeline(args).run()
+
+
+if __name__ == "__main__":
+    main()
