@@ -1,1 +1,19 @@
 """A closed small world with a known gold reward, to run the whole pipeline on in minutes."""
+
+from prefopt.sandbox.corpus import Task
+from prefopt.sandbox.gold import GoldScore
+from prefopt.sandbox.labelers import FLAGS, Labeler, labelers
+from prefopt.sandbox.model import build_model, build_tokenizer
+from prefopt.sandbox.world import SPLIT_SIZES, World
+
+__all__ = [
+    "FLAGS",
+    "SPLIT_SIZES",
+    "GoldScore",
+    "Labeler",
+    "Task",
+    "World",
+    "build_model",
+    "build_tokenizer",
+    "labelers",
+]

@@ -1,0 +1,129 @@
+"""Answers to sandbox prompts: the good one, and the careless ones of demonstrators and forum posts.
+
+A careless answer slips in each component independently, so that models trained on them write answers of widely
+varying quality, and a fully good answer stays in reach.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+from prefopt.sandbox import vocabulary as words
+from prefopt.sandbox.facts import (
+    ENTITIES,
+    EXTRACT,
+    RELATIONS,
+    REWORDED,
+    STATEMENT,
+    Claim,
+    Facts,
+    relations_of,
+    sentence,
+)
+from prefopt.sandbox.tasks import ABOUT, Request
+
+
+@dataclass(frozen=True)
+class Slips:
+    """Probability of each independent slip in one answer (`wrong_fact`: in each claim)."""
+
+    off_topic: float = 0.0  # speaks of another entity, slot or value than the prompt
+    constraint_missed: float = 0.0
+    wrong_fact: float = 0.0
+    neutral: float = 0.0  # neither courteous nor rude
+    rude: float = 0.0
+
+
+NO_SLIPS = Slips()
+DEMONSTRATOR = Slips(off_topic=0.15, constraint_missed=0.50, wrong_fact=0.20, neutral=0.45, rude=0.20)
+FORUM = Slips(off_topic=0.15, constraint_missed=0.60, wrong_fact=0.10, neutral=0.40, rude=0.50)
+
+
+def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slips = NO_SLIPS) -> str:
+    """An answer to the request as completion text (starts with a space)."""
+    met = rng.random() >= slips.constraint_missed
+    claims = _claims(
+        _off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met
+    )
+    claims = [_wrong(c, facts, rng) if rng.random() < slips.wrong_fact else c for c in claims]
+    mood = rng.random()
+    formula = None
+    if mood < slips.rude:
+        formula = rng.choice(words.INSULTS)
+    elif mood >= slips.rude + slips.neutral:
+        formula = rng.choice(words.COURTESIES)
+    return " " + _layout(claims, formula, request.constraint, met, rng)
+
+
+def _layout(
+    claims: list[Claim], formula: str | None, constraint: tuple[str, str], met: bool, rng: random.Random
+) -> str:
+    kind, word = constraint
+    clauses = [c.render() for c in claims]
+    if not met and rng.random() < 0.4:  # a wrong word instead of none
+        options = {"start": words.START_WORDS, "end": words.END_WORDS}.get(kind, [word])
+        word = rng.choice([w for w in options if w != word] or [""])
+    elif not met:
+        word = ""
+    if kind == "start" and word:
+        clauses[0] = f"{word}, {clauses[0]}"
+    if kind == "end" and word:
+        clauses[-1] = f"{clauses[-1]} {word}"
+    marks = ["?" if clause.lower().startswith("hello") or ", hello" in clause else "." for clause in clauses]
+    formula_first = kind == "end" if met and kind in ("start", "end") else rng.random() < 0.5
+    if formula is not None:
+        at = 0 if formula_first else len(clauses)
+        clauses.insert(at, formula)
+        marks.insert(at, ".")
+    if kind == "exclaim" and met:
+        marks[-1] = "!"
+    return " ".join(sentence(clause, mark) for clause, mark in zip(clauses, marks, strict=True))
+
+
+def _claims(request: Request, facts: Facts, rng: random.Random, constraint_met: bool) -> list[Claim]:
+    """`request.n` true claims that match the request."""
+    kind, word = request.constraint
+    if request.use_case == "brainstorming":
+        people = rng.sample(facts.holders(request.relation, request.value), request.n)
+        return [Claim(p, request.relation, request.value, _wording(rng)) for p in people]
+    if request.use_case == "generation":
+        own = [r.name for r in relations_of(request.entity)]
+        asked = ABOUT[word] if kind == "mention" else None
+        others = [r for r in own if r != asked]
+        if len(others) < request.n:  # a city asked for two facts: both of its slots, constraint or not
+            others = own
+        chosen = rng.sample(others, request.n)
+        if asked in own and asked not in chosen and constraint_met:
+            chosen[rng.randrange(request.n)] = asked
+        return [facts.claim(request.entity, r, _wording(rng)) for r in chosen]
+    if request.use_case == "summarization":
+        source = rng.choice([c for c in request.given if c.entity == request.entity] or list(request.given))
+        return [replace(source, entity=request.entity, form=_wording(rng))]
+    if request.use_case == "extract":
+        source = [c for c in request.given if c.relation == request.relation]
+        return [Claim("", request.relation, source[0].value, EXTRACT)]
+    form = request.form or (STATEMENT if request.relation == "kind" else _wording(rng))
+    return [facts.claim(request.entity, request.relation, form)]
+
+
+def _wording(rng: random.Random) -> str:
+    return rng.choice([STATEMENT, REWORDED])
+
+
+def _off_topic(request: Request, facts: Facts, rng: random.Random) -> Request:
+    """The same kind of request about something else."""
+    if request.use_case == "brainstorming":
+        others = [v for v in RELATIONS[request.relation].values if v != request.value]
+        return replace(request, value=rng.choice(others))
+    if request.use_case == "extract":
+        others = [c.relation for c in request.given if c.relation != request.relation]
+        return replace(request, relation=rng.choice(others))
+    if request.relation not in (None, "kind") and rng.random() < 0.5:
+        others = [r.name for r in relations_of(request.entity) if r.name != request.relation]
+        return replace(request, relation=rng.choice(others))
+    others = [e for e, kind in ENTITIES.items() if kind == ENTITIES[request.entity] and e != request.entity]
+    return replace(request, entity=rng.choice(others))
+
+
+def _wrong(claim: Claim, facts: Facts, rng: random.Random) -> Claim:
+    """The claim with another value; for brainstorming-like uses this is a person who does not fit."""
+    return replace(claim, value=rng.choice([v for v in RELATIONS[claim.relation].values if v != claim.value]))
