@@ -23,7 +23,7 @@ from prefopt.evaluation.reward import score_completions
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.steps import Steps
-from prefopt.sandbox import HELD_OUT_USE_CASE, World, build_model, build_tokenizer, labelers, parse_prompt
+from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 from prefopt.shared_base import load_reward_model
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
@@ -96,19 +96,15 @@ class Pipeline:
                 self.data / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, count)]
             )
         for split in ("sft", "rm", "rl", "tuning", "test"):
-            write_jsonl(
-                self.data / f"prompts_{split}.jsonl",
-                [{"prompt": p.text, "use_case": p.use_case} for p in world.prompts(split)],
-            )
+            prompts = world.prompts(split)
+            rows = [{"prompt": prompt, "use_case": world.use_case(prompt)} for prompt in prompts]
+            write_jsonl(self.data / f"prompts_{split}.jsonl", rows)
         for split in ("sft", "tuning"):
-            write_jsonl(
-                self.data / f"demonstrations_{split}.jsonl",
-                [{"prompt": p.text, "completion": world.demonstration(p)} for p in world.prompts(split)],
-            )
+            write_jsonl(self.data / f"demonstrations_{split}.jsonl", world.demonstrations(split))
 
     def pretrain(self) -> None:
         start = self.root / "random-weights"
-        tokenizer = build_tokenizer(self.world)
+        tokenizer = build_tokenizer()
         tokenizer.save_pretrained(start)
         build_model(tokenizer, seed=self.args.seed).save_pretrained(start)
         self.step(sft.main, "pretrain", model_name_or_path=start, dataset_name=self.data / "corpus_train.jsonl",
@@ -198,7 +194,7 @@ class Pipeline:
             f"{group}_labelers": [
                 row
                 for row in read_jsonl(self.data / f"rankings_test_{group}_labelers.jsonl")
-                if parse_prompt(row["prompt"]).use_case != HELD_OUT_USE_CASE
+                if self.world.use_case(row["prompt"]) != self.world.held_out_use_case
             ]
             for group in ("train", "heldout")
         }
@@ -206,10 +202,10 @@ class Pipeline:
             {name: load_causal_lm(self.root / name) for name in MODELS},
             prompts=[row["prompt"] for row in prompts],
             use_cases=[row["use_case"] for row in prompts],
-            heldout_use_case=HELD_OUT_USE_CASE,
+            heldout_use_case=self.world.held_out_use_case,
             gold=self.world.gold_reward,
             corpus=[row["text"] for row in read_jsonl(self.data / "corpus_test.jsonl")],
-            tasks=[asdict(task) for task in self.world.tasks()],
+            tasks=[asdict(task) for task in self.world.knowledge_tasks()],
             reward_model=load_reward_model(self.root / "reward"),
             ranked_rows=rankings,
             max_new_tokens=self.args.max_new_tokens,

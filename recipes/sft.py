@@ -26,7 +26,7 @@ from prefopt.recipes.arguments import (
     model_init_kwargs,
     parse,
 )
-from prefopt.trainers.pretraining_data import pack_texts
+from prefopt.trainers.pretraining_data import pack_documents
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def mix_pretraining(
     demonstrations: Dataset, texts: Dataset, share: float, tokenizer, args: SFTConfig
 ) -> Dataset:
     """Add packed pretraining blocks until they are `share` of all examples (appendix C.3)."""
-    blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
+    blocks = pack_documents(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     count = round(len(demonstrations) * share / (1 - share))
     if count > len(blocks):
         raise UserError(
