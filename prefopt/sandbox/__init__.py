@@ -2,7 +2,7 @@
 
 from prefopt.sandbox.corpus import Task
 from prefopt.sandbox.gold import GoldScore
-from prefopt.sandbox.labelers import FLAGS, Labeler, labelers
+from prefopt.sandbox.labeling import FLAGS, Labeler, labelers
 from prefopt.sandbox.model import build_model, build_tokenizer
 from prefopt.sandbox.world import SPLIT_SIZES, World
 
