@@ -212,10 +212,10 @@ def lm_loss(logits: Tensor, labels: Tensor, num_tokens: Tensor | float | None = 
             f"expected logits [B, T, V] and labels [B, T], got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     labels = labels[:, 1:]
-    nats = F.cross_entropy(
-        _at_least_fp32(logits[:, :-1]).transpose(1, 2), labels, ignore_index=-100, reduction="none"
-    )
-    return _token_mean(nats, labels != -100, num_tokens)
+    counts = labels != -100
+    # Selected before the softmax: no memory for ignored positions, and nothing of them in the gradient.
+    nats = F.cross_entropy(_at_least_fp32(logits[:, :-1][counts]), labels[counts], reduction="none")
+    return _token_mean(nats, torch.ones_like(nats, dtype=torch.bool), num_tokens)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
