@@ -1,0 +1,201 @@
+"""results.json: scalar keys that stay for ever, and one measure per number with its interval and definition."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from prefopt.evaluation.generate import write_whole
+from prefopt.metrics import Estimate
+
+MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
+BASELINE = "sft"
+GROUPS = ("train_labelers", "heldout_labelers")
+FAILED = "failed: "  # begins the reason of a number that was tried and did not come
+
+# name: (higher is better, definition, source). A name before the first dot covers the names below it.
+DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
+    "rm.accuracy": (
+        True,
+        "share of strictly ranked pairs that the reward model orders as the labelers did; equal scores count half; "
+        "interval over prompts",
+        "Ouyang et al. 2022, C.2 and E.2",
+    ),
+    "rm.gold_accuracy": (
+        True,
+        "the same accuracy for the gold reward itself: what a perfect reward model could reach on these noisy labels",
+        "sandbox",
+    ),
+    "winrate": (
+        True,
+        "per prompt 1 if the model's completion has the higher gold reward, .5 if equal, 0 if lower, against the "
+        "baseline's; one temperature-1 sample each on the same prompts; interval over prompts",
+        "Ouyang et al. 2022, Fig. 1, with the gold reward as the judge",
+    ),
+    "winrate_greedy": (True, "win rate with greedy completions instead of samples", "as win rate"),
+    "winrate_heldout_use_case": (
+        True,
+        "win rate on prompts of the use case kept out of reward-model and RL training",
+        "Ouyang et al. 2022, section 5.3 (generalisation)",
+    ),
+    "winrate_use_case": (True, "win rate on the prompts of one use case", "as win rate"),
+    "gold_reward": (
+        True,
+        "mean gold reward of one temperature-1 sample per prompt; interval over prompts",
+        "sandbox",
+    ),
+    "gold_reward_greedy": (True, "mean gold reward of the greedy completion", "sandbox"),
+    "gold_reward_heldout_use_case": (
+        True,
+        "mean gold reward on the use case kept out of training",
+        "sandbox",
+    ),
+    "gold_component": (True, "mean of one part of the gold reward over temperature-1 samples", "sandbox"),
+    "gold_component_greedy": (True, "mean of one part of the gold reward over greedy completions", "sandbox"),
+    "rm_score": (None, "mean reward-model score of temperature-1 samples (what PPO maximises)", "prefopt"),
+    "pretraining_bits_per_byte": (
+        False,
+        "sum of nats / ln 2 / UTF-8 bytes of held-out pretraining text, BOS-conditioned, EOS unscored; interval over "
+        "documents",
+        "prefopt; the alignment tax of Ouyang et al. 2022, section 4.2",
+    ),
+    "heldout_task_accuracy": (
+        True,
+        "share of held-out knowledge tasks whose right choice is the most likely continuation; interval over tasks",
+        "prefopt; the alignment tax of Ouyang et al. 2022, section 4.2",
+    ),
+    "kl_to_sft": (
+        None,
+        "full-vocabulary KL of the model from the baseline in nats, summed over a completion, mean over "
+        "temperature-1 samples; interval over prompts",
+        "Ouyang et al. 2022, C.4 (the penalised quantity)",
+    ),
+    "kl_to_sft_per_token": (None, "the same, divided by tokens", "as kl_to_sft"),
+    "completion_tokens": (
+        None,
+        "mean length of temperature-1 samples in tokens, end token included",
+        "prefopt",
+    ),
+    "truncated": (
+        False,
+        "share of temperature-1 samples that hit the length limit before they ended",
+        "prefopt",
+    ),
+}
+
+
+def measure(
+    name: str,
+    model: str,
+    estimate: Estimate | None,
+    *,
+    against: str | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    """One measured number, or why it is missing.
+
+    Args:
+        name: a key of `DEFINITIONS`, possibly followed by `.something`.
+        model: what was measured; with `against` and not a win rate, the value is the paired difference model - against.
+        estimate: None means skipped, or failed where `reason` begins with "failed: "; a reason is then required. A
+            value that is not finite is a failure, never a number.
+    """
+    key = next(k for k in (name, name.rpartition(".")[0]) if k in DEFINITIONS)
+    higher_is_better, definition, source = DEFINITIONS[key]
+    if against is not None and not name.startswith("winrate"):
+        definition = f"paired difference {model} - {against} of: {definition}"
+    if estimate is not None and not math.isfinite(estimate.value):
+        estimate, reason = None, f"{FAILED}the value is {estimate.value}"
+    status = "ok"
+    if estimate is None:
+        if not reason:
+            raise ValueError(f"measure {name} of {model}: a missing value needs a reason")
+        status = "failed" if reason.startswith(FAILED) else "skipped"
+    return {
+        "name": name,
+        "model": model,
+        "against": against,
+        "value": None if estimate is None else float(estimate.value),
+        "ci_low": None if estimate is None else _finite(estimate.ci_low),
+        "ci_high": None if estimate is None else _finite(estimate.ci_high),
+        "n": 0 if estimate is None else int(estimate.n),
+        "n_clusters": 0 if estimate is None else int(estimate.n_clusters),
+        "higher_is_better": higher_is_better,
+        "status": status,
+        "reason": None if reason is None else reason.removeprefix(FAILED),
+        "definition": definition,
+        "source": source,
+    }
+
+
+def find(
+    measures: Iterable[Mapping[str, Any]], name: str, model: str, against: str | None = None
+) -> Mapping[str, Any] | None:
+    """The measure of that name, or None."""
+    return next(
+        (m for m in measures if (m["name"], m["model"], m["against"]) == (name, model, against)),
+        None,
+    )
+
+
+def build_results(
+    measures: list[dict[str, Any]],
+    *,
+    wall_seconds: Mapping[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    samples: list[dict] | None = None,
+    curves: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of results.json: the scalar keys below, then `measures`, `samples`, `curves` and `settings`.
+
+    `rm.accuracy.{train_labelers, heldout_labelers, gold_ceiling}`, `winrate.<model>.{value, ci_low, ci_high, n}`,
+    `pretraining_bits_per_byte.<model>`, `heldout_task_accuracy.<model>`, `kl_to_sft.<model>`, `gold_reward.<model>`,
+    `wall_seconds.<step>`. All are there for `sft`, `ppo`, `ppo_ptx` and `dpo`; null where nothing was measured, with
+    the reason in `measures`. `gold_ceiling` is on the pairs of the held-out labelers.
+    """
+    models = list(dict.fromkeys([*MODELS, *(m["model"] for m in measures if m["name"] == "winrate")]))
+
+    def value(name: str, model: str) -> float | None:
+        found = find(measures, name, model)
+        return found["value"] if found else None
+
+    def interval(model: str) -> dict[str, Any]:
+        found = find(measures, "winrate", model, BASELINE)
+        return {key: found[key] if found else None for key in ("value", "ci_low", "ci_high", "n")}
+
+    accuracy = {group: value(f"rm.accuracy.{group}", "reward_model") for group in GROUPS}
+    accuracy["gold_ceiling"] = value("rm.gold_accuracy.heldout_labelers", "gold")
+    results: dict[str, Any] = {"rm": {"accuracy": accuracy}, "winrate": {m: interval(m) for m in models}}
+    for name in ("pretraining_bits_per_byte", "heldout_task_accuracy", "kl_to_sft", "gold_reward"):
+        results[name] = {model: value(name, model) for model in models}
+    return {
+        **results,
+        "wall_seconds": dict(wall_seconds or {}),
+        "settings": dict(settings or {}),
+        "measures": measures,
+        "samples": list(samples or []),
+        "curves": dict(curves or {}),
+    }
+
+
+def write_results(results: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write results.json whole or not at all; numbers that are not finite become null (JSON has no NaN)."""
+    write_whole(path, json.dumps(jsonable(results), ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def jsonable(x: Any) -> Any:
+    """Plain lists, dicts and numbers, for JSON; a number that is not finite becomes None."""
+    if isinstance(x, Mapping):
+        return {str(key): jsonable(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [jsonable(value) for value in x]
+    if hasattr(x, "tolist"):  # numpy and torch, scalars and arrays
+        return jsonable(x.tolist())
+    if isinstance(x, float):
+        return _finite(x)
+    return x
