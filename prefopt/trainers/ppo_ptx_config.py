@@ -1,0 +1,254 @@
+"""Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
+
+from dataclasses import dataclass, field, fields
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import GRPOConfig
+
+# GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
+HONOURED = frozenset(
+    {
+        "model_init_kwargs",
+        "trust_remote_code",
+        "disable_dropout",
+        "cast_lm_head_to_fp32",
+        "num_generations",
+        "num_generations_eval",
+        "max_completion_length",
+        "shuffle_dataset",
+        "pad_to_multiple_of",
+        "generation_batch_size",
+        "steps_per_generation",
+        "temperature",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "cache_implementation",
+        "num_iterations",
+        "epsilon",
+        "reward_weights",
+        "log_completions",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "log_completions_hub_repo",
+    }
+)
+
+_SAMPLER = "the ratio of PPO needs tokens drawn from the policy itself, so sampling stays unfiltered"
+_VLLM = "generation runs in transformers; vLLM's importance-sampling correction is not part of this loss yet"
+_CONTINUOUS = "continuous batching casts the policy to 16 bit in place while it trains; leave it off"
+_ENTROPY = "InstructGPT's objective (Eq. 2) has no entropy bonus; the entropy is logged as `entropy`"
+_LOSS = "the loss is PPO's clipped surrogate per token; `epsilon` is its clip range"
+_REFERENCE = "the KL reference is the SFT model and does not move"
+
+# Fields that keep one value: any other raises ValueError with this sentence.
+FIXED = {
+    "scale_rewards": "advantages come from GAE, not from group statistics; see `whiten_advantages`",
+    "multi_objective_aggregation": "rewards are weighted by `reward_weights` and summed",
+    "importance_sampling_level": "the ratio is per token, as are the advantages",
+    "loss_type": _LOSS,
+    "use_bias_correction_kl": "there is no KL term in the loss: the KL sits in the reward (`kl_coef`)",
+    "ds3_gather_for_generation": "DeepSpeed is not supported: it would step on each of the two backward passes",
+    "log_multimodal": "only text is supported",
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "sapo_temperature_neg": _LOSS,
+    "sapo_temperature_pos": _LOSS,
+    "vespo_k_pos": _LOSS,
+    "vespo_lambda_pos": _LOSS,
+    "vespo_k_neg": _LOSS,
+    "vespo_lambda_neg": _LOSS,
+    "transformers_continuous_batching_config": _CONTINUOUS,
+    "vllm_mode": _VLLM,
+    "vllm_model_impl": _VLLM,
+    "vllm_enable_sleep_mode": _VLLM,
+    "vllm_structured_outputs_regex": _VLLM,
+    "vllm_server_base_url": _VLLM,
+    "vllm_server_host": _VLLM,
+    "vllm_server_port": _VLLM,
+    "vllm_server_timeout": _VLLM,
+    "vllm_group_port": _VLLM,
+    "vllm_gpu_memory_utilization": _VLLM,
+    "vllm_max_model_length": _VLLM,
+    "vllm_tensor_parallel_size": _VLLM,
+    "vllm_importance_sampling_correction": _VLLM,
+    "vllm_importance_sampling_mode": _VLLM,
+    "vllm_importance_sampling_clip_max": _VLLM,
+    "vllm_importance_sampling_clip_min": _VLLM,
+    "vllm_importance_sampling_cap": _VLLM,
+}
+
+# Features that would change the algorithm: switching one on raises ValueError with this sentence.
+REFUSED = {
+    "beta": "the KL penalty sits in the reward, not in the loss: set `kl_coef` (the paper's beta) instead",
+    "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not added; 0.0 turns it off",
+    "top_p": _SAMPLER,
+    "top_k": _SAMPLER,
+    "min_p": _SAMPLER,
+    "repetition_penalty": _SAMPLER,
+    "use_vllm": _VLLM,
+    "delta": _LOSS,
+    "epsilon_high": _LOSS,
+    "off_policy_mask_threshold": _LOSS,
+    "top_entropy_quantile": _LOSS,
+    "entropy_coef": _ENTROPY,
+    "use_adaptive_entropy": _ENTROPY,
+    "mask_truncated_completions": "a completion without EOS is real: see `missing_eos_penalty`",
+    "sync_ref_model": _REFERENCE,
+    "max_tool_calling_iterations": "episodes are a prompt and one response; tools are not supported",
+    "use_transformers_continuous_batching": _CONTINUOUS,
+    "use_transformers_paged": _CONTINUOUS,
+}
+
+
+class _OnePerPrompt(int):
+    """The number 1 past GRPOConfig's `num_generations < 2` check: PPO has a value function and needs no group."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+@dataclass
+class PPOPtxConfig(GRPOConfig):
+    r"""
+    Configuration of [`PPOPtxTrainer`]. Fields not listed are those of [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`]; `HONOURED`, `FIXED` and `REFUSED` in this module say what becomes of each of
+    GRPOConfig's own.
+
+    InstructGPT's schedule (C.4: 512 episodes per rollout, 8 minibatches of 64, one inner epoch) on one process:
+
+    | paper | here |
+    |---|---|
+    | minibatch 64 | `per_device_train_batch_size=8`, `gradient_accumulation_steps=8` (times processes) |
+    | batch 512 | `generation_batch_size=512`, or `steps_per_generation=64`: 512 / 8 micro-batches |
+    | 1 inner epoch | `num_iterations=1` |
+    | 512 pretraining examples per step | `ptx_batch_ratio=8` |
+
+    By default a rollout is one minibatch, whatever its size. Minibatches keep their rows from one inner epoch to the
+    next.
+
+    Parameters:
+        > Objective (InstructGPT Eq. 2): policy + vf_coef * value + ptx_coef * LM
+
+        kl_coef (`float`, defaults to `0.02`): the paper's beta; 0 turns the penalty off, the KL is logged all the same.
+        ptx_coef (`float`, defaults to `27.8`): the paper's gamma, on the mean loss per pretraining token; 0 is "PPO".
+        ptx_batch_ratio (`float`, defaults to `8.0`): pretraining sequences per episode of a minibatch (at least one
+            sequence a step). Changes the variance of the pretraining gradient, not its scale.
+        vf_coef (`float`, defaults to `0.1`): weight of the value loss. The paper gives none, as its value function is
+            a network of its own; it matters where the value head shares the policy's trunk.
+
+        > Rewards and advantages
+
+        discount (`float`, defaults to `1.0`), gae_lambda (`float`, defaults to `0.95`): of GAE; the paper does not
+            discount and gives no lambda.
+        missing_eos_penalty (`float`, defaults to `0.0`): subtracted from the score of a completion without EOS.
+        whiten_advantages (`bool`, defaults to `True`): mean 0, variance 1 over the whole rollout on all processes.
+
+        > Clipping and learning rates
+
+        epsilon (`float`, defaults to `0.2`): clip range of the ratio (TRL's name).
+        value_clip_range (`float`, defaults to `0.2`): clip range of the values, in units of the reward.
+        max_grad_norm (`float`, defaults to `1.0`): clips the gradient of the policy and that of the value function,
+            each by itself.
+        value_learning_rate (`float`, defaults to `9e-6`): of the value function, on the schedule of `learning_rate`.
+
+        > Pretraining text
+
+        ptx_max_length (`int`, defaults to `2048`): documents are packed into blocks of this many tokens.
+        ptx_per_device_batch_size (`int`, defaults to `1`): sequences per forward; the logits of these are in memory.
+
+    > [!NOTE]
+    > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first
+    > ratio differ from 1), `bf16` only on a GPU that has it, `learning_rate=5e-6` (the paper's runs above 8.05e-6
+    > diverged), `adam_beta2=0.95`, constant schedule after 10 warm-up steps. The paper warms up from one tenth of the
+    > peak, the scheduler here from 0; and it batches 512 episodes, here the batch follows the device settings.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt of a rollout."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Disable dropout in policy and value model."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Fixed: advantages come from GAE."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of the policy."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's beta2; InstructGPT: 0.95."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "InstructGPT: constant after the warm-up."}
+    )
+    warmup_steps: float = field(default=10, metadata={"help": "Warm-up steps of the learning rates."})
+
+    kl_coef: float = field(
+        default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."}
+    )
+    ptx_coef: float = field(
+        default=27.8, metadata={"help": "Weight of the pretraining loss (the paper's gamma); 0: plain PPO."}
+    )
+    ptx_batch_ratio: float = field(
+        default=8.0, metadata={"help": "Pretraining sequences per episode of a minibatch."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    discount: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from the score of a completion without EOS."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Whiten advantages over the whole rollout."}
+    )
+    value_clip_range: float = field(default=0.2, metadata={"help": "Clip range of the values."})
+    value_learning_rate: float = field(
+        default=9e-6, metadata={"help": "Peak learning rate of the value function."}
+    )
+    ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
+    ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
+
+    def __post_init__(self) -> None:
+        self._refuse_options()
+        if self.bf16 is None:  # TRL's default is True, which raises without a GPU
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        completions = self.num_generations
+        if completions == 1:
+            self.num_generations = _OnePerPrompt(1)
+        super().__post_init__()
+        self.num_generations = completions
+        if self.fp16:
+            raise ValueError(
+                "fp16 loss scaling does not carry over several backward passes: use bf16 or fp32"
+            )
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"a rollout must hold whole minibatches: steps_per_generation ({self.steps_per_generation}; "
+                "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
+
+    def _refuse_options(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, sentence in {**FIXED, **REFUSED}.items():
+            value = getattr(self, name)
+            off = value is False and defaults[name] == "none"  # GRPOConfig's other spelling of scale_rewards
+            if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
+                raise ValueError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
+        if isinstance(self.generation_kwargs, dict) and self.generation_kwargs.get("do_sample") is False:
+            raise ValueError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
+        limits = {
+            "num_generations": 1,
+            "num_iterations": 1,
+            "ptx_max_length": 2,
+            "ptx_per_device_batch_size": 1,
+            "kl_coef": 0,
+            "ptx_coef": 0,
+            "ptx_batch_ratio": 0,
+            "vf_coef": 0,
+            "value_learning_rate": 0,
+            "value_clip_range": 0,
+            "epsilon": 0,
+        }
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
+        for name in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number from 0 to 1")
