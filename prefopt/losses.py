@@ -87,6 +87,36 @@ def ranking_loss(scores: Tensor, ranks: Tensor, *, ties: str = "drop", reduction
     return per_prompt.sum() / (num_pairs > 0).sum().clamp(min=1)
 
 
+def centring_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Penalty on scores away from zero, which a ranking alone leaves free.
+
+    Eisenstein et al. 2023 (arXiv:2312.09244) Eq. 2, over the set P of strict pairs of a prompt, then over prompts:
+
+        loss = 1/|P| * sum over (w, l) in P of (scores[w] + scores[l])^2
+
+    Args:
+        scores: `[B, K]`, any floating type.
+        ranks: `[B, K]` integers, 1 = best, equal = tie, 0 = absent (its score is ignored).
+
+    Returns:
+        A scalar, in squared units of the score; 0 when there is no pair.
+
+    Raises:
+        ValueError: if the shapes differ or ranks are not integers.
+
+    Example:
+        >>> centring_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 2]]))  # (2 - 1)^2
+        tensor(1.)
+    """
+    _require_same_shape(scores=scores, ranks=ranks)
+    scores = _at_least_fp32(scores)
+    pairs = strict_pairs(ranks)
+    sums = torch.where(pairs, scores.unsqueeze(2) + scores.unsqueeze(1), 0.0)
+    num_pairs = pairs.sum((1, 2))
+    per_prompt = sums.square().sum((1, 2)) / num_pairs.clamp(min=1)
+    return per_prompt.sum() / (num_pairs > 0).sum().clamp(min=1)
+
+
 def clipped_policy_loss(
     logps: Tensor,
     old_logps: Tensor,

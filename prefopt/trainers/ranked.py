@@ -1,0 +1,155 @@
+"""What the two trainers on rankings share: data, batches, and metrics over strict pairs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
+from prefopt.losses import strict_pairs
+
+
+def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str]]) -> None:
+    """Raise for every inherited option that is not at the only value a ranked trainer can honour."""
+    for name, (allowed, reason) in refused.items():
+        value = getattr(args, name)
+        if value != allowed:
+            raise ValueError(
+                f"{type(args).__name__}: {name}={value!r} is not supported: {reason} (leave it at {allowed!r})"
+            )
+
+
+def bf16_by_default(args: TrainingArguments) -> bool:
+    """TRL's default (bf16 unless fp16), but only where the hardware has it, so that a CPU needs no options."""
+    return not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
+
+
+def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over strict pairs of a value per completion, as numerators and denominators per prompt.
+
+    Args:
+        values: `[B, K]`.
+        ranks: `[B, K]`, 0 = absent.
+
+    Returns:
+        `chosen`, `rejected` (the value of the better and of the worse completion), `margin` (their difference) and
+        `accuracy` (share of pairs in the right order; equal values count one half), each a pair of `[B]` tensors.
+
+    Example:
+        >>> values, ranks = torch.tensor([[3.0, 1.0, 1.0]]), torch.tensor([[1, 2, 3]])
+        >>> {name: (n.item(), d.item()) for name, (n, d) in pair_ratios(values, ranks).items()}
+        {'chosen': (7.0, 3.0), 'rejected': (3.0, 3.0), 'margin': (4.0, 3.0), 'accuracy': (2.5, 3.0)}
+    """
+    pairs = strict_pairs(ranks).float()
+    margins = values[:, :, None] - values[:, None, :]
+    num_pairs = pairs.sum((1, 2))
+    totals = {
+        "chosen": (pairs.sum(2) * values).sum(1),
+        "rejected": (pairs.sum(1) * values).sum(1),
+        "margin": (pairs * margins).sum((1, 2)),
+        "accuracy": (pairs * ((margins > 0) + 0.5 * (margins == 0))).sum((1, 2)),
+    }
+    return {name: (total, num_pairs) for name, total in totals.items()}
+
+
+class RankedTrainerMixin:
+    """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
+
+    Metrics are sums over a logging window divided once at its end, so evaluation results do not depend on the batch
+    size. They are logged under the key prefix of the loss they belong to.
+    """
+
+    _row_columns = ("prompt_ids", "completion_ids", "ranks")
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        super().__init__(*args, **kwargs)
+
+    # ---- data ----
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: TrainingArguments,
+        dataset_name: str,
+    ) -> Dataset:
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"{type(self).__name__} works on text: expected a tokenizer as `processing_class`, "
+                f"got {type(processing_class).__name__}"
+            )
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"the {dataset_name} dataset is a {type(dataset).__name__}: expected a `datasets.Dataset`, because "
+                "rows are checked and counted before training starts; load it without streaming"
+            )
+        with args.main_process_first(desc=f"{dataset_name} rows"):
+            dataset = prepare_comparisons(dataset, source=dataset_name)
+            return tokenize_comparisons(
+                dataset,
+                processing_class,
+                max_length=args.max_length,
+                source=dataset_name,
+                num_proc=args.dataset_num_proc,
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self._row_columns)
+
+    # ---- evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._sums["eval"].clear()  # `predict` leaves sums behind that no log has taken
+        return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Predictions are the scores `[B, K]`, labels the ranks `[B, K]`; 0 or -100 marks an absent completion."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["scores"].detach(), inputs["ranks"]
+
+    # ---- metrics ----
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _add_ratios(self, ratios: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add numerators and denominators, each `[B]`, to the sums of the current logging window."""
+        columns = torch.stack([x.detach().float() for pair in ratios.values() for x in pair], dim=1)
+        # Over prompts, so that rows repeated to fill the last distributed batch are left out.
+        totals = self.accelerator.gather_for_metrics(columns).double().cpu().sum(0).view(-1, 2)
+        sums = self._sums[self._mode]
+        for name, total in zip(ratios, totals, strict=True):
+            sums[name] = sums.get(name, 0.0) + total
+
+    def _count_tokens(self, attention_mask: Tensor) -> None:
+        if self._mode == "train":
+            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
+            self._total_train_tokens += tokens // self._tp_size
+        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        prefix = ""
+        if self._mode == "eval":  # "eval_", or "eval_NAME_" for one of several evaluation sets
+            prefix = next((key.removesuffix("loss") for key in logs if key.endswith("_loss")), "eval_")
+        for name, (numerator, denominator) in self._sums[self._mode].items():
+            if denominator > 0:
+                logs[f"{prefix}{name}"] = (numerator / denominator).item()
+        self._sums[self._mode].clear()
+        super().log(logs, start_time)

@@ -1,0 +1,51 @@
+"""Options of `RankedRewardTrainer`."""
+
+from dataclasses import dataclass
+
+from trl import RewardConfig
+
+from prefopt.trainers.ranked import bf16_by_default, refuse_options
+
+# Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
+HONOURED = {
+    "learning_rate": "as in TRL",
+    "model_init_kwargs": "as in TRL",
+    "trust_remote_code": "as in TRL",
+    "chat_template_path": "as in TRL",
+    "disable_dropout": "as in TRL",
+    "dataset_num_proc": "as in TRL",
+    "eos_token": "as in TRL",
+    "max_length": "a completion that is too long is dropped, the row only if no comparison is left",
+    "pad_to_multiple_of": "as in TRL",
+    "center_rewards_coefficient": "mean of (r_w + r_l)^2 over the strict pairs of a prompt, then over prompts",
+    "activation_offloading": "as in TRL",
+}
+REFUSED = {
+    "pad_token": (
+        None,
+        "TRL deprecates it; set `tokenizer.pad_token` and pass the tokenizer as `processing_class`",
+    ),
+}
+
+
+@dataclass
+class RankedRewardConfig(RewardConfig):
+    """Configuration of `RankedRewardTrainer`: TRL's `RewardConfig` on rankings.
+
+    `per_device_train_batch_size` counts prompts, the paper's batch size, whatever their number of completions.
+    bf16 is on by default only where the hardware has it. The fields of `RewardConfig` and how a ranking honours them
+    are in `HONOURED`; those that make no sense are in `REFUSED` and raise.
+
+    Raises:
+        ValueError: a refused option was set.
+
+    Example:
+        >>> RankedRewardConfig(output_dir="rm", report_to="none", center_rewards_coefficient=0.01).max_length
+        1024
+    """
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = bf16_by_default(self)
+        refuse_options(self, REFUSED)
+        super().__post_init__()
