@@ -9,8 +9,10 @@ Everything that needs token ids (reward-model training, scoring, centring, PPO r
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,81 +94,87 @@ def build_ids(
     >>> build_ids(tokenizer, "two plus two is", " four", truncated=True)
     ([1, 2, 1, 3], [4])
     """
-    prompt_ids = _prompt_ids(tokenizer, prompt, chat_template_kwargs)
-    return prompt_ids, _completion_ids(
-        tokenizer, prompt, prompt_ids, completion, truncated, chat_template_kwargs
+    prompt_ids, (completion_ids,) = _row_ids(
+        tokenizer, prompt, [completion], [truncated], chat_template_kwargs
     )
+    return prompt_ids, completion_ids
 
 
-def _prompt_ids(tokenizer: Any, prompt: str | list[dict], template_kwargs: dict[str, Any]) -> list[int]:
+def _row_ids(
+    tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], template_kwargs: dict
+) -> tuple[list[int], list[list[int]]]:
+    """`build_ids` for all completions of a prompt."""
     if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError(
-            "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
-            "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
-        )
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
-    )["input_ids"]
-
-
-def _completion_ids(
-    tokenizer: Any,
-    prompt: str | list[dict],
-    prompt_ids: list[int],
-    completion: str | list[dict],
-    truncated: bool,
-    template_kwargs: dict[str, Any],
-) -> list[int]:
-    if isinstance(prompt, str):
-        if not isinstance(completion, str):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        render = None
+    else:
+        if getattr(tokenizer, "chat_template", None) is None:
             raise ValueError(
-                "the prompt is text but the completion is chat messages; give both in one format"
+                "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
+                "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
             )
-        answer, closing, rest = completion, "", tokenizer(prompt + completion)["input_ids"]
-    else:
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        rendered = tokenizer.apply_chat_template(prompt + completion, tokenize=False, **template_kwargs)
-        tail, closing = _answer_tail(tokenizer, template_kwargs)
-        if tail and rendered.endswith(tail):
-            kept = rendered.removesuffix(tail)
-            rendered = kept if truncated else kept + (closing or tail)
-        rest = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-        is_one_text = len(completion) == 1 and not completion[0].get("tool_calls")
-        answer = (
-            completion[0]["content"] if is_one_text and isinstance(completion[0]["content"], str) else None
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_kwargs)
+        generation = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
         )
+        prompt_ids = generation["input_ids"]
+    tail, closing = _answer_tail(tokenizer, render) if render else ("", "")
 
-    if rest[: len(prompt_ids)] == prompt_ids:
-        ids = rest[len(prompt_ids) :]
-    elif answer is not None:
-        ids = _ids_of_continuation(tokenizer, answer if truncated else answer + closing)
-    else:
-        shared = next(
-            (i for i, (a, b) in enumerate(zip(prompt_ids, rest, strict=False)) if a != b), len(rest)
-        )
-        ids = rest[shared:]
+    completion_ids = []
+    for completion, cut in zip(completions, truncated, strict=True):
+        if render is None:
+            if not isinstance(completion, str):
+                raise ValueError(
+                    "the prompt is text but the completion is chat messages; give both in one format"
+                )
+            answer, joint = completion, tokenizer(prompt + completion)["input_ids"]
+        else:
+            messages = (
+                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            )
+            text = render([*prompt, *messages])
+            if tail and text.endswith(tail):
+                text = text.removesuffix(tail) + ("" if cut else closing or tail)
+            joint = tokenizer(text, add_special_tokens=False)["input_ids"]
+            content = (
+                messages[0]["content"] if len(messages) == 1 and not messages[0].get("tool_calls") else None
+            )
+            answer = content if isinstance(content, str) else None
 
-    if truncated or closing:
-        return ids
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token to the token at which "
-            "the policy stops"
-        )
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        if joint[: len(prompt_ids)] == prompt_ids:
+            ids = joint[len(prompt_ids) :]
+        elif answer is not None:
+            ids = _ids_of_continuation(tokenizer, answer if cut else answer + closing)
+        else:
+            parting = (i for i, (a, b) in enumerate(zip(prompt_ids, joint, strict=False)) if a != b)
+            ids = joint[next(parting, len(joint)) :]
+
+        if not (cut or closing):
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token to the token "
+                    "at which the policy stops"
+                )
+            if not ids or ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, tokenizer.eos_token_id]
+        completion_ids.append(ids)
+    return prompt_ids, completion_ids
 
 
-def _answer_tail(tokenizer: Any, template_kwargs: dict[str, Any]) -> tuple[str, str]:
-    """What the chat template writes after an assistant's text, and that up to its first special token ("" if none)."""
+def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[str, str]:
+    """What the chat template writes after an assistant's text, and that up to the token(s) that close the turn.
+
+    These are the first special tokens in a row: `<|im_end|>` of ChatML's `<|im_end|>\\n`, `<|end|>` of Phi's
+    `<|end|>\\n<|endoftext|>`, both of Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`; "" if there are none.
+    """
     probe = "where-does-this-end"
     exchange = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
-    tail = tokenizer.apply_chat_template(exchange, tokenize=False, **template_kwargs).rpartition(probe)[2]
-    tokens = {*tokenizer.get_added_vocab(), tokenizer.eos_token}
-    ends = [tail.find(token) + len(token) for token in tokens if token and token.strip() and token in tail]
-    return tail, tail[: min(ends)] if ends else ""
+    tail = render(exchange).rpartition(probe)[2]
+    tokens = [
+        token for token in {*tokenizer.get_added_vocab(), tokenizer.eos_token} if token and token.strip()
+    ]
+    closing = re.search(f"(?:{'|'.join(map(re.escape, tokens))})+", tail) if tokens else None
+    return tail, tail[: closing.end()] if closing else ""
 
 
 def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
@@ -254,13 +262,11 @@ def _tokenize_row(row: Mapping[str, Any], index: int, tokenizer: Any, source: st
         template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     cuts = row.get("truncated") or [False] * len(row["completions"])
     try:
-        prompt_ids = _prompt_ids(tokenizer, row["prompt"], template_kwargs)
+        prompt_ids, completion_ids = _row_ids(
+            tokenizer, row["prompt"], row["completions"], cuts, template_kwargs
+        )
         if not prompt_ids:
             raise ValueError("field 'prompt': expected at least one token, got none; drop the row")
-        completion_ids = [
-            _completion_ids(tokenizer, row["prompt"], prompt_ids, completion, cut, template_kwargs)
-            for completion, cut in zip(row["completions"], cuts, strict=True)
-        ]
     except Exception as error:  # a chat template may raise anything; say for which row
         prompt = shorten(row["prompt"])
         raise ValueError(f"{source} row {index} of the prepared rows (prompt {prompt}): {error}") from error

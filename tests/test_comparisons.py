@@ -416,6 +416,10 @@ def test_plain_ids_of_truncated_and_finished_completions(tokenizer):
     assert build_ids(tokenizer, "the cat", " sat", truncated=True) == (prompt_ids, ids[:-1])
     assert build_ids(tokenizer, "the cat", " sat<eos>") == (prompt_ids, ids)
     assert build_ids(tokenizer, "the cat", "<eos>") == (prompt_ids, [tokenizer.eos_token_id])
+    assert build_ids(tokenizer, "the cat", "") == (
+        prompt_ids,
+        [tokenizer.eos_token_id],
+    )  # a policy may stop at once
 
 
 def test_prompt_ids_never_depend_on_the_completion():
@@ -495,26 +499,30 @@ def chat_tokenizer_for(name: str, tokenizer: PreTrainedTokenizerFast, eos: str, 
     return tok
 
 
-# template, EOS, other special tokens, what a policy samples for the answer "a dog"
+# template, EOS, other special tokens, what a policy samples for the answer "a dog", and how it closes the turn
+DEEPSEEK = ("deepseek_r1_distill", "<｜end▁of▁sentence｜>", ["<｜User｜>", "<｜Assistant｜>"])
+COHERE = ["<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|CHATBOT_TOKEN|>", "<|START_OF_TURN_TOKEN|>"]
 TEMPLATES = [
-    ("qwen3", "<|im_end|>", [], "<think>\n\n</think>\n\na dog<|im_end|>"),
-    ("qwen3_instruct_2507", "<|im_end|>", [], "a dog<|im_end|>"),
-    ("llama3", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"], "a dog<|eot_id|>"),
-    ("gemma3", "<eos>", ["<start_of_turn>", "<end_of_turn>"], "a dog<end_of_turn>"),  # EOS is another token
-    ("phi3", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>"], "a dog<|end|>"),  # two closing tokens
+    ("qwen3", "<|im_end|>", [], "<think>\n\n</think>\n\na dog", "<|im_end|>"),
+    ("qwen3_instruct_2507", "<|im_end|>", [], "a dog", "<|im_end|>"),
+    ("llama3", "<|eot_id|>", ["<|start_header_id|>", "<|end_header_id|>"], "a dog", "<|eot_id|>"),
+    ("gemma3", "<eos>", ["<start_of_turn>", "<end_of_turn>"], "a dog", "<end_of_turn>"),  # not its EOS
     (
-        "deepseek_r1_distill",
-        "<｜end▁of▁sentence｜>",
-        ["<｜User｜>", "<｜Assistant｜>"],
-        "a dog<｜end▁of▁sentence｜>",
-    ),
+        "phi3",
+        "<|endoftext|>",
+        ["<|user|>", "<|assistant|>", "<|end|>"],
+        "a dog",
+        "<|end|>",
+    ),  # EOS is behind it
+    ("cohere2", "<|END_OF_TURN_TOKEN|>", COHERE, "a dog", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
+    (*DEEPSEEK, "a dog", "<｜end▁of▁sentence｜>"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "eos", "special", "sampled"), TEMPLATES, ids=[template[0] for template in TEMPLATES]
+    ("name", "eos", "special", "sampled", "closing"), TEMPLATES, ids=[template[0] for template in TEMPLATES]
 )
-def test_chat_templates_of_known_models(name, eos, special, sampled, tokenizer):
+def test_chat_templates_of_known_models(name, eos, special, sampled, closing, tokenizer):
     tok = chat_tokenizer_for(name, tokenizer, eos, special)
     prompt = [user("what is this?")]
     generation = tok.apply_chat_template(
@@ -522,30 +530,28 @@ def test_chat_templates_of_known_models(name, eos, special, sampled, tokenizer):
     )
     prompt_ids, completion_ids = build_ids(tok, prompt, [assistant("a dog")])
     assert prompt_ids == generation["input_ids"][0]
-    assert tok.decode(completion_ids) == sampled
+    assert tok.decode(completion_ids) == sampled + closing
+    closing_ids = tok(closing)["input_ids"]
+    assert completion_ids[-len(closing_ids) :] == closing_ids
     cut = build_ids(tok, prompt, [assistant("a dog")], truncated=True)
-    assert cut == (prompt_ids, completion_ids[:-1])
+    assert cut == (prompt_ids, completion_ids[: -len(closing_ids)])
     trl_ids = tok.apply_chat_template([*prompt, assistant("a dog")], tokenize=True, return_dict=True)[
         "input_ids"
     ]
-    if name != "deepseek_r1_distill":  # its generation prompt opens a thought that the full rendering lacks
+    if name != DEEPSEEK[0]:  # its generation prompt opens a thought that the full rendering lacks
         assert (prompt_ids + completion_ids) == trl_ids[: len(prompt_ids + completion_ids)]
 
 
 def test_thought_opened_by_the_generation_prompt(tokenizer):
     """The template would cut the thought away, but the policy's answer to that prompt begins with it."""
-    tok = chat_tokenizer_for(
-        "deepseek_r1_distill", tokenizer, "<｜end▁of▁sentence｜>", ["<｜User｜>", "<｜Assistant｜>"]
-    )
+    tok = chat_tokenizer_for(DEEPSEEK[0], tokenizer, *DEEPSEEK[1:])
     prompt_ids, completion_ids = build_ids(tok, [user("what is this?")], "it barks</think>a dog")
     assert tok.decode(prompt_ids).endswith("<｜Assistant｜><think>\n")
     assert tok.decode(completion_ids) == "it barks</think>a dog<｜end▁of▁sentence｜>"
 
 
 def test_completion_that_does_not_continue_the_prompt_and_has_several_messages(tokenizer):
-    tok = chat_tokenizer_for(
-        "deepseek_r1_distill", tokenizer, "<｜end▁of▁sentence｜>", ["<｜User｜>", "<｜Assistant｜>"]
-    )
+    tok = chat_tokenizer_for(DEEPSEEK[0], tokenizer, *DEEPSEEK[1:])
     completion = [assistant("one"), user("more"), assistant("two")]
     prompt_ids, completion_ids = build_ids(tok, [user("count")], completion)
     assert tok.decode(prompt_ids).endswith("<｜Assistant｜><think>\n")
