@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import (
@@ -28,13 +27,14 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad, 
 
 from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
 from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
-from prefopt.shared_base import load_reward_model, sequence_scores, token_scores, value_model_from
+from prefopt.shared_base import load_reward_model, sequence_scores, value_model_from
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents, share_of_process
+from prefopt.trainers.value_function import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-VALUE_FILE = "value_function.safetensors"
 STATE_FILE = "ppo_ptx_state.json"
 
 RewardModel = PreTrainedModel | PeftModel
@@ -122,8 +122,6 @@ class PPOPtxTrainer(GRPOTrainer):
         self.reward_models: list[RewardModel] = []
         self._prompt_ids: list[list[int]] = []  # of the rollout being scored
         self._scores: Tensor | None = None  # of the rollout being scored
-        self._trunk_values: list[Tensor] = []  # left by the last forward under a value head
-        self._reads_trunk = False
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
 
         super().__init__(
@@ -154,7 +152,7 @@ class PPOPtxTrainer(GRPOTrainer):
             self._check_tokenizer(reward_model, "reward model")
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
         self._make_reference(is_new_adapter=peft_config is not None)
-        self._make_value_function(value_model)
+        self.value_function = self._make_value_function(value_model)
         self.pretraining = None
         if args.ptx_coef > 0:
             longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -214,64 +212,33 @@ class PPOPtxTrainer(GRPOTrainer):
                 if ".ref." in name:
                     parameter.requires_grad_(False)
 
-    def _make_value_function(self, value_model: RewardModel | str | None) -> None:
-        """`self.value_model`: a network of its own, or a head fed by a hook on the policy's trunk.
-
-        It lives outside `self.model`, so that DDP, generation and the saved policy know nothing of it.
-        """
+    def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:
             value_model = value_model_from(self.reward_models[0]) if self.reward_models else "head"
-        self._has_value_head = value_model == "head"
-        if self._has_value_head:
-            config = self.model.config.get_text_config()
-            self.value_model = nn.Linear(config.hidden_size, 1, dtype=torch.float32)
-            nn.init.zeros_(self.value_model.weight)  # predicts 0 at first, whatever the trunk says
-            nn.init.zeros_(self.value_model.bias)
-            policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            policy.base_model.register_forward_hook(self._read_trunk)
+        if value_model == "head":
+            value_function = ValueFunction.on_trunk_of(self.model)
         else:
             if isinstance(value_model, (str, os.PathLike)):
                 value_model = value_model_from(load_reward_model(value_model))
             self._check_tokenizer(value_model, "value model")
-            self.value_model = value_model.train()
+            value_function = ValueFunction(value_model.train())
             if self.args.disable_dropout:
-                disable_dropout_in_model(self.value_model)
+                disable_dropout_in_model(value_model)
             if self.args.activation_checkpointing:
-                kwargs = self.args.activation_checkpointing_kwargs
-                self.value_model.activation_checkpointing_enable(kwargs)
-                if isinstance(self.value_model, PeftModel):
-                    self.value_model.enable_input_require_grads()
-        self.value_model.to(self.accelerator.device)
-        self._value_parameters = [p for p in self.value_model.parameters() if p.requires_grad]
-        if not self._value_parameters:
-            raise ValueError(
-                "value_model has no trainable parameter; make one with shared_base.value_model_from"
-            )
-        for parameter in self._value_parameters:  # 16-bit weights would swallow small updates
-            parameter.data = parameter.data.float()
+                value_model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+                if isinstance(value_model, PeftModel):
+                    value_model.enable_input_require_grads()
+        value_function.module.to(self.accelerator.device)
+        return value_function
 
     # ---- forward passes ---------------------------------------------------------------------------------------
-    def _read_trunk(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._reads_trunk:
-            hidden_states = output.last_hidden_state
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                self._trunk_values.append(self.value_model(hidden_states.float()).squeeze(-1))
-
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
-        self._trunk_values, self._reads_trunk = [], self._has_value_head
-        try:
+        with self.value_function.reading():
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        finally:
-            self._reads_trunk = False
 
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        """V of the state before each of the last `length` tokens. With a value head: of the policy's last forward."""
-        if self._has_value_head:
-            values, self._trunk_values = torch.cat(self._trunk_values), []
-        else:
-            with self.accelerator.autocast():
-                values = token_scores(self.value_model, ids, attention_mask)
-        return values[:, -length - 1 : -1]
+        with self.accelerator.autocast():
+            return self.value_function(ids, attention_mask, length)
 
     def _score_ids(
         self, model: RewardModel, prompt_ids: list[list[int]], completion_ids: list[list[int]]
@@ -323,7 +290,7 @@ class PPOPtxTrainer(GRPOTrainer):
         with torch.no_grad():
             if "old_per_token_logps" not in rollout:
                 rollout["old_per_token_logps"] = logps_of(self.model)
-            if self._has_value_head:
+            if self.value_function.is_head:
                 values = self._values(ids, attention_mask, length)
             else:
                 batches = zip(ids.split(size), attention_mask.split(size), strict=True)
@@ -342,7 +309,13 @@ class PPOPtxTrainer(GRPOTrainer):
         counts = mask & is_scored.unsqueeze(1)
         rewards = kl_shaped_rewards(scores, logps, ref_logps, counts, args.kl_coef)
         advantages, returns = gae(rewards, values, counts, args.discount, args.gae_lambda)
-        self._log_rollout(mode, scores, is_scored, rewards, logps, ref_logps, mask, values, returns, counts)
+        metrics = rollout_metrics(
+            scores, is_scored, rewards, logps, ref_logps, mask, values, returns, self._sum_over_processes
+        )
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
+            self._metrics[mode].pop("frac_reward_zero_std", None)  # of groups of one: always 1
         if args.whiten_advantages:
             advantages = masked_whiten(advantages, counts, self._sum_over_processes)
         self._log_advantages(advantages, counts)
@@ -376,7 +349,7 @@ class PPOPtxTrainer(GRPOTrainer):
                 values, inputs["old_values"], inputs["returns"], mask, args.value_clip_range, num_tokens
             )
 
-        if not self._has_value_head:
+        if not self.value_function.is_head:
             value_loss = value_loss_of(self._values(ids, attention_mask, length))
             if value_loss.requires_grad:
                 self.accelerator.backward(args.vf_coef * value_loss)
@@ -384,7 +357,7 @@ class PPOPtxTrainer(GRPOTrainer):
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model, ids, attention_mask, length, compute_entropy=True
         )
-        if self._has_value_head:
+        if self.value_function.is_head:
             value_loss = value_loss_of(self._values(ids, attention_mask, length))
         policy_loss = clipped_policy_loss(
             logps, inputs["old_per_token_logps"], advantages, mask, args.epsilon, num_tokens
@@ -408,15 +381,15 @@ class PPOPtxTrainer(GRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._step % self.args.gradient_accumulation_steps == 0:
-            self.value_model.zero_grad()  # Trainer zeroes the policy's alone
+            self.value_function.module.zero_grad()  # Trainer zeroes the policy's alone
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch: the minibatch's gradient is complete
             start = time.perf_counter()
-            for parameter in self._value_parameters:
+            for parameter in self.value_function.parameters:
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             metrics = self._metrics["train"]
-            metrics["grad_norm/value"].append(_norm(self._value_parameters))
+            metrics["grad_norm/value"].append(_norm(self.value_function.parameters))
             policy_parameters = [p for p in self.model.parameters() if p.requires_grad]
             metrics["grad_norm/ppo"].append(_norm(policy_parameters))
             if self.pretraining is not None:
@@ -465,10 +438,10 @@ class PPOPtxTrainer(GRPOTrainer):
         """Trainer's parameter groups for the policy, and with `value_learning_rate` the value function's."""
         optimizer = super().create_optimizer(model)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not known & {id(p) for p in self._value_parameters}:
-            decayed = set(self.get_decay_parameter_names(self.value_model))
+        if not known & {id(p) for p in self.value_function.parameters}:
+            decayed = set(self.get_decay_parameter_names(self.value_function.module))
             groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for name, parameter in self.value_model.named_parameters():
+            for name, parameter in self.value_function.module.named_parameters():
                 if parameter.requires_grad:
                     groups[name in decayed].append(parameter)
             for is_decayed, parameters in groups.items():
@@ -483,53 +456,12 @@ class PPOPtxTrainer(GRPOTrainer):
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        self.accelerator.clip_grad_norm_(self._value_parameters, self.args.max_grad_norm)
+        self.accelerator.clip_grad_norm_(self.value_function.parameters, self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     # ---- logging ----------------------------------------------------------------------------------------------
     def _sum_over_processes(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, "sum")
-
-    def _log_rollout(
-        self,
-        mode: str,
-        scores: Tensor,
-        is_scored: Tensor,
-        rewards: Tensor,
-        logps: Tensor,
-        ref_logps: Tensor,
-        mask: Tensor,
-        values: Tensor,
-        returns: Tensor,
-        counts: Tensor,
-    ) -> None:
-        log_ratio = torch.where(mask, logps - ref_logps, 0.0)
-        error = torch.where(counts, returns - values, 0.0).double()
-        target = torch.where(counts, returns, 0.0).double()
-        sums = self._sum_over_processes(
-            torch.stack(
-                [
-                    *(mask.sum(), (torch.expm1(-log_ratio) + log_ratio).sum()),
-                    *(mask.new_tensor(len(mask), dtype=torch.double), log_ratio.sum(), (~is_scored).sum()),
-                    *(is_scored.sum(), (scores * is_scored).sum(), rewards.sum()),
-                    *(counts.sum(), error.sum(), error.square().sum(), target.sum(), target.square().sum()),
-                ]
-            ).double()
-        )
-        tokens, k3, rows, kl, unscored, scored, score, reward, n, e, ee, r, rr = sums.tolist()
-        variance = rr - r * r / max(n, 1)
-        metrics = {
-            "kl": k3 / max(tokens, 1),
-            "objective/kl": kl / rows,
-            "objective/scores": score / scored if scored else float("nan"),
-            "objective/rewards": reward / scored if scored else float("nan"),
-            "objective/unscored": unscored,
-            "value/explained_variance": 1 - (ee - e * e / n) / variance if variance > 0 else float("nan"),
-        }
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
-        if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:
-            self._metrics[mode].pop("frac_reward_zero_std", None)  # a group of one: always 1
 
     def _log_advantages(self, advantages: Tensor, counts: Tensor) -> None:
         """Replace TRL's group advantages in its table of completions by the mean over each completion's tokens."""
@@ -568,32 +500,19 @@ class PPOPtxTrainer(GRPOTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             os.makedirs(folder, exist_ok=True)
-            weights = {n: p.detach().cpu() for n, p in self.value_model.named_parameters() if p.requires_grad}
-            save_file(weights, os.path.join(folder, VALUE_FILE))
+            self.value_function.save(folder)
         super().save_model(output_dir, _internal_call)
-
-    def _load_value_function(self, folder: str) -> None:
-        path = os.path.join(folder, VALUE_FILE)
-        if not os.path.isfile(path):
-            raise ValueError(f"{folder} has no {VALUE_FILE}: it is not a checkpoint of {type(self).__name__}")
-        weights = load_file(path)
-        expected = {n for n, p in self.value_model.named_parameters() if p.requires_grad}
-        if set(weights) != expected:
-            raise ValueError(
-                f"{path} belongs to another value function: {sorted(expected ^ set(weights))[:5]}"
-            )
-        self.value_model.load_state_dict(weights, strict=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_value_function(resume_from_checkpoint)
+        self.value_function.load(resume_from_checkpoint)
         if self.pretraining is not None:
             with open(os.path.join(resume_from_checkpoint, STATE_FILE)) as file:
                 self.pretraining.position = json.load(file)["pretraining_sequences"]
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_value_function(self.state.best_model_checkpoint)
+        self.value_function.load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
