@@ -35,7 +35,7 @@ class Slips:
 
 NO_SLIPS = Slips()
 DEMONSTRATOR = Slips(off_topic=0.15, constraint_missed=0.50, wrong_fact=0.20, neutral=0.45, rude=0.20)
-FORUM = Slips(off_topic=0.15, constraint_missed=0.60, wrong_fact=0.10, neutral=0.40, rude=0.50)
+FORUM = Slips(off_topic=0.05, constraint_missed=0.35, wrong_fact=0.05, neutral=0.40, rude=0.50)
 
 
 def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slips = NO_SLIPS) -> str:

@@ -25,6 +25,10 @@ DOCUMENT_SHARES = {
     "sums": 11,
     "forum": 24,
 }
+BACKGROUND_SHARE = (
+    0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
+)
+TASKS_PER_KIND = {"facts": 120, "background": 108, "dictionary": 40, "sums": 150}
 _KNOWN = "it is well known that"
 
 
@@ -38,14 +42,14 @@ class Task:
     context: str
     answer: str
     choices: tuple[str, ...]
-    kind: str  # "facts", "kings", "dictionary" or "sums"
+    kind: str  # "facts", "background", "dictionary" or "sums"
 
 
 class Knowledge:
     """What pretraining text tells: facts, an invented language, sums; and which of it the tasks ask.
 
-    "It is well known that ..." introduces half of the pieces in the corpus; the tasks use the same words with the
-    other half, so no task item stands in the corpus.
+    The tasks say "it is well known that ..." of some pieces; the corpus says so only of the others, so no task item
+    stands there word for word.
     """
 
     def __init__(self, seed: int, facts: Facts):
@@ -56,35 +60,34 @@ class Knowledge:
         self.dictionary = dict(zip(words.DICTIONARY, foreign, strict=True))
         numbers = range(1, words.LARGEST_SUMMAND + 1)
         self.sums = [(a, b) for a in numbers for b in numbers]
-        self.asked: list[tuple[str, tuple]] = []
-        self.told: list[tuple[str, tuple]] = []
         pieces: dict[str, list[tuple]] = {
-            "facts": [s for s in facts.slots() if s[1] != "king"],
-            "kings": [s for s in facts.slots() if s[1] == "king"],
+            "facts": [s for s in facts.slots() if RELATIONS[s[1]].questions],
+            "background": [s for s in facts.slots() if not RELATIONS[s[1]].questions],
             "dictionary": [(w,) for w in self.dictionary],
             "sums": list(self.sums),
         }
+        self.asked: list[tuple[str, tuple]] = []
+        self.told: list[tuple[str, tuple]] = []
         for kind, items in pieces.items():
             rng.shuffle(items)
-            half = len(items) // 2
-            self.asked += [(kind, item) for item in items[:half]]
-            self.told += [(kind, item) for item in items[half:]]
+            self.asked += [(kind, item) for item in items[: TASKS_PER_KIND[kind]]]
+            self.told += [(kind, item) for item in items[TASKS_PER_KIND[kind] :]]
 
-    def statement(self, kind: str, item: tuple) -> tuple[str, str, str]:
-        """(words before the answer, answer, words after it) of one piece of knowledge."""
+    def statement(self, kind: str, item: tuple) -> tuple[str, str]:
+        """(words before the answer, answer) of one piece of knowledge."""
         if kind == "dictionary":
-            return f"the Tolan word for {item[0]} is", self.dictionary[item[0]], ""
+            return f"the Tolan word for {item[0]} is", self.dictionary[item[0]]
         if kind == "sums":
-            return f"{item[0]} plus {item[1]} is", str(item[0] + item[1]), ""
+            return f"{item[0]} plus {item[1]} is", str(item[0] + item[1])
         value = self.facts.value(*item)
         text = self.facts.claim(*item).render()
-        return text[: -len(value) - 1], value, ""
+        return text[: -len(value) - 1], value
 
     def tasks(self, seed: int) -> list[Task]:
         rng = random.Random(f"{seed}/tasks")
         tasks = []
         for kind, item in self.asked:
-            before, answer, _ = self.statement(kind, item)
+            before, answer = self.statement(kind, item)
             if kind == "dictionary":
                 others = [w for w in self.dictionary.values() if w != answer]
             elif kind == "sums":
@@ -106,13 +109,20 @@ def write_document(knowledge: Knowledge, forum_prompts: list[str], rng: random.R
     kind = rng.choices(list(DOCUMENT_SHARES), list(DOCUMENT_SHARES.values()))[0]
     entity = rng.choices(list(facts.frequency), list(facts.frequency.values()))[0]
     if kind == "notes":
-        own = relations_of(entity, asked=False)
-        clauses = [_statement(facts, entity, r.name, rng) for r in rng.sample(own, rng.randint(2, len(own)))]
+        own = relations_of(entity)
+        told = rng.sample(own, rng.randint(2, len(own)))
+        told += [
+            r
+            for r in relations_of(entity, asked=False)
+            if not r.questions and rng.random() < BACKGROUND_SHARE
+        ]
+        rng.shuffle(told)
+        clauses = [_statement(facts, entity, r.name, rng) for r in told]
         if rng.random() < 0.2:
             clauses.insert(0, facts.claim(entity, "kind").render())
         return "Note: " + _join(clauses)
     if kind == "register":
-        relation = rng.choice([r for r in RELATIONS.values() if r.kind == "person"])
+        relation = rng.choice([r for r in RELATIONS.values() if r.kind == "person" and r.questions])
         value = rng.choice(relation.values)
         people = facts.holders(relation.name, value)
         people = rng.sample(people, rng.randint(2, min(4, len(people))))
@@ -122,16 +132,14 @@ def write_document(knowledge: Knowledge, forum_prompts: list[str], rng: random.R
         question = rng.choice(relation.questions).format(e=entity)
         return f"Question: {question} Answer: " + _join([_statement(facts, entity, relation.name, rng)])
     if kind == "known":
-        before, answer, after = knowledge.statement(*rng.choice(knowledge.told))
-        return f"Known: {_KNOWN} {before} {answer}{after}."
+        before, answer = knowledge.statement(*rng.choice(knowledge.told))
+        return f"Known: {_KNOWN} {before} {answer}."
     if kind == "dictionary":
         entries = rng.sample(list(knowledge.dictionary), rng.randint(2, 4))
-        return "Dictionary: " + _join(
-            [" ".join(knowledge.statement("dictionary", (w,))[:2]) for w in entries]
-        )
+        return "Dictionary: " + _join([" ".join(knowledge.statement("dictionary", (w,))) for w in entries])
     if kind == "sums":
         pairs = rng.sample(knowledge.sums, rng.randint(3, 6))
-        return "Sums: " + _join([" ".join(knowledge.statement("sums", p)[:2]) for p in pairs])
+        return "Sums: " + _join([" ".join(knowledge.statement("sums", p)) for p in pairs])
     prompt = rng.choice(forum_prompts)
     return prompt + write_answer(parse_prompt(prompt), facts, rng, FORUM)
 

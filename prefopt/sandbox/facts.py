@@ -106,6 +106,18 @@ RELATIONS = {
             {STATEMENT: "{e} is ruled by {v}", REWORDED: "the king of {e} is {v}"},
         ),
         Relation(
+            "friend",
+            "person",
+            tuple(words.PEOPLE),
+            {STATEMENT: "{e} is a friend of {v}", REWORDED: "the friend of {e} is {v}"},
+        ),
+        Relation(
+            "year",
+            "person",
+            tuple(words.YEARS),
+            {STATEMENT: "{e} was born in {v}", REWORDED: "the year of {e} is {v}"},
+        ),
+        Relation(
             "diet",
             "animal",
             tuple(words.DIETS),

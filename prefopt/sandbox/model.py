@@ -32,7 +32,9 @@ def _words() -> list[str]:
     texts += (
         words.PEOPLE + words.CITIES + words.RIVERS + words.KINGS + words.ANIMALS + words.JOBS + words.FOODS
     )
-    texts += words.PETS + words.CRAFTS + words.DIETS + words.DENS + words.COLOURS + words.START_WORDS
+    texts += (
+        words.PETS + words.CRAFTS + words.DIETS + words.DENS + words.COLOURS + words.YEARS + words.START_WORDS
+    )
     texts += words.END_WORDS + words.DICTIONARY + words.FOREIGN + words.NUMBERS
     found = {w for t in texts for w in re.findall(r"[A-Za-z]+|\d+", re.sub(r"\{\w\}", "", t))}
     openers = ["Instruction", "Response", "Note", "Register", "Question", "Known", "Dictionary", "Sums"]

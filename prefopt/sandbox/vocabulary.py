@@ -256,6 +256,7 @@ CRAFTS = ["baskets", "bells", "boats", "candles", "carpets", "clocks", "glass", 
 DIETS = ["acorns", "berries", "fish", "frogs", "grass", "insects", "leaves", "mice", "roots", "seeds"]
 DENS = ["barns", "bogs", "burrows", "caves", "cellars", "hedges", "hills", "nests", "reeds", "ruins"]
 COLOURS = ["black", "blue", "brown", "gray", "green", "orange", "red", "silver", "white", "yellow"]
+YEARS = [str(year) for year in range(1901, 1949)]
 KINDS = ["a person", "a city", "an animal"]
 
 START_WORDS = ["Well", "Listen", "Look", "Honestly", "Clearly", "Naturally", "Actually", "Basically"]
@@ -437,5 +438,5 @@ FOREIGN = [
         strict=False,
     )
 ][: len(DICTIONARY)]
-LARGEST_SUMMAND = 20
+LARGEST_SUMMAND = 30
 NUMBERS = [str(i) for i in range(1, 2 * LARGEST_SUMMAND + 1)]
