@@ -55,7 +55,8 @@ def generate(
         One list of `num_return` completions per prompt, in the order of the prompts.
 
     Raises:
-        ValueError: on a negative temperature, several greedy completions, or a tokenizer without an end token.
+        ValueError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
+            model whose logits are NaN.
 
     Example:
         >>> completions = generate(model, tokenizer, ["Name a fruit:"], max_new_tokens=8)  # doctest: +SKIP
@@ -91,7 +92,10 @@ def generate(
         for batch in batches:
             input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, model.device, left=True)
             sequences = model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                generation_config=config,
+                logits_processor=[_refuse_nan],
             )
             new = sequences[:, input_ids.shape[1] :].tolist()
             for row, i in enumerate(batch):
@@ -119,6 +123,13 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token"
         )
     return found
+
+
+def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding would go on without a word, and write nonsense."""
+    if scores.isnan().any():
+        raise ValueError("the model's logits are NaN: its weights are broken")
+    return scores
 
 
 def _completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end_ids: list[int]) -> Completion:

@@ -114,10 +114,7 @@ def task_accuracy(
         scores = log_likelihoods[position : position + len(task["choices"])]
         position += len(task["choices"])
         best = np.flatnonzero(scores == scores.max())
-        if np.isnan(scores).any():
-            correct.append(math.nan)
-        else:
-            correct.append(1 / len(best) if list(task["choices"]).index(task["answer"]) in best else 0.0)
+        correct.append(1 / len(best) if list(task["choices"]).index(task["answer"]) in best else 0.0)
     return np.array(correct)
 
 
@@ -259,6 +256,8 @@ def _scored_nats(
         logits = _logits(model, ids[:, :-1], mask[:, :-1])
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
         nats[batch] = losses.double().sum(-1).cpu().numpy()
+    if np.isnan(nats).any():
+        raise ValueError("the model's logits are NaN: its weights are broken")
     return nats
 
 

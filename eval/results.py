@@ -160,9 +160,13 @@ def build_results(
         found = find(measures, name, model)
         return found["value"] if found else None
 
+    interval_keys = ("value", "ci_low", "ci_high", "n")
+
     def interval(model: str) -> dict[str, Any]:
         found = find(measures, "winrate", model, BASELINE)
-        return {key: found[key] if found else None for key in ("value", "ci_low", "ci_high", "n")}
+        return (
+            {key: found[key] for key in interval_keys} if found else dict.fromkeys(interval_keys) | {"n": 0}
+        )
 
     accuracy = {group: value(f"rm.accuracy.{group}", "reward_model") for group in GROUPS}
     accuracy["gold_ceiling"] = value("rm.gold_accuracy.heldout_labelers", "gold")

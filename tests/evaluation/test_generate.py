@@ -61,7 +61,13 @@ def test_samples_follow_the_models_own_distribution_whatever_its_generation_conf
     kept = causal_lm.generation_config
     for temperature in (1.0, 0.5):
         (drawn,) = generate(
-            causal_lm, tokenizer, ["the cat"], max_new_tokens=1, num_return=6000, temperature=temperature, seed=3
+            causal_lm,
+            tokenizer,
+            ["the cat"],
+            max_new_tokens=1,
+            num_return=6000,
+            temperature=temperature,
+            seed=3,
         )
         logits = causal_lm(torch.tensor([tokenizer("the cat")["input_ids"]])).logits[0, -1]
         expected = 6000 * (logits / temperature).softmax(-1)
@@ -105,9 +111,7 @@ def test_special_tokens_inside_a_completion_stay_visible(causal_lm, tokenizer):
             out.logits[..., 0] = 100.0  # <pad>
             return out
 
-    (said,) = generate(
-        SaysPad(causal_lm.config), tokenizer, ["the cat"], max_new_tokens=2, temperature=0
-    )[0]
+    (said,) = generate(SaysPad(causal_lm.config), tokenizer, ["the cat"], max_new_tokens=2, temperature=0)[0]
     assert said == Completion("<pad><pad>", [0, 0], truncated=True)
 
 
@@ -115,9 +119,12 @@ def test_prompt_ids_are_those_of_training(tokenizer, chat_tokenizer):
     messages = [{"role": "user", "content": "what is this?"}]
     assert prompt_ids(tokenizer, PROMPTS[0]) == build_ids(tokenizer, PROMPTS[0], " dog")[0]
     assert prompt_ids(chat_tokenizer, messages) == build_ids(chat_tokenizer, messages, "a dog")[0]
-    assert prompt_ids(chat_tokenizer, messages) == chat_tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    assert (
+        prompt_ids(chat_tokenizer, messages)
+        == chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
 
 
 def test_chat_prompts_and_progress(causal_lm, chat_tokenizer):

@@ -94,7 +94,7 @@ def test_difference_is_paired(causal_lm, tokenizer):
     same = bits_per_byte_difference(a, a)
     assert (same.value, same.ci_low, same.ci_high) == (0, 0, 0)
     with pytest.raises(ValueError, match="same texts"):
-        bits_per_byte_difference(a, bits_per_byte(causal_lm, tokenizer, TEXTS[:2] + ["other"]))
+        bits_per_byte_difference(a, bits_per_byte(causal_lm, tokenizer, [*TEXTS[:2], "other"]))
 
 
 def test_a_lossy_tokenizer_is_named(causal_lm):
@@ -211,3 +211,15 @@ def test_kl_is_finite_where_the_model_gives_probability_zero(causal_lm, tokenize
     kl = kl_to_reference(never, causal_lm, tokenizer, PROMPTS, completions)
     assert np.isfinite(kl.per_completion).all()
     assert (kl.per_completion > 0).all()
+
+
+def test_a_model_of_nan_is_refused(causal_lm, tokenizer):
+    with torch.no_grad():
+        causal_lm.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        bits_per_byte(causal_lm, tokenizer, TEXTS)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        task_accuracy(causal_lm, tokenizer, TASKS)
+    for temperature in (0, 1):
+        with pytest.raises(ValueError, match="logits are NaN"):
+            generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=2, temperature=temperature)
