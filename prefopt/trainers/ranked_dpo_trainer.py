@@ -70,7 +70,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         **kwargs: Any,
     ):
         if args is None:
-            path = model if isinstance(model, str) else model.config._name_or_path
+            path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")
         if not isinstance(args, RankedDPOConfig):
             raise TypeError(f"`args` must be a RankedDPOConfig, got {type(args).__name__}")
@@ -85,7 +85,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             )
         keeps_reference = not args.precompute_ref_log_probs and peft_config is None
         if ref_model is None and keeps_reference and isinstance(model, PreTrainedModel):
-            # TRL would load `config._name_or_path` again, which need not be these weights, nor exist.
+            # TRL would load `config.name_or_path` again, which need not be these weights, nor exist.
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self._ranked_collator = data_collator
         super().__init__(

@@ -81,7 +81,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         **kwargs: Any,
     ):
         if args is None:
-            path = model if isinstance(model, str) else model.config._name_or_path
+            path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedRewardConfig(f"{path.split('/')[-1] or 'model'}-RankedReward")
         if not isinstance(args, RankedRewardConfig):
             raise TypeError(f"`args` must be a RankedRewardConfig, got {type(args).__name__}")
