@@ -23,7 +23,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "ranked_rows": (set(), {"datasets"}),
     "comparisons": ({"ranked_rows"}, {"torch", "datasets"}),
     "shared_base": ({"ranked_rows", "comparisons"}, MODELS),
-    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy"}),
+    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
     "sandbox": ({"ranked_rows", "comparisons"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"sandbox"}, None),
     "recipes": (LIBRARY | {"sandbox", "evaluation"}, None),
