@@ -6,6 +6,7 @@ Each output row keeps the input row's fields and adds `completions` and `truncat
 no end-of-sequence token is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9).
 """
 
+import logging
 import random
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ from prefopt.recipes.arguments import (
     model_init_kwargs,
     parse,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -75,12 +78,20 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
     )
     flat = iter(completions[0] for completions in drawn)
-    output = []
+    output, empty, short = [], 0, 0
     for row, count in zip(rows, counts, strict=True):
         mine = [next(flat) for _ in range(count)]
+        said = [c for c in mine if c.text.strip()]
+        empty += count - len(said)
+        if len(said) < min(2, args.k_min):
+            short += 1
+            continue
         output.append(
-            {**row, "completions": [c.text for c in mine], "truncated": [c.truncated for c in mine]}
+            {**row, "completions": [c.text for c in said], "truncated": [c.truncated for c in said]}
         )
+    if empty:
+        logger.warning("dropped %d of %d completions that say nothing, and %d of %d prompts left with too few to rank",
+                       empty, len(prompts), short, len(rows))  # fmt: skip
     write_jsonl(args.output, output)
 
 

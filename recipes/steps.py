@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from prefopt.recipes.arguments import UserError
 class Steps:
     """The steps of one run folder, each with a marker file written when it is done.
 
-    `run(name, work, settings)` calls `work()` unless the marker is there. The marker holds the seconds the step took
-    and a fingerprint of `settings`: a step that ran with other settings is never silently reused nor overwritten.
+    `run(name, title, settings, work)` calls `work()` unless the marker is there. The marker holds the seconds the
+    step took and a fingerprint of its settings and of the steps before it: a step that ran with other settings, or
+    on other inputs, is never silently reused nor overwritten.
     """
 
     def __init__(self, folder: Path, total: int, console: Console | None = None) -> None:
@@ -34,15 +36,16 @@ class Steps:
         """Do one step, or skip it because it is done."""
         marker = self.folder / "steps" / f"{name}.json"
         text = self._inputs + json.dumps(settings, sort_keys=True, default=str)
-        self._inputs = hashlib.sha256(text.encode()).hexdigest()[:16]
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         heading = f"[{len(self.seconds) + 1}/{self.total}] {title}"
         if marker.exists():
             done = json.loads(marker.read_text(encoding="utf-8"))
-            if done["settings"] != self._inputs:
+            if done["fingerprint"] != fingerprint:
                 raise UserError(
-                    f"step {name!r} of {self.folder} ran with other settings; choose another output_dir, or delete "
-                    f"{self.folder} to run everything again"
+                    f"step {name!r} of {self.folder} ran with other settings or before an earlier step ran again; "
+                    f"choose another output_dir, or delete {marker} (and the later ones) to run it again"
                 )
+            self._inputs = done["run"]
             self.seconds[name] = done["seconds"]
             self.console.print(f"{heading}: done before ({done['seconds']:.0f} s)")
             return
@@ -51,5 +54,7 @@ class Steps:
         start = time.monotonic()
         work()
         self.seconds[name] = round(time.monotonic() - start, 2)
-        write_whole(marker, json.dumps({"settings": self._inputs, "seconds": self.seconds[name]}))
+        self._inputs = uuid.uuid4().hex
+        done = {"fingerprint": fingerprint, "run": self._inputs, "seconds": self.seconds[name]}
+        write_whole(marker, json.dumps(done))
         self.console.print(f"{heading}: {self.seconds[name]:.0f} s")

@@ -41,3 +41,12 @@ def test_other_settings_are_refused_not_reused(tmp_path, changed):
     with pytest.raises(SystemExit, match=f"step '{changed}' .* ran with other settings"):
         run(tmp_path, {changed: {"learning_rate": 1}}, log)
     assert log == []
+
+
+def test_a_step_is_not_reused_after_an_earlier_one_ran_again(tmp_path):
+    run(tmp_path, {}, [])
+    (tmp_path / "steps" / "first.json").unlink()
+    log = []
+    with pytest.raises(SystemExit, match="step 'second' .* before an earlier step ran again"):
+        run(tmp_path, {}, log)
+    assert log == ["first"]
