@@ -495,6 +495,9 @@ def chat_tokenizer_for(name: str, tokenizer: PreTrainedTokenizerFast, eos: str, 
     )
     tok.add_special_tokens({"eos_token": eos, "bos_token": "<bos>"})
     tok.add_tokens([AddedToken(token, special=True) for token in special])
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(  # BOS before every plain text
+        single="<bos> $A", special_tokens=[("<bos>", tok.bos_token_id)]
+    )
     tok.chat_template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text()
     return tok
 
@@ -531,7 +534,7 @@ def test_chat_templates_of_known_models(name, eos, special, sampled, closing, to
     prompt_ids, completion_ids = build_ids(tok, prompt, [assistant("a dog")])
     assert prompt_ids == generation["input_ids"][0]
     assert tok.decode(completion_ids) == sampled + closing
-    closing_ids = tok(closing)["input_ids"]
+    closing_ids = tok(closing, add_special_tokens=False)["input_ids"]
     assert completion_ids[-len(closing_ids) :] == closing_ids
     cut = build_ids(tok, prompt, [assistant("a dog")], truncated=True)
     assert cut == (prompt_ids, completion_ids[: -len(closing_ids)])
