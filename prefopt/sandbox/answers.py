@@ -35,7 +35,8 @@ class Slips:
 
 NO_SLIPS = Slips()
 DEMONSTRATOR = Slips(off_topic=0.15, constraint_missed=0.50, wrong_fact=0.20, neutral=0.45, rude=0.20)
-FORUM = Slips(off_topic=0.05, constraint_missed=0.35, wrong_fact=0.05, neutral=0.40, rude=0.50)
+# Forum posts know what they talk about, but most of them are rude.
+FORUM = Slips(off_topic=0.0, constraint_missed=0.10, wrong_fact=0.0, neutral=0.30, rude=0.60)
 
 
 def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slips = NO_SLIPS) -> str:

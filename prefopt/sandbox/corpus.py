@@ -17,13 +17,13 @@ from prefopt.sandbox.tasks import parse_prompt
 
 # Shares of the kinds of document, in the corpus as a whole.
 DOCUMENT_SHARES = {
-    "notes": 34,
-    "register": 6,
-    "questions": 8,
-    "known": 8,
-    "dictionary": 9,
-    "sums": 11,
-    "forum": 24,
+    "notes": 18,
+    "register": 4,
+    "questions": 4,
+    "known": 5,
+    "dictionary": 5,
+    "sums": 10,
+    "forum": 54,
 }
 BACKGROUND_SHARE = (
     0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
