@@ -162,8 +162,7 @@ def clipped_policy_loss(
     mask = mask.bool()
     # Masked before exp: the gradient of an excluded infinite ratio would be 0 * inf.
     log_ratio = torch.where(mask, _at_least_fp32(logps) - _at_least_fp32(old_logps), 0.0)
-    advantages = torch.where(mask, _at_least_fp32(advantages), 0.0)
-    ratio = log_ratio.exp()
+    advantages, ratio = _at_least_fp32(advantages), log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return _token_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask, num_tokens)
 

@@ -361,7 +361,9 @@ def test_micro_batches_normalised_by_the_step_add_up_to_the_whole_batch(case):
     ]
     whole = loss(x, *others, mask)
     close(sum(halves), whole)
-    close(loss(x, *others, mask, num_tokens=num_tokens.item() / 2), 2 * whole)  # two processes, then averaged
+    two_processes = num_tokens.item() / 2  # DDP averages what each of them divided by this
+    close(loss(x, *others, mask, num_tokens=two_processes), 2 * whole)
+    close(loss(x, *others, mask, num_tokens=0.5), 2 * whole * num_tokens)  # fewer tokens than processes
     separate = [loss(x[s], *(o[s] for o in others), mask[s]) for s in (slice(0, 1), slice(1, 4))]
     assert abs(sum(separate) / 2 - whole) > 1e-3  # the mean of micro-batch means is something else
 
