@@ -213,6 +213,8 @@ class PPOPtxConfig(GRPOConfig):
             self.num_generations = _OnePerPrompt(1)
         super().__post_init__()
         self.num_generations = completions
+        if (self.generation_kwargs or {}).get("do_sample") is False:  # parsed by now, if it was a JSON string
+            raise ValueError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
         if self.fp16:
             raise ValueError(
                 "fp16 loss scaling does not carry over several backward passes: use bf16 or fp32"
@@ -231,8 +233,6 @@ class PPOPtxConfig(GRPOConfig):
             off = value is False and defaults[name] == "none"  # GRPOConfig's other spelling of scale_rewards
             if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
                 raise ValueError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
-        if isinstance(self.generation_kwargs, dict) and self.generation_kwargs.get("do_sample") is False:
-            raise ValueError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
         limits = {
             "num_generations": 1,
             "num_iterations": 1,

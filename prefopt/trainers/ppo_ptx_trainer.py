@@ -15,12 +15,14 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerState,
 )
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad, use_adapter
@@ -148,6 +150,8 @@ class PPOPtxTrainer(GRPOTrainer):
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
+        self._prompt_order = _PromptOrder()
+        self.add_callback(self._prompt_order)
         for reward_model in self.reward_models:
             self._check_tokenizer(reward_model, "reward model")
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
@@ -260,6 +264,10 @@ class PPOPtxTrainer(GRPOTrainer):
                 )
             scores += batch_scores.tolist()
         return scores
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        self._prompt_order.sampler = super()._get_train_sampler(dataset)
+        return self._prompt_order.sampler
 
     # ---- rollout ----------------------------------------------------------------------------------------------
     def _generate(self, prompts: list) -> tuple:
@@ -520,6 +528,16 @@ class PPOPtxTrainer(GRPOTrainer):
             checkpoint is not None
         ):  # TRL restarts at 0, which would put rollouts out of phase with the prompts
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
+
+
+class _PromptOrder(TrainerCallback):
+    """Seeds the order of the prompts by epoch: TRL's sampler would begin a resumed run with its first order again."""
+
+    sampler: Sampler | None = None
+
+    def on_epoch_begin(self, args: PPOPtxConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.sampler is not None and args.shuffle_dataset:
+            self.sampler.generator.manual_seed(args.seed + int(state.epoch or 0))
 
 
 def _norm(parameters: list[nn.Parameter]) -> float:
