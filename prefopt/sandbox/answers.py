@@ -35,6 +35,7 @@ class Slips:
 
 NO_SLIPS = Slips()
 DEMONSTRATOR = Slips(off_topic=0.15, constraint_missed=0.50, wrong_fact=0.20, neutral=0.45, rude=0.20)
+REVIEWED = Slips(off_topic=0.30, constraint_missed=0.40, wrong_fact=0.30, neutral=0.35, rude=0.35)
 # Forum posts know what they talk about, but most of them are rude.
 FORUM = Slips(off_topic=0.0, constraint_missed=0.10, wrong_fact=0.0, neutral=0.30, rude=0.60)
 

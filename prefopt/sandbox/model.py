@@ -26,7 +26,7 @@ def _words() -> list[str]:
     texts += [
         "It it is well known that",
         "The the Tolan word for",
-        "plus Answer",
+        "plus Answer relevant partial unrelated careful careless true mixed false polite plain rude",
         "living working as liking having",
     ]
     texts += (
@@ -37,7 +37,17 @@ def _words() -> list[str]:
     )
     texts += words.END_WORDS + words.DICTIONARY + words.FOREIGN + words.NUMBERS
     found = {w for t in texts for w in re.findall(r"[A-Za-z]+|\d+", re.sub(r"\{\w\}", "", t))}
-    openers = ["Instruction", "Response", "Note", "Register", "Question", "Known", "Dictionary", "Sums"]
+    openers = [
+        "Instruction",
+        "Response",
+        "Note",
+        "Register",
+        "Question",
+        "Known",
+        "Dictionary",
+        "Sums",
+        "Review",
+    ]
     return [*openers, *(f" {w}" for w in sorted(found))]
 
 

@@ -259,8 +259,8 @@ COLOURS = ["black", "blue", "brown", "gray", "green", "orange", "red", "silver",
 YEARS = [str(year) for year in range(1901, 1949)]
 KINDS = ["a person", "a city", "an animal"]
 
-START_WORDS = "Well Listen Honestly Clearly Naturally Actually".split()
-END_WORDS = "today indeed really always anyway certainly".split()
+START_WORDS = ["Well", "Listen", "Honestly", "Clearly", "Naturally", "Actually"]
+END_WORDS = ["today", "indeed", "really", "always", "anyway", "certainly"]
 
 COURTESIES = ["Happy to help", "My pleasure", "Glad you asked", "Thank you for asking"]
 INSULTS = ["What a stupid question", "Go away, fool", "You are boring", "Stop wasting time, idiot"]

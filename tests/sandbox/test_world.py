@@ -186,3 +186,22 @@ def test_every_template_and_constraint_occurs(world):
     seen = {parse_prompt(p).combination[:2] for p in world.prompts("rl", 3000) + world.prompts("sft")}
     assert {(u, t) for u, ts in TEMPLATES.items() for t in ts} <= seen
     assert {parse_prompt(p).constraint[0] for p in world.prompts("rl", 3000)} == set(CONSTRAINTS)
+
+
+def test_reviews_say_what_gold_says(world, corpus):
+    reviews = [d for d in corpus if "\nReview: " in d]
+    assert len(reviews) > 0.15 * len(corpus)
+    seen = Counter()
+    for document in reviews[:1500]:
+        post, review = document.split("\nReview: ")
+        prompt, answer = post.split("\nResponse:")
+        score = world.gold_reward(prompt + "\nResponse:", answer)
+        follow, constraint, truth, manner = review.removesuffix(".").split()
+        assert (follow == "relevant") == (score.follow == 1.0)
+        assert (follow == "unrelated") == (score.follow == 0.0)
+        assert (constraint == "careful") == (score.constraint == 1.0)
+        assert (truth == "true") == (score.truth == 1.0)
+        assert (truth == "false") == (score.truth == 0.0)
+        assert {"polite": 1.0, "plain": 0.4, "rude": 0.0}[manner] == score.polite
+        seen.update([follow, constraint, truth, manner])
+    assert len(seen) == 3 + 2 + 3 + 3
