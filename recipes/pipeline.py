@@ -96,11 +96,12 @@ class Pipeline:
                 self.data / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, count)]
             )
         for split in ("sft", "rm", "rl", "tuning", "test"):
-            prompts = world.prompts(split)
+            prompts = world.prompts(split, getattr(args, f"{split}_prompts"))
             rows = [{"prompt": prompt, "use_case": world.use_case(prompt)} for prompt in prompts]
             write_jsonl(self.data / f"prompts_{split}.jsonl", rows)
         for split in ("sft", "tuning"):
-            write_jsonl(self.data / f"demonstrations_{split}.jsonl", world.demonstrations(split))
+            rows = world.demonstrations(split, getattr(args, f"{split}_prompts"))
+            write_jsonl(self.data / f"demonstrations_{split}.jsonl", rows)
 
     def pretrain(self) -> None:
         start = self.root / "random-weights"
@@ -142,7 +143,6 @@ class Pipeline:
         """Keep the epoch with the best reward-model score on validation prompts, not the best loss (section 3.5)."""
         judge = load_reward_model(self.root / "reward")
         prompts = [row["prompt"] for row in read_jsonl(self.data / "prompts_tuning.jsonl")]
-        prompts = prompts[: self.args.selection_prompts]
         state = json.loads((self.root / "sft-epochs" / "trainer_state.json").read_text())
         losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
         epochs = []
@@ -189,7 +189,7 @@ class Pipeline:
 
     # ---- what came of it ----------------------------------------------------------------------------------------
     def evaluate(self) -> None:
-        prompts = read_jsonl(self.data / "prompts_test.jsonl")[: self.args.eval_prompts]
+        prompts = read_jsonl(self.data / "prompts_test.jsonl")
         rankings = {
             f"{group}_labelers": [
                 row
