@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -47,18 +47,24 @@ def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) ->
             high = m["value"] if m["ci_high"] is None else m["ci_high"]
             axes.plot([low, high], [y, y], color=_SERIES[0], linewidth=2)
             axes.plot(m["value"], y, "o", color=_SERIES[0], markersize=5)
-            axes.text(
-                high, y, f"  {m['value']:.2f}", va="center", fontsize=8
-            )  # beside the interval, never under it
+            axes.annotate(
+                f"{m['value']:.3f}",
+                (1, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
         axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(f"win rate against {baseline} (.5 = equal)")
         axes.grid(axis="y", visible=False)
         low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.45), max(high + 0.08 * (high - low), 0.55))
+        axes.set_xlim(min(low, 0.45), max(high, 0.55))
 
-    return _svg(draw, "forest", height=0.55 + 0.3 * max(2, len(rows)))
+    return _svg(draw, "win rates with their intervals", height=0.55 + 0.3 * max(2, len(rows)))
 
 
 def epochs_plot(epochs: Sequence[Mapping[str, Any]], chosen: int | None = None) -> str:
@@ -86,7 +92,7 @@ def epochs_plot(epochs: Sequence[Mapping[str, Any]], chosen: int | None = None) 
         every[-1].xaxis.get_major_locator().set_params(integer=True)
 
     parts = [(key, label) for key, label in _EPOCH_SERIES if drawable(epochs, key)]
-    return _svg(draw, "epochs", height=0.4 + 1.15 * len(parts))
+    return _svg(draw, "validation loss and reward-model score by SFT epoch", height=0.4 + 1.15 * len(parts))
 
 
 _EPOCH_SERIES = (
@@ -109,7 +115,7 @@ def training_plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, tit
         axes.set_xlabel("step")
         axes.legend(loc="best")
 
-    return _svg(draw, f"training-{key}", height=1.9)
+    return _svg(draw, f"{key} over training steps", height=1.9)
 
 
 def drawable(log: Sequence[Mapping[str, Any]], key: str) -> bool:
@@ -122,8 +128,8 @@ def _column(log: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([np.nan if entry.get(key) is None else entry[key] for entry in log], dtype=float)
 
 
-def _svg(draw: Any, name: str, height: float, width: float = 4.2) -> str:
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": name}):  # ids differ between the plots of one page
+def _svg(draw: Callable[[Figure], None], label: str, height: float, width: float = 4.2) -> str:
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": label}):  # ids differ between the plots of one page
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
         draw(figure)
         _ink_texts(figure.axes)
@@ -136,7 +142,7 @@ def _svg(draw: Any, name: str, height: float, width: float = 4.2) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)  # inside HTML the parser knows the namespaces
     svg = re.sub(
-        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{name}" \1>', svg, count=1
+        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1
     )
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")

@@ -25,7 +25,8 @@ def build_report(results: Results, path: str | os.PathLike) -> None:
 
     `results` is what `evaluate` returns or results.json holds. Optional curves in `results["curves"]`: `sft_epochs`, a
     list of {`epoch`, `validation_loss`, `rm_score`}, with `sft_chosen_epoch`; and under a model's name its training
-    log, a list of {`step`, `reward`, `kl`, `gold`}. A section whose data are missing says so and why.
+    log, a list of {`step`, `objective/scores`, `objective/kl`, `loss/ptx`, `gold`} (PPOPtxTrainer's log keys, and the
+    gold reward of the rollouts where it is known). A section whose data are missing says so and why.
 
     Example:
         >>> import tempfile, pathlib
@@ -122,7 +123,7 @@ _ROWS: list[tuple[str, str, bool, int] | str] = [
     ("minus SFT", "gold_reward_greedy", True, 3),
     ("gold reward, held-out use case", "gold_reward_heldout_use_case", False, 3),
     "What did it cost? The alignment tax",
-    ("bits per byte of pretraining text (lower is better)", "pretraining_bits_per_byte", False, 4),
+    ("bits per byte of pretraining text (lower is better)", "pretraining_bits_per_byte", False, 3),
     ("minus SFT", "pretraining_bits_per_byte", True, 4),
     ("accuracy on held-out tasks", "heldout_task_accuracy", False, 3),
     ("minus SFT", "heldout_task_accuracy", True, 3),
@@ -267,7 +268,7 @@ def _reward_section(results: Results) -> str:
         raise Missing("no reward model was evaluated")
     head = (
         "<tr><th>pairs ranked by</th><th>reward model</th><th>gold ceiling</th><th>ratio</th>"
-        "<th class='paper'>paper</th></tr>"
+        "<th class='paper'>paper <small>175B, different data</small></th></tr>"
     )
     return _table(head, "".join(rows)) + (
         "<p class='note'>Share of strictly ranked pairs put in the labelers' order. The gold ceiling is what the gold "
@@ -291,9 +292,10 @@ def _training_section(results: Results) -> str:
         _label(m): log for m, log in (results.get("curves") or {}).items() if log and not m.startswith("sft_")
     }
     titles = {
-        "reward": "reward-model score of the rollouts",
-        "kl": "KL to SFT of the rollouts, as logged",
+        "objective/scores": "reward-model score of the rollouts",
+        "objective/kl": "KL to SFT, nats per completion",
         "gold": "gold reward of the rollouts",
+        "loss/ptx": "loss on pretraining text, nats per token",
     }
     drawn = [key for key in titles if any(plots.drawable(log, key) for log in runs.values())]
     if not drawn:

@@ -31,13 +31,13 @@ th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; b
 tr.group th { font-weight: 600; padding-top: .9rem; }
 tr.group span { position: sticky; left: 0; display: inline-block; max-width: calc(100vw - 3rem); }
 th.difference { padding-left: 1rem !important; color: var(--soft); }
-td small, th small { display: block; font-size: .72rem; white-space: nowrap; }
+td small, th small { display: block; font-size: .72rem; font-weight: 400; white-space: nowrap; }
 td.good { color: var(--good); font-weight: 600; } td.bad { color: var(--bad); font-weight: 600; }
 td.good small, td.bad small { font-weight: 400; }
 td.none { color: var(--soft); }
 figure { margin: .5rem 0; max-width: 560px; }
 svg { display: block; width: 100%; height: auto; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: .5rem 1rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .5rem 1rem; }
 article { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .8rem 0; }
 article .note { margin: 0 0 .3rem; }
 pre { margin: 0; font: .82rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto; }
@@ -51,7 +51,8 @@ dt { font-weight: 600; font-size: .85rem; } dd { margin: 0 0 .5rem; font-size: .
 ul { padding-left: 1.1rem; font-size: .85rem; overflow-wrap: anywhere; }
 @media (max-width: 520px) {
   main { padding: .7rem; }
-  table { font-size: .8rem; } th, td { padding: .25rem .3rem; }
-  td small { white-space: normal; max-width: 4.2rem; margin-left: auto; font-size: .68rem; }
+  table { font-size: .8rem; } th, td { padding: .25rem .3rem; } thead th { white-space: normal; vertical-align: bottom; }
+  th:first-child { min-width: 5.5rem; }
+  td small, thead small { white-space: normal; max-width: 4.2rem; margin-left: auto; font-size: .68rem; }
 }
 """

@@ -47,7 +47,9 @@ def results():
         measures.append(measure(f"rm.accuracy.{group}", "reward_model", estimate(0.66)))
         measures.append(measure(f"rm.gold_accuracy.{group}", "gold", estimate(0.75)))
     epochs = [{"epoch": e, "validation_loss": 1 + abs(e - 2) / 9, "rm_score": e / 9} for e in range(1, 17)]
-    log = [{"step": s, "reward": s / 40, "kl": s / 60, "gold": 5 - s / 99} for s in range(40)]
+    log = [
+        {"step": s, "objective/scores": s / 40, "objective/kl": s / 60, "gold": 5 - s / 99} for s in range(40)
+    ]
     sample = {
         "prompt": ATTACK,
         "use_case": "open_qa",
@@ -192,7 +194,7 @@ def test_numbers_that_are_none(results, tmp_path):
         m["ci_low"] = m["ci_high"] = math.nan
     results["measures"][0]["value"] = math.nan
     results["curves"]["sft_epochs"][3]["rm_score"] = math.nan
-    results["curves"]["ppo"][5]["kl"] = None
+    results["curves"]["ppo"][5]["objective/kl"] = None
     results["wall_seconds"]["dpo"] = math.nan
     results["samples"][0]["completions"]["ppo"]["gold"] = math.nan
     html, _ = page_of(results, tmp_path)
