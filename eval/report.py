@@ -8,11 +8,23 @@ from typing import Any
 
 from prefopt.evaluation import plots
 from prefopt.evaluation.generate import write_whole
+from prefopt.evaluation.markup import (
+    better_or_worse,
+    cell,
+    interval,
+    label,
+    listed,
+    model_names,
+    number,
+    prompt_text,
+    scroll_table,
+    seconds,
+    verb,
+)
 from prefopt.evaluation.results import BASELINE, MODELS, find, jsonable
 from prefopt.evaluation.style import CSS
 
 logger = logging.getLogger(__name__)
-LABELS = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward_model": "reward model"}
 Results = Mapping[str, Any]
 
 
@@ -79,7 +91,7 @@ def verdict(results: Results) -> str:
     """
     measures = results.get("measures") or []
     groups: dict[str, list[str]] = {"beats": [], "loses to": [], "cannot be told from": []}
-    for model in ("ppo_ptx", "ppo", "dpo", *(m for m in _models(results) if m not in MODELS)):
+    for model in ("ppo_ptx", "ppo", "dpo", *(m for m in model_names(results) if m not in MODELS)):
         m = find(measures, "winrate", model, BASELINE)
         if m and m["value"] is not None:
             low, high = m["ci_low"], m["ci_high"]
@@ -92,16 +104,16 @@ def verdict(results: Results) -> str:
                 else "cannot be told from"
             )
             groups[word].append(
-                f"{_label(model)} ({_number(m['value'], 2)}{_interval(m, 2, ', 95 % interval ')})"
+                f"{label(model)} ({number(m['value'], 2)}{interval(m, 2, ', 95 % interval ')})"
             )
-    parts = [f"{_listed(models)} {_verb(word, models)} SFT" for word, models in groups.items() if models]
+    parts = [f"{listed(models)} {verb(word, models)} SFT" for word, models in groups.items() if models]
     if not parts:
         return "No model was compared with SFT."
     sentence = "By win rate under the gold reward " + "; ".join(parts)
     tax = find(measures, "pretraining_bits_per_byte", "ppo_ptx", "ppo")
     if tax and tax["value"] is not None:
-        sure = {"good": "less", "bad": "more"}.get(_direction(tax))
-        amount = f"({_number(tax['value'], 3, sign=True)} bits per byte{_interval(tax, 3, ', ')})"
+        sure = {"good": "less", "bad": "more"}.get(better_or_worse(tax))
+        amount = f"({number(tax['value'], 3, sign=True)} bits per byte{interval(tax, 3, ', ')})"
         sentence += (
             f"; PPO-ptx forgets {sure} of the pretraining text than PPO {amount}"
             if sure
@@ -143,7 +155,7 @@ _AGAINST_PPO = [
 
 
 def _models_section(results: Results) -> str:
-    measures, models = results.get("measures") or [], _models(results)
+    measures, models = results.get("measures") or [], model_names(results)
     if not measures:
         raise Missing("no measures in the results")
     rows = []
@@ -157,21 +169,21 @@ def _models_section(results: Results) -> str:
         found = [find(measures, name, m, BASELINE if difference else None) for m in models]
         if any(found):
             cells = "".join(
-                _cell(m, decimals, difference, model) for m, model in zip(found, models, strict=True)
+                cell(m, decimals, difference, model) for m, model in zip(found, models, strict=True)
             )
             indent = ' class="difference"' if title.startswith("minus") else ""
             rows.append(f"<tr><th{indent}>{escape(title)}</th>{cells}</tr>")
         if name in ("gold_reward", "gold_reward_greedy") and difference:
             rows += _component_rows(measures, models, "_greedy" if name.endswith("greedy") else "")
-    head = "".join(f"<th>{escape(_label(m))}</th>" for m in models)
-    html = _table(f"<tr><th></th>{head}</tr>", "".join(rows))
+    head = "".join(f"<th>{escape(label(m))}</th>" for m in models)
+    html = scroll_table(f"<tr><th></th>{head}</tr>", "".join(rows))
     paired = [
-        f"<tr><th>{escape(title)}</th>{_cell(m, decimals, True, '')}</tr>"
+        f"<tr><th>{escape(title)}</th>{cell(m, decimals, True, '')}</tr>"
         for title, name, decimals in _AGAINST_PPO
         if (m := find(measures, name, "ppo_ptx", "ppo"))
     ]
     if paired:
-        html += "<h3>PPO-ptx minus PPO, paired</h3>" + _table(
+        html += "<h3>PPO-ptx minus PPO, paired</h3>" + scroll_table(
             "<tr><th></th><th>difference</th></tr>", "".join(paired)
         )
     settings = results.get("settings") or {}
@@ -192,7 +204,7 @@ def _component_rows(measures: list[dict], models: list[str], suffix: str) -> lis
     names = dict.fromkeys(m["name"] for m in measures if m["name"].startswith(f"gold_component{suffix}."))
     return [
         f'<tr><th class="difference">{escape(name.partition(".")[2])}</th>'
-        + "".join(_cell(find(measures, name, m), 3, False, m) for m in models)
+        + "".join(cell(find(measures, name, m), 3, False, m) for m in models)
         + "</tr>"
         for name in names
     ]
@@ -203,7 +215,7 @@ def _missing_list(measures: list[dict]) -> str:
     why: dict[str, list[str]] = {}
     for m in measures:
         if m["status"] != "ok":
-            why.setdefault(f"{m['status']}: {m['reason']}", []).append(f"{m['name']} ({_label(m['model'])})")
+            why.setdefault(f"{m['status']}: {m['reason']}", []).append(f"{m['name']} ({label(m['model'])})")
     if not why:
         return ""
     items = "".join(
@@ -216,7 +228,7 @@ def _missing_list(measures: list[dict]) -> str:
 def _winrate_section(results: Results) -> str:
     measures = results.get("measures") or []
     rows = []
-    for model in _models(results):
+    for model in model_names(results):
         for name, suffix in (
             ("winrate", ""),
             ("winrate_heldout_use_case", ", held-out use case"),
@@ -224,26 +236,26 @@ def _winrate_section(results: Results) -> str:
         ):
             m = find(measures, name, model, BASELINE)
             if model != BASELINE and m and m["value"] is not None:
-                rows.append((_label(model) + suffix, m))
+                rows.append((label(model) + suffix, m))
     if not rows:
         raise Missing("no win rates were measured")
     use_cases = dict.fromkeys(m["name"] for m in measures if m["name"].startswith("winrate_use_case."))
-    others = [m for m in _models(results) if m != BASELINE]
-    html = f"<figure>{plots.forest_plot(rows, _label(BASELINE))}</figure>"
+    others = [m for m in model_names(results) if m != BASELINE]
+    html = f"<figure>{plots.forest_plot(rows, label(BASELINE))}</figure>"
     html += (
         "<p class='note'>Intervals of 95 % over prompts. <span class='paper'>Paper, 175B, different data, human judges: "
         "PPO .69 and PPO-ptx .71 against SFT.</span></p>"
     )
     if use_cases:
-        head = "".join(f"<th>{escape(_label(m))}</th>" for m in others)
+        head = "".join(f"<th>{escape(label(m))}</th>" for m in others)
         body = "".join(
             f"<tr><th>{escape(name.partition('.')[2])} <small>n = {max((find(measures, name, m, BASELINE) or {'n': 0})['n'] for m in others)}"
             "</small></th>"
-            + "".join(_cell(find(measures, name, m, BASELINE), 2, True, m) for m in others)
+            + "".join(cell(find(measures, name, m, BASELINE), 2, True, m) for m in others)
             + "</tr>"
             for name in use_cases
         )
-        table = _table(f"<tr><th></th>{head}</tr>", body)
+        table = scroll_table(f"<tr><th></th>{head}</tr>", body)
         html += f"<details><summary>Win rate by use case</summary>{table}</details>"
     return html
 
@@ -258,11 +270,11 @@ def _reward_section(results: Results) -> str:
         if accuracy or ceiling:
             ratio = "–"
             if accuracy and ceiling and accuracy["value"] is not None and ceiling["value"]:
-                ratio = _number(accuracy["value"] / ceiling["value"], 2)
+                ratio = number(accuracy["value"] / ceiling["value"], 2)
             pairs = (accuracy or ceiling)["n"]
             rows.append(
-                f"<tr><th>{title} <small>{pairs} pairs</small></th>{_cell(accuracy, 3, False, '')}"
-                f"{_cell(ceiling, 3, False, '')}<td>{ratio}</td><td class='paper'>{paper[group]}</td></tr>"
+                f"<tr><th>{title} <small>{pairs} pairs</small></th>{cell(accuracy, 3, False, '')}"
+                f"{cell(ceiling, 3, False, '')}<td>{ratio}</td><td class='paper'>{paper[group]}</td></tr>"
             )
     if not rows:
         raise Missing("no reward model was evaluated")
@@ -270,7 +282,7 @@ def _reward_section(results: Results) -> str:
         "<tr><th>pairs ranked by</th><th>reward model</th><th>gold ceiling</th><th>ratio</th>"
         "<th class='paper'>paper <small>175B, different data</small></th></tr>"
     )
-    return _table(head, "".join(rows)) + (
+    return scroll_table(head, "".join(rows)) + (
         "<p class='note'>Share of strictly ranked pairs put in the labelers' order. The gold ceiling is what the gold "
         "reward itself reaches on the same pairs: labelers are noisy. <span class='paper'>Paper: 175B, different data; "
         "there the accuracy on held-out labelers is .90 of how often those labelers agree with each other.</span></p>"
@@ -289,7 +301,7 @@ def _epochs_section(results: Results) -> str:
 
 def _training_section(results: Results) -> str:
     runs = {
-        _label(m): log for m, log in (results.get("curves") or {}).items() if log and not m.startswith("sft_")
+        label(m): log for m, log in (results.get("curves") or {}).items() if log and not m.startswith("sft_")
     }
     titles = {
         "objective/scores": "reward-model score of the rollouts",
@@ -316,30 +328,30 @@ def _samples_section(results: Results) -> str:
     cards = []
     for sample in samples:
         answers = "".join(
-            f"<div><h4>{escape(_label(model))} <small>gold {_number(c.get('gold'), 2)}"
+            f"<div><h4>{escape(label(model))} <small>gold {number(c.get('gold'), 2)}"
             f"{', cut at the length limit' if c.get('truncated') else ''}</small></h4>"
             f"<pre>{escape(str(c.get('text', '')))}</pre></div>"
             for model, c in (sample.get("completions") or {}).items()
         )
         about = " · ".join(escape(str(x)) for x in (sample.get("use_case"), sample.get("why")) if x)
         cards.append(
-            f"<article><p class='note'>{about}</p><pre class='prompt'>{escape(_prompt_text(sample.get('prompt', '')))}"
+            f"<article><p class='note'>{about}</p><pre class='prompt'>{escape(prompt_text(sample.get('prompt', '')))}"
             f"</pre><div class='answers'>{answers}</div></article>"
         )
     return "<p class='note'>One sample each at temperature 1.</p>" + "".join(cards)
 
 
 def _time_section(results: Results) -> str:
-    seconds = {k: v for k, v in (results.get("wall_seconds") or {}).items() if v is not None}
-    if not seconds:
+    steps = {k: v for k, v in (results.get("wall_seconds") or {}).items() if v is not None}
+    if not steps:
         raise Missing("no wall times were given")
-    longest = max([*seconds.values(), 1e-9])
+    longest = max([*steps.values(), 1e-9])
     rows = "".join(
-        f"<tr><th>{escape(step)}</th><td>{_seconds(s)}</td>"
+        f"<tr><th>{escape(step)}</th><td>{seconds(s)}</td>"
         f"<td class='bar'><span style='width:{100 * max(s, 0) / longest:.1f}%'></span></td></tr>"
-        for step, s in seconds.items()
+        for step, s in steps.items()
     )
-    rows += f"<tr class='total'><th>sum</th><td>{_seconds(sum(seconds.values()))}</td><td></td></tr>"
+    rows += f"<tr class='total'><th>sum</th><td>{seconds(sum(steps.values()))}</td><td></td></tr>"
     return f"<div class='scroll'><table class='time'><tbody>{rows}</tbody></table></div>"
 
 
@@ -358,9 +370,9 @@ def _measures_section(results: Results) -> str:
         for name, m in definitions.items()
     )
     rows = "".join(
-        f"<tr><th>{escape(m['name'])}</th><td>{escape(_label(m['model']))}"
-        f"{' − ' + escape(_label(m['against'])) if m['against'] and not m['name'].startswith('winrate') else ''}</td>"
-        f"<td>{_number(m['value'], 4)}</td><td>{_interval(m, 4)}</td><td>{m['n']}</td>"
+        f"<tr><th>{escape(m['name'])}</th><td>{escape(label(m['model']))}"
+        f"{' − ' + escape(label(m['against'])) if m['against'] and not m['name'].startswith('winrate') else ''}</td>"
+        f"<td>{number(m['value'], 4)}</td><td>{interval(m, 4)}</td><td>{m['n']}</td>"
         f"<td>{escape(m['status'])}</td></tr>"
         for m in measures
     )
@@ -368,11 +380,10 @@ def _measures_section(results: Results) -> str:
     settings = ", ".join(f"{k} = {v}" for k, v in (results.get("settings") or {}).items())
     return (
         f"<p class='note'>{escape(settings)}</p><details><summary>Definitions and sources</summary><dl>{defined}</dl></details>"
-        f"<details><summary>All {len(measures)} numbers</summary>{_table(head, rows)}</details>"
+        f"<details><summary>All {len(measures)} numbers</summary>{scroll_table(head, rows)}</details>"
     )
 
 
-# ---- pieces ---------------------------------------------------------------------------------------------------
 def _section(title: str, build: Callable[[Results], str], results: Results) -> str:
     try:
         content = build(results)
@@ -382,74 +393,3 @@ def _section(title: str, build: Callable[[Results], str], results: Results) -> s
         logger.exception("report section %r failed", title)
         content = f"<p class='skipped'>Failed: {escape(f'{type(error).__name__}: {error}')}</p>"
     return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
-
-
-def _models(results: Results) -> list[str]:
-    found = [m["model"] for m in results.get("measures") or [] if m["name"] in ("winrate", "gold_reward")]
-    return list(dict.fromkeys([*MODELS, *found]))
-
-
-def _label(model: str) -> str:
-    return LABELS.get(model, model)
-
-
-def _table(head: str, body: str) -> str:
-    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(m: Mapping[str, Any] | None, decimals: int, difference: bool, model: str) -> str:
-    """One number of a table; `difference` marks it when its interval excludes no difference."""
-    if m is None or (difference and model == BASELINE):
-        return "<td class='none'>–</td>"
-    if m["value"] is None:
-        return f"<td class='none' title='{escape(m['reason'] or '', quote=True)}'>{escape(m['status'])}</td>"
-    direction = _direction(m) if difference else None
-    mark = {"good": " ▲", "bad": " ▼"}.get(direction or "", "")
-    signed = difference and not m["name"].startswith("winrate")
-    small = _interval(m, decimals)
-    return (
-        f"<td class='{direction or ''}'>{_number(m['value'], decimals, sign=signed)}{mark}"
-        f"{f'<small>{small}</small>' if small else ''}</td>"
-    )
-
-
-def _direction(m: Mapping[str, Any]) -> str | None:
-    """`good` or `bad` if the interval excludes no difference, else None."""
-    equal = 0.5 if m["name"].startswith("winrate") else 0.0
-    if m["ci_low"] is None or m["ci_high"] is None or m["higher_is_better"] is None:
-        return None
-    if m["ci_low"] > equal:
-        return "good" if m["higher_is_better"] else "bad"
-    if m["ci_high"] < equal:
-        return "bad" if m["higher_is_better"] else "good"
-    return None
-
-
-def _number(x: float | None, decimals: int, sign: bool = False) -> str:
-    if x is None:
-        return "–"
-    return f"{x:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
-
-
-def _interval(m: Mapping[str, Any], decimals: int, before: str = "") -> str:
-    if m["ci_low"] is None or m["ci_high"] is None:
-        return ""
-    return f"{before}{_number(m['ci_low'], decimals)} to {_number(m['ci_high'], decimals)}"
-
-
-def _seconds(s: float) -> str:
-    return f"{s:.1f} s" if s < 120 else f"{s / 60:.1f} min"
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _verb(word: str, models: list[str]) -> str:
-    return word if len(models) == 1 else {"beats": "beat", "loses to": "lose to"}.get(word, word)
-
-
-def _prompt_text(prompt: Any) -> str:
-    if isinstance(prompt, list):
-        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
-    return str(prompt)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from prefopt.comparisons import build_ids
@@ -181,3 +182,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_jsonl(path, [{"a": 2}, {"a": object()}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_an_adapter_samples_plainly_and_keeps_its_settings(causal_lm, tokenizer):
+    causal_lm.generation_config.repetition_penalty = 50.0
+    expected = generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
+    adapter = get_peft_model(
+        causal_lm, LoraConfig(task_type="CAUSAL_LM", r=2)
+    )  # B = 0: the same distribution
+    assert generate(adapter, tokenizer, PROMPTS, max_new_tokens=8, seed=1) == expected
+    assert adapter.generation_config.repetition_penalty == 50.0
+    assert adapter.get_base_model().generation_config.repetition_penalty == 50.0

@@ -1,0 +1,81 @@
+"""Pieces of the report: numbers, table cells and names as text and HTML."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from prefopt.evaluation.results import BASELINE, MODELS
+
+LABELS = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward_model": "reward model"}
+
+
+def model_names(results: Mapping[str, Any]) -> list[str]:
+    """The four of the paper, then any other that was compared."""
+    found = [m["model"] for m in results.get("measures") or [] if m["name"] in ("winrate", "gold_reward")]
+    return list(dict.fromkeys([*MODELS, *found]))
+
+
+def label(model: str) -> str:
+    return LABELS.get(model, model)
+
+
+def scroll_table(head: str, body: str) -> str:
+    return f"<div class='scroll'><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
+
+
+def cell(m: Mapping[str, Any] | None, decimals: int, difference: bool, model: str) -> str:
+    """One number of a table; `difference` marks it when its interval excludes no difference."""
+    if m is None or (difference and model == BASELINE):
+        return "<td class='none'>–</td>"
+    if m["value"] is None:
+        return f"<td class='none' title='{escape(m['reason'] or '', quote=True)}'>{escape(m['status'])}</td>"
+    direction = better_or_worse(m) if difference else None
+    mark = {"good": " ▲", "bad": " ▼"}.get(direction or "", "")
+    signed = difference and not m["name"].startswith("winrate")
+    small = interval(m, decimals)
+    return (
+        f"<td class='{direction or ''}'>{number(m['value'], decimals, sign=signed)}{mark}"
+        f"{f'<small>{small}</small>' if small else ''}</td>"
+    )
+
+
+def better_or_worse(m: Mapping[str, Any]) -> str | None:
+    """`good` or `bad` if the interval excludes no difference, else None."""
+    equal = 0.5 if m["name"].startswith("winrate") else 0.0
+    if m["ci_low"] is None or m["ci_high"] is None or m["higher_is_better"] is None:
+        return None
+    if m["ci_low"] > equal:
+        return "good" if m["higher_is_better"] else "bad"
+    if m["ci_high"] < equal:
+        return "bad" if m["higher_is_better"] else "good"
+    return None
+
+
+def number(x: float | None, decimals: int, sign: bool = False) -> str:
+    if x is None:
+        return "–"
+    return f"{x:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+
+
+def interval(m: Mapping[str, Any], decimals: int, before: str = "") -> str:
+    if m["ci_low"] is None or m["ci_high"] is None:
+        return ""
+    return f"{before}{number(m['ci_low'], decimals)} to {number(m['ci_high'], decimals)}"
+
+
+def seconds(s: float) -> str:
+    return f"{s:.1f} s" if s < 120 else f"{s / 60:.1f} min"
+
+
+def listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def verb(word: str, models: list[str]) -> str:
+    return word if len(models) == 1 else {"beats": "beat", "loses to": "lose to"}.get(word, word)
+
+
+def prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, list):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
+    return str(prompt)
