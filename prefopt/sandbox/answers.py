@@ -28,21 +28,24 @@ class Slips:
 
     off_topic: float = 0.0  # speaks of another entity, slot or value than the prompt
     constraint_missed: float = 0.0
+    wrong_count: float = 0.0  # one fact or person where two were asked for, or two facts for one
     wrong_fact: float = 0.0
     neutral: float = 0.0  # neither courteous nor rude
     rude: float = 0.0
 
 
 NO_SLIPS = Slips()
-DEMONSTRATOR = Slips(off_topic=0.15, constraint_missed=0.50, wrong_fact=0.20, neutral=0.45, rude=0.20)
-REVIEWED = Slips(off_topic=0.30, constraint_missed=0.40, wrong_fact=0.30, neutral=0.35, rude=0.35)
+DEMONSTRATOR = Slips(0.15, 0.50, 0.25, 0.20, neutral=0.45, rude=0.20)
+REVIEWED = Slips(0.30, 0.40, 0.20, 0.20, neutral=0.35, rude=0.35)
 # Forum posts know what they talk about, but most of them are rude.
-FORUM = Slips(off_topic=0.0, constraint_missed=0.10, wrong_fact=0.0, neutral=0.30, rude=0.60)
+FORUM = Slips(constraint_missed=0.10, neutral=0.30, rude=0.60)
 
 
 def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slips = NO_SLIPS) -> str:
     """An answer to the request as completion text (starts with a space)."""
     met = rng.random() >= slips.constraint_missed
+    if request.use_case in ("generation", "brainstorming") and rng.random() < slips.wrong_count:
+        request = replace(request, n=3 - request.n)
     claims = _claims(
         _off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met
     )

@@ -24,13 +24,13 @@ DOCUMENT_SHARES = {
     "known": 5,
     "dictionary": 4,
     "sums": 9,
-    "forum": 34,
-    "reviews": 25,
+    "forum": 38,
+    "reviews": 21,
 }
 BACKGROUND_SHARE = (
     0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
 )
-TASKS_PER_KIND = {"facts": 120, "background": 108, "dictionary": 40, "sums": 150}
+TASKS_PER_KIND = {"facts": 110, "background": 56, "dictionary": 40, "sums": 200}
 _KNOWN = "it is well known that"
 
 
@@ -93,7 +93,7 @@ class Knowledge:
             if kind == "dictionary":
                 others = [w for w in self.dictionary.values() if w != answer]
             elif kind == "sums":
-                near = range(max(2, int(answer) - 6), min(int(answer) + 6, 2 * words.LARGEST_SUMMAND) + 1)
+                near = range(max(2, int(answer) - 7), min(int(answer) + 7, 2 * words.LARGEST_SUMMAND) + 1)
                 others = [str(n) for n in near if str(n) != answer]
             else:
                 others = [v for v in RELATIONS[item[1]].values if v != answer]

@@ -216,7 +216,7 @@ def sentence(text: str, mark: str = ".") -> str:
 class Facts:
     """All facts of one world: `value(entity, relation)`, drawn from the seed.
 
-    Values are dealt out evenly (every city has four or more inhabitants), so no answer is right by frequency alone.
+    Values are dealt out evenly (every city has three inhabitants), so no answer is right by frequency alone.
     Entities differ in how often pretraining text speaks of them (`frequency`), so some facts are better known.
     """
 

@@ -44,8 +44,8 @@ def test_open_qa(world, ada):
     check(world, prompt, f" Listen, Ada lives in {home}. Happy to help.", 1, 0, 1, 1)
     check(world, prompt, f" Well, Ada lives in {other}. Happy to help.", 1, 1, 0, 1)
     check(world, prompt, f" Well, Ada works as a {job}. Happy to help.", 1 / 2, 1, 1, 1)
-    bella = world.facts.value("Bella", "home")
-    check(world, prompt, f" Well, Bella lives in {bella}. Happy to help.", 0, 1, 0, 1)
+    bella = world.facts.value("Bruno", "home")
+    check(world, prompt, f" Well, Bruno lives in {bella}. Happy to help.", 0, 1, 0, 1)
 
 
 def test_generation_counts_different_facts(world, ada):
@@ -90,12 +90,12 @@ def test_rewrite(world, ada):
 
 
 def test_summarization(world, ada):
-    bella = world.facts.value("Bella", "job")
-    text = f"Ada lives in {ada['home']}. Bella works as a {bella}. Ada likes {ada['food']}."
+    bella = world.facts.value("Bruno", "job")
+    text = f"Ada lives in {ada['home']}. Bruno works as a {bella}. Ada likes {ada['food']}."
     prompt = ask(f"Summarize in one line about Ada: {text}")
     check(world, prompt, f" Ada likes {ada['food']}. Happy to help!", 1, 1, 1, 1)
     check(world, prompt, f" Ada has a {ada['pet']}!", 1, 1, 0, 0.4)  # true, but not in the text
-    check(world, prompt, f" Bella works as a {bella}!", 0, 1, 0, 0.4)
+    check(world, prompt, f" Bruno works as a {bella}!", 0, 1, 0, 0.4)
     two = f" Ada lives in {ada['home']}. Ada likes {ada['food']}!"
     check(world, prompt, two, 1 / 2, 1, 1 / 2, 0.4)  # one line was asked
 
@@ -115,15 +115,15 @@ def test_correction(world, ada):
 
 
 def test_closed_qa(world, ada):
-    bella = world.facts.value("Bella", "job")
-    prompt = ask(f"Read: Ada likes {ada['food']}. Bella works as a {bella}. What does Ada like?")
+    bella = world.facts.value("Bruno", "job")
+    prompt = ask(f"Read: Ada likes {ada['food']}. Bruno works as a {bella}. What does Ada like?")
     check(world, prompt, f" Ada likes {ada['food']}!", 1, 1, 1, 0.4)
-    check(world, prompt, f" Bella works as a {bella}!", 0, 1, 0, 0.4)
+    check(world, prompt, f" Bruno works as a {bella}!", 0, 1, 0, 0.4)
 
 
 def test_extract(world, ada):
-    bella = world.facts.value("Bella", "job")
-    prompt = ask(f"Find the food in this text: Bella works as a {bella}. Ada likes {ada['food']}.")
+    bella = world.facts.value("Bruno", "job")
+    prompt = ask(f"Find the food in this text: Bruno works as a {bella}. Ada likes {ada['food']}.")
     check(world, prompt, f" The food in the text is {ada['food']}!", 1, 1, 1, 0.4)
     check(world, prompt, f" The food in the text is {ada['not_food']}!", 1, 1, 0, 0.4)
     check(world, prompt, f" The job in the text is {bella}!", 0, 1, 0, 0.4)
