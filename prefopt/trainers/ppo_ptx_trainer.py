@@ -1,8 +1,6 @@
 """PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
 
-import copy
 import json
-import logging
 import os
 import textwrap
 import time
@@ -17,25 +15,28 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
 )
 from trl import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, pad, use_adapter
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
 from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
-from prefopt.shared_base import load_reward_model, sequence_scores, value_model_from
+from prefopt.shared_base import load_reward_model, value_model_from
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
+from prefopt.trainers.ppo_ptx_prompts import PromptOrder, check_prompts
+from prefopt.trainers.ppo_ptx_roles import (
+    ValueFunction,
+    add_reference_adapter,
+    check_same_tokenizer,
+    frozen_copy,
+    score_ids,
+)
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents, share_of_process
-from prefopt.trainers.value_function import ValueFunction
-
-logger = logging.getLogger(__name__)
 
 STATE_FILE = "ppo_ptx_state.json"
 
@@ -118,9 +119,12 @@ class PPOPtxTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOPtxConfig(f"{os.path.basename(name) or 'model'}-PPO-ptx")
-        _check_data(args, train_dataset, pretrain_dataset)
-        if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
-            raise ValueError(f"the policy adapter must be called 'default', got {model.active_adapters}")
+        if not isinstance(args, PPOPtxConfig):
+            raise TypeError(f"args: expected PPOPtxConfig, got {type(args).__name__}")
+        if args.ptx_coef > 0 and pretrain_dataset is None:
+            raise ValueError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
+        check_prompts(train_dataset, args)
+        _check_policy(model)
         self.reward_models: list[RewardModel] = []
         self._prompt_ids: list[list[int]] = []  # of the rollout being scored
         self._scores: Tensor | None = None  # of the rollout being scored
@@ -150,12 +154,18 @@ class PPOPtxTrainer(GRPOTrainer):
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
-        self._prompt_order = _PromptOrder()
+        self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
         for reward_model in self.reward_models:
-            self._check_tokenizer(reward_model, "reward model")
+            check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
-        self._make_reference(is_new_adapter=peft_config is not None)
+        # The KL reference: a copy of the full model, adapter `ref`, or (None) no adapter where a new one is trained.
+        self._reference_adapter = None
+        if not isinstance(self.model, PeftModel):
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        elif peft_config is None:
+            self._reference_adapter = add_reference_adapter(self.model)
         self.value_function = self._make_value_function(value_model)
         self.pretraining = None
         if args.ptx_coef > 0:
@@ -174,47 +184,24 @@ class PPOPtxTrainer(GRPOTrainer):
         if isinstance(reward, (str, os.PathLike)):
             reward = load_reward_model(reward)
         if not isinstance(reward, (PreTrainedModel, PeftModel)):
+            if not callable(reward):
+                raise TypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
             return reward
 
         def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-            return self._score_ids(reward, self._prompt_ids, completion_ids)
+            return self._score(reward, completion_ids)
 
         self.reward_models.append(reward)
         count = len(self.reward_models)
         score.__name__ = "reward_model" if count == 1 else f"reward_model_{count}"
         return score
 
-    def _check_tokenizer(self, model: RewardModel, role: str) -> None:
-        path = model.config._name_or_path
-        if os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-            same = AutoTokenizer.from_pretrained(path).get_vocab() == self._tokenizer.get_vocab()
-        else:
-            same = model.config.get_text_config().vocab_size == self.model.config.get_text_config().vocab_size
-        if not same:
-            raise ValueError(
-                f"the {role} {path!r} has another tokenizer than the policy; it scores the policy's token ids, so "
-                "train it with the policy's tokenizer, or wrap it in a Python reward function of the text"
-            )
-
-    def _make_reference(self, is_new_adapter: bool) -> None:
-        """The frozen SFT model: `ref_model` (full model), adapter `ref` (trained adapter) or no adapter (new one)."""
-        self._ref_adapter = None
-        if not isinstance(self.model, PeftModel):
-            self.ref_model = copy.deepcopy(self.model).eval().requires_grad_(False)
-            del self.ref_model.forward  # TRL's fused forward, bound to the policy: bind one of its own
-            add_fused_lm_head(self.ref_model, self.temperature, self.args.cast_lm_head_to_fp32)
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
-        elif not is_new_adapter:
-            self._ref_adapter = "ref"
-            if "ref" not in self.model.peft_config:
-                self.model.add_adapter("ref", self.model.peft_config["default"])
-                for name, parameter in self.model.named_parameters():
-                    if ".default." in name:
-                        copied = self.model.get_parameter(name.replace(".default.", ".ref."))
-                        copied.data = parameter.data.clone()  # the dtype too, or the first KL is not 0
-            for name, parameter in self.model.named_parameters():
-                if ".ref." in name:
-                    parameter.requires_grad_(False)
+    def _score(self, model: RewardModel, completion_ids: list[list[int]]) -> list[float]:
+        """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenised again."""
+        sequences = [p + c for p, c in zip(self._prompt_ids, completion_ids, strict=True)]
+        size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
+        with self.accelerator.autocast():
+            return score_ids(model, sequences, size, pad_id, self.accelerator.device)
 
     def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:
@@ -224,7 +211,7 @@ class PPOPtxTrainer(GRPOTrainer):
         else:
             if isinstance(value_model, (str, os.PathLike)):
                 value_model = value_model_from(load_reward_model(value_model))
-            self._check_tokenizer(value_model, "value model")
+            check_same_tokenizer(value_model, self.model, self._tokenizer, "value model")
             value_function = ValueFunction(value_model.train())
             if self.args.disable_dropout:
                 disable_dropout_in_model(value_model)
@@ -243,27 +230,6 @@ class PPOPtxTrainer(GRPOTrainer):
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         with self.accelerator.autocast():
             return self.value_function(ids, attention_mask, length)
-
-    def _score_ids(
-        self, model: RewardModel, prompt_ids: list[list[int]], completion_ids: list[list[int]]
-    ) -> list[float]:
-        """Scores of prompt + completion, as sampled: never decoded and tokenised again."""
-        sequences = [
-            torch.tensor(prompt + completion)
-            for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
-        ]
-        scores: list[float] = []
-        size = self.args.per_device_train_batch_size
-        for start in range(0, len(sequences), size):
-            chunk = sequences[start : start + size]
-            ids = pad(chunk, padding_value=self._tokenizer.pad_token_id)
-            mask = pad([torch.ones_like(sequence) for sequence in chunk])
-            with torch.no_grad(), self.accelerator.autocast():
-                batch_scores = sequence_scores(
-                    model, ids.to(self.accelerator.device), mask.to(self.accelerator.device)
-                )
-            scores += batch_scores.tolist()
-        return scores
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
@@ -306,7 +272,7 @@ class PPOPtxTrainer(GRPOTrainer):
             if self.ref_model is not None:
                 ref_logps = logps_of(self.ref_model)
             else:
-                with use_adapter(self.accelerator.unwrap_model(self.model), self._ref_adapter):
+                with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter):
                     ref_logps = logps_of(self.model)
         logps = rollout["old_per_token_logps"]
 
@@ -447,20 +413,15 @@ class PPOPtxTrainer(GRPOTrainer):
         optimizer = super().create_optimizer(model)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in self.value_function.parameters}:
-            decayed = set(self.get_decay_parameter_names(self.value_function.module))
-            groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-            for name, parameter in self.value_function.module.named_parameters():
-                if parameter.requires_grad:
-                    groups[name in decayed].append(parameter)
-            for is_decayed, parameters in groups.items():
-                if parameters:
-                    optimizer.add_param_group(
-                        {
-                            "params": parameters,
-                            "lr": self.args.value_learning_rate,
-                            "weight_decay": self.args.weight_decay * is_decayed,
-                        }
-                    )
+            decayed = self.get_decay_parameter_names(self.value_function.module)
+            for is_decayed in (True, False):
+                named = self.value_function.module.named_parameters()
+                group = {
+                    "params": [p for n, p in named if p.requires_grad and (n in decayed) == is_decayed],
+                    "lr": self.args.value_learning_rate,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                optimizer.add_param_group(group)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -530,39 +491,18 @@ class PPOPtxTrainer(GRPOTrainer):
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
 
 
-class _PromptOrder(TrainerCallback):
-    """Seeds the order of the prompts by epoch: TRL's sampler would begin a resumed run with its first order again."""
-
-    sampler: Sampler | None = None
-
-    def on_epoch_begin(self, args: PPOPtxConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.sampler is not None and args.shuffle_dataset:
-            self.sampler.generator.manual_seed(args.seed + int(state.epoch or 0))
+def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
+    if isinstance(model, str):
+        if os.path.isfile(os.path.join(model, "adapter_config.json")):
+            raise ValueError(
+                f"{model} is an adapter: pass peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)"
+            )
+        return
+    if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+        raise ValueError(f"the policy adapter must be called 'default', got {model.active_adapters}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the policy has no trainable parameter; load a PEFT model with is_trainable=True")
 
 
 def _norm(parameters: list[nn.Parameter]) -> float:
     return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
-
-
-def _check_data(args: PPOPtxConfig, train_dataset: Any, pretrain_dataset: Any) -> None:
-    if not isinstance(args, PPOPtxConfig):
-        raise TypeError(f"args: expected PPOPtxConfig, got {type(args).__name__}")
-    if args.ptx_coef > 0 and pretrain_dataset is None:
-        raise ValueError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
-    if not isinstance(train_dataset, Dataset):
-        return
-    if "prompt" not in train_dataset.column_names:
-        raise ValueError(f"train_dataset: expected a column 'prompt', got {train_dataset.column_names}")
-    per_rollout = args.generation_batch_size // args.num_generations
-    if len(train_dataset) < per_rollout:
-        raise ValueError(
-            f"train_dataset has {len(train_dataset)} prompts, fewer than the {per_rollout} of one rollout "
-            "(generation_batch_size / num_generations): lower the batch settings or add prompts"
-        )
-    if left := len(train_dataset) % per_rollout:
-        logger.warning(
-            "%d of %d prompts are left out of each epoch: a rollout takes %d, and no part of one is run",
-            left,
-            len(train_dataset),
-            per_rollout,
-        )

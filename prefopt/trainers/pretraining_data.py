@@ -1,4 +1,4 @@
-"""The pretraining text of PPO-ptx: packed blocks, shuffled once per epoch, with a position that can be saved."""
+"""Pretraining text for PPO-ptx: packed blocks, shuffled once per epoch, with a position that can be saved."""
 
 import logging
 

@@ -24,8 +24,8 @@ from transformers import (
 from prefopt.comparisons import build_ids
 from prefopt.shared_base import save_reward_model, sequence_scores, set_reward_bias, token_scores
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx_roles import VALUE_FILE, score_ids
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
-from prefopt.trainers.value_function import VALUE_FILE
 
 PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog ran to the", "question: what is this?", "red"] * 4})
 TEXTS = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran to the red house", "a dog"] * 4})
@@ -183,8 +183,10 @@ def test_scored_ids_are_those_of_reward_training(
         data=Dataset.from_dict({"prompt": prompts}), per_device_train_batch_size=2, processing_class=tok
     )
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (sampled, None))
-    score_ids = trainer._score_ids
-    monkeypatch.setattr(trainer, "_score_ids", lambda m, p, c: scored.append((p, c)) or score_ids(m, p, c))
+    monkeypatch.setattr(
+        "prefopt.trainers.ppo_ptx_trainer.score_ids",
+        lambda model, sequences, *args: scored.extend(sequences) or score_ids(model, sequences, *args),
+    )
     trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
 
     expected = []
@@ -192,8 +194,7 @@ def test_scored_ids_are_those_of_reward_training(
         decoded = tok.decode(ids, skip_special_tokens=True)
         completion = decoded if kind == "plain" else [{"role": "assistant", "content": decoded}]
         expected.append(build_ids(tok, prompt, completion, truncated=truncated))
-    [(prompt_ids, completion_ids)] = scored
-    assert list(zip(prompt_ids, completion_ids, strict=True)) == expected
+    assert scored == [prompt + completion for prompt, completion in expected]
     for score, (prompt, completion) in zip(trainer._scores, expected, strict=True):  # padding does not matter
         ids = torch.tensor([prompt + completion])
         alone = reward_model.score(reward_model.model(ids).last_hidden_state)[0, -1, 0] - 0.5
@@ -457,6 +458,7 @@ def test_several_completions_per_prompt(make):
 @pytest.mark.parametrize("ptx_coef", [0.0, 1.5])
 def test_resume_is_bit_exact(policy, values, ptx_coef, make, causal_lm, tmp_path):
     start = lora(causal_lm) if policy == "adapter" else causal_lm
+    boundary = 2 if values == "head" else 4  # of rollouts (2 steps each); the second is also that of an epoch
 
     def run(name, **kwargs):
         options = {
@@ -468,7 +470,7 @@ def test_resume_is_bit_exact(policy, values, ptx_coef, make, causal_lm, tmp_path
             "steps_per_generation": 4,
             "max_steps": 6,
             "save_strategy": "steps",
-            "save_steps": 4,  # after the second rollout of two minibatches
+            "save_steps": boundary,
             "lr_scheduler_type": "linear",
             "ptx_batch_ratio": 0.75,
         }
@@ -477,13 +479,13 @@ def test_resume_is_bit_exact(policy, values, ptx_coef, make, causal_lm, tmp_path
     whole = run("run")
     whole.train()
     resumed = run("run", save_strategy="no")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{boundary}"))
     assert resumed.state.global_step == 6
     assert_bitwise(weights_of(whole), weights_of(resumed))
     assert whole.state.log_history[-2]["loss"] == resumed.state.log_history[-2]["loss"]
     if ptx_coef:
-        state = json.loads((tmp_path / "run" / "checkpoint-4" / "ppo_ptx_state.json").read_text())
-        assert state == {"pretraining_sequences": 4 * 3}
+        state = json.loads((tmp_path / "run" / f"checkpoint-{boundary}" / "ppo_ptx_state.json").read_text())
+        assert state == {"pretraining_sequences": boundary * 3}
         assert resumed.pretraining.position == 6 * 3
 
 
@@ -588,10 +590,30 @@ def test_other_tokenizer_is_refused(make, reward_model, tokenizer, chat_tokenize
         make(rewards=str(tmp_path / "rm"))
 
 
-def test_policy_adapter_must_be_called_default(make, causal_lm):
-    model = get_peft_model(causal_lm, LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="policy")
+def test_policies_that_cannot_train_are_refused(make, causal_lm, tmp_path):
+    model = get_peft_model(
+        copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="policy"
+    )
     with pytest.raises(ValueError, match="'default'"):
         make(model)
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make(lora(copy.deepcopy(causal_lm)).requires_grad_(False))
+    lora(causal_lm).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter"):
+        make(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("rewards", [None, [3.0]])
+def test_rewards_must_be_functions_or_models(rewards, make):
+    with pytest.raises(TypeError, match="reward_funcs"):
+        make(rewards=rewards)
+
+
+def test_16_bit_policy_starts_at_its_reference(make, causal_lm):
+    trainer = make(causal_lm, bf16=True)
+    trainer.train()
+    assert first_log(trainer)["objective/kl"] == 0.0
+    assert all(p.dtype == torch.float32 for p in trainer.value_function.parameters)
 
 
 def test_mixture_of_experts_is_refused_unless_its_loss_is_off(make):

@@ -1,5 +1,6 @@
-"""The value function of PPO: a network of its own, or a head on the policy's trunk."""
+"""The models around PPO's policy: the frozen KL reference, the reward model's tokenizer, the value function."""
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,74 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head, pad
 
-from prefopt.shared_base import token_scores
+from prefopt.shared_base import sequence_scores, token_scores
 
 VALUE_FILE = "value_function.safetensors"
+
+
+def check_same_tokenizer(
+    model: PreTrainedModel | PeftModel,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    role: str,
+) -> None:
+    """Refuse a reward or value model of another tokenizer: it reads the policy's token ids.
+
+    The tokenizer saved beside the model decides; without one, the sizes of the two vocabularies.
+    """
+    path = model.config._name_or_path
+    if os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        is_same = AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab()
+    else:
+        sizes = [m.config.get_text_config().vocab_size for m in (model, policy)]
+        is_same = sizes[0] == sizes[1]
+    if not is_same:
+        raise ValueError(
+            f"the {role} {path!r} has another tokenizer than the policy, whose token ids it is to read: train it "
+            "with the policy's tokenizer, or call it from a Python reward function on the text"
+        )
+
+
+@torch.no_grad()
+def score_ids(
+    model: PreTrainedModel | PeftModel,
+    sequences: list[list[int]],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> list[float]:
+    """The reward model's score of each sequence of token ids, `batch_size` at a time."""
+    scores: list[float] = []
+    for start in range(0, len(sequences), batch_size):
+        rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
+        ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
+        scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
+    return scores
+
+
+def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
+    """The full model as it is now, with a fused LM head of its own. In-memory models work: nothing is reloaded."""
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    del reference.forward  # TRL's fused forward, which is bound to the policy
+    add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
+    return reference
+
+
+def add_reference_adapter(policy: PeftModel) -> str:
+    """Copy the trained adapter `default` to a frozen adapter `ref`; returns that name. An existing `ref` is kept."""
+    if "ref" not in policy.peft_config:
+        policy.add_adapter("ref", policy.peft_config["default"])
+        for name, parameter in policy.named_parameters():
+            if ".default." in name:
+                reference = policy.get_parameter(name.replace(".default.", ".ref."))
+                reference.data = parameter.data.clone()  # the dtype too, or the first KL is not 0
+    for name, parameter in policy.named_parameters():
+        if ".ref." in name:
+            parameter.requires_grad_(False)
+    return "ref"
 
 
 class ValueFunction:
