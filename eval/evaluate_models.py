@@ -1,6 +1,7 @@
 """Evaluate the models of a run on the same prompts, documents and tasks: generate, score, summarise."""
 
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def evaluate(
     for name, (model, tokenizer) in models.items():
         tell(f"{name}: completions")
         one = scores[name] = Scores()
-        draw = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+        # Its own random numbers: with shared ones two models' samples would be coupled, and so their win rate.
+        own_seed = random.Random(f"{seed}/{name}").getrandbits(32)
+        draw = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": own_seed}
         one.sampled = _attempt(one.reasons, "sampled", _one_each, model, tokenizer, prompts, **draw)
         one.greedy = _attempt(
             one.reasons, "greedy", _one_each, model, tokenizer, prompts, temperature=0, **draw

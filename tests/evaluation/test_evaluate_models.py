@@ -119,6 +119,14 @@ def test_same_seed_same_results(models, settings):
     assert evaluate(pair, **settings) == evaluate(pair, **settings)
 
 
+def test_samples_of_two_models_are_independent(models, settings, tmp_path):
+    twins = {"sft": models["sft"], "dpo": models["sft"]}
+    evaluate(twins, **settings, folder=tmp_path)
+    sft, dpo = (read_jsonl(tmp_path / f"{name}.jsonl") for name in twins)
+    assert [row["greedy"] for row in sft] == [row["greedy"] for row in dpo]
+    assert sum(a["sampled"] == b["sampled"] for a, b in zip(sft, dpo, strict=True)) < len(sft) / 2
+
+
 def test_what_is_not_given_is_skipped_with_its_reason(models, tmp_path):
     results = evaluate({"ppo": models["ppo"]}, prompts=PROMPTS, max_new_tokens=4)
     reasons = {(m["name"], m["model"]): m["reason"] for m in results["measures"] if m["status"] == "skipped"}
