@@ -357,6 +357,17 @@ def test_gradient_checkpointing_and_accumulation_change_nothing(base_path, token
         torch.testing.assert_close(split[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
+def test_bf16_training_keeps_an_fp32_head(base_path, tokenizer, tmp_path):
+    losses = {}
+    for bf16 in (False, True):
+        trainer = trainer_on(base_path, RAGGED, tokenizer, tmp_path, bf16=bf16, max_steps=1)
+        trainer.train()
+        losses[bf16] = trainer.state.log_history[0]["loss"]
+        assert trainer.model.score.weight.dtype == torch.float32
+    assert losses[True] != losses[False]  # mixed precision was on
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
 def test_new_head_is_drawn_at_our_scale_and_an_old_one_is_kept(base_path, tokenizer, tmp_path):
     fresh = trainer_on(base_path, PAIRS, tokenizer, tmp_path / "rm")
     expected = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
