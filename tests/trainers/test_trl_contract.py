@@ -62,6 +62,7 @@ METHODS = {
             "compute_entropy",
             "...",
         ],
+        "_get_train_sampler": ["dataset"],
         "_prepare_inputs": ["generation_batch"],
         "_save_checkpoint": ["model", "trial"],
     },
