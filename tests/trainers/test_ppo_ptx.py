@@ -494,23 +494,24 @@ def assert_bitwise(left, right):
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def test_resume_inside_a_rollout_keeps_rollouts_in_phase_with_prompts(make, tmp_path):
-    options = {"num_iterations": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    make(**options).train()
+def test_resume_inside_a_rollout_keeps_rollouts_in_phase_with_prompts(make):
     asked = []
 
-    def watch(prompts, **kwargs):
-        asked.append(prompts)
+    def watch(prompts, trainer_state, **kwargs):
+        asked.append((trainer_state.global_step, prompts))
         return [0.0] * len(prompts)
 
-    whole = make(rewards=watch, **{**options, "save_strategy": "no"}, value_model="head")
-    whole.train()
-    uninterrupted, asked[:] = list(asked), []
-    make(rewards=watch, **options, value_model="head", output_dir=str(tmp_path / "b")).train()
+    options = {"num_iterations": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    make(rewards=watch, **options).train()
+    (_, _), (_, second), (_, third) = asked
+    assert [step for step, _ in asked] == [0, 2, 4]
     asked.clear()
-    resumed = make(rewards=watch, **options, value_model="head", output_dir=str(tmp_path / "b"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
-    assert asked == uninterrupted[1:]  # the interrupted rollout's prompts again, then the last rollout's
+    trainer = make(rewards=watch, **options)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
+    assert asked == [
+        (3, second),
+        (4, third),
+    ]  # the interrupted rollout is drawn again, the next one comes on time
 
 
 def test_saved_policy_is_plain_and_value_function_lies_beside_it(make, tmp_path):

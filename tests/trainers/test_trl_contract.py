@@ -14,6 +14,7 @@ import pytest
 import trl
 from transformers import PreTrainedConfig, Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+from trl.trainer.utils import RepeatSampler
 
 TRAINERS = (RewardTrainer, DPOTrainer, GRPOTrainer)
 
@@ -96,7 +97,14 @@ ATTRIBUTES = {
         "_step",
         "_tag_names",
         "_tokenizer",
+        "aux_loss_enabled",
+        "eos_token_ids",
+        "num_generations_eval",
+        "ref_model",
+        "reward_weights",
+        "temperature",
     ],
+    RepeatSampler: ["generator"],
 }
 
 # module -> names imported from inside TRL rather than from its top level
