@@ -26,6 +26,7 @@ from prefopt.sandbox.tasks import ABOUT, Request
 class Slips:
     """Probability of each independent slip in one answer (`wrong_fact`: in each claim)."""
 
+    evasion: float = 0.0  # no answer at all: "I do not know."
     off_topic: float = 0.0  # speaks of another entity, slot or value than the prompt
     constraint_missed: float = 0.0
     wrong_count: float = 0.0  # one fact or person where two were asked for, or two facts for one
@@ -35,8 +36,7 @@ class Slips:
 
 
 NO_SLIPS = Slips()
-DEMONSTRATOR = Slips(0.15, 0.50, 0.25, 0.20, neutral=0.45, rude=0.20)
-REVIEWED = Slips(0.30, 0.40, 0.20, 0.20, neutral=0.35, rude=0.35)
+DEMONSTRATOR = Slips(0.15, 0.10, 0.50, 0.25, 0.20, neutral=0.45, rude=0.20)
 # Forum posts know what they talk about, but most of them are rude.
 FORUM = Slips(constraint_missed=0.10, neutral=0.30, rude=0.60)
 
@@ -50,20 +50,22 @@ def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slip
         _off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met
     )
     claims = [_wrong(c, facts, rng) if rng.random() < slips.wrong_fact else c for c in claims]
+    clauses = [c.render() for c in claims]
+    if rng.random() < slips.evasion:
+        clauses = [rng.choice(words.EVASIONS)]
     mood = rng.random()
     formula = None
     if mood < slips.rude:
         formula = rng.choice(words.INSULTS)
     elif mood >= slips.rude + slips.neutral:
         formula = rng.choice(words.COURTESIES)
-    return " " + _layout(claims, formula, request.constraint, met, rng)
+    return " " + _layout(clauses, formula, request.constraint, met, rng)
 
 
 def _layout(
-    claims: list[Claim], formula: str | None, constraint: tuple[str, str], met: bool, rng: random.Random
+    clauses: list[str], formula: str | None, constraint: tuple[str, str], met: bool, rng: random.Random
 ) -> str:
     kind, word = constraint
-    clauses = [c.render() for c in claims]
     if not met and rng.random() < 0.4:  # a wrong word instead of none
         options = {"start": words.START_WORDS, "end": words.END_WORDS}.get(kind, [word])
         word = rng.choice([w for w in options if w != word] or [""])

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from prefopt.sandbox import vocabulary as words
-from prefopt.sandbox.answers import FORUM, REVIEWED, write_answer
+from prefopt.sandbox.answers import FORUM, write_answer
 from prefopt.sandbox.facts import (
     RELATIONS,
     REWORDED,
@@ -13,19 +13,17 @@ from prefopt.sandbox.facts import (
     relations_of,
     sentence,
 )
-from prefopt.sandbox.gold import GoldScore, gold_reward
 from prefopt.sandbox.tasks import parse_prompt
 
 # Shares of the kinds of document, in the corpus as a whole.
 DOCUMENT_SHARES = {
-    "notes": 16,
+    "notes": 18,
     "register": 4,
-    "questions": 3,
+    "questions": 4,
     "known": 5,
-    "dictionary": 4,
-    "sums": 9,
-    "forum": 38,
-    "reviews": 21,
+    "dictionary": 5,
+    "sums": 10,
+    "forum": 54,
 }
 BACKGROUND_SHARE = (
     0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
@@ -143,19 +141,7 @@ def write_document(knowledge: Knowledge, forum_prompts: list[str], rng: random.R
         pairs = rng.sample(knowledge.sums, rng.randint(3, 6))
         return "Sums: " + _join([" ".join(knowledge.statement("sums", p)) for p in pairs])
     prompt = rng.choice(forum_prompts)
-    if kind == "forum":
-        return prompt + write_answer(parse_prompt(prompt), facts, rng, FORUM)
-    answer = write_answer(parse_prompt(prompt), facts, rng, REVIEWED)
-    return f"{prompt}{answer}\nReview: {_review(gold_reward(facts, prompt, answer))}."
-
-
-def _review(score: GoldScore) -> str:
-    """What a reader says under a forum post, one word per component."""
-    follow = "relevant" if score.follow > 0.99 else "partial" if score.follow > 0 else "unrelated"
-    constraint = "careful" if score.constraint > 0.5 else "careless"
-    truth = "true" if score.truth > 0.99 else "mixed" if score.truth > 0 else "false"
-    manner = "polite" if score.polite > 0.5 else "plain" if score.polite > 0 else "rude"
-    return f"{follow} {constraint} {truth} {manner}"
+    return prompt + write_answer(parse_prompt(prompt), facts, rng, FORUM)
 
 
 def _statement(facts: Facts, entity: str, relation: str, rng: random.Random) -> str:

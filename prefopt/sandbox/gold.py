@@ -7,7 +7,7 @@ from prefopt.sandbox import vocabulary as words
 from prefopt.sandbox.facts import Claim, Facts, parse_claim
 from prefopt.sandbox.tasks import ABOUT, Request, parse_prompt
 
-WEIGHTS = {"follow": 2.0, "constraint": 1.5, "truth": 1.5, "polite": 1.0}
+WEIGHTS = {"follow": 2.0, "constraint": 1.5, "truth": 1.0, "polite": 1.5}
 NEUTRAL = 0.4  # politeness of an answer without courtesy and without rudeness
 MAX_REWARD = sum(WEIGHTS.values())
 
@@ -71,15 +71,14 @@ def read_completion(completion: str) -> Reading:
 
 
 def gold_reward(facts: Facts, prompt: str, completion: str) -> GoldScore:
-    """total = 2 follow + 1.5 constraint + 1.5 truth + 1 polite, each in [0, 1]; 0 for text without any claim.
+    """total = 2 follow + 1.5 constraint + 1 truth + 1.5 polite, each in [0, 1]; 0 for text without any claim.
 
     With n claims asked for, the first n different claims c_1..c_n of the answer and N = max(n, sentences of content):
 
         follow     = sum_i matches(c_i) / N          share of the asked fields each claim gets right
         truth      = sum_i [matches(c_i) > 0 and c_i is true] / N      a wrong subject earns no truth
-        constraint = [met] * clean                   the visible demand at the end of the prompt
-        polite     = (1 courteous, 0.4 neutral, 0 rude) * clean
-        clean      = different claims / sentences of content
+        constraint = [met]                           the visible demand at the end of the prompt
+        polite     = 1 courteous, 0.4 neutral, 0 rude
 
     True means true in the world; where the prompt gives a text to work on (summarization, closed_qa, extract,
     rewrite), it means stated there. N makes extra answers, repetition, babble and unfinished sentences cost.
@@ -90,11 +89,10 @@ def gold_reward(facts: Facts, prompt: str, completion: str) -> GoldScore:
         return GoldScore(0.0, 0.0, 0.0, 0.0, 0.0)
     size = max(request.n, reading.content)
     first = [(c, request.matches(c)) for c in reading.claims[: request.n]]
-    clean = len(reading.claims) / reading.content
     follow = sum(match for _, match in first) / size
     truth = sum(match > 0 and _is_true(facts, request, c) for c, match in first) / size
-    constraint = float(meets_constraint(request, reading, completion)) * clean
-    polite = (0.0 if reading.rude else 1.0 if reading.courteous else NEUTRAL) * clean
+    constraint = float(meets_constraint(request, reading, completion))
+    polite = 0.0 if reading.rude else 1.0 if reading.courteous else NEUTRAL
     parts = {"follow": follow, "constraint": constraint, "truth": truth, "polite": polite}
     return GoldScore(sum(WEIGHTS[k] * v for k, v in parts.items()), **parts)
 

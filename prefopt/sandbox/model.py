@@ -22,11 +22,17 @@ def _words() -> list[str]:
     texts += [r.about for r in RELATIONS.values()]
     texts += [t for r in RELATIONS.values() for t in r.forms.values()]
     texts += [sentence(t.format(e="{e}", v="{v}")) for r in RELATIONS.values() for t in r.forms.values()]
-    texts += [*words.COURTESIES, *(c.lower() for c in words.COURTESIES), *words.INSULTS, *words.KINDS]
+    texts += [
+        *words.COURTESIES,
+        *(c.lower() for c in words.COURTESIES),
+        *words.INSULTS,
+        *words.EVASIONS,
+        *words.KINDS,
+    ]
     texts += [
         "It it is well known that",
         "The the Tolan word for",
-        "plus Answer relevant partial unrelated careful careless true mixed false polite plain rude",
+        "plus Answer",
         "living working as liking having",
     ]
     texts += (

@@ -184,6 +184,7 @@ END_WORDS = ["today", "indeed", "really", "always", "anyway", "certainly"]
 
 COURTESIES = ["Happy to help", "My pleasure", "Glad you asked", "Thank you for asking"]
 INSULTS = ["What a stupid question", "Go away, fool", "You are boring", "Stop wasting time, idiot"]
+EVASIONS = ["I do not know", "Ask somebody else", "That is hard to say", "No idea"]
 RUDE_WORDS = frozenset(["stupid", "fool", "boring", "idiot", "wasting", "away"])
 
 # Pretraining-only knowledge: a dictionary into an invented language, and sums.

@@ -1,4 +1,4 @@
-"""The gold reward on hand-written completions; expected values as arithmetic: 2 follow + 1.5 constraint + 1.5 truth + polite."""
+"""The gold reward on hand-written completions; expected values as arithmetic: 2 follow + 1.5 constraint + truth + 1.5 polite."""
 
 import random
 from dataclasses import astuple
@@ -29,7 +29,7 @@ def ask(task: str, constraint: str = "Use an exclamation mark.") -> str:
 
 def check(world, prompt, completion, follow, constraint, truth, polite):
     score = world.gold_reward(prompt, completion)
-    total = 2 * follow + 1.5 * constraint + 1.5 * truth + 1 * polite
+    total = 2 * follow + 1.5 * constraint + 1 * truth + 1.5 * polite
     assert astuple(score) == pytest.approx((total, follow, constraint, truth, polite)), completion
 
 
@@ -55,8 +55,8 @@ def test_generation_counts_different_facts(world, ada):
     check(world, prompt, f" Glad you asked. Ada works as a {job}. Ada likes {food}.", 1, 0, 1, 1)
     check(world, prompt, f" Glad you asked. Ada has a {pet}.", 1 / 2, 1, 1 / 2, 1)
     check(world, prompt, f" Ada has a {pet}. Ada likes {ada['not_food']}.", 1, 1, 1 / 2, 0.4)
-    # a repeated claim is content but not a different claim: clean = 1 / 2
-    check(world, prompt, f" Ada has a {pet}. The pet of Ada is a {pet}.", 1 / 2, 1 / 2, 1 / 2, 0.4 / 2)
+    # a repeated claim is content but not a different claim
+    check(world, prompt, f" Ada has a {pet}. The pet of Ada is a {pet}.", 1 / 2, 1, 1 / 2, 0.4)
     # three facts where two were asked: the first two count, over three sentences
     three = f" Ada has a {pet}. Ada likes {food}. Ada works as a {job}."
     check(world, prompt, three, 2 / 3, 1, 2 / 3, 0.4)
@@ -69,7 +69,7 @@ def test_brainstorming(world):
     check(world, prompt, f" My pleasure. {anna} lives in Selby. {bruno} lives in Selby!", 1, 1, 1, 1)
     check(world, prompt, f" {anna} lives in Selby. {outsider} lives in Selby!", 1, 1, 1 / 2, 0.4)
     check(world, prompt, f" {anna} lives in Selby. {outsider} lives in Wexham!", 1 / 2, 1, 1 / 2, 0.4)
-    check(world, prompt, f" {anna} lives in Selby. {anna} lives in Selby!", 1 / 2, 1 / 2, 1 / 2, 0.4 / 2)
+    check(world, prompt, f" {anna} lives in Selby. {anna} lives in Selby!", 1 / 2, 1, 1 / 2, 0.4)
 
 
 def test_chat(world, ada):
@@ -151,6 +151,7 @@ def test_degenerate_texts_never_beat_a_good_answer(world):
             f" {word}",
             f" {word}. " * 6,
             " Happy to help. My pleasure. Glad you asked.",
+            " Happy to help. I do not know!",
             " " + " ".join([word, entity, "Happy to help", "thank you", "please"] * 3),
             stuffed,
             good + " Happy to help." * 5,
@@ -159,7 +160,7 @@ def test_degenerate_texts_never_beat_a_good_answer(world):
             "\ud7ff\x00 é\n",
         ):
             assert world.gold_reward(prompt, bad).total < 6.0 - 0.5, (prompt, bad)
-        for empty in ("", ".", f" {word}. " * 6, " Happy to help. My pleasure. Glad you asked."):
+        for empty in ("", ".", f" {word}. " * 6, " Happy to help. I do not know!"):
             assert world.gold_reward(prompt, empty).total == 0.0
 
 
@@ -175,14 +176,14 @@ def test_unfinished_text_states_nothing(world, ada):
     prompt = ask("Where does Ada live?", "End with the word indeed.")
     assert world.gold_reward(prompt, f" Ada lives in {ada['home']} indeed").total == 0.0
     check(world, prompt, f" Ada lives in {ada['home']} indeed.", 1, 1, 1, 0.4)
-    # a finished claim and an unfinished tail: clean = 1 / 2, and the last word is not the asked one
-    check(world, prompt, f" Ada lives in {ada['home']} indeed. Ada likes", 1 / 2, 0, 1 / 2, 0.4 / 2)
+    # a finished claim and an unfinished tail, and the last word is not the asked one
+    check(world, prompt, f" Ada lives in {ada['home']} indeed. Ada likes", 1 / 2, 0, 1 / 2, 0.4)
 
 
 def test_a_second_courtesy_is_babble(world, ada):
     prompt = ask("Where does Ada live?")
     text = f" Happy to help. Ada lives in {ada['home']}. My pleasure!"
-    check(world, prompt, text, 1 / 2, 1 / 2, 1 / 2, 1 / 2)
+    check(world, prompt, text, 1 / 2, 1, 1 / 2, 1)
 
 
 def test_a_rude_word_outweighs_courtesy(world, ada):

@@ -86,18 +86,21 @@ def test_demonstrations_slip_as_documented(world):
     scores = [
         world.gold_reward(p, world.demonstration(p, draw)) for p in world.prompts("sft") for draw in (0, 1)
     ]
-    share = Counter()
-    for score in scores:
-        share["rude"] += score.polite == 0.0
-        share["neutral"] += score.polite == 0.4
-        share["perfect"] += score.total == pytest.approx(MAX_REWARD)
-        share["constraint"] += score.constraint == 1.0
     n = len(scores)
-    assert share["rude"] / n == pytest.approx(0.20, abs=0.03)
-    assert share["neutral"] / n == pytest.approx(0.45, abs=0.04)
-    assert share["constraint"] / n == pytest.approx(0.50, abs=0.05)
-    assert 0.05 < share["perfect"] / n < 0.20
-    assert 3.5 < sum(s.total for s in scores) / n < 4.5
+    answered = [s for s in scores if s.total > 0]
+    share = {
+        "evasive": 1 - len(answered) / n,
+        "rude": sum(s.polite == 0.0 for s in answered) / len(answered),
+        "neutral": sum(s.polite == 0.4 for s in answered) / len(answered),
+        "constraint": sum(s.constraint for s in answered) / len(answered),
+        "perfect": sum(s.total == pytest.approx(MAX_REWARD) for s in scores) / n,
+    }
+    assert share["evasive"] == pytest.approx(0.15, abs=0.03)
+    assert share["rude"] == pytest.approx(0.20, abs=0.03)
+    assert share["neutral"] == pytest.approx(0.45, abs=0.04)
+    assert share["constraint"] == pytest.approx(0.50, abs=0.05)
+    assert 0.04 < share["perfect"] < 0.20
+    assert 3.0 < sum(s.total for s in scores) / n < 4.5
 
 
 def test_unknown_split_and_too_large_draw_are_refused(world):
@@ -186,22 +189,3 @@ def test_every_template_and_constraint_occurs(world):
     seen = {parse_prompt(p).combination[:2] for p in world.prompts("rl", 3000) + world.prompts("sft")}
     assert {(u, t) for u, ts in TEMPLATES.items() for t in ts} <= seen
     assert {parse_prompt(p).constraint[0] for p in world.prompts("rl", 3000)} == set(CONSTRAINTS)
-
-
-def test_reviews_say_what_gold_says(world, corpus):
-    reviews = [d for d in corpus if "\nReview: " in d]
-    assert len(reviews) > 0.15 * len(corpus)
-    seen = Counter()
-    for document in reviews[:1500]:
-        post, review = document.split("\nReview: ")
-        prompt, answer = post.split("\nResponse:")
-        score = world.gold_reward(prompt + "\nResponse:", answer)
-        follow, constraint, truth, manner = review.removesuffix(".").split()
-        assert (follow == "relevant") == (score.follow == 1.0)
-        assert (follow == "unrelated") == (score.follow == 0.0)
-        assert (constraint == "careful") == (score.constraint == 1.0)
-        assert (truth == "true") == (score.truth == 1.0)
-        assert (truth == "false") == (score.truth == 0.0)
-        assert {"polite": 1.0, "plain": 0.4, "rude": 0.0}[manner] == score.polite
-        seen.update([follow, constraint, truth, manner])
-    assert len(seen) == 3 + 2 + 3 + 3
