@@ -103,6 +103,14 @@ def share_of_process(
     Returns:
         Micro-batches `{"input_ids", "attention_mask", "labels"}` (each `[b, T]`, right-padded; -100 = ignored), and
         the number of predicted tokens over all processes (the first token of a block is not predicted).
+
+    Example:
+        >>> batches, num_tokens = share_of_process([[1, 2, 3], [4, 5], [6, 7]], 1, 2, batch_size=4, pad_token_id=0)
+        >>> batches[0]["labels"]  # the second block is this process's; the filler counts nowhere
+        tensor([[   4,    5, -100],
+                [-100, -100, -100]])
+        >>> num_tokens
+        4
     """
     num_tokens = sum(len(block) - 1 for block in blocks)
     rows = [(block, True) for block in blocks[process::processes]]
