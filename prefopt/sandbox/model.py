@@ -1,10 +1,10 @@
-"""A word-level tokenizer that loses nothing, and a small Llama, both built in code."""
+"""A word-level tokenizer that loses nothing, and a small Qwen3, both built in code."""
 
 import re
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Qwen3Config, Qwen3ForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.sandbox import vocabulary as words
 from prefopt.sandbox.facts import RELATIONS, sentence
@@ -84,15 +84,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of about 1.4 M parameters, fp32, random weights drawn from `seed` (the global generator is kept)."""
-    config = LlamaConfig(
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3ForCausalLM:
+    """A Qwen3 of about 1.4 M parameters, fp32, random weights drawn from `seed` (the global generator is kept)."""
+    config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=160,
         intermediate_size=432,
         num_hidden_layers=4,
         num_attention_heads=5,
         num_key_value_heads=5,
+        head_dim=32,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         initializer_range=0.06,  # the usual 0.02 learns markedly slower at this width and this few updates
@@ -103,4 +104,4 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return Qwen3ForCausalLM(config)
