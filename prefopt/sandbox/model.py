@@ -4,7 +4,7 @@ import re
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen3Config, Qwen3ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from prefopt.sandbox import vocabulary as words
 from prefopt.sandbox.facts import RELATIONS, sentence
