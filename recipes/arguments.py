@@ -2,15 +2,15 @@
 
 import difflib
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import transformers
+import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
@@ -53,21 +53,35 @@ def parse(dataclass_types: Sequence[type], argv: list[str] | None, prog: str) ->
     Keys given on the command line win over the file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = TrlParser(dataclass_types, prog=prog, allow_abbrev=False)
-    if "--config" in argv[:-1] and not Path(config := argv[argv.index("--config") + 1]).is_file():
-        raise UserError(f"config file {config!r} does not exist")
+    known = {f.name for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
+    if "--config" in argv[:-1]:
+        config = Path(argv[argv.index("--config") + 1])
+        if not config.is_file():
+            raise UserError(f"config file {str(config)!r} does not exist")
+        keys = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if not isinstance(keys, dict):
+            raise UserError(f"{config}: expected `key: value` lines, got {type(keys).__name__}")
+        _refuse_unknown(set(keys) - known - {"env"}, known, str(config))
+    options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
+    _refuse_unknown(
+        {key for key in options if key.replace("-", "_") not in known} - {"config", "help"},
+        known | {f"no_{name}" for name in known},
+        "the command line",
+    )
     try:
-        return parser.parse_args_and_config(argv)
-    except ValueError as error:
-        unknown = re.findall(r"--([\w-]+)", str(error)) if "Unknown arguments" in str(error) else []
-        if not unknown:
-            raise UserError(error) from error
-        known = [action.dest for action in parser._actions]
-        hints = []
-        for key in unknown:
-            near = difflib.get_close_matches(key, known, n=1)
-            hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        raise UserError(f"unknown key in {config}: {', '.join(hints)}") from error
+        return TrlParser(dataclass_types, prog=prog, allow_abbrev=False).parse_args_and_config(argv)
+    except (ValueError, TypeError) as error:
+        raise UserError(error) from error
+
+
+def _refuse_unknown(unknown: set[str], known: set[str], where: str) -> None:
+    """Before anything is built from the keys, because a misspelt one may be the cause of another error."""
+    hints = []
+    for key in sorted(unknown - known):
+        near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+        hints.append(repr(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if hints:
+        raise UserError(f"unknown key in {where}: {', '.join(hints)}")
 
 
 def load_rows(

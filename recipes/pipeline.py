@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from prefopt.evaluation.evaluate_models import evaluate
 from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl, write_whole
 from prefopt.evaluation.report import build_report
+from prefopt.evaluation.results import write_results
 from prefopt.evaluation.reward import score_completions
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.arguments import UserError, parse
@@ -40,10 +41,13 @@ class PipelineArguments:
     )
     corpus_documents: int = field(default=6000, metadata={"help": "Pretraining documents."})
     heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
-    eval_prompts: int = field(default=400, metadata={"help": "Held-out prompts for win rates."})
-    selection_prompts: int = field(
-        default=200, metadata={"help": "Validation prompts for choosing the SFT epoch."}
+    sft_prompts: int = field(default=1600, metadata={"help": "Demonstrations."})
+    rm_prompts: int = field(default=2400, metadata={"help": "Ranked prompts for the reward model and DPO."})
+    rl_prompts: int = field(default=4000, metadata={"help": "Prompts of PPO."})
+    tuning_prompts: int = field(
+        default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."}
     )
+    test_prompts: int = field(default=450, metadata={"help": "Held-out prompts of the evaluation."})
     max_new_tokens: int = field(default=32, metadata={"help": "Length limit of a completion, in tokens."})
 
 
@@ -173,12 +177,12 @@ class Pipeline:
                   pretrain_dataset_name=self.data / "corpus_train.jsonl", output_dir=self.root / "sft")  # fmt: skip
 
     def ppo(self) -> None:
-        self.step(ppo_ptx.main, "ppo", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo",
+        self.step(self.train_ppo, "ppo", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo",
                   dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
                   max_completion_length=self.args.max_new_tokens)  # fmt: skip
 
     def ppo_ptx(self) -> None:
-        self.step(ppo_ptx.main, "ppo_ptx", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo_ptx",
+        self.step(self.train_ppo, "ppo_ptx", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo_ptx",
                   dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
                   pretrain_dataset_name=self.data / "corpus_train.jsonl",
                   max_completion_length=self.args.max_new_tokens)  # fmt: skip
@@ -186,6 +190,14 @@ class Pipeline:
     def dpo(self) -> None:
         self.step(dpo.main, "dpo", model_name_or_path=self.root / "sft", output_dir=self.root / "dpo",
                   dataset_name=self.data / "rankings_rm_train_labelers.jsonl")  # fmt: skip
+
+    def train_ppo(self, argv: list[str]) -> None:
+        """PPO is trained on the reward model; the gold reward is only watched, to show over-optimisation."""
+
+        def gold(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+            return [self.world.gold_reward(p, c).total for p, c in zip(prompts, completions, strict=True)]
+
+        ppo_ptx.main(argv, monitors=[gold])
 
     # ---- what came of it ----------------------------------------------------------------------------------------
     def evaluate(self) -> None:
@@ -215,7 +227,7 @@ class Pipeline:
             folder=self.root / "completions",
             progress=lambda line: print(f"  {line}", flush=True),
         )
-        write_whole(self.root / "evaluation.json", json.dumps(results))
+        write_results(results, self.root / "evaluation.json")
 
     def curves(self) -> dict:
         """Training curves for the report: SFT epochs, and score and KL over the PPO steps."""
@@ -223,14 +235,18 @@ class Pipeline:
         curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
         for name in ("ppo", "ppo_ptx"):
             history = json.loads((self.root / name / "trainer_state.json").read_text())["log_history"]
-            curves[name] = [entry for entry in history if "reward" in entry]
+            curves[name] = [
+                {**entry, "gold": entry["rewards/gold/mean"]}
+                for entry in history
+                if "rewards/gold/mean" in entry
+            ]
         return curves
 
     def report(self, wall_seconds: dict[str, float]) -> None:
         """Written on every run, so that the wall time of the evaluation itself is in it."""
         results = json.loads((self.root / "evaluation.json").read_text())
         results["wall_seconds"] = wall_seconds
-        write_whole(self.root / "results.json", json.dumps(results, indent=1))
+        write_results(results, self.root / "results.json")
         build_report(results, self.root / "report.html")
 
 

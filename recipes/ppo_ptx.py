@@ -6,6 +6,7 @@
 Rows are {"prompt"}. `ptx_coef: 0` is the paper's "PPO"; otherwise `pretrain_dataset_name` names rows {"text"}.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from trl import ModelConfig, get_quantization_config
@@ -39,8 +40,8 @@ class PPOPtxArguments(DataArguments):
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the PPO or PPO-ptx step."""
+def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[float]]] = ()) -> None:
+    """Run the PPO or PPO-ptx step; `monitors` are reward functions that are logged but not trained on."""
     data, args, model_args = parse((PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx")
     init_kwargs = model_init_kwargs(model_args)
     if not data.reward_model_name_or_path:
@@ -54,10 +55,11 @@ def main(argv: list[str] | None = None) -> None:
             data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
         )
 
+    args.reward_weights = [1.0] + [0.0] * len(monitors)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = PPOPtxTrainer(
         model=load_policy(model_args, init_kwargs),
-        reward_funcs=load_reward_model(data.reward_model_name_or_path),
+        reward_funcs=[load_reward_model(data.reward_model_name_or_path), *monitors],
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,

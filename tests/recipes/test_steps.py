@@ -47,6 +47,6 @@ def test_a_step_is_not_reused_after_an_earlier_one_ran_again(tmp_path):
     run(tmp_path, {}, [])
     (tmp_path / "steps" / "first.json").unlink()
     log = []
-    with pytest.raises(SystemExit, match="step 'second' .* before an earlier step ran again"):
+    with pytest.raises(SystemExit, match=r"step 'second' .* before an earlier step ran again"):
         run(tmp_path, {}, log)
     assert log == ["first"]
