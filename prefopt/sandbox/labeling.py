@@ -9,7 +9,7 @@ from prefopt.sandbox.world import World
 # Standard deviation of a labeler's noise, and the smallest difference that still counts as a preference, in units of
 # the gold reward. Together they put the agreement between two labelers, on the pairs that neither of them ties, at
 # about 75 %.
-NOISE = 1.5
+NOISE = 1.45
 TIE_WIDTH = 0.45
 FLAG_ERROR = 0.05
 GROUP_SIZES = {"train": 5, "heldout": 3}
