@@ -39,16 +39,16 @@ class PipelineArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of the world, the weights, the data and the training."}
     )
-    corpus_documents: int = field(default=6000, metadata={"help": "Pretraining documents."})
+    corpus_documents: int = field(default=40000, metadata={"help": "Pretraining documents."})
     heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
-    sft_prompts: int = field(default=1600, metadata={"help": "Demonstrations."})
+    sft_prompts: int = field(default=1200, metadata={"help": "Demonstrations."})
     rm_prompts: int = field(default=2400, metadata={"help": "Ranked prompts for the reward model and DPO."})
     rl_prompts: int = field(default=4000, metadata={"help": "Prompts of PPO."})
     tuning_prompts: int = field(
         default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."}
     )
     test_prompts: int = field(default=450, metadata={"help": "Held-out prompts of the evaluation."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Length limit of a completion, in tokens."})
+    max_new_tokens: int = field(default=24, metadata={"help": "Length limit of a completion, in tokens."})
 
 
 class Pipeline:
@@ -170,9 +170,11 @@ class Pipeline:
         )
 
     def ppo_start(self) -> None:
-        """Appendix C.3: two more epochs with 10 % pretraining text; the result is what `sft` means from here on."""
-        chosen = json.loads((self.root / "sft_selection.json").read_text())["chosen"]["checkpoint"]
-        self.step(sft.main, "ppo_start", model_name_or_path=self.root / chosen,
+        """Appendix C.3: the pretrained model, two epochs of demonstrations with 10 % pretraining text mixed in.
+
+        The result is what `sft` means from here on: PPO's start, every KL reference, the win-rate baseline.
+        """
+        self.step(sft.main, "ppo_start", model_name_or_path=self.root / "base",
                   dataset_name=self.data / "demonstrations_sft.jsonl",
                   pretrain_dataset_name=self.data / "corpus_train.jsonl", output_dir=self.root / "sft")  # fmt: skip
 

@@ -71,18 +71,23 @@ def tokenize_demonstrations(rows: Dataset, tokenizer, max_length: int | None, so
     return kept
 
 
+def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:
+    """Blocks of pretraining text as PPO-ptx packs them, with a loss on every token."""
+    blocks = pack_documents(texts, tokenizer, max_length)
+    return blocks.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
+
+
 def mix_pretraining(
     demonstrations: Dataset, texts: Dataset, share: float, tokenizer, args: SFTConfig
 ) -> Dataset:
     """Add packed pretraining blocks until they are `share` of all examples (appendix C.3)."""
-    blocks = pack_documents(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
+    blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     count = round(len(demonstrations) * share / (1 - share))
     if count > len(blocks):
         raise UserError(
             f"pretrain_mix {share} needs {count} blocks of pretraining text, there are {len(blocks)}"
         )
-    blocks = blocks.select(range(count)).map(lambda row: {"labels": row["input_ids"]})
-    return concatenate_datasets([demonstrations, blocks.select_columns(demonstrations.column_names)])
+    return concatenate_datasets([demonstrations, blocks.select(range(count))])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,6 +104,10 @@ def main(argv: list[str] | None = None) -> None:
         train = tokenize_demonstrations(train, tokenizer, args.max_length, "train")
         if evaluation is not None:
             evaluation = tokenize_demonstrations(evaluation, tokenizer, args.max_length, "eval")
+    elif args.packing:
+        train, args.packing = pack_texts(train, tokenizer, args.max_length), False
+        if evaluation is not None:
+            evaluation = pack_texts(evaluation, tokenizer, args.max_length)
     if data.pretrain_mix:
         if "labels" not in train.column_names:
             raise UserError("pretrain_mix needs demonstrations: rows with prompt and completion")
