@@ -24,7 +24,7 @@ from prefopt.sandbox.tasks import ABOUT, Request
 
 @dataclass(frozen=True)
 class Slips:
-    """Probability of each independent slip in one answer (`wrong_fact`: in each claim)."""
+    """Probability of each independent slip in one answer (`wrong_fact`: of each claim)."""
 
     evasion: float = 0.0  # no answer at all: "I do not know."
     off_topic: float = 0.0  # speaks of another entity, slot or value than the prompt
@@ -49,7 +49,7 @@ def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slip
     claims = _claims(
         _off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met
     )
-    claims = [_wrong(c, facts, rng) if rng.random() < slips.wrong_fact else c for c in claims]
+    claims = [_wrong(c, request, facts, rng) if rng.random() < slips.wrong_fact else c for c in claims]
     clauses = [c.render() for c in claims]
     if rng.random() < slips.evasion:
         clauses = [rng.choice(words.EVASIONS)]
@@ -131,6 +131,9 @@ def _off_topic(request: Request, facts: Facts, rng: random.Random) -> Request:
     return replace(request, entity=rng.choice(others))
 
 
-def _wrong(claim: Claim, facts: Facts, rng: random.Random) -> Claim:
-    """The claim with another value; for brainstorming-like uses this is a person who does not fit."""
+def _wrong(claim: Claim, request: Request, facts: Facts, rng: random.Random) -> Claim:
+    """The claim with another value; for brainstorming, of a person who does not fit."""
+    if request.use_case == "brainstorming":
+        holders = facts.holders(claim.relation, claim.value)
+        return replace(claim, entity=rng.choice([p for p in words.PEOPLE if p not in holders]))
     return replace(claim, value=rng.choice([v for v in RELATIONS[claim.relation].values if v != claim.value]))

@@ -129,12 +129,8 @@ def _claims(text: str) -> tuple[Claim, ...] | None:
     return None if not parsed or None in parsed else parsed
 
 
-def _pick(rng: random.Random, options: list) -> object:
-    return options[rng.randrange(len(options))]
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Drawing: combination -> the words that fill the template. One function per use case whose prompts carry a text.
+# Drawing: combination -> the words that fill the template.
 
 
 def combinations(use_case: str, facts: Facts) -> Iterator[tuple[str, ...]]:
@@ -165,30 +161,30 @@ def draw_prompt(combination: tuple[str, ...], facts: Facts, rng: random.Random) 
     elif use_case == "chat":
         fill["a"] = RELATIONS[rest[0]].about
     elif use_case == "rewrite":
-        fill["c"] = sentence(facts.claim(subject, rest[0], _pick(rng, [STATEMENT, REWORDED])).render())
+        fill["c"] = sentence(facts.claim(subject, rest[0], rng.choice([STATEMENT, REWORDED])).render())
     elif use_case == "other":
         wrong = [v for v in RELATIONS[rest[0]].values if v != facts.value(subject, rest[0])]
-        fill["c"] = sentence(Claim(subject, rest[0], _pick(rng, wrong)).render())
+        fill["c"] = sentence(Claim(subject, rest[0], rng.choice(wrong)).render())
     elif use_case in ("summarization", "closed_qa", "extract"):
         slots = list(_SHARED) if use_case == "summarization" else [rest[0]]
         own = [facts.claim(subject, r) for r in rng.sample(slots, min(2, len(slots)))]
-        other = _pick(rng, [p for p in words.PEOPLE if p != subject])
+        other = rng.choice([p for p in words.PEOPLE if p != subject])
         taken = {c.relation for c in own}
-        extra = facts.claim(other, _pick(rng, [r for r in _SHARED if r not in taken]))
+        extra = facts.claim(other, rng.choice([r for r in _SHARED if r not in taken]))
         fill["t"] = _text(tuple(rng.sample([*own, extra], len(own) + 1)))
         if use_case == "closed_qa":
-            fill["q"] = _pick(rng, list(RELATIONS[rest[0]].questions)).format(e=subject)
+            fill["q"] = rng.choice(list(RELATIONS[rest[0]].questions)).format(e=subject)
         elif use_case == "extract":
             fill["a"] = RELATIONS[rest[0]].about
     kinds = ["start", "start", "end", "end", "exclaim"]
     if use_case == "generation":
         kinds += ["mention", "mention"]
-    kind = _pick(rng, kinds)
+    kind = rng.choice(kinds)
     word = {
-        "start": lambda: _pick(rng, words.START_WORDS),
-        "end": lambda: _pick(rng, words.END_WORDS),
+        "start": lambda: rng.choice(words.START_WORDS),
+        "end": lambda: rng.choice(words.END_WORDS),
         "exclaim": lambda: "",
-        "mention": lambda: _pick(rng, relations_of(subject)).about,
+        "mention": lambda: rng.choice(relations_of(subject)).about,
     }[kind]()
     return f"Instruction: {template.format(**fill)} {CONSTRAINTS[kind].format(w=word)}\nResponse:"
 
