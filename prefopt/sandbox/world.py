@@ -18,7 +18,7 @@ from prefopt.sandbox.tasks import (
 
 # Prompts of each split, and the share of entity x template combinations set aside for it. "forum" prompts appear only
 # inside pretraining documents.
-SPLIT_SIZES = {"forum": 4500, "sft": 1200, "rm": 2400, "rl": 4000, "tuning": 300, "test": 500}
+SPLIT_SIZES = {"forum": 4500, "sft": 1200, "rm": 1600, "rl": 4000, "tuning": 300, "test": 500}
 _SPLIT_SHARES = {"forum": 0.20, "sft": 0.18, "rm": 0.18, "rl": 0.22, "tuning": 0.09, "test": 0.13}
 
 
