@@ -42,7 +42,7 @@ class PipelineArguments:
     corpus_documents: int = field(default=40000, metadata={"help": "Pretraining documents."})
     heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
     sft_prompts: int = field(default=1200, metadata={"help": "Demonstrations."})
-    rm_prompts: int = field(default=2400, metadata={"help": "Ranked prompts for the reward model and DPO."})
+    rm_prompts: int = field(default=3600, metadata={"help": "Ranked prompts for the reward model and DPO."})
     rl_prompts: int = field(default=4000, metadata={"help": "Prompts of PPO."})
     tuning_prompts: int = field(
         default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."}
