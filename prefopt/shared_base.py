@@ -12,8 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
@@ -189,7 +195,7 @@ def load_reward_model(
             trainers; with a lower one the head of a full checkpoint is rounded on the way, that of an adapter is not.
 
     Raises:
-        ValueError: the adapter does not contain the head, or names no base model.
+        ValueError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
     """
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -197,7 +203,14 @@ def load_reward_model(
     if find_adapter_config_file(path, **hub_arguments) is None:
         if base_model is not None:
             raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
-        model = AutoModelForSequenceClassification.from_pretrained(path, **kwargs)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path, output_loading_info=True, **kwargs
+        )
+        if any(name.startswith("score.") for name in loading["missing_keys"]):
+            raise ValueError(
+                f"{path} has no trained head, so its scores would be random: it is a language model; give the output "
+                "of RankedRewardTrainer"
+            )
         keep_head_fp32(model)
     else:
         adapter = PeftConfig.from_pretrained(path, **hub_arguments)
@@ -226,6 +239,33 @@ def load_reward_model(
             saved, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
             set_reward_bias(model, saved.get("reward_bias", 0.0))
     return model.eval().requires_grad_(False)
+
+
+def reward_model_from_adapter(path: str | os.PathLike, **kwargs: Any) -> PeftModel:
+    """A trainable reward model that starts from a LoRA adapter: the SFT step's with a new head, or a reward model's.
+
+    InstructGPT's initialisation (section 3.5): the SFT model, its unembedding replaced by a projection to one scalar.
+
+    Args:
+        path: directory or Hub id of the adapter.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model.
+    """
+    config = PeftConfig.from_pretrained(path)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        config.base_model_name_or_path, num_labels=1, **kwargs
+    )
+    if "score" in (config.modules_to_save or []):
+        model = PeftModel.from_pretrained(base, path, is_trainable=True)
+        saved, _ = PreTrainedConfig.get_config_dict(path)
+        set_reward_bias(model, saved.get("reward_bias", 0.0))
+        return model
+    config.task_type, config.inference_mode = "SEQ_CLS", False
+    config.modules_to_save = [*(config.modules_to_save or []), "score"]
+    model = get_peft_model(base, config)
+    init_score_head(model)
+    # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
+    set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **load_peft_weights(path)})
+    return model
 
 
 def value_model_from(reward_model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:

@@ -10,16 +10,9 @@ model the run starts from.
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.comparisons import prepare_comparisons, validate_comparisons
-from prefopt.recipes.arguments import (
-    DataArguments,
-    UserError,
-    load_policy,
-    load_tokenizer,
-    load_train_and_eval,
-    model_init_kwargs,
-    parse,
-    peft_config,
-)
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.data import load_train_and_eval, require_chat_template
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
 
@@ -36,13 +29,15 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise UserError(error) from error
 
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, train, evaluation)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = RankedDPOTrainer(
         model=load_policy(model_args, init_kwargs),
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
-        processing_class=load_tokenizer(model_args),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )

@@ -11,18 +11,9 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig, get_quantization_config
 
-from prefopt.recipes.arguments import (
-    DataArguments,
-    UserError,
-    check_fields,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    load_train_and_eval,
-    model_init_kwargs,
-    parse,
-    peft_config,
-)
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
 from prefopt.shared_base import load_reward_model
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
@@ -55,15 +46,25 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
             data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
         )
 
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, train, evaluation)
+    if args.reward_weights is not None:
+        raise UserError(
+            "reward_weights: this recipe has one reward model, whose weight is 1; use PPOPtxTrainer for more"
+        )
     args.reward_weights = [1.0] + [0.0] * len(monitors)
+    try:
+        reward_model = load_reward_model(data.reward_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = PPOPtxTrainer(
         model=load_policy(model_args, init_kwargs),
-        reward_funcs=[load_reward_model(data.reward_model_name_or_path), *monitors],
+        reward_funcs=[reward_model, *monitors],
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
-        processing_class=load_tokenizer(model_args),
+        processing_class=tokenizer,
         pretrain_dataset=pretraining,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),

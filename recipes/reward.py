@@ -12,17 +12,9 @@ from dataclasses import dataclass, field
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.comparisons import prepare_comparisons, validate_comparisons
-from prefopt.recipes.arguments import (
-    DataArguments,
-    UserError,
-    check_fields,
-    load_rows,
-    load_tokenizer,
-    load_train_and_eval,
-    model_init_kwargs,
-    parse,
-    peft_config,
-)
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.models import load_reward_start, load_tokenizer, model_init_kwargs, peft_config
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 
@@ -53,20 +45,25 @@ def main(argv: list[str] | None = None) -> None:
             data.center_on, check=check_fields("prompt", "completion"), key="center_on"
         )
 
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, train, evaluation, demonstrations)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = RankedRewardTrainer(
-        model=model_args.model_name_or_path,
+        model=load_reward_start(model_args, init_kwargs),
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
-        processing_class=load_tokenizer(model_args),
+        processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"]),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(
+        args.output_dir
+    )  # before centring too: nothing that comes later may cost the trained model
     if demonstrations is not None:
         trainer.center_on(demonstrations)
-    trainer.save_model(args.output_dir)
+        trainer.save_model(args.output_dir)
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=data.dataset_name)

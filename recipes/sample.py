@@ -2,31 +2,37 @@
 
     prefopt sample --model_name_or_path runs/sft --dataset_name prompts.jsonl --output samples.jsonl
 
-Each output row keeps the input row's fields and adds `completions` and `truncated` (cut at `max_new_tokens`, so that
+Each output row keeps the input row's fields, except those about other completions, and adds `completions` and `truncated` (cut at `max_new_tokens`, so that
 no end-of-sequence token is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9).
 """
 
 import logging
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.evaluation.generate import generate, write_jsonl
-from prefopt.recipes.arguments import (
-    DataArguments,
-    UserError,
-    check_fields,
-    load_policy,
-    load_rows,
-    load_tokenizer,
-    model_init_kwargs,
-    parse,
-)
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.data import check_fields, load_rows, require_chat_template
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
 
 logger = logging.getLogger(__name__)
+
+# Fields of an input row that speak of completions other than the ones drawn here.
+OF_OTHER_COMPLETIONS = {
+    "completion",
+    "chosen",
+    "rejected",
+    "ranks",
+    "ratings",
+    "flags",
+    "labeler",
+    "truncated",
+}
 
 
 @dataclass
@@ -56,10 +62,21 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("output is required: the .jsonl file to write")
     if not 1 <= args.k_min <= args.k_max:
         raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
+    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"{name} is {getattr(args, name)}; expected at least {least}")
+    if args.temperature == 0 and args.k_max > 1:
+        raise UserError(
+            "temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample"
+        )
+    if Path(args.output).is_dir():
+        raise UserError(f"output {args.output!r} is a folder; expected a .jsonl file")
     rows = load_rows(
         args.dataset_name, split=args.dataset_train_split, check=check_fields("prompt"), key="dataset_name"
     )
-    model = load_policy(model_args, init_kwargs)
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, rows)
+    model = load_policy(model_args, init_kwargs, is_trainable=False)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(
             model, quantization_config=get_quantization_config(model_args), **init_kwargs
@@ -70,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
     drawn = generate(
         model.eval(),
-        load_tokenizer(model_args),
+        tokenizer,
         prompts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -86,9 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         if len(said) < min(2, args.k_min):
             short += 1
             continue
-        output.append(
-            {**row, "completions": [c.text for c in said], "truncated": [c.truncated for c in said]}
-        )
+        kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
+        texts, truncated = [c.text for c in said], [c.truncated for c in said]
+        output.append({**kept, "completions": texts, "truncated": truncated})
     if empty:
         logger.warning("dropped %d of %d completions that say nothing, and %d of %d prompts left with too few to rank",
                        empty, len(prompts), short, len(rows))  # fmt: skip

@@ -12,20 +12,12 @@ import logging
 from dataclasses import dataclass, field
 
 from datasets import Dataset, concatenate_datasets
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from prefopt.comparisons import build_ids
-from prefopt.recipes.arguments import (
-    DataArguments,
-    Rows,
-    UserError,
-    check_fields,
-    load_rows,
-    load_tokenizer,
-    load_train_and_eval,
-    model_init_kwargs,
-    parse,
-)
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
 from prefopt.trainers.pretraining_data import pack_documents
 
 logger = logging.getLogger(__name__)
@@ -99,7 +91,12 @@ def main(argv: list[str] | None = None) -> None:
     if (data.pretrain_mix > 0) != (data.pretrain_dataset_name is not None):
         raise UserError("pretrain_mix and pretrain_dataset_name go together: set both or neither")
     train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", check_sft_rows)
+    if evaluation is not None and ("completion" in train.column_names) != (
+        "completion" in evaluation.column_names
+    ):
+        raise UserError("training and evaluation rows differ: give both demonstrations, or both text")
     tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, train, evaluation)
     if "completion" in train.column_names:
         train = tokenize_demonstrations(train, tokenizer, args.max_length, "train")
         if evaluation is not None:
@@ -116,13 +113,13 @@ def main(argv: list[str] | None = None) -> None:
 
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
+        model=load_policy(model_args, init_kwargs),
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)

@@ -1,6 +1,7 @@
 """PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
 
 import json
+import logging
 import os
 import textwrap
 import time
@@ -37,6 +38,8 @@ from prefopt.trainers.ppo_ptx_roles import (
     score_ids,
 )
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents, share_of_process
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "ppo_ptx_state.json"
 
@@ -485,10 +488,18 @@ class PPOPtxTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if (
-            checkpoint is not None
-        ):  # TRL restarts at 0, which would put rollouts out of phase with the prompts
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if checkpoint is None:
+            return
+        # TRL restarts at 0, which would put rollouts out of phase with the prompts
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
+        if self._step % steps_per_rollout:
+            logger.warning(
+                "%s lies inside a rollout, which is not saved: it is drawn anew by the current policy, so this run will "
+                "differ from one without a break; a multiple of %d for save_steps resumes exactly",
+                checkpoint,
+                steps_per_rollout // self.args.gradient_accumulation_steps,
+            )
 
 
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:

@@ -64,4 +64,8 @@ class RankedDPOConfig(DPOConfig):
         if isinstance(self.loss_type, str):  # as TRL reads it
             self.loss_type = [self.loss_type]
         refuse_options(self, REFUSED)
+        if not self.beta > 0:
+            raise ValueError(
+                f"beta={self.beta!r}: expected a positive number; 0 teaches nothing, less inverts the ranks"
+            )
         super().__post_init__()

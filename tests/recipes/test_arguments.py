@@ -6,7 +6,7 @@ import pytest
 
 from prefopt import cli
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
-from prefopt.recipes.arguments import check_fields, load_rows
+from prefopt.recipes.data import check_fields, load_rows
 
 GOOD = {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}
 NO_MODEL = "/no/such/model"  # loading it would raise OSError, not the error a test expects
@@ -120,3 +120,45 @@ def test_cli_lists_every_command_and_refuses_others(capsys):
     assert all(name in listed for name in cli.COMMANDS)
     assert cli.main(["rewrad"]) == 2
     assert "rewrad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": 3}, "row 1: field 'prompt': expected a text or messages"),
+        ({"prompt": [{"role": "user"}]}, "row 1: field 'prompt': expected a text or messages"),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, "text in some rows and messages in others"),
+    ],
+)
+def test_prompts_that_are_no_text_name_their_row(tmp_path, row, said):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
+    with pytest.raises(SystemExit, match=said):
+        load_rows(data, check=check_fields("prompt"), key="dataset_name")
+
+
+def test_a_field_of_mixed_types_is_named(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "two"}])
+    with pytest.raises(SystemExit, match="field 'id' has values of different types"):
+        load_rows(data, check=check_fields("prompt"), key="dataset_name")
+
+
+@pytest.mark.parametrize("text", ["a: [", "3: x", "- a", "learning_rate:"])
+def test_a_file_that_is_no_mapping_of_words_is_refused(tmp_path, text):
+    config = tmp_path / "step.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit, match=r"step\.yaml"):
+        reward.main([f"--config={config}"])
+    with pytest.raises(SystemExit, match="needs a YAML file"):
+        reward.main(["--config"])
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    message = run_reward(tmp_path, [GOOD])
+    assert message.startswith("error: model_name_or_path: cannot load")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("beta", ["0", "-1"])
+def test_dpo_refuses_a_beta_that_inverts_the_ranks(tmp_path, beta):
+    with pytest.raises(SystemExit, match="expected a positive number"):
+        dpo.main(["--output_dir", str(tmp_path), "--beta", beta])

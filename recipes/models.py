@@ -1,0 +1,94 @@
+"""Models for every recipe: a path that the trainer loads, or a trained LoRA adapter to go on with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from prefopt.recipes.arguments import UserError
+from prefopt.shared_base import reward_model_from_adapter
+
+
+def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
+    """`from_pretrained` arguments of a `ModelConfig`, as TRL's own scripts build them."""
+    if not model_args.model_name_or_path:
+        raise UserError("model_name_or_path is required: a local folder or a Hub id")
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+
+
+def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a missing padding token is replaced by EOS, as TRL does."""
+    path = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds a LoRA adapter rather than a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def load_policy(
+    model_args: ModelConfig, init_kwargs: dict[str, Any], *, is_trainable: bool = True
+) -> str | PeftModel:
+    """A language model: a path for the trainer to load, or the trained LoRA adapter, to be trained further.
+
+    Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA leaves behind.
+    """
+    path = model_args.model_name_or_path
+    if not is_adapter(path):
+        architectures = AutoConfig.from_pretrained(path, revision=model_args.model_revision).architectures
+        if any("SequenceClassification" in name for name in architectures or ()):
+            raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
+        return path
+    _refuse_second_adapter(model_args)
+    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+        raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
+    return AutoPeftModelForCausalLM.from_pretrained(
+        path,
+        is_trainable=is_trainable,
+        quantization_config=get_quantization_config(model_args),
+        **init_kwargs,
+    )
+
+
+def load_reward_start(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> str | PeftModel:
+    """What reward modelling starts from: a path, or the SFT step's LoRA adapter with a new head on it."""
+    if not is_adapter(model_args.model_name_or_path):
+        return model_args.model_name_or_path
+    _refuse_second_adapter(model_args)
+    quantization = get_quantization_config(model_args)
+    return reward_model_from_adapter(
+        model_args.model_name_or_path, quantization_config=quantization, **init_kwargs
+    )
+
+
+def _refuse_second_adapter(model_args: ModelConfig) -> None:
+    if model_args.use_peft:
+        raise UserError(
+            f"{model_args.model_name_or_path} is a LoRA adapter and is used as it is: leave use_peft unset"
+        )
+
+
+def peft_config(
+    model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()
+) -> PeftConfig | None:
+    """TRL's LoRA configuration for this task, or None without `use_peft`."""
+    model_args.lora_task_type = task_type
+    config = get_peft_config(model_args)
+    if config is not None and modules_to_save:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *modules_to_save})
+    return config

@@ -1,0 +1,174 @@
+"""The recipes on tiny models: what one step writes, the next one reads, full models and LoRA adapters alike."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefopt.evaluation.generate import read_jsonl, write_jsonl
+from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.shared_base import load_reward_model, sequence_scores
+
+SHORT = [
+    "--max_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "4",
+    "--bf16",
+    "false",
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "no",
+]
+LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "0.05"]
+PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
+
+
+@pytest.fixture
+def files(tmp_path, causal_lm, tokenizer):
+    causal_lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(PROMPTS)])
+    write_jsonl(tmp_path / "demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "the cat sat on the mat and the dog ran"}] * 8)
+    ranked = {"completions": [" sat", " ran to the house", " mat"], "ranks": [1, 2, 2]}
+    write_jsonl(tmp_path / "rankings.jsonl", [{"prompt": p, **ranked} for p in PROMPTS])
+    return tmp_path
+
+
+def run(recipe, folder, model, rows, output, *extra):
+    common = ["--model_name_or_path", str(folder / model), "--dataset_name", str(folder / rows)]
+    recipe.main([*common, "--output_dir", str(folder / output), *SHORT, *map(str, extra)])
+
+
+def test_the_steps_chain_with_lora_adapters(files):
+    run(sft, files, "base", "demos.jsonl", "sft", *LORA)
+    run(reward, files, "sft", "rankings.jsonl", "rm", "--center_on", files / "demos.jsonl")
+    ppo = [
+        "--generation_batch_size",
+        "4",
+        "--max_completion_length",
+        "4",
+        "--ptx_batch_ratio",
+        "1",
+        "--ptx_max_length",
+        "8",
+    ]
+    ppo += ["--reward_model_name_or_path", str(files / "rm")]
+    ppo += ["--pretrain_dataset_name", str(files / "text.jsonl")]
+    run(ppo_ptx, files, "sft", "prompts.jsonl", "ppo", *ppo)
+    run(dpo, files, "sft", "rankings.jsonl", "dpo")
+    for name in ("sft", "rm", "ppo", "dpo"):
+        assert (files / name / "adapter_model.safetensors").is_file()
+    assert (files / "ppo" / "value_function.safetensors").is_file()
+    ids = torch.tensor([[5, 6, 7]])
+    policies = {
+        n: AutoModelForCausalLM.from_pretrained(files / n)(ids).logits for n in ("base", "sft", "ppo", "dpo")
+    }
+    for name in ("base", "ppo", "dpo"):
+        assert not torch.allclose(policies["sft"], policies[name], atol=1e-6)
+
+
+def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer):
+    run(sft, files, "base", "demos.jsonl", "sft", *LORA)
+    run(reward, files, "sft", "rankings.jsonl", "rm", "--learning_rate", 0)
+    hidden = AutoModelForCausalLM.from_pretrained(files / "sft")(
+        torch.tensor([[5, 6, 7]]), output_hidden_states=True
+    ).hidden_states[-1][0, -1]
+    model = load_reward_model(files / "rm")
+    head = model.get_base_model().score.modules_to_save["default"].weight[0]
+    score = sequence_scores(model, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long))
+    torch.testing.assert_close(score[0], hidden @ head, atol=1e-5, rtol=0)
+
+
+def test_centred_demonstrations_score_zero_after_reloading(files, tokenizer):
+    run(reward, files, "base", "rankings.jsonl", "rm", "--center_on", files / "demos.jsonl")
+    model = load_reward_model(files / "rm")
+    scores = []
+    for row in read_jsonl(files / "demos.jsonl"):
+        ids = torch.tensor(
+            [tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]]
+        )
+        scores.append(sequence_scores(model, ids, torch.ones_like(ids)).item())
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-6)
+    assert max(map(abs, scores)) > 1e-4
+
+
+def test_samples_keep_the_prompt_and_forget_other_completions(files):
+    rows = [{**row, "id": i, "labeler": "ann"} for i, row in enumerate(read_jsonl(files / "rankings.jsonl"))]
+    write_jsonl(files / "labelled.jsonl", rows)
+    argv = ["--model_name_or_path", str(files / "base"), "--dataset_name", str(files / "labelled.jsonl")]
+    argv += ["--output", str(files / "out.jsonl"), "--max_new_tokens", "4", "--k_min", "2", "--k_max", "3"]
+    sample.main(argv)
+    drawn = read_jsonl(files / "out.jsonl")
+    assert [row["prompt"] for row in drawn] == PROMPTS
+    assert all(set(row) == {"prompt", "id", "completions", "truncated"} for row in drawn)
+    assert all(2 <= len(row["completions"]) == len(row["truncated"]) <= 3 for row in drawn)
+    first = (files / "out.jsonl").read_text()
+    sample.main(argv)
+    assert (files / "out.jsonl").read_text() == first
+
+
+def test_a_truncated_completion_gets_no_eos_whichever_row_says_so(files):
+    rows = read_jsonl(files / "rankings.jsonl")
+    rows[1]["truncated"] = [True, True, True]
+    write_jsonl(files / "cut.jsonl", rows)
+    from transformers import AutoTokenizer
+
+    from prefopt.comparisons import prepare_comparisons, tokenize_comparisons, validate_comparisons
+    from prefopt.recipes.data import load_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(files / "base")
+    loaded = load_rows(str(files / "cut.jsonl"), check=validate_comparisons, key="dataset_name")
+    ids = tokenize_comparisons(prepare_comparisons(loaded), tokenizer)["completion_ids"]
+    eos = tokenizer.eos_token_id
+    assert [all(completion[-1] == eos for completion in row) for row in ids] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("recipe", [sample, dpo, ppo_ptx])
+def test_a_reward_model_is_no_policy(files, tokenizer, recipe):
+    reward_model = AutoModelForSequenceClassification.from_pretrained(files / "base", num_labels=1)
+    reward_model.save_pretrained(files / "rm")
+    tokenizer.save_pretrained(files / "rm")
+    rows = "rankings.jsonl" if recipe is dpo else "prompts.jsonl"
+    argv = ["--model_name_or_path", str(files / "rm"), "--dataset_name", str(files / rows)]
+    if recipe is sample:
+        argv += ["--output", str(files / "out.jsonl")]
+    else:
+        argv += ["--output_dir", str(files / "out"), *SHORT]
+    if recipe is ppo_ptx:
+        argv += ["--reward_model_name_or_path", str(files / "rm"), "--ptx_coef", "0"]
+    with pytest.raises(SystemExit, match="is a reward model; expected a language model"):
+        recipe.main(argv)
+
+
+def test_a_language_model_is_no_reward_model(files):
+    with pytest.raises(SystemExit, match=r"reward_model_name_or_path: .* has no trained head"):
+        run(ppo_ptx, files, "base", "prompts.jsonl", "ppo", "--ptx_coef", 0,
+            "--reward_model_name_or_path", files / "base")  # fmt: skip
+
+
+def test_chat_rows_without_a_template_stop_before_training(files):
+    chat = [
+        {
+            "prompt": [{"role": "user", "content": "hi"}],
+            "completion": [{"role": "assistant", "content": "yes"}],
+        }
+    ]
+    write_jsonl(files / "chat.jsonl", chat)
+    with pytest.raises(SystemExit, match="no chat template"):
+        run(reward, files, "base", "rankings.jsonl", "rm", "--center_on", files / "chat.jsonl")
+    with pytest.raises(SystemExit, match="no chat template"):
+        run(sft, files, "base", "chat.jsonl", "sft")
+    assert not (files / "rm").exists()
+
+
+def test_pretraining_text_is_a_tenth_of_the_mix(files, tokenizer):
+    demos = [{"prompt": "the cat", "completion": f" ran {i}"} for i in range(18)]
+    write_jsonl(files / "many.jsonl", demos)
+    run(sft, files, "base", "many.jsonl", "mixed", "--pretrain_dataset_name", files / "text.jsonl",
+        "--pretrain_mix", 0.1, "--max_length", 16, "--num_train_epochs", 1, "--max_steps", -1)  # fmt: skip
+    state = json.loads((files / "mixed" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 5  # 18 demonstrations + 2 blocks, 4 a step
