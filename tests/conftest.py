@@ -57,19 +57,19 @@ def chat_tokenizer(tokenizer_source: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def tiny_config(**overrides) -> LlamaConfig:
-    settings = dict(
-        vocab_size=320,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.2,  # large enough that different inputs give visibly different outputs
-    )
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,  # large enough that different inputs give visibly different outputs
+    }
     return LlamaConfig(**{**settings, **overrides})
 
 
