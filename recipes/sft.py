@@ -19,6 +19,7 @@ from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
 from prefopt.trainers.pretraining_data import pack_documents
+from prefopt.trainers.ranked import bf16_by_default
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,16 @@ class SFTArguments(DataArguments):
         default=0.0,
         metadata={"help": "Share of the training examples that are pretraining text (paper: 0.1)."},
     )
+
+
+@dataclass
+class SFTStepConfig(SFTConfig):
+    """TRL's SFTConfig, which by default asks for bf16 and so stops on a machine without a GPU that has it."""
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = bf16_by_default(self)
+        super().__post_init__()
 
 
 def check_sft_rows(rows: Rows, source: str) -> None:
@@ -84,7 +95,7 @@ def mix_pretraining(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
-    data, args, model_args = parse((SFTArguments, SFTConfig, ModelConfig), argv, "prefopt sft")
+    data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft")
     init_kwargs = model_init_kwargs(model_args)
     if not 0 <= data.pretrain_mix < 1:
         raise UserError(f"pretrain_mix is {data.pretrain_mix}; expected a share in [0, 1)")
