@@ -9,8 +9,8 @@ export TOKENIZERS_PARALLELISM = false
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
 	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
 
-test: .venv/installed
-	$(BIN)/python -m pytest
+test: .venv/installed  ## One worker per core, one thread each: tiny tensors gain nothing from more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: .venv/installed
 	$(BIN)/ruff check .
