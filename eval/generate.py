@@ -188,7 +188,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # A lone surrogate has no UTF-8 form: written as \\udXXX, which JSON reads back as the same character.
+        # A lone surrogate has no UTF-8 form: written as \udXXX, which JSON reads back as the same character.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
