@@ -1,6 +1,7 @@
 """What the two trainers on rankings share: data, batches, and metrics over strict pairs."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,30 @@ def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str
             raise ValueError(
                 f"{type(args).__name__}: {name}={value!r} is not supported: {reason} (leave it at {allowed!r})"
             )
+
+
+@dataclass
+class RankedOptions:
+    """Options that both ranked trainers have beside TRL's."""
+
+    ties: str = field(
+        default="drop",
+        metadata={"help": "'drop' leaves tied pairs out (the paper), 'half' gives them a target of one half."},
+    )
+    margin_coef: float = field(
+        default=0.0,
+        metadata={"help": "The better completion must lead by this times the difference of the ratings."},
+    )
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Forward the tokens that the completions of a prompt share once, where the model allows it."
+        },
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={"help": "Split a batch into forwards of at most this many tokens; the batch stays what it is."},
+    )
 
 
 def bf16_by_default(args: TrainingArguments) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trl import DPOConfig
 
-from prefopt.trainers.ranked import bf16_by_default, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, refuse_options
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 @dataclass
-class RankedDPOConfig(DPOConfig):
+class RankedDPOConfig(RankedOptions, DPOConfig):
     """Configuration of `RankedDPOTrainer`: TRL's `DPOConfig` on rankings.
 
     `per_device_train_batch_size` counts prompts, whatever their number of completions. bf16 is on by default only

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from trl import RewardConfig
 
-from prefopt.trainers.ranked import bf16_by_default, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, refuse_options
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -29,7 +29,7 @@ REFUSED = {
 
 
 @dataclass
-class RankedRewardConfig(RewardConfig):
+class RankedRewardConfig(RankedOptions, RewardConfig):
     """Configuration of `RankedRewardTrainer`: TRL's `RewardConfig` on rankings.
 
     `per_device_train_batch_size` counts prompts, the paper's batch size, whatever their number of completions.
