@@ -15,14 +15,15 @@ PACKAGES = {
 
 # Part of prefopt -> parts it may import, libraries it may import (None: any). A new part needs a line here.
 MODELS = {"torch", "datasets", "transformers", "tokenizers", "peft"}
-LIBRARY = {"losses", "advantages", "metrics", "ranked_rows", "comparisons", "shared_base", "trainers"}
+LIBRARY = {"losses", "advantages", "metrics", "ranked_rows", "comparisons", "prefix_sharing", "shared_base", "trainers"}
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "losses": (set(), {"torch"}),
     "advantages": (set(), {"torch"}),
     "metrics": (set(), {"numpy", "scipy", "sklearn"}),
     "ranked_rows": (set(), {"datasets"}),
     "comparisons": ({"ranked_rows"}, {"torch", "datasets"}),
-    "shared_base": ({"ranked_rows", "comparisons"}, MODELS),
+    "prefix_sharing": (set(), MODELS),
+    "shared_base": ({"ranked_rows", "comparisons", "prefix_sharing"}, MODELS),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
     "sandbox": ({"ranked_rows", "comparisons"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"sandbox"}, None),
