@@ -1,11 +1,13 @@
-"""Reward and value models: read-out of the scalar head, the reward bias, loading and cloning.
+"""Reward and value models: read-out of the scalar head, the reward bias, loading, merging and cloning.
 
 A reward model is a standard `AutoModelForSequenceClassification` with one label, or a `PeftModel` of one. Its head is
-called `score`. prefopt's score is the head's output minus `config.reward_bias`, so a plain transformers user gets the
-same number by subtracting that one field.
+called `score`. prefopt's score is the head's output at the last token minus `config.reward_bias`, so a plain
+transformers user gets the same number by subtracting that one field. With `config.reward_token_id`, that token is
+appended to every sequence before it is scored.
 """
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+
+logger = logging.getLogger(__name__)
 
 # Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
 _HUB_ARGUMENTS = (
@@ -122,15 +126,46 @@ def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     return _apply_head(model, _hidden_states(model, input_ids, attention_mask))
 
 
+def append_reward_token(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put `config.reward_token_id`, if the model reads its score at one, after the last real token of every row.
+
+    Everything that scores calls this, so a row that already ends with the token, or has no real token, stays as it is.
+
+    Args:
+        model: reward model, full or PEFT, wrapped or not.
+        input_ids: token ids `[..., T]`, padded on either side.
+        attention_mask: `[..., T]`, 1 = real token.
+
+    Returns:
+        `input_ids` and `attention_mask`, one column wider if a row had no room for the token.
+    """
+    token = getattr(_classifier(model).config, "reward_token_id", None)
+    if token is None:
+        return input_ids, attention_mask
+    last = (torch.arange(1, input_ids.shape[-1] + 1, device=input_ids.device) * attention_mask.long()).amax(
+        -1
+    )
+    final = input_ids.gather(-1, (last - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    lacks = (last > 0) & (final != token)
+    if (lacks & (last == input_ids.shape[-1])).any():
+        input_ids = nn.functional.pad(input_ids, (0, 1))
+        attention_mask = nn.functional.pad(attention_mask, (0, 1))
+    here = lacks.unsqueeze(-1) & (torch.arange(input_ids.shape[-1], device=last.device) == last.unsqueeze(-1))
+    return input_ids.masked_fill(here, token), attention_mask.masked_fill(here, 1)
+
+
 def sequence_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """prefopt's score of each sequence: `token_scores` at the last real token.
+    """prefopt's score of each sequence: `token_scores` at the last real token, or at the appended reward token.
 
     The last real token is found from the attention mask, never from the pad id (pad may equal EOS). Every row must
-    have at least one real token.
+    have at least one real token. The reward token is appended here (see `append_reward_token`).
 
     Returns:
         fp32 scores `[N]`, differentiable.
     """
+    input_ids, attention_mask = append_reward_token(model, input_ids, attention_mask)
     hidden_states = _hidden_states(model, input_ids, attention_mask)
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     last = (positions * attention_mask.long()).argmax(-1)
@@ -173,6 +208,29 @@ def keep_head_fp32(model: nn.Module) -> None:
     head = _classifier(model).score.float()
     if _cast_input not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_cast_input)
+
+
+def keep_4bit_gradients(model: nn.Module) -> None:
+    """Keep the input gradients of bitsandbytes' 4-bit layers on CPUs with AVX512-BF16.
+
+    There, bitsandbytes repacks a layer's weights for good in the first forward in evaluation mode, and the repacked
+    layer passes no gradient to its input: training then goes on without a word, wrongly. To be called before the
+    first forward of a 4-bit model that is to be trained; prefopt's trainers and loaders do. Other models are left alone.
+    A layer that was repacked already is restored, but its scales were rounded to bf16 on the way (a warning says so).
+    """
+    repacked = 0
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # saving is where bitsandbytes restores the layout
+                repacked += 1
+    if repacked:
+        logger.warning(
+            "%d 4-bit layers had been used for evaluation on the CPU, which rounds their scales; load the model again "
+            "and call `keep_4bit_gradients` first to train on the exact weights",
+            repacked,
+        )
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
