@@ -15,11 +15,24 @@ PACKAGES = {
 
 # Part of prefopt -> parts it may import, libraries it may import (None: any). A new part needs a line here.
 MODELS = {"torch", "datasets", "transformers", "tokenizers", "peft"}
-LIBRARY = {"losses", "advantages", "metrics", "ranked_rows", "comparisons", "prefix_sharing", "shared_base", "trainers"}
+LIBRARY = {
+    "plackett_luce",
+    "losses",
+    "advantages",
+    "metrics",
+    "ranking_metrics",
+    "ranked_rows",
+    "comparisons",
+    "prefix_sharing",
+    "shared_base",
+    "trainers",
+}
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
-    "losses": (set(), {"torch"}),
+    "plackett_luce": (set(), {"torch"}),
+    "losses": ({"plackett_luce"}, {"torch"}),
     "advantages": (set(), {"torch"}),
     "metrics": (set(), {"numpy", "scipy", "sklearn"}),
+    "ranking_metrics": ({"metrics"}, {"numpy", "scipy", "sklearn"}),
     "ranked_rows": (set(), {"datasets"}),
     "comparisons": ({"ranked_rows"}, {"torch", "datasets"}),
     "prefix_sharing": (set(), MODELS),
