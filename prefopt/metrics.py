@@ -82,13 +82,45 @@ def bootstrap_over_prompts(
         arrays,
         statistic,
         n_resamples=n_resamples,
-        batch=max(1, 4_000_000 // n),  # 32 MB per array, however many prompts
+        batch=max(1, 250_000 // n),  # 2 MB per array, however many prompts: stays in the cache
         vectorized=True,
         paired=True,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high), n, n)
+
+
+def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, *, n_resamples: int = 2000) -> Estimate:
+    """Micro average: the same weight for every pair (or token), whichever prompt it belongs to.
+
+        value = sum(numerators) / sum(denominators)
+
+    Args:
+        numerators: N numbers, one per prompt: a sum over the pairs of the prompt.
+        denominators: N counts: its pairs. Prompts that have none are not resampled.
+        n_resamples: number of resamples.
+
+    Returns:
+        An `Estimate` whose n is the sum of the counts and whose n_clusters counts prompts that have any.
+
+    Raises:
+        ValueError: if the lengths differ or a number is not finite.
+
+    Example:
+        >>> estimate = ratio_of_sums([1, 0, 5], [1, 0, 9])
+        >>> estimate.value, estimate.n, estimate.n_clusters
+        (0.6, 10, 2)
+    """
+    numerators, denominators = _paired(numerators, denominators)
+    counted = denominators != 0
+    estimate = bootstrap_over_prompts(
+        lambda top, bottom, axis: top.sum(axis) / bottom.sum(axis),
+        numerators[counted],
+        denominators[counted],
+        n_resamples=n_resamples,
+    )
+    return replace(estimate, n=int(denominators[counted].sum()))
 
 
 def mean_estimate(x: ArrayLike) -> Estimate:
@@ -172,7 +204,7 @@ def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[in
         strict = _order(r) > 0
         right.append(((1 + np.sign(s[:, None] - s[None, :])) / 2)[strict].sum())
         pairs.append(strict.sum())
-    return _ratio_over_pairs(np.array(right), np.array(pairs))
+    return ratio_of_sums(right, pairs)
 
 
 def pair_agreement(ranks_a: Sequence[Sequence[int]], ranks_b: Sequence[Sequence[int]]) -> Estimate:
@@ -201,20 +233,13 @@ def pair_agreement(ranks_a: Sequence[Sequence[int]], ranks_b: Sequence[Sequence[
         [(p > 0).sum() // 2 for p in products]
     )  # // 2: a pair stands on both sides of the diagonal
     untied = np.array([(p != 0).sum() // 2 for p in products])
-    return _ratio_over_pairs(same, untied)
+    return ratio_of_sums(same, untied)
 
 
 def _order(ranks: NDArray) -> NDArray:
     """`[K, K]`: 1 where the row is better than the column, -1 where worse, 0 for ties and absent completions."""
     present = ranks > 0
     return np.sign(ranks[None, :] - ranks[:, None]) * (present[:, None] & present[None, :])
-
-
-def _ratio_over_pairs(count: NDArray, pairs: NDArray) -> Estimate:
-    """Micro average: sum of `count` over sum of `pairs`, resampling the prompts that have a pair."""
-    count, pairs = count[pairs > 0], pairs[pairs > 0]
-    estimate = bootstrap_over_prompts(lambda c, p, axis: c.sum(axis) / p.sum(axis), count, pairs)
-    return replace(estimate, n=int(pairs.sum()))
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
