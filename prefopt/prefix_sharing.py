@@ -145,8 +145,7 @@ class Layout:
         to_prefix = (lengths[:, None, None] + own[:, None]) - key  # [N or 1, L, P]
         seen = (key < lengths[:, None, None]).expand_as(to_prefix)
         distance = torch.cat([to_prefix, distance.expand(len(lengths), -1, -1)], dim=2)
-        seen = torch.cat([seen, torch.ones_like(distance[:, :, self.prefixes.width :], dtype=torch.bool)], dim=2)
-        seen = seen & (distance >= 0)
+        seen = nn.functional.pad(seen, (0, width), value=True) & (distance >= 0)
         if window is not None:
             seen = seen & (distance < window)
         return seen[:, None]
@@ -194,7 +193,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRo
         tensor([0, 1, 3, 4])
     """
     device = input_ids.device
-    ids, real, prompts = input_ids.cpu(), attention_mask.cpu().bool(), prompts.cpu()  # one transfer, small integers
+    ids, real, prompts = input_ids.cpu(), attention_mask.cpu().bool(), prompts.cpu()
     lengths = real.sum(1)
     positions = torch.arange(ids.shape[1])
     if not torch.equal(real, positions < lengths[:, None]) or bool((lengths == 0).any()):
@@ -204,7 +203,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRo
 
     _, owner, num_rows = prompts.unique_consecutive(return_inverse=True, return_counts=True)
     first = num_rows.cumsum(0) - num_rows
-    common = ((ids == ids[first[owner]]) & real).cumprod(1).sum(1)  # tokens shared with the prompt's first row
+    common = ((ids == ids[first[owner]]) & real).cumprod(1).sum(1)  # with the first row of the prompt
     common = torch.minimum(common, lengths - 1)
     prefix_lengths = torch.full_like(num_rows, ids.shape[1]).scatter_reduce(0, owner, common, "amin")
     prefix_lengths[num_rows == 1] = 0
@@ -213,7 +212,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRo
     prefix_start = prefix_lengths.cumsum(0) - prefix_lengths
     rest_start = prefix_lengths.sum() + rest_lengths.cumsum(0) - rest_lengths
     in_prefix = positions < prefix_lengths[owner][:, None]
-    start = torch.where(in_prefix, prefix_start[owner][:, None], (rest_start - prefix_lengths[owner])[:, None])
+    start = torch.where(
+        in_prefix, prefix_start[owner][:, None], (rest_start - prefix_lengths[owner])[:, None]
+    )
     index = torch.where(real, start + positions, 0)
 
     num_tokens = int(prefix_lengths.sum() + rest_lengths.sum())
@@ -323,6 +324,17 @@ def disable(model: nn.Module) -> None:
 def is_enabled(model: nn.Module) -> bool:
     """Whether `enable` was called on the model."""
     return _unwrapped(model).config.get_text_config()._attn_implementation == ATTENTION
+
+
+def plan(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows | None:
+    """The rows packed, if the model shares prefixes (`enable`) and this is faster than K rows, else None.
+
+    Arguments as for `pack`.
+    """
+    if not is_enabled(model):
+        return None
+    packed = pack(input_ids, attention_mask, prompts)
+    return packed if packed.saving >= MIN_SAVING else None
 
 
 @contextmanager

@@ -23,10 +23,18 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AddedToken,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 logger = logging.getLogger(__name__)
+
+from prefopt.prefix_sharing import PackedRows, sharing
 
 # Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
 _HUB_ARGUMENTS = (
@@ -38,6 +46,7 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
+_PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
 
 def _classifier(model: nn.Module) -> PreTrainedModel:
@@ -72,7 +81,12 @@ def _padding_allowed(config: PreTrainedConfig) -> Iterator[None]:
             config.pad_token_id = None
 
 
-def _hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def _hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+) -> torch.Tensor:
     """Last hidden states `[N, T, hidden]` of the backbone.
 
     The whole (possibly wrapped) model is called, not the backbone alone: mixed precision, data parallel gradient
@@ -81,8 +95,6 @@ def _hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
     classifier = _classifier(model)
     captured: list[torch.Tensor] = []
     handle = classifier.score.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
-    # Positions count real tokens, so left padding changes nothing, whatever the position encoding.
-    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     try:
         with _padding_allowed(classifier.config):
             model(
@@ -94,6 +106,11 @@ def _hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: to
     finally:
         handle.remove()
     return captured[0]
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions count real tokens, so left padding changes nothing, whatever the position encoding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _apply_head(model: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -123,7 +140,8 @@ def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     Raises:
         ValueError: the model has no one-label `score` head.
     """
-    return _apply_head(model, _hidden_states(model, input_ids, attention_mask))
+    hidden_states = _hidden_states(model, input_ids, attention_mask, _positions(attention_mask))
+    return _apply_head(model, hidden_states)
 
 
 def append_reward_token(
@@ -156,20 +174,44 @@ def append_reward_token(
     return input_ids.masked_fill(here, token), attention_mask.masked_fill(here, 1)
 
 
-def sequence_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def sequence_scores(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    packed: PackedRows | None = None,
+) -> torch.Tensor:
     """prefopt's score of each sequence: `token_scores` at the last real token, or at the appended reward token.
 
     The last real token is found from the attention mask, never from the pad id (pad may equal EOS). Every row must
     have at least one real token. The reward token is appended here (see `append_reward_token`).
 
+    Args:
+        model: reward model, full or PEFT, wrapped or not.
+        input_ids: token ids `[N, T]`, padded on either side.
+        attention_mask: `[N, T]`, 1 = real token.
+        packed: the same rows, reward token included, as `prefix_sharing.plan` packed them: they are then forwarded as
+            one, with shared prefixes once.
+
     Returns:
         fp32 scores `[N]`, differentiable.
+
+    Raises:
+        ValueError: `packed` is not of these rows, or the model has no one-label `score` head.
     """
     input_ids, attention_mask = append_reward_token(model, input_ids, attention_mask)
-    hidden_states = _hidden_states(model, input_ids, attention_mask)
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (positions * attention_mask.long()).argmax(-1)
-    return _apply_head(model, hidden_states[torch.arange(len(last), device=last.device), last])
+    last = (torch.arange(attention_mask.shape[1], device=attention_mask.device) * attention_mask).argmax(-1)
+    row = torch.arange(len(last), device=last.device)
+    if packed is None:
+        hidden_states = _hidden_states(model, input_ids, attention_mask, _positions(attention_mask))
+        return _apply_head(model, hidden_states[row, last])
+    if packed.index.shape != input_ids.shape:
+        raise ValueError(
+            f"packed rows {tuple(packed.index.shape)} are not those of input_ids {tuple(input_ids.shape)}; append the "
+            "reward token (`append_reward_token`) before packing"
+        )
+    with sharing(model, packed):
+        hidden_states = _hidden_states(model, packed.input_ids, None, packed.position_ids)
+    return _apply_head(model, hidden_states[0, packed.index[row, last]])
 
 
 def get_reward_bias(model: nn.Module) -> float:
@@ -185,7 +227,8 @@ def set_reward_bias(model: nn.Module, value: float) -> None:
 def init_score_head(model: nn.Module) -> None:
     """Draw a new head: normal with standard deviation 1 / sqrt(hidden + 1).
 
-    The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), whose reward model InstructGPT continues (the paper
+    Small, so that training starts from scores that differ little, yet not 0, so that the backbone gets gradients from
+    the first step. The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), whose reward model InstructGPT continues (the paper
     states no scale of its own): scores of order 1 for hidden states of order 1.
     """
     head = _classifier(model).score
@@ -233,11 +276,53 @@ def keep_4bit_gradients(model: nn.Module) -> None:
         )
 
 
+def add_reward_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Make the model read its score at `token`, put after the end of every completion; returns the token's id.
+
+    The tokenizer gets the token if it lacks it, the embeddings a row if they lack it (many vocabularies have spare or
+    reserved rows, and taking one of those keeps the model's shape), and `config.reward_token_id` the id.
+
+    Raises:
+        ValueError: the text already uses the token, or the model reads at another one.
+    """
+    if token in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
+        raise ValueError(
+            f"reward_token {token!r} has a role in the text already (EOS, PAD, BOS or UNK); take another"
+        )
+    if token in tokenizer.get_vocab() and token not in tokenizer.get_added_vocab():
+        raise ValueError(f"reward_token {token!r} is an ordinary token of the text; take a special one")
+    tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    other = getattr(model.config, "reward_token_id", None)
+    if other not in (None, token_id):
+        raise ValueError(
+            f"the model reads its score at token {other}, but reward_token {token!r} has the id {token_id}"
+        )
+    if token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(token_id + 1)
+    model.config.reward_token_id = token_id
+    return token_id
+
+
+def train_reward_token(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Have a LoRA configuration train, and save, the row of the model's reward token in the embeddings."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings).rpartition(".")[2]
+    rows = getattr(config, "trainable_token_indices", None) or {}
+    rows = dict(rows) if isinstance(rows, dict) else {name: rows}
+    rows[name] = sorted({*rows.get(name, ()), model.config.reward_token_id})
+    config.trainable_token_indices = rows
+
+
 def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
-    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`."""
+    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
+
+    With `push_to_hub=True` and `repo_id` both go to the Hub.
+    """
     model.save_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
-        _classifier(model).config.save_pretrained(path)
+        push = {name: kwargs[name] for name in _PUSH_ARGUMENTS if name in kwargs}
+        _classifier(model).config.save_pretrained(path, **push)
 
 
 def load_reward_model(
@@ -245,12 +330,14 @@ def load_reward_model(
 ) -> PreTrainedModel | PeftModel:
     """Load a reward model for scoring: full checkpoint or LoRA adapter, head in fp32, eval mode, frozen.
 
+    The base of an adapter is quantised as it was in training, unless `quantization_config` says otherwise (None: not).
+
     Args:
         path: directory or Hub id of a checkpoint or of an adapter.
         base_model: for an adapter, the base to put it on (path, Hub id or one-label classifier) when it is not where
             the adapter's own `base_model_name_or_path` says.
         **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to fp32, as in TRL's
-            trainers; with a lower one the head of a full checkpoint is rounded on the way, that of an adapter is not.
+            trainers; whatever it is, the head is the one that was saved, bit for bit.
 
     Raises:
         ValueError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
@@ -261,64 +348,142 @@ def load_reward_model(
     if find_adapter_config_file(path, **hub_arguments) is None:
         if base_model is not None:
             raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, output_loading_info=True, **kwargs
-        )
+        with _head_loaded_in_fp32():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True, **kwargs
+            )
         if any(name.startswith("score.") for name in loading["missing_keys"]):
             raise ValueError(
                 f"{path} has no trained head, so its scores would be random: it is a language model; give the output "
                 "of RankedRewardTrainer"
             )
         keep_head_fp32(model)
+        keep_4bit_gradients(model)
     else:
-        adapter = PeftConfig.from_pretrained(path, **hub_arguments)
-        if "score" not in (getattr(adapter, "modules_to_save", None) or []):
-            raise ValueError(
-                f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
-                "scores would be random; train it again with RankedRewardTrainer, which adds it"
-            )
-        base = base_model or adapter.base_model_name_or_path
-        if not base:
-            raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
-        if not isinstance(base, PreTrainedModel):
-            hub = set(_HUB_ARGUMENTS) - {
-                "cache_dir",
-                "token",
-                "local_files_only",
-            }  # those of the adapter only
-            base_kwargs = {name: value for name, value in kwargs.items() if name not in hub}
-            base = AutoModelForSequenceClassification.from_pretrained(base, **base_kwargs)
-        keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
-        model = PeftModel.from_pretrained(base, path, **hub_arguments)
-        config_file = cached_file(
-            path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments
-        )
-        if config_file is not None:  # absent when the adapter was not saved by prefopt: then there is no bias
-            saved, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
-            set_reward_bias(model, saved.get("reward_bias", 0.0))
+        model = _on_base(path, _adapter_base(path, base_model, hub_arguments, kwargs), hub_arguments)
     return model.eval().requires_grad_(False)
 
 
-def reward_model_from_adapter(path: str | os.PathLike, **kwargs: Any) -> PeftModel:
+def merge_reward_model(
+    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a LoRA reward model and merge it into its base: a full reward model, head, bias and reward token included.
+
+    A quantised base is dequantised first: W = dequantised(W_4bit) + scale * B A, the weights the adapter was trained
+    on. PEFT's own `merge_and_unload` on it would quantise the sum again and so move every score. Save the result with
+    `save_reward_model`, and the tokenizer beside it.
+
+    Args:
+        path, base_model, **kwargs: as in `load_reward_model`. `dtype` (default fp32) is also that of the result; its
+            head is fp32 always.
+
+    Raises:
+        ValueError: the adapter does not contain the head or names no base model, or `path` is no adapter.
+    """
+    path = os.fspath(path)
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    if find_adapter_config_file(path, **hub_arguments) is None:
+        raise ValueError(f"{path} is no adapter: there is nothing to merge")
+    base = _adapter_base(path, base_model, hub_arguments, kwargs)
+    if getattr(base, "is_quantized", False):
+        dtype = kwargs["dtype"]
+        base = base.dequantize(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model = _on_base(path, base, hub_arguments).merge_and_unload()
+    keep_head_fp32(model)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _head_loaded_in_fp32() -> Iterator[None]:
+    """transformers would round the head to `dtype` on the way in; this is its own switch for such modules."""
+    kept = PreTrainedModel._keep_in_fp32_modules_strict
+    PreTrainedModel._keep_in_fp32_modules_strict = {*(kept or ()), "score"}
+    try:
+        yield
+    finally:
+        PreTrainedModel._keep_in_fp32_modules_strict = kept
+
+
+def _saved_config(path: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` beside an adapter; empty if it was not saved by prefopt."""
+    file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+
+
+def _adapter_base(
+    path: str,
+    base: str | os.PathLike | PreTrainedModel | None,
+    hub_arguments: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The base of a reward adapter, quantised as in training, loaded unless it was given."""
+    adapter = PeftConfig.from_pretrained(path, **hub_arguments)
+    if "score" not in (getattr(adapter, "modules_to_save", None) or []):
+        raise ValueError(
+            f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
+            "scores would be random; train it again with RankedRewardTrainer, which adds it"
+        )
+    base = base or adapter.base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
+    if isinstance(base, PreTrainedModel):
+        return base
+    of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}
+    kwargs = {name: value for name, value in kwargs.items() if name not in of_adapter}
+    quantization = _saved_config(path, hub_arguments).get("quantization_config")
+    if quantization is not None:
+        kwargs.setdefault("quantization_config", quantization)
+    if kwargs.get("quantization_config", ...) is None:
+        del kwargs["quantization_config"]
+    return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
+
+
+def _on_base(
+    path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False
+) -> PeftModel:
+    """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
+    saved = _saved_config(path, hub_arguments)
+    if saved.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(saved["vocab_size"])  # the adapter holds the rows that this adds
+    keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
+    keep_4bit_gradients(base)
+    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_arguments)
+    set_reward_bias(model, saved.get("reward_bias", 0.0))
+    base.config.reward_token_id = saved.get("reward_token_id")
+    return model
+
+
+def reward_model_from_adapter(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward_token: str | None = None,
+    **kwargs: Any,
+) -> PeftModel:
     """A trainable reward model that starts from a LoRA adapter: the SFT step's with a new head, or a reward model's.
 
     InstructGPT's initialisation (section 3.5): the SFT model, its unembedding replaced by a projection to one scalar.
 
     Args:
         path: directory or Hub id of the adapter.
+        tokenizer, reward_token: read the score at this token, which is added to the tokenizer (see
+            `add_reward_token`). An adapter that is a reward model keeps the token it has.
         **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model.
     """
+    path = os.fspath(path)
     config = PeftConfig.from_pretrained(path)
     base = AutoModelForSequenceClassification.from_pretrained(
         config.base_model_name_or_path, num_labels=1, **kwargs
     )
     if "score" in (config.modules_to_save or []):
-        model = PeftModel.from_pretrained(base, path, is_trainable=True)
-        saved, _ = PreTrainedConfig.get_config_dict(path)
-        set_reward_bias(model, saved.get("reward_bias", 0.0))
-        return model
+        return _on_base(path, base, {}, is_trainable=True)
+    keep_head_fp32(base)
+    keep_4bit_gradients(base)
     config.task_type, config.inference_mode = "SEQ_CLS", False
     config.modules_to_save = [*(config.modules_to_save or []), "score"]
+    if reward_token is not None:
+        add_reward_token(base, tokenizer, reward_token)
+        train_reward_token(config, base)
     model = get_peft_model(base, config)
     init_score_head(model)
     # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
