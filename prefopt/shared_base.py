@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
-logger = logging.getLogger(__name__)
-
 from prefopt.prefix_sharing import PackedRows, sharing
+
+logger = logging.getLogger(__name__)
 
 # Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
 _HUB_ARGUMENTS = (
@@ -348,7 +348,7 @@ def load_reward_model(
     if find_adapter_config_file(path, **hub_arguments) is None:
         if base_model is not None:
             raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
-        with _head_loaded_in_fp32():
+        with head_loaded_in_fp32():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, output_loading_info=True, **kwargs
             )
@@ -395,7 +395,7 @@ def merge_reward_model(
 
 
 @contextmanager
-def _head_loaded_in_fp32() -> Iterator[None]:
+def head_loaded_in_fp32() -> Iterator[None]:
     """transformers would round the head to `dtype` on the way in; this is its own switch for such modules."""
     kept = PreTrainedModel._keep_in_fp32_modules_strict
     PreTrainedModel._keep_in_fp32_modules_strict = {*(kept or ()), "score"}

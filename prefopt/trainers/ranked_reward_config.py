@@ -1,6 +1,6 @@
 """Options of `RankedRewardTrainer`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
@@ -36,6 +36,13 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
     bf16 is on by default only where the hardware has it. The fields of `RewardConfig` and how a ranking honours them
     are in `HONOURED`; those that make no sense are in `REFUSED` and raise.
 
+    Args:
+        reward_token: read the score at this token, appended to every completion (after EOS), instead of at the last
+            real token. The tokenizer gets the token if it lacks it; its embedding is trained here and frozen in the
+            saved model, whose `config.reward_token_id` makes everything that scores append it. Take a reserved token
+            of the vocabulary if there is one (an adapter for a grown vocabulary carries the whole embedding matrix).
+            A policy trained against such a model never samples the token.
+
     Raises:
         ValueError: a refused option was set.
 
@@ -44,7 +51,18 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         1024
     """
 
+    reward_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Append this token, e.g. <|reward|>, to every completion and read the score there."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.reward_token is not None and self.reward_token in ("", self.eos_token):
+            raise ValueError(
+                f"reward_token={self.reward_token!r}: take a token of its own, such as '<|reward|>'"
+            )
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)

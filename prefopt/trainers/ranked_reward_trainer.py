@@ -9,21 +9,34 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import find_adapter_config_file
 from trl import RewardTrainer
+from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator, build_ids
 from prefopt.losses import centring_loss, ranking_loss
 from prefopt.shared_base import (
+    add_reward_token,
     get_reward_bias,
+    head_loaded_in_fp32,
     init_score_head,
+    keep_4bit_gradients,
     keep_head_fp32,
     sequence_scores,
     set_reward_bias,
+    train_reward_token,
 )
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
@@ -39,10 +52,13 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
 
     Differences from `RewardTrainer`, whose arguments it takes:
 
-    - The score is read at the last real token (found from the attention mask), by a head kept and computed in fp32.
+    - The score is read at the last real token (found from the attention mask), or with `args.reward_token` at that
+      token, appended to every completion; by a head kept and computed in fp32.
     - A model given as a path whose checkpoint has no `score` head gets one drawn as `init_score_head` says.
     - A `peft_config` without `modules_to_save=["score"]` is completed with it; otherwise the head would be lost on
       saving.
+    - On a quantised base the trainable weights are fp32, not TRL's bf16: bf16 swallows small updates, and PEFT loads
+      adapters in fp32, so that the saved model would score differently from the trained one.
     - Logged, under TRL's keys: `accuracy` and `margin` over the strict pairs of the logging window, `mean_reward`
       over its completions, `min_reward` and `max_reward` of a batch. `evaluate()` returns them with prefix `eval_`.
     - `compute_metrics` receives the scores `[N, K]` as predictions and the ranks `[N, K]` as labels; ranks below 1
@@ -86,28 +102,106 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         if not isinstance(args, RankedRewardConfig):
             raise TypeError(f"`args` must be a RankedRewardConfig, got {type(args).__name__}")
         head_is_new = isinstance(model, str) and not _has_score_head(model, args)
-        trained_head = None
+        trained = {}
         if isinstance(model, PeftModel):
             _require_trainable_head(model)
-            trained_head = copy.deepcopy(model.get_base_model().score.state_dict())
+            trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         if peft_config is not None:
             peft_config = _with_score_head(peft_config)
+        self._reward_token_id: int | None = None
+        init_kwargs = args.model_init_kwargs
+        if args.reward_token is not None:
+            model = self._read_at_reward_token(model, args, peft_config, kwargs)
 
-        super().__init__(
-            model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs
-        )
+        with head_loaded_in_fp32():
+            super().__init__(
+                model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs
+            )
+        args.model_init_kwargs = init_kwargs
 
-        # On a quantised base TRL has cast every trainable weight to bf16 by now, the head's included.
+        keep_4bit_gradients(self.model)
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for parameter in self.model.parameters():  # TRL has cast these to bf16
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         keep_head_fp32(self.model)
         if head_is_new:
             init_score_head(self.model)
-        elif trained_head is not None:
-            self.model.get_base_model().score.load_state_dict(trained_head)
+            if (
+                args.reward_token is None
+            ):  # the base may be a policy that must not sample another model's token
+                self.model.config.reward_token_id = None
         elif peft_config is not None:
             head = self.model.get_base_model().score
             head.modules_to_save.default.load_state_dict(head.original_module.state_dict())
+        for name, value in trained.items():  # not rounded to bf16
+            self.model.get_parameter(name).data.copy_(value)
         if data_collator is None:
             self.data_collator = RankedCollator(self.processing_class.pad_token_id, args.pad_to_multiple_of)
+
+    def _read_at_reward_token(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: RankedRewardConfig,
+        peft_config: PeftConfig | None,
+        kwargs: dict[str, Any],
+    ) -> PreTrainedModel | PeftModel:
+        """Add the reward token to (a copy of) the tokenizer and to the model, before adapters are put on it."""
+        tokenizer = copy.deepcopy(kwargs.get("processing_class"))
+        if tokenizer is None:
+            name = model if isinstance(model, str) else model.config.name_or_path
+            revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+        kwargs["processing_class"] = tokenizer
+        if isinstance(model, str):
+            # TRL would load it, but puts the adapter on it at once, and the embeddings may have to grow before.
+            init_kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+            args.model_init_kwargs = None
+            if quantization := kwargs.pop("quantization_config", None):
+                init_kwargs["quantization_config"] = quantization
+            if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+                init_kwargs["device_map"] = None
+            set_seed(args.seed)
+            with head_loaded_in_fp32():
+                model = create_model_from_path(
+                    model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs
+                )
+        if isinstance(model, PeftModel):
+            if getattr(model.config, "reward_token_id", None) is None:
+                raise ValueError(
+                    f"reward_token={args.reward_token!r}: the given adapter does not train the token's embedding; merge it "
+                    "into its base (`merge_and_unload`) and pass `peft_config`, or make it with "
+                    "`prefopt.shared_base.reward_model_from_adapter`"
+                )
+            self._reward_token_id = add_reward_token(model.get_base_model(), tokenizer, args.reward_token)
+        else:
+            self._reward_token_id = add_reward_token(model, tokenizer, args.reward_token)
+            if peft_config is not None:
+                train_reward_token(peft_config, model)
+        return model
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: RankedRewardConfig,
+        dataset_name: str,
+    ) -> Dataset:
+        if self._reward_token_id is None:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.max_length is not None:  # the reward token comes on top
+            args = copy.copy(args)
+            args.max_length -= 1
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
+            if any(self._reward_token_id in ids for ids in (row["prompt_ids"], *row["completion_ids"])):
+                raise ValueError(
+                    f"{dataset_name} row {number}: its text contains the reward token {args.reward_token!r}; "
+                    "take a token that no text has"
+                )
+        return dataset
 
     # ---- loss ----
 

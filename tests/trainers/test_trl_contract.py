@@ -108,7 +108,15 @@ ATTRIBUTES = {
 }
 
 # module -> names imported from inside TRL rather than from its top level
-IMPORTS = {"trl.trainer.utils": ["add_fused_lm_head", "disable_dropout_in_model", "pad", "use_adapter"]}
+IMPORTS = {
+    "trl.trainer.utils": [
+        "add_fused_lm_head",
+        "create_model_from_path",
+        "disable_dropout_in_model",
+        "pad",
+        "use_adapter",
+    ]
+}
 
 FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").glob("*.py"))
 
