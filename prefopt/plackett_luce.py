@@ -55,7 +55,8 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
     # One completion stands for its group: the first of it. The last group needs no factor.
     first = worse.any(2) & ~same.tril(-1).any(2)
     sizes = torch.where(first, same.sum(2), 0)
-    log_likelihood = scores.new_zeros(len(scores))
+    # Zeros that depend on the scores, so that there is a backward pass even where no prompt has a pair.
+    log_likelihood = scores.masked_fill(torch.ones_like(present), 0.0).sum(1)
     for n in sizes[first].unique().tolist():
         b, i = (sizes == n).nonzero(as_tuple=True)
         behind = scores[b].masked_fill(~worse[b, i], -torch.inf).logsumexp(1, keepdim=True)

@@ -15,6 +15,7 @@ from prefopt.losses import (
     clipped_value_loss,
     lm_loss,
     ranking_loss,
+    rating_margins,
     strict_pairs,
 )
 
@@ -40,24 +41,49 @@ def random_ranks(rows: int, k: int) -> torch.Tensor:
 # ranking_loss
 
 
-def ranking_loss_by_loop(scores: torch.Tensor, ranks: torch.Tensor, ties: str) -> list[float | None]:
+def pair_loss(loss_type: str, d: float, target: float) -> float:
+    """The loss of one pair, written as an expectation over labels: target is the probability of `w > l`."""
+    if loss_type == "sigmoid":
+        return -target * logsigmoid(d) - (1 - target) * logsigmoid(-d)
+    if loss_type == "hinge":
+        return target * max(0.0, 1 - d) + (1 - target) * max(0.0, 1 + d)
+    # IPO: the two squares for the two labels, without the variance of the label.
+    return target * (d - 0.5) ** 2 + (1 - target) * (d + 0.5) ** 2 - target * (1 - target)
+
+
+def ranking_loss_by_loop(
+    scores: torch.Tensor,
+    ranks: torch.Tensor,
+    ties: str,
+    loss_type: str = "sigmoid",
+    smoothing: float = 0.0,
+    margins: torch.Tensor | None = None,
+) -> list[float | None]:
     """Pair by pair, prompt by prompt; None for a prompt without a pair."""
     per_prompt = []
-    for s, r in zip(scores.tolist(), ranks.tolist(), strict=True):
+    for b, (s, r) in enumerate(zip(scores.tolist(), ranks.tolist(), strict=True)):
         terms = []
         for i in range(len(s)):
             for j in range(i + 1, len(s)):
                 if r[i] == 0 or r[j] == 0:
                     continue
-                d = s[i] - s[j]
-                if r[i] < r[j]:
-                    terms.append(-logsigmoid(d))
-                elif r[i] > r[j]:
-                    terms.append(-logsigmoid(-d))
-                elif ties == "half":
-                    terms.append(-0.5 * logsigmoid(d) - 0.5 * logsigmoid(-d))
+                if r[i] == r[j]:
+                    if ties == "half":
+                        terms.append(pair_loss(loss_type, s[i] - s[j], 0.5))
+                    continue
+                w, x = (i, j) if r[i] < r[j] else (j, i)
+                margin = 0.0 if margins is None else margins[b, w, x].item()
+                terms.append(pair_loss(loss_type, s[w] - s[x] - margin, 1 - smoothing))
         per_prompt.append(sum(terms) / len(terms) if terms else None)
     return per_prompt
+
+
+def equals_the_loop(scores, ranks, loop_options, options):
+    expected = ranking_loss_by_loop(scores, ranks, *loop_options)
+    counted = [x for x in expected if x is not None]
+    assert len(counted) > 2
+    close(ranking_loss(scores, ranks, reduction="none", **options), [x or 0.0 for x in expected], tol=3e-6)
+    close(ranking_loss(scores, ranks, **options), sum(counted) / len(counted), tol=3e-6)
 
 
 @pytest.mark.parametrize("ties", ["drop", "half"])
@@ -65,11 +91,26 @@ def ranking_loss_by_loop(scores: torch.Tensor, ranks: torch.Tensor, ties: str) -
 def test_ranking_loss_equals_the_loop_over_pairs(k, ties):
     torch.manual_seed(k)
     scores, ranks = torch.randn(12, k) * 3, random_ranks(12, k)
-    expected = ranking_loss_by_loop(scores, ranks, ties)
-    counted = [x for x in expected if x is not None]
-    assert len(counted) > 2
-    close(ranking_loss(scores, ranks, ties=ties, reduction="none"), [x or 0.0 for x in expected])
-    close(ranking_loss(scores, ranks, ties=ties), sum(counted) / len(counted))
+    equals_the_loop(scores, ranks, (ties,), {"ties": ties})
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_pair_losses_with_smoothed_labels_equal_the_loop(loss_type, smoothing, ties):
+    torch.manual_seed(3)
+    scores, ranks = torch.randn(12, 5), random_ranks(12, 5)
+    options = {"loss_type": loss_type, "ties": ties, "label_smoothing": smoothing}
+    equals_the_loop(scores, ranks, (ties, loss_type, smoothing), options)
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_margins_equal_the_loop(loss_type, ties):
+    torch.manual_seed(4)
+    scores, ranks, margins = torch.randn(12, 5), random_ranks(12, 5), torch.randn(12, 5, 5)
+    options = {"loss_type": loss_type, "ties": ties, "label_smoothing": 0.1, "margins": margins}
+    equals_the_loop(scores, ranks, (ties, loss_type, 0.1, margins), options)
 
 
 def test_ranking_loss_of_two_is_the_loss_of_trl_reward_trainer():
@@ -80,6 +121,116 @@ def test_ranking_loss_of_two_is_the_loss_of_trl_reward_trainer():
     scores = torch.stack([rewards_chosen, rewards_rejected], dim=1)
     close(ranking_loss(scores, torch.tensor([[1, 2]] * 5)), trl)
     close(ranking_loss(scores.flip(1), torch.tensor([[2, 1]] * 5)), trl)
+
+
+def chosen_and_rejected():
+    torch.manual_seed(8)
+    chosen, rejected = torch.randn(2, 16)
+    return chosen, rejected, torch.stack([chosen, rejected], dim=1), torch.tensor([[1, 2]] * 16)
+
+
+def test_margins_of_two_are_those_of_trl_reward_trainer():
+    rewards_chosen, rewards_rejected, scores, ranks = chosen_and_rejected()
+    margin = torch.rand(16) * 3
+    trl = -F.logsigmoid(rewards_chosen - rewards_rejected - margin).mean()
+    ratings = torch.stack([margin, torch.zeros(16)], dim=1)
+    close(ranking_loss(scores, ranks, margins=rating_margins(ratings, 1.0)), trl)
+    flipped = rating_margins(ratings.flip(1), 1.0)
+    close(ranking_loss(scores.flip(1), ranks.flip(1), margins=flipped), trl)
+    without = ranking_loss(scores, ranks)
+    assert ranking_loss(scores, ranks, margins=rating_margins(ratings, 0.0)) == without
+    assert trl > without + 0.1  # a positive margin asks for more
+
+
+def test_hinge_and_ipo_of_two_are_those_of_trl_dpo_trainer():
+    chosen_scores, rejected_scores, _, ranks = chosen_and_rejected()  # log-ratios
+    beta, delta_score = 0.7, chosen_scores - rejected_scores
+    hinge = torch.relu(1 - beta * delta_score)
+    assert 0 < (hinge == 0).sum() < 16
+    scores = beta * torch.stack([chosen_scores, rejected_scores], dim=1)
+    close(ranking_loss(scores, ranks, loss_type="hinge"), hinge.mean())
+
+    lengths = torch.randint(1, 9, (16, 2)).float()
+    ipo_delta = chosen_scores / lengths[:, 0] - rejected_scores / lengths[:, 1]
+    ipo = (ipo_delta - 1 / (2 * beta)) ** 2
+    close(ranking_loss(scores / lengths, ranks, loss_type="ipo") / beta**2, ipo.mean())
+
+
+def test_conservative_dpo_of_two():
+    """Label smoothing as in the reference implementation of DPO."""
+    chosen, rejected, scores, ranks = chosen_and_rejected()
+    logits = chosen - rejected
+    expected = -F.logsigmoid(logits) * (1 - 0.1) - F.logsigmoid(-logits) * 0.1
+    close(ranking_loss(scores, ranks, label_smoothing=0.1), expected.mean())
+
+
+@pytest.mark.parametrize(
+    ("options", "d", "loss", "slope"),
+    [
+        ({"loss_type": "hinge"}, 0.25, 0.75, -1.0),
+        ({"loss_type": "hinge"}, 1.5, 0.0, 0.0),
+        ({"loss_type": "hinge", "margins": 1.0}, 1.5, 0.5, -1.0),
+        ({"loss_type": "hinge", "label_smoothing": 0.25}, 2.0, 0.25 * 3, 0.25),
+        ({"loss_type": "ipo"}, 0.25, 0.25**2, 2 * (0.25 - 0.5)),
+        ({"loss_type": "ipo", "label_smoothing": 0.25}, 0.25, 0.0, 0.0),
+        ({"margins": 1.0}, 1.0, LOG2, -0.5),
+        (
+            {"label_smoothing": 0.25},
+            math.log(3.0),
+            -0.75 * logsigmoid(math.log(3.0)) + 0.25 * math.log(4),
+            0.0,
+        ),
+    ],
+)
+def test_values_and_slopes_of_one_pair(options, d, loss, slope):
+    if "margins" in options:
+        margin = options["margins"]
+        options = {**options, "margins": torch.tensor([[[0.0, margin], [-margin, 0.0]]])}
+    scores = torch.tensor([[d, 0.0]], requires_grad=True)
+    value = ranking_loss(scores, torch.tensor([[1, 2]]), **options)
+    value.backward()
+    close(value.detach(), loss)
+    close(scores.grad, [[slope, -slope]])
+
+
+def test_margins_ask_nothing_of_ties_and_of_the_absent():
+    scores, ranks = torch.tensor([[1.0, 2.0, -0.5, 0.0]]), torch.tensor([[1, 1, 2, 0]])
+    margins = torch.full((1, 4, 4), float("nan"))
+    margins[0, 0, 2], margins[0, 1, 2] = 0.5, 0.25
+    pairs = -logsigmoid(1.5 - 0.5) - logsigmoid(2.5 - 0.25)
+    scores.requires_grad_()
+    loss = ranking_loss(scores, ranks, margins=margins)
+    loss.backward()
+    close(loss.detach(), pairs / 2)
+    assert scores.grad.isfinite().all()
+    tie = -0.5 * (logsigmoid(1.0) + logsigmoid(-1.0))
+    close(ranking_loss(scores, ranks, ties="half", margins=margins).detach(), (pairs + tie) / 3)
+
+
+def test_rating_margins_equal_the_loop():
+    torch.manual_seed(9)
+    ratings = torch.randint(1, 8, (3, 4))
+    expected = [[[0.3 * (w - x) for x in row] for w in row] for row in ratings.tolist()]
+    close(rating_margins(ratings, 0.3), expected)
+    close(rating_margins(ratings.double(), 0.3), expected)
+    assert rating_margins(ratings.half(), 0.3).dtype == torch.float32
+    for bad in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="margin_coef must be a finite number from 0"):
+            rating_margins(ratings, bad)
+    with pytest.raises(ValueError, match=r"ratings must be \[B, K\], got \(4,\)"):
+        rating_margins(ratings[0], 1.0)
+
+
+LOSSES = [
+    {"loss_type": "sigmoid"},
+    {"loss_type": "sigmoid", "ties": "half", "label_smoothing": 0.1},
+    {"loss_type": "hinge"},
+    {"loss_type": "hinge", "ties": "half"},
+    {"loss_type": "ipo"},
+    {"loss_type": "ipo", "ties": "half", "label_smoothing": 0.1},
+    {"loss_type": "plackett_luce"},
+]
+every_loss = pytest.mark.parametrize("options", LOSSES, ids=lambda o: "-".join(map(str, o.values())))
 
 
 def test_pairs_are_averaged_once_not_divided_by_their_number_twice():
@@ -96,14 +247,27 @@ def test_every_prompt_weighs_the_same_whatever_its_number_of_completions():
     close(ranking_loss(scores, ranks), (of_two + of_four) / 2)
 
 
-def test_absent_completions_equal_the_shorter_list():
-    scores, ranks = torch.tensor([[0.3, -1.0, 2.0]]), torch.tensor([[2, 3, 1]])
-    padded = torch.tensor([[0.3, 50.0, -1.0, 2.0, -50.0]])
-    for ties in ("drop", "half"):
-        close(
-            ranking_loss(padded, torch.tensor([[2, 0, 3, 1, 0]]), ties=ties),
-            ranking_loss(scores, ranks, ties=ties),
-        )
+@every_loss
+def test_absent_completions_equal_the_shorter_list(options):
+    torch.manual_seed(10)
+    scores = torch.randn(6, 4)
+    ranks = torch.tensor([[2, 3, 1, 1], [1, 2, 3, 4], [1, 1, 1, 2], [1, 2, 2, 2], [4, 3, 2, 1], [1, 1, 1, 1]])
+    place = [0, 2, 3, 5]
+    for junk in (50.0, -50.0, float("nan"), float("inf"), -float("inf")):
+        padded = torch.full((6, 6), junk)
+        padded[:, place] = scores
+        padded.requires_grad_()
+        short = scores.clone().requires_grad_()
+        padded_ranks = torch.zeros(6, 6, dtype=torch.long)
+        padded_ranks[:, place] = ranks
+        for reduction in ("none", "mean"):
+            loss = ranking_loss(padded, padded_ranks, reduction=reduction, **options)
+            expected = ranking_loss(short, ranks, reduction=reduction, **options)
+            close(loss, expected)
+        loss.backward()
+        expected.backward()
+        close(padded.grad[:, place], short.grad)
+        assert padded.grad[:, [1, 4]].eq(0).all()
 
 
 def test_dropped_ties_are_in_neither_sum_nor_denominator():
@@ -121,14 +285,29 @@ def test_half_ties_have_a_target_of_one_half():
     close(equal.grad, [[0.0, 0.0]])  # equal scores are the optimum of a tie
 
 
-def test_ranking_loss_is_the_same_in_any_order_and_for_shifted_scores():
+@every_loss
+def test_ranking_loss_is_the_same_in_any_order_and_for_shifted_scores(options):
     torch.manual_seed(1)
     scores, ranks = torch.randn(6, 5), random_ranks(6, 5)
     order = torch.tensor([3, 0, 4, 1, 2])
-    for ties in ("drop", "half"):
-        loss = ranking_loss(scores, ranks, ties=ties)
-        close(ranking_loss(scores[:, order], ranks[:, order], ties=ties), loss)
-        close(ranking_loss(scores + 7.0, ranks, ties=ties), loss, tol=1e-5)
+    loss = ranking_loss(scores, ranks, **options)
+    close(ranking_loss(scores[:, order], ranks[:, order], **options), loss)
+    close(ranking_loss(scores + 7.0, ranks, **options), loss, tol=1e-5)
+
+
+@every_loss
+def test_a_better_order_has_a_lower_loss_and_descent_finds_it(options):
+    ranks = torch.tensor([[3, 1, 2, 0], [1, 2, 2, 3]])
+    scores = torch.zeros(2, 4, requires_grad=True)
+    right = torch.tensor([[1.0, 3.0, 2.0, 0.0], [3.0, 2.0, 2.0, 1.0]]) / 4
+    assert ranking_loss(right, ranks, **options) < ranking_loss(-right, ranks, **options) - 0.1
+    ranking_loss(scores, ranks, **options).backward()
+    downhill = -scores.grad
+    assert downhill[0, 1] > downhill[0, 2] > downhill[0, 0]
+    assert downhill[0, 1] > 0 > downhill[0, 0]
+    assert downhill[0, 3] == 0
+    assert downhill[1, 0] > 0 > downhill[1, 3]
+    close(downhill[1, 1], downhill[1, 2])
 
 
 def test_gradient_of_ranking_loss():
@@ -136,35 +315,34 @@ def test_gradient_of_ranking_loss():
     ranking_loss(scores, torch.tensor([[1, 2]])).backward()
     pull = 1 / (1 + math.exp(0.75))  # sigmoid(-(0.5 + 0.25))
     close(scores.grad, [[-pull, pull]])
+
+
+@every_loss
+def test_gradients_are_those_of_finite_differences(options):
     torch.manual_seed(0)
     doubles, ranks = torch.randn(4, 4, dtype=torch.float64, requires_grad=True), random_ranks(4, 4)
-    for ties in ("drop", "half"):
-        assert torch.autograd.gradcheck(lambda s, ties=ties: ranking_loss(s, ranks, ties=ties), doubles)
+    assert torch.autograd.gradcheck(lambda s: ranking_loss(s, ranks, **options), doubles)
+    if options["loss_type"] in ("sigmoid", "hinge"):
+        margins = torch.rand(4, 4, 4, dtype=torch.float64)
+        loss = lambda s: ranking_loss(s, ranks, margins=margins, **options)  # noqa: E731
+        assert torch.autograd.gradcheck(loss, doubles)
 
 
-@pytest.mark.parametrize("ties", ["drop", "half"])
-def test_nothing_to_compare_is_zero_with_finite_gradients(ties):
+@every_loss
+def test_nothing_to_compare_is_zero_with_finite_gradients(options):
     scores = torch.tensor([[float("nan"), 1.0, float("inf")]], requires_grad=True)
-    loss = ranking_loss(scores, torch.tensor([[0, 1, 0]]), ties=ties)
+    loss = ranking_loss(scores, torch.tensor([[0, 1, 0]]), **options)
     loss.backward()
     assert loss.item() == 0
     assert scores.grad.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_absent_nan_scores_reach_neither_value_nor_gradient():
-    scores = torch.tensor([[1.0, float("nan"), 0.0]], requires_grad=True)
-    loss = ranking_loss(scores, torch.tensor([[1, 0, 2]]))
-    loss.backward()
-    close(loss.detach(), -logsigmoid(1.0))
-    assert scores.grad[0, 1] == 0
-    assert scores.grad.isfinite().all()
-
-
 def test_prompts_without_a_pair_are_not_in_the_mean():
     scores = torch.zeros(3, 2)
     ranks = torch.tensor([[1, 2], [1, 1], [1, 0]])
-    close(ranking_loss(scores, ranks), LOG2)
-    close(ranking_loss(scores, ranks, reduction="none"), [LOG2, 0.0, 0.0])
+    for loss_type, of_equals in (("sigmoid", LOG2), ("plackett_luce", LOG2), ("hinge", 1.0), ("ipo", 0.25)):
+        close(ranking_loss(scores, ranks, loss_type=loss_type), of_equals)
+        close(ranking_loss(scores, ranks, loss_type=loss_type, reduction="none"), [of_equals, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("margin", [1000.0, -1000.0])
@@ -176,12 +354,31 @@ def test_huge_margins_do_not_overflow(margin):
     close(scores.grad, [[0.0, 0.0]] if margin > 0 else [[-1.0, 1.0]])
 
 
-def test_bf16_scores_are_computed_in_fp32():
+@every_loss
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e15])
+def test_extreme_scores_stay_finite(options, size):
+    torch.manual_seed(11)
+    scores, ranks = (torch.randn(6, 5) * size).requires_grad_(), random_ranks(6, 5)
+    loss = ranking_loss(scores, ranks, **options)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss > size / 1e3
+    assert scores.grad.isfinite().all()
+    assert scores.grad.ne(0).any()
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_fp32(dtype, options):
     torch.manual_seed(0)
-    scores, ranks = torch.randn(3, 9).bfloat16(), random_ranks(3, 9)
-    loss = ranking_loss(scores, ranks)
+    scores, ranks = torch.randn(3, 9).to(dtype), random_ranks(3, 9)
+    loss = ranking_loss(scores, ranks, **options)
     assert loss.dtype == torch.float32
-    assert loss == ranking_loss(scores.float(), ranks)
+    assert loss == ranking_loss(scores.float(), ranks, **options)
+    scores.requires_grad_()
+    ranking_loss(scores, ranks, **options).backward()
+    assert scores.grad.dtype == dtype
+    assert scores.grad.isfinite().all()
 
 
 def test_strict_pairs_equals_the_loop():
@@ -204,8 +401,25 @@ def test_ranking_loss_refuses_bad_input():
         strict_pairs(ranks[0])
     with pytest.raises(ValueError, match="'drop' or 'half'"):
         ranking_loss(scores, ranks, ties="keep")
-    with pytest.raises(ValueError, match="'mean' or 'none'"):
-        ranking_loss(scores, ranks, reduction="sum")
+    for loss in (ranking_loss, centring_loss):
+        with pytest.raises(ValueError, match="'mean' or 'none'"):
+            loss(scores, ranks, reduction="sum")
+    with pytest.raises(ValueError, match="one of sigmoid, plackett_luce, hinge, ipo, got 'listnet'"):
+        ranking_loss(scores, ranks, loss_type="listnet")
+    for smoothing in (-0.1, 0.5, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and below 0\.5"):
+            ranking_loss(scores, ranks, label_smoothing=smoothing)
+    margins = torch.zeros(2, 3, 3)
+    for options in ({"ties": "half"}, {"label_smoothing": 0.1}, {"margins": margins}):
+        with pytest.raises(
+            ValueError, match="there are no pairs that ties='half', label_smoothing or margins"
+        ):
+            ranking_loss(scores, ranks, loss_type="plackett_luce", **options)
+    with pytest.raises(ValueError, match=r"from both sides, so a margin .* has no meaning"):
+        ranking_loss(scores, ranks, loss_type="ipo", margins=margins)
+    for bad in (margins[:, 0], margins[:1], margins[:, :, :1]):  # would broadcast
+        with pytest.raises(ValueError, match="shapes differ: margins"):
+            ranking_loss(scores, ranks, margins=bad)
 
 
 # centring_loss
@@ -219,8 +433,12 @@ def test_centring_loss_equals_the_loop_over_strict_pairs():
         terms = [(s[w] + s[x]) ** 2 for w in range(5) for x in range(5) if 0 < r[w] < r[x]]
         if terms:
             per_prompt.append(sum(terms) / len(terms))
-    assert 2 < len(per_prompt) < 12
-    close(centring_loss(scores, ranks), sum(per_prompt) / len(per_prompt))
+        else:
+            per_prompt.append(None)
+    counted = [x for x in per_prompt if x is not None]
+    assert 2 < len(counted) < 12
+    close(centring_loss(scores, ranks), sum(counted) / len(counted))
+    close(centring_loss(scores, ranks, reduction="none"), [x or 0.0 for x in per_prompt])
 
 
 def test_centring_loss_of_two_is_the_one_of_trl_reward_trainer():
