@@ -1,9 +1,13 @@
 """Options of `RankedDPOTrainer`."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import torch
 from trl import DPOConfig
 
+from prefopt.losses import ranking_loss
+from prefopt.trainers.f_divergences import F_DIVERGENCES
 from prefopt.trainers.ranked import RankedOptions, bf16_by_default, refuse_options
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
@@ -18,6 +22,11 @@ HONOURED = {
     "pad_to_multiple_of": "as in TRL",
     "precompute_ref_log_probs": "as in TRL, one number per completion",
     "precompute_ref_batch_size": "counts prompts",
+    "loss_type": "those of RANKED_LOSSES, one or several",
+    "loss_weights": "as in TRL: one weight for each of several loss types",
+    "f_divergence_type": "as in TRL, on the score of each completion",
+    "f_alpha_divergence_coef": "as in TRL; raises where f_divergence_type would ignore it",
+    "label_smoothing": "the probability that a pair is ordered wrongly (cDPO), which TRL's sigmoid loss ignores",
     "beta": "as in TRL",
     "activation_offloading": "as in TRL",
     "sync_ref_model": "as in TRL",
@@ -27,18 +36,35 @@ HONOURED = {
 REFUSED = {
     "truncation_mode": ("keep_start", "nothing is truncated, completions that are too long are dropped"),
     "padding_free": (False, "TRL itself falls back to padding"),
-    "loss_type": (["sigmoid"], "only the Bradley-Terry loss is defined on rankings here"),
-    "loss_weights": (None, "there is one loss, so a weight is a factor on the learning rate"),
     "ld_alpha": (None, "the length shared by a pair is not defined for K completions"),
-    "f_divergence_type": ("reverse_kl", "the score of a completion is beta * log(pi / pi_ref)"),
-    "f_alpha_divergence_coef": (0.5, "it belongs to another f-divergence"),
-    "label_smoothing": (0.0, "it belongs to TRL's losses 'robust' and 'exo_pair'"),
     "use_weighting": (False, "WPO weights pairs, not completions"),
     "discopop_tau": (0.05, "it belongs to TRL's loss 'discopop'"),
     "pad_token": (
         None,
         "TRL deprecates it; set `tokenizer.pad_token` and pass the tokenizer as `processing_class`",
     ),
+}
+
+# loss_type -> (the `ranking_loss`, whether scores are per token: divided by the number of the completion's tokens).
+RANKED_LOSSES = {
+    "sigmoid": ("sigmoid", False),
+    "sigmoid_norm": ("sigmoid", True),
+    "hinge": ("hinge", False),
+    "ipo": ("ipo", True),
+    "plackett_luce": ("plackett_luce", False),
+}
+REFUSED_LOSSES = {
+    "exo_pair": "EXO matches a distribution over two completions; 'plackett_luce' is a likelihood over all K",
+    "nca_pair": "it rewards 'chosen' and punishes 'rejected' by itself, roles that the middle of a ranking lacks",
+    "robust": "its debiased loss is unbounded below; 'sigmoid' with label_smoothing models wrong labels instead",
+    "bco_pair": "it classifies 'chosen' against 'rejected', roles that the middle of a ranking lacks",
+    "sppo_hard": "it sets the score of 'chosen' and of 'rejected', roles that the middle of a ranking lacks",
+    "aot": "it compares the sorted margins of a batch of pairs, not the completions of a prompt",
+    "aot_unpaired": "it compares the sorted scores of a batch of pairs, not the completions of a prompt",
+    "apo_zero": "it raises 'chosen' and lowers 'rejected' by itself, roles that the middle of a ranking lacks",
+    "apo_down": "it lowers 'chosen' by itself, a role that the middle of a ranking lacks",
+    "discopop": "its loss is not monotone in the margin: the pairs of a ranking would pull against each other",
+    "sft": "it is the likelihood of 'chosen', a role that the middle of a ranking lacks",
 }
 
 
@@ -48,15 +74,20 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
 
     `per_device_train_batch_size` counts prompts, whatever their number of completions. bf16 is on by default only
     where the hardware has it. The fields of `DPOConfig` and how a ranking honours them are in `HONOURED`; those that
-    are not defined for rankings are in `REFUSED` and raise.
+    are not defined for rankings are in `REFUSED` and raise, as do the loss types in `REFUSED_LOSSES`.
 
     Raises:
-        ValueError: a refused option was set.
+        ValueError: a refused option was set, or options contradict each other.
 
     Example:
-        >>> RankedDPOConfig(output_dir="dpo", report_to="none", beta=0.2).loss_type
-        ['sigmoid']
+        >>> RankedDPOConfig(output_dir="dpo", report_to="none", loss_type="plackett_luce", beta=0.2).loss_type
+        ['plackett_luce']
     """
+
+    center_rewards_coefficient: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the mean of (r_w + r_l)^2 over strict pairs, r being implicit rewards."},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -68,4 +99,36 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
             raise ValueError(
                 f"beta={self.beta!r}: expected a positive number; 0 teaches nothing, less inverts the ranks"
             )
+        if self.f_divergence_type not in F_DIVERGENCES:
+            raise ValueError(
+                f"f_divergence_type={self.f_divergence_type!r}: expected one of {', '.join(F_DIVERGENCES)}"
+            )
+        if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
+            raise ValueError(
+                f"f_alpha_divergence_coef={self.f_alpha_divergence_coef!r} is used by "
+                f"f_divergence_type='alpha_divergence' alone, which is {self.f_divergence_type!r} here"
+            )
+        self._check_losses()
         super().__post_init__()
+
+    def _check_losses(self) -> None:
+        for name in self.loss_type:
+            if name in REFUSED_LOSSES:
+                raise ValueError(f"loss_type={name!r} is not supported for rankings: {REFUSED_LOSSES[name]}")
+        if not self.loss_type or not set(self.loss_type) <= set(RANKED_LOSSES):
+            raise ValueError(f"loss_type={self.loss_type!r}: expected some of {', '.join(RANKED_LOSSES)}")
+        if not all(weight >= 0 and math.isfinite(weight) for weight in self.loss_weights or []):
+            raise ValueError(
+                f"loss_weights={self.loss_weights!r}: expected numbers of at least 0; less inverts the ranks"
+            )
+        # Each loss knows which of the other options have a meaning for it, and says so on any scores.
+        scores, ranks = torch.zeros(1, 2), torch.tensor([[1, 2]])
+        for name in self.loss_type:
+            ranking_loss(
+                scores,
+                ranks,
+                loss_type=RANKED_LOSSES[name][0],
+                ties=self.ties,
+                label_smoothing=self.label_smoothing,
+                margins=torch.zeros(1, 2, 2) if self.margin_coef else None,
+            )

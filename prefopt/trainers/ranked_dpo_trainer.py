@@ -1,11 +1,12 @@
 """`RankedDPOTrainer`: direct preference optimization from rankings of K completions."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from prefopt.comparisons import RankedCollator
-from prefopt.losses import ranking_loss, strict_pairs
+from prefopt.comparisons import RankedCollator, build_ids
+from prefopt.losses import centring_loss, ranking_loss, rating_margins, strict_pairs
+from prefopt.trainers.f_divergences import divergence_scores
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
-from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
+from prefopt.trainers.ranked_dpo_config import RANKED_LOSSES, RankedDPOConfig
 
 
 @dataclass
@@ -32,27 +34,56 @@ class RankedDPOCollator(RankedCollator):
         return batch
 
 
+def kendall_tau(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank correlation of scores and ranks of each prompt: Kendall's tau-b (1945, ties in both).
+
+        tau_b = (concordant - discordant) / sqrt(pairs untied in the scores * pairs untied in the ranks)
+
+    Args:
+        scores: `[B, K]`, higher = better.
+        ranks: `[B, K]`, 1 = best, 0 = absent.
+
+    Returns:
+        tau `[B]` in [-1, 1], and bool `[B]` whether it is defined: tau is 0 where all scores or all ranks tie.
+
+    Example:
+        >>> kendall_tau(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[1, 2, 3]]))  # (2 - 1) / 3
+        (tensor([0.3333]), tensor([True]))
+    """
+    present = ranks > 0
+    both = present[:, :, None] & present[:, None, :]
+    by_score = (scores[:, :, None] - scores[:, None, :]).sign() * both
+    by_rank = (ranks[:, None, :] - ranks[:, :, None]).sign() * both
+    scale = (by_score.abs().sum((1, 2)) * by_rank.abs().sum((1, 2))).sqrt()
+    return (by_score * by_rank).sum((1, 2)) / scale.clamp(min=1), scale > 0
+
+
 class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
     """Train a policy on ranked comparisons: DPO (arXiv:2305.18290, Eq. 7) over all strict pairs of a prompt.
 
-    A completion's score is its implicit reward beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's
-    tokens; the loss on the scores is the reward model's `ranking_loss`. Each completion is forwarded once. With two
-    completions it is TRL's sigmoid DPO. Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
+    A completion's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens; the
+    loss on it is one of the reward model's `ranking_loss`es, `loss_type`, or a weighted sum of several. Each
+    completion is forwarded once. With two completions it is TRL's DPO with the same `loss_type` (`plackett_luce` then
+    is `sigmoid`) and `f_divergence_type`. `ipo` and `sigmoid_norm` divide a score by the completion's number of
+    tokens, as TRL does. Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
 
     The reference is, as in `DPOTrainer`, whose arguments this takes: `ref_model` if given; else, for a `PeftModel`, a
     frozen copy `ref` of its adapter; with `peft_config`, the model without the adapter; for a model given by path,
     the same checkpoint. A full model given in memory is copied as it is, so that it need not exist on disk.
 
     TRL's keys are logged over the strict pairs of the logging window: a completion counts as chosen once for every
-    pair it wins and as rejected once for every pair it loses.
+    pair it wins and as rejected once for every pair it loses. Beside them, of the implicit rewards r: `kendall_tau`
+    (mean tau-b over prompts) and `gradient_weight` (mean of sigmoid(r_l - r_w) over strict pairs, the weight that
+    arXiv:2305.18290, section 4, finds in the gradient: 0.5 at the start, 0 where everything is learned).
 
-    `compute_metrics` receives the scores `[N, K]` as predictions and the ranks `[N, K]` as labels; ranks below 1 mark
-    absent completions.
+    `compute_metrics` receives the implicit rewards `[N, K]` as predictions and the ranks `[N, K]` as labels; ranks
+    below 1 mark absent completions.
 
     Example:
         ```python
         trainer = RankedDPOTrainer(model="sft", args=RankedDPOConfig("dpo"), train_dataset=comparisons)
         trainer.train()
+        trainer.score(["2 + 2 ="], [" 4"])  # implicit rewards
         ```
     """
 
@@ -83,28 +114,45 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             raise ValueError(
                 "`ref_model` is a PeftModel: merge its adapter into its base (`merge_and_unload`) first"
             )
+        if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+            raise ValueError(
+                f"the PeftModel's active adapters are {model.active_adapters}: expected one called 'default', which is "
+                "trained and of which TRL keeps a frozen copy as the reference"
+            )
         keeps_reference = not args.precompute_ref_log_probs and peft_config is None
         if ref_model is None and keeps_reference and isinstance(model, PreTrainedModel):
             # TRL would load `config.name_or_path` again, which need not be these weights, nor exist.
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self._ranked_collator = data_collator
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=data_collator,
-            peft_config=peft_config,
-            **kwargs,
-        )
-        self._use_ranked_collator()
+        # TRL checks the names against losses of its own; it computes none of them here.
+        loss_type, args.loss_type = args.loss_type, ["sigmoid"]
+        try:
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        finally:
+            args.loss_type = loss_type
+        self.loss_types, self.loss_weights = loss_type, args.loss_weights or [1.0] * len(loss_type)
+        self._settle()
 
-    def _use_ranked_collator(self) -> None:
-        # Not before TRL has settled the pad token, yet before it precomputes the reference, inside its `__init__`.
-        if self._ranked_collator is None:
+    def _settle(self) -> None:
+        """What must wait for TRL's `__init__`, yet come before it precomputes the reference, at its end."""
+        if self._ranked_collator is None:  # TRL has settled the pad token
             self._ranked_collator = RankedDPOCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
         self.data_collator = self._ranked_collator
+        # On a quantised base TRL casts the policy's adapter to bf16, but not its copy: the first scores would not be 0.
+        if self.ref_model is None and is_peft_model(self.model):
+            for name, parameter in self.model.named_parameters():
+                if ".ref." in name:
+                    policy = self.model.get_parameter(name.replace(".ref.", ".default."))
+                    parameter.data = parameter.data.to(policy.dtype)
 
     # ---- reference ----
 
@@ -117,7 +165,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         return logps.new_zeros(present.shape).masked_scatter(present, logps)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        self._use_ranked_collator()
+        self._settle()
         if "ref_logps" in dataset.column_names:
             return dataset
         loader = self.accelerator.prepare(
@@ -137,17 +185,13 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 
     # ---- loss ----
 
-    def _compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        ranks = inputs["ranks"]
-        present = ranks > 0
-        # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
-        if self.precompute_ref_logps:
-            ref_logps = inputs["ref_logps"]
-        else:
-            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+    def _completion_outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What one forward of the policy says of each completion, summed over its tokens, `[B, K]`, 0 where absent.
 
+        `log_probs` is differentiable; `entropy`, `mean_logits` (mean over the vocabulary) and `is_top1` are for the
+        log. `aux_loss` is the scalar of a mixture of experts.
+        """
+        present = inputs["ranks"] > 0
         input_ids, completion_mask = inputs["input_ids"][present], inputs["completion_mask"][present]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         # TRL's fused LM head: log-probabilities of the labels in chunks, without the [N, T, V] logits.
@@ -159,49 +203,123 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             use_cache=False,
             **router,
         )
+        values = {}
+        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
+            totals = outputs[name].float().sum(-1)
+            values[name] = totals.new_zeros(present.shape).masked_scatter(present, totals)
+        return {**values, "aux_loss": outputs.aux_loss} if self.aux_loss_enabled else values
 
-        def per_completion(token_values: Tensor) -> Tensor:
-            totals = token_values.float().sum(-1)
-            return totals.new_zeros(ranks.shape).masked_scatter(present, totals)
-
-        logps = per_completion(outputs.log_probs)
-        scores = self.beta * (logps - ref_logps)
-        loss = ranking_loss(scores, ranks)
+    def _compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
+        if self.precompute_ref_logps:
+            ref_logps = inputs["ref_logps"]
+        else:
+            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        outputs = self._completion_outputs(model, inputs)
+        log_ratios = outputs["log_probs"] - ref_logps
+        rewards = self.beta * log_ratios
+        loss = self._preference_loss(log_ratios, inputs)
+        if self.args.center_rewards_coefficient is not None:
+            loss = loss + self.args.center_rewards_coefficient * centring_loss(rewards, inputs["ranks"])
         with torch.no_grad():
-            self._log_step(inputs, scores, logps, outputs, per_completion)
+            self._log_step(inputs, rewards, outputs)
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-            aux_loss = outputs.aux_loss.detach().expand(len(ranks))
+            loss = loss + self.router_aux_loss_coef * outputs["aux_loss"]
+            aux_loss = outputs["aux_loss"].detach().expand(len(rewards))
             self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
-        return (loss, {"scores": scores}) if return_outputs else loss
+        return (loss, {"scores": rewards}) if return_outputs else loss
 
-    def _log_step(
-        self,
-        inputs: dict[str, Tensor],
-        scores: Tensor,
-        logps: Tensor,
-        outputs: Any,
-        per_completion: Callable[[Tensor], Tensor],
-    ) -> None:
+    def _preference_loss(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
+        args, ranks = self.args, inputs["ranks"]
+        scores = self.beta * divergence_scores(
+            log_ratios, args.f_divergence_type, args.f_alpha_divergence_coef
+        )
+        num_tokens = inputs["completion_mask"].sum(-1).clamp(min=1)
+        margins = rating_margins(inputs["ratings"], args.margin_coef) if args.margin_coef else None
+        loss = torch.zeros((), device=scores.device)
+        for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
+            loss_type, per_token = RANKED_LOSSES[name]
+            term = ranking_loss(
+                scores / num_tokens if per_token else scores,
+                ranks,
+                loss_type=loss_type,
+                ties=args.ties,
+                label_smoothing=args.label_smoothing,
+                margins=margins,
+            )
+            # IPO's is (d - 1/2)^2 in units of the score; Eq. 17 of arXiv:2310.12036 has (d / beta - 1 / (2 beta))^2.
+            loss = loss + weight * (term / self.beta**2 if loss_type == "ipo" else term)
+        return loss
+
+    def _log_step(self, inputs: dict[str, Tensor], rewards: Tensor, outputs: Mapping[str, Tensor]) -> None:
         ranks = inputs["ranks"]
-        rewards, logp_ratios = pair_ratios(scores, ranks), pair_ratios(logps, ranks)
+        of_rewards, of_logps = pair_ratios(rewards, ranks), pair_ratios(outputs["log_probs"], ranks)
         pairs = strict_pairs(ranks).float()
         wins, losses = pairs.sum(2), pairs.sum(1)
+        gradient_weights = torch.sigmoid(rewards[:, None, :] - rewards[:, :, None])  # [b, w, l]: of r_l - r_w
         # TRL's token statistics, a completion weighing as often as it is chosen or rejected.
         tokens = inputs["completion_mask"][:, :, 1:].sum(-1).float()
-        mean_logits, is_top1 = per_completion(outputs.mean_logits), per_completion(outputs.is_top1)
+        mean_logits = outputs["mean_logits"]
         self._add_ratios(
             {
-                "rewards/chosen": rewards["chosen"],
-                "rewards/rejected": rewards["rejected"],
-                "rewards/accuracies": rewards["accuracy"],
-                "rewards/margins": rewards["margin"],
-                "logps/chosen": logp_ratios["chosen"],
-                "logps/rejected": logp_ratios["rejected"],
+                "rewards/chosen": of_rewards["chosen"],
+                "rewards/rejected": of_rewards["rejected"],
+                "rewards/accuracies": of_rewards["accuracy"],
+                "rewards/margins": of_rewards["margin"],
+                "logps/chosen": of_logps["chosen"],
+                "logps/rejected": of_logps["rejected"],
                 "logits/chosen": ((wins * mean_logits).sum(1), (wins * tokens).sum(1)),
                 "logits/rejected": ((losses * mean_logits).sum(1), (losses * tokens).sum(1)),
-                "mean_token_accuracy": ((wins * is_top1).sum(1), (wins * tokens).sum(1)),
-                "entropy": (per_completion(outputs.entropy).sum(1), tokens.sum(1)),
+                "mean_token_accuracy": ((wins * outputs["is_top1"]).sum(1), (wins * tokens).sum(1)),
+                "entropy": (outputs["entropy"].sum(1), tokens.sum(1)),
+                "kendall_tau": kendall_tau(rewards, ranks),
+                "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
             }
         )
         self._count_tokens(inputs["attention_mask"])
+
+    # ---- scoring ----
+
+    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        """Implicit reward beta * (log pi - log pi_ref) of completion i after prompt i, text or messages.
+
+        Comparable between completions of one prompt: the reward that DPO's policy is optimal for is this plus a
+        constant of the prompt (arXiv:2305.18290, Eq. 5). Computed in batches of completions of similar length.
+
+        Raises:
+            ValueError: the two sequences differ in length, or the reference is gone (a full model that was trained
+                with `precompute_ref_log_probs` and without `ref_model`).
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
+        if self.ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
+                "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
+            )
+        rows = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt_ids, completion_ids = build_ids(self.processing_class, prompt, completion)
+            rows.append({"prompt_ids": prompt_ids, "completion_ids": [completion_ids], "ranks": [1]})
+        order = sorted(
+            range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["completion_ids"][0])
+        )
+        collate = RankedCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
+        scores = [0.0] * len(rows)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(rows), self.args.eval_batch_size):
+                batch = order[start : start + self.args.eval_batch_size]
+                inputs = self._prepare_inputs(collate([rows[i] for i in batch]))
+                with torch.no_grad(), self.accelerator.autocast():
+                    ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                    logps = self._completion_outputs(self.model, inputs)["log_probs"]
+                for i, value in zip(batch, (self.beta * (logps - ref_logps))[:, 0].tolist(), strict=True):
+                    scores[i] = value
+        finally:
+            self.model.train(was_training)
+        return scores
