@@ -274,10 +274,10 @@ def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str
 
 
 def _padded(rows: Sequence[ArrayLike], widths: Sequence[int], name: str) -> NDArray:
-    """`[N, K]`, filled up with 0, from rows of the given widths."""
+    """`[N, K]` with K >= 1, filled up with 0, from rows of the given widths."""
     if len(rows) != len(widths):
         raise ValueError(f"expected the same prompts in ranks and {name}, got {len(widths)} and {len(rows)}")
-    table = np.zeros((len(widths), max(widths, default=0)))
+    table = np.zeros((len(widths), max([1, *widths])))
     for prompt, (row, width) in enumerate(zip(rows, widths, strict=True)):
         row = np.asarray(row, dtype=float)
         if row.shape != (width,):
