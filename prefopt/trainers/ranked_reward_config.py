@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
-from prefopt.trainers.ranked import RankedOptions, bf16_by_default, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options, refuse_options
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -51,6 +51,15 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         1024
     """
 
+    loss_type: str = field(
+        default="sigmoid",
+        metadata={
+            "help": "'sigmoid' (Bradley-Terry over all pairs, the paper's), 'plackett_luce', 'hinge' or 'ipo'."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "Share of strict pairs taken to be labelled the wrong way round."}
+    )
     reward_token: str | None = field(
         default=None,
         metadata={
@@ -66,4 +75,5 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)
+        check_ranked_options(self, [self.loss_type])
         super().__post_init__()

@@ -3,6 +3,7 @@
 import copy
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -26,9 +27,10 @@ from trl import RewardTrainer
 from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator, build_ids
-from prefopt.losses import centring_loss, ranking_loss
+from prefopt.losses import centring_loss, ranking_loss, rating_margins
 from prefopt.shared_base import (
     add_reward_token,
+    append_reward_token,
     get_reward_bias,
     head_loaded_in_fp32,
     init_score_head,
@@ -38,7 +40,7 @@ from prefopt.shared_base import (
     set_reward_bias,
     train_reward_token,
 )
-from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
+from prefopt.trainers.ranked import RankedTrainerMixin, Rows, pair_ratios
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 logger = get_logger(__name__)
@@ -205,36 +207,53 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
 
     # ---- loss ----
 
+    def _complete_rows(self, rows: Rows) -> Rows:
+        input_ids, attention_mask = append_reward_token(self.model, rows.input_ids, rows.attention_mask)
+        return replace(rows, input_ids=input_ids, attention_mask=attention_mask)
+
+    def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        return {"scores": sequence_scores(model, rows.input_ids, rows.attention_mask, rows.packed)}
+
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        ranks = inputs["ranks"]
-        present = ranks > 0
-        flat = sequence_scores(model, inputs["input_ids"][present], inputs["attention_mask"][present])
-        scores = flat.new_zeros(ranks.shape).masked_scatter(present, flat)
-
-        loss = ranking_loss(scores, ranks)
-        if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * centring_loss(scores, ranks)
-
-        self._count_tokens(inputs["attention_mask"])
-        with torch.no_grad():
-            pairs = pair_ratios(scores, ranks)
-            self._add_ratios(
-                {
-                    "accuracy": pairs["accuracy"],
-                    "margin": pairs["margin"],
-                    "mean_reward": (scores.sum(1), present.sum(1)),
-                }
-            )
-            lowest_and_highest = self.accelerator.gather(torch.stack([flat.min(), flat.max()]))
-            self._metrics[self._mode]["min_reward"].append(lowest_and_highest.min().item())
-            self._metrics[self._mode]["max_reward"].append(lowest_and_highest.max().item())
+        args, ranks = self.args, inputs["ranks"]
+        scores = self._per_completion(model, inputs)["scores"]
+        losses = ranking_loss(
+            scores,
+            ranks,
+            loss_type=args.loss_type,
+            ties=args.ties,
+            label_smoothing=args.label_smoothing,
+            margins=rating_margins(inputs["ratings"], args.margin_coef) if args.margin_coef else None,
+            reduction="none",
+        )
+        if args.center_rewards_coefficient is not None:
+            losses = losses + args.center_rewards_coefficient * centring_loss(scores, ranks, reduction="none")
+        loss = self._mean_over_prompts(losses, inputs)
+        if not inputs.get("is_repeated"):
+            self._log_scores(scores.detach(), inputs)
         return (loss, {"scores": scores}) if return_outputs else loss
+
+    def _log_scores(self, scores: Tensor, inputs: dict[str, Any]) -> None:
+        ranks = inputs["ranks"]
+        present, pairs = ranks > 0, pair_ratios(scores, ranks)
+        self._count_tokens(inputs["attention_mask"])
+        self._add_ratios(
+            {
+                "accuracy": pairs["accuracy"],
+                "margin": pairs["margin"],
+                "mean_reward": (scores.sum(1), present.sum(1)),
+            }
+        )
+        lowest_and_highest = torch.stack([scores[present].min(), scores[present].max()])
+        lowest_and_highest = self.accelerator.gather(lowest_and_highest)
+        self._metrics[self._mode]["min_reward"].append(lowest_and_highest.min().item())
+        self._metrics[self._mode]["max_reward"].append(lowest_and_highest.max().item())
 
     # ---- scoring ----
 
