@@ -16,6 +16,7 @@ from trl import DPOTrainer
 
 from prefopt.comparisons import RankedCollator, build_ids
 from prefopt.losses import centring_loss, ranking_loss, rating_margins, strict_pairs
+from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.f_divergences import divergence_scores
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_dpo_config import RANKED_LOSSES, RankedDPOConfig
@@ -76,6 +77,9 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
     (mean tau-b over prompts) and `gradient_weight` (mean of sigmoid(r_l - r_w) over strict pairs, the weight that
     arXiv:2305.18290, section 4, finds in the gradient: 0.5 at the start, 0 where everything is learned).
 
+    On a quantised base the trainable weights are fp32, not TRL's bf16: bf16 swallows small updates, the first scores
+    would not be 0 (the frozen copy stays fp32), and neither would be the adapter that was given.
+
     `compute_metrics` receives the implicit rewards `[N, K]` as predictions and the ranks `[N, K]` as labels; ranks
     below 1 mark absent completions.
 
@@ -124,6 +128,9 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             # TRL would load `config.name_or_path` again, which need not be these weights, nor exist.
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self._ranked_collator = data_collator
+        self._unrounded = {}
+        if isinstance(model, PeftModel) and _is_quantized(model):
+            self._unrounded = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         # TRL checks the names against losses of its own; it computes none of them here.
         loss_type, args.loss_type = args.loss_type, ["sigmoid"]
         try:
@@ -147,8 +154,14 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
         self.data_collator = self._ranked_collator
-        # On a quantised base TRL casts the policy's adapter to bf16, but not its copy: the first scores would not be 0.
-        if self.ref_model is None and is_peft_model(self.model):
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                keep_4bit_gradients(model)
+        if _is_quantized(self.model):  # TRL has rounded the trainable weights to bf16
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                    parameter.data = self._unrounded.pop(name, parameter.data).float()
+        if self.ref_model is None and is_peft_model(self.model):  # policy and reference compute alike
             for name, parameter in self.model.named_parameters():
                 if ".ref." in name:
                     policy = self.model.get_parameter(name.replace(".ref.", ".default."))
@@ -323,3 +336,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         finally:
             self.model.train(was_training)
         return scores
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)

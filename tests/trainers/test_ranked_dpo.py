@@ -432,6 +432,50 @@ def test_chat_rows(causal_lm, chat_tokenizer, tmp_path):
     torch.testing.assert_close(first_loss(trainer), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in REFERENCES if kind != "precomputed"])
+def test_score_equals_single_row_evaluation(kind, causal_lm, tokenizer, tmp_path):
+    """With `precomputed_adapter` the reference is computed from the frozen copy, which TRL keeps."""
+    trainer, reference = setting(kind, causal_lm, tmp_path, tokenizer=tokenizer, per_device_eval_batch_size=3)
+    prompts = [row["prompt"] for row in RAGGED for _ in row["completions"]]
+    completions = [completion for row in RAGGED for completion in row["completions"]]
+    trained = trainable(trainer.model).keys()
+    trainer.model.train()
+    scores = trainer.score(prompts, completions)
+    assert trainer.model.training
+    assert trainable(trainer.model).keys() == trained
+    with torch.no_grad():
+        expected = [
+            score.item()
+            for row in RAGGED
+            for score in scores_by_hand(trainer.model, reference, tokenizer, row)
+        ]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert max(scores) - min(scores) > 1e-2
+    assert trainer.score(prompts[::-1], completions[::-1]) == pytest.approx(expected[::-1], abs=1e-5)
+    assert trainer.score([], []) == []
+
+
+def test_score_of_chat(causal_lm, chat_tokenizer, tmp_path):
+    prompt = [{"role": "user", "content": "what is this?"}]
+    rows = [{"prompt": prompt, "completions": ["a dog", "the cat"], "ranks": [2, 1]}]
+    rows[0]["completions"] = [[{"role": "assistant", "content": text}] for text in rows[0]["completions"]]
+    trainer = trainer_on(copy.deepcopy(causal_lm), rows, chat_tokenizer, tmp_path)
+    perturb(trainer.model, 1)
+    with torch.no_grad():
+        expected = [
+            score.item() for score in scores_by_hand(trainer.model, causal_lm, chat_tokenizer, rows[0])
+        ]
+    assert trainer.score([prompt] * 2, rows[0]["completions"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_without_a_reference_is_refused(causal_lm, tokenizer, tmp_path):
+    trainer, _ = setting("precomputed", causal_lm, tmp_path, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="no reference of a full model is kept"):
+        trainer.score(["the cat"], [" sat"])
+    with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
+        trainer.score(["the cat"], [" sat", " ran"])
+
+
 def test_collator_carries_precomputed_references():
     batch = RankedDPOCollator(pad_token_id=0)(
         [
@@ -453,6 +497,9 @@ def test_unsupported_models_are_refused(causal_lm, tokenizer, tmp_path):
         trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, peft_config=peft_config)
     with pytest.raises(ValueError, match="merge its adapter"):
         trainer_on(copy.deepcopy(causal_lm), PAIRS, tokenizer, tmp_path, ref_model=lora(causal_lm))
+    other_name = get_peft_model(copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM"), "mine")
+    with pytest.raises(ValueError, match="active adapters are"):
+        trainer_on(other_name, PAIRS, tokenizer, tmp_path)
     with pytest.raises(TypeError, match="must be a RankedDPOConfig"):
         RankedDPOTrainer(causal_lm, args=config(tmp_path, DPOConfig), processing_class=tokenizer)
 
