@@ -1,8 +1,7 @@
 """What the two trainers on rankings share: data, batches, and metrics over strict pairs."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from prefopt import prefix_sharing
 from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
-from prefopt.prefix_sharing import PackedRows
-from prefopt.trainers.forward_splits import split_completions
+from prefopt.trainers.ranked_forward import RankedForwardMixin
 
 
 def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str]]) -> None:
@@ -30,21 +27,6 @@ def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str
 
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some completions of a batch, one row each: `input_ids`, `attention_mask`, `completion_mask` `[N, T]`.
-
-    `prompts [N]` numbers their prompts; `packed` are the same rows with shared prefixes once, or None to forward them
-    as they are.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
-    prompts: Tensor
-    packed: PackedRows | None = None
 
 
 @dataclass
@@ -129,7 +111,7 @@ def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor
     return {name: (total, num_pairs) for name, total in totals.items()}
 
 
-class RankedTrainerMixin:
+class RankedTrainerMixin(RankedForwardMixin):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
     Metrics are sums over a logging window divided once at its end, so evaluation results do not depend on the batch
@@ -137,13 +119,9 @@ class RankedTrainerMixin:
     """
 
     _row_columns = ("prompt_ids", "completion_ids", "ranks", "ratings")
-    loss_is_scaled_for_ga = True  # by `_mean_over_prompts`
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._shares_prefixes = bool(kwargs["args"].prefix_sharing)
-        self._unchecked = True
-        self._prompts_in_step: Tensor | int | None = None
         super().__init__(*args, **kwargs)
 
     # ---- data ----
@@ -179,167 +157,6 @@ class RankedTrainerMixin:
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = list(self._row_columns)
-
-    # ---- forward ----
-
-    def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        """Values `[N]` of each row by name; the first is what prefix sharing is checked on."""
-        raise NotImplementedError
-
-    def _complete_rows(self, rows: Rows) -> Rows:
-        """The rows as the model shall read them."""
-        return rows
-
-    def _per_completion(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Values `[B, K]` of each completion by name, 0 where absent, from one forward or several."""
-        live = inputs.get("live", inputs["ranks"] > 0)
-        forwards = [live]
-        if self.args.max_tokens_per_forward is not None and not torch.is_grad_enabled():
-            forwards = self._split(inputs)
-        values: dict[str, Tensor] = {}
-        for part in forwards:
-            for name, flat in self._forward_part(model, inputs, part).items():
-                some = flat.new_zeros(part.shape).masked_scatter(part, flat)
-                values[name] = values[name] + some if name in values else some
-        for name, known in inputs.get("known", {}).items():
-            values[name] = torch.where(live, values[name], known)
-        return values
-
-    def _forward_part(self, model: nn.Module, inputs: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
-        width = int(inputs["attention_mask"][part].sum(1).max())
-        ids, mask, completion = (
-            inputs[name][part][:, :width] for name in ("input_ids", "attention_mask", "completion_mask")
-        )
-        rows = self._complete_rows(Rows(ids, mask, completion, part.nonzero()[:, 0]))
-        return self._forward_rows(model, replace(rows, packed=self._plan(model, rows)))
-
-    def _plan(self, model: nn.Module, rows: Rows) -> PackedRows | None:
-        if not self._shares_prefixes:
-            return None
-        if not prefix_sharing.is_enabled(model):
-            if reason := prefix_sharing.why_not(model):
-                return self._stop_sharing(reason)
-            prefix_sharing.enable(model)
-        packed = prefix_sharing.plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
-        if packed is not None and self._unchecked:
-            self._unchecked = False
-            if not self._sharing_is_equal(model, rows):
-                return self._stop_sharing("the first batch scored differently with it")
-        return packed
-
-    def _stop_sharing(self, reason: str) -> None:
-        self._shares_prefixes = False
-        logger.warning(f"Prefix sharing is off: {reason}. Every completion is forwarded in a row of its own.")
-
-    def _sharing_is_equal(self, model: nn.Module, rows: Rows) -> bool:
-        """Forward two completions of one prompt of the first batch both ways, the shortest such pair."""
-        repeated = (rows.prompts[1:] == rows.prompts[:-1]).nonzero().squeeze(1)
-        lengths = rows.attention_mask.sum(1)
-        first = repeated[(lengths[repeated] + lengths[repeated + 1]).argmin()]
-        width = int(lengths[first : first + 2].max())
-        ids, mask, completion = (
-            x[first : first + 2, :width] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
-        )
-        pair = Rows(ids, mask, completion, torch.zeros_like(rows.prompts[:2]))
-        packed = prefix_sharing.pack(pair.input_ids, pair.attention_mask, pair.prompts)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                plain, shared = (
-                    next(iter(self._forward_rows(model, replace(pair, packed=p)).values())).float()
-                    for p in (None, packed)
-                )
-        finally:
-            model.train(was_training)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-        half = half or torch.is_autocast_enabled(plain.device.type)
-        tolerance = 0.05 if half else 1e-3  # a token that sees what it must not moves scores by far more
-        return bool(((plain - shared).abs() <= tolerance * plain.abs().clamp(min=1)).all())
-
-    # ---- training ----
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor]:
-        """The batches of an optimizer step and the number of prompts that compare something, on all processes."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        count = sum(self._counted(batch["ranks"]).sum() for batch in batches)
-        count = torch.as_tensor(count, device=self.accelerator.device)
-        return batches, self.accelerator.reduce(count, "sum")
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """A step on one batch; with `max_tokens_per_forward` in several forward and backward passes, equal in sum."""
-        self._prompts_in_step = num_items_in_batch
-        try:
-            if self.args.max_tokens_per_forward is None:
-                return super().training_step(model, inputs, num_items_in_batch)
-            inputs = self._prepare_inputs(inputs)
-            if num_items_in_batch is None:
-                self._prompts_in_step = self._counted(inputs["ranks"]).sum()
-            parts = list(self._parts(model, inputs))
-            loss = 0.0
-            for i, part in enumerate(parts):
-                synchronise = nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(model)
-                with synchronise:
-                    loss = loss + super().training_step(model, part, num_items_in_batch)
-            return loss
-        finally:
-            self._prompts_in_step = None
-
-    def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Batches of whole prompts; of a prompt that does not fit, one for each part of its completions.
-
-        The gradient of a ranking loss with respect to some completions depends on the others through their values
-        alone. These are computed first, without gradients, and are `known` in each part.
-        """
-        masks = self._split(inputs)
-        seen = sum(mask.any(1).int() for mask in masks)
-        known: dict[int, dict[str, Tensor]] = {}
-        for mask in masks:
-            prompts = mask.any(1)
-            part = {name: value[prompts] for name, value in inputs.items()} | {"live": mask[prompts]}
-            if (seen[prompts] > 1).any():
-                prompt = int(prompts.nonzero())
-                part["is_repeated"] = prompt in known
-                if prompt not in known:
-                    with torch.no_grad(), self.compute_loss_context_manager():
-                        model.train()
-                        whole = {name: value[prompts] for name, value in inputs.items()}
-                        known[prompt] = self._per_completion(model, whole)
-                part["known"] = known[prompt]
-            yield part
-
-    def _split(self, inputs: dict[str, Any]) -> list[Tensor]:
-        live = inputs.get("live", inputs["ranks"] > 0)
-        return split_completions(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            live,
-            self.args.max_tokens_per_forward,
-            self._shares_prefixes,
-        )
-
-    def _counted(self, ranks: Tensor) -> Tensor:
-        """`[B]`: whether the prompt compares anything, so that it counts in the mean over prompts."""
-        if self.args.ties == "half":
-            return (ranks > 0).sum(1) > 1
-        return strict_pairs(ranks).any(2).any(1)
-
-    def _mean_over_prompts(self, per_prompt: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Mean of `[B]` over the prompts of the optimizer step; of this batch outside training.
-
-        Processes and accumulated batches with fewer prompts than others thus weigh less: every prompt weighs the same.
-        """
-        if self._prompts_in_step is None:
-            loss = per_prompt.sum() / self._counted(inputs["ranks"]).sum().clamp(min=1)
-        else:  # the processes' gradients are averaged, not summed
-            loss = per_prompt.sum() * self.accelerator.num_processes / self._prompts_in_step
-        if inputs.get(
-            "is_repeated"
-        ):  # the prompt's value was counted with another part; its gradient was not
-            loss = loss - loss.detach()
-        return loss
 
     # ---- evaluation ----
 

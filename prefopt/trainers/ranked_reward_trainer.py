@@ -2,9 +2,8 @@
 
 import copy
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers.utils import find_adapter_config_file
 from trl import RewardTrainer
 from trl.trainer.utils import create_model_from_path
 
-from prefopt.comparisons import RankedCollator, build_ids
+from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
 from prefopt.shared_base import (
     add_reward_token,
@@ -40,7 +39,8 @@ from prefopt.shared_base import (
     set_reward_bias,
     train_reward_token,
 )
-from prefopt.trainers.ranked import RankedTrainerMixin, Rows, pair_ratios
+from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
+from prefopt.trainers.ranked_forward import Rows
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 logger = get_logger(__name__)
@@ -211,6 +211,9 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         input_ids, attention_mask = append_reward_token(self.model, rows.input_ids, rows.attention_mask)
         return replace(rows, input_ids=input_ids, attention_mask=attention_mask)
 
+    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        return self._per_completion(model, inputs)["scores"]
+
     def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
         return {"scores": sequence_scores(model, rows.input_ids, rows.attention_mask, rows.packed)}
 
@@ -222,7 +225,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         args, ranks = self.args, inputs["ranks"]
-        scores = self._per_completion(model, inputs)["scores"]
+        scores = self._scores(model, inputs)
         losses = ranking_loss(
             scores,
             ranks,
@@ -256,40 +259,6 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         self._metrics[self._mode]["max_reward"].append(lowest_and_highest.max().item())
 
     # ---- scoring ----
-
-    def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """prefopt scores (bias subtracted) of completion i after prompt i, text or messages, in evaluation batches.
-
-        Raises:
-            ValueError: the two sequences differ in length.
-        """
-        if len(prompts) != len(completions):
-            raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
-        rows = [
-            list(chain(*build_ids(self.processing_class, prompt, completion)))
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding
-        scores = [0.0] * len(rows)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for start in range(0, len(rows), self.args.eval_batch_size):
-                batch = order[start : start + self.args.eval_batch_size]
-                width = len(rows[batch[-1]])
-                input_ids = torch.full((len(batch), width), self.processing_class.pad_token_id)
-                attention_mask = torch.zeros_like(input_ids)
-                for row, i in enumerate(batch):
-                    input_ids[row, : len(rows[i])] = torch.tensor(rows[i])
-                    attention_mask[row, : len(rows[i])] = 1
-                device = self.accelerator.device
-                with torch.no_grad():
-                    values = sequence_scores(self.model, input_ids.to(device), attention_mask.to(device))
-                for i, value in zip(batch, values.tolist(), strict=True):
-                    scores[i] = value
-        finally:
-            self.model.train(was_training)
-        return scores
 
     def center_on(self, demonstrations: Iterable[Mapping[str, Any]]) -> float:
         """Set the bias so that demonstrations score 0 on average (InstructGPT, section 3.5); returns the bias.
