@@ -3,12 +3,10 @@
 import math
 from dataclasses import dataclass, field
 
-import torch
 from trl import DPOConfig
 
-from prefopt.losses import ranking_loss
 from prefopt.trainers.f_divergences import F_DIVERGENCES
-from prefopt.trainers.ranked import RankedOptions, bf16_by_default, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options, refuse_options
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -121,14 +119,4 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
             raise ValueError(
                 f"loss_weights={self.loss_weights!r}: expected numbers of at least 0; less inverts the ranks"
             )
-        # Each loss knows which of the other options have a meaning for it, and says so on any scores.
-        scores, ranks = torch.zeros(1, 2), torch.tensor([[1, 2]])
-        for name in self.loss_type:
-            ranking_loss(
-                scores,
-                ranks,
-                loss_type=RANKED_LOSSES[name][0],
-                ties=self.ties,
-                label_smoothing=self.label_smoothing,
-                margins=torch.zeros(1, 2, 2) if self.margin_coef else None,
-            )
+        check_ranked_options(self, [RANKED_LOSSES[name][0] for name in self.loss_type])

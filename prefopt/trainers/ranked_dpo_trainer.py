@@ -233,39 +233,41 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         outputs = self._completion_outputs(model, inputs)
         log_ratios = outputs["log_probs"] - ref_logps
         rewards = self.beta * log_ratios
-        loss = self._preference_loss(log_ratios, inputs)
+        losses = self._preference_losses(log_ratios, inputs)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * centring_loss(rewards, inputs["ranks"])
-        with torch.no_grad():
-            self._log_step(inputs, rewards, outputs)
+            centring = centring_loss(rewards, inputs["ranks"], reduction="none")
+            losses = losses + self.args.center_rewards_coefficient * centring
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs["aux_loss"]
-            aux_loss = outputs["aux_loss"].detach().expand(len(rewards))
-            self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
+            losses = losses + self.router_aux_loss_coef * outputs["aux_loss"]
+        loss = self._mean_over_prompts(losses, inputs)
+        if not inputs.get("is_repeated"):
+            with torch.no_grad():
+                self._log_step(inputs, rewards, outputs)
         return (loss, {"scores": rewards}) if return_outputs else loss
 
-    def _preference_loss(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
+    def _preference_losses(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """The weighted sum `[B]` of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
         args, ranks = self.args, inputs["ranks"]
         scores = self.beta * divergence_scores(
             log_ratios, args.f_divergence_type, args.f_alpha_divergence_coef
         )
         num_tokens = inputs["completion_mask"].sum(-1).clamp(min=1)
         margins = rating_margins(inputs["ratings"], args.margin_coef) if args.margin_coef else None
-        loss = torch.zeros((), device=scores.device)
+        losses = scores.new_zeros(len(ranks))
         for name, weight in zip(self.loss_types, self.loss_weights, strict=True):
             loss_type, per_token = RANKED_LOSSES[name]
-            term = ranking_loss(
+            terms = ranking_loss(
                 scores / num_tokens if per_token else scores,
                 ranks,
                 loss_type=loss_type,
                 ties=args.ties,
                 label_smoothing=args.label_smoothing,
                 margins=margins,
+                reduction="none",
             )
             # IPO's is (d - 1/2)^2 in units of the score; Eq. 17 of arXiv:2310.12036 has (d / beta - 1 / (2 beta))^2.
-            loss = loss + weight * (term / self.beta**2 if loss_type == "ipo" else term)
-        return loss
+            losses = losses + weight * (terms / self.beta**2 if loss_type == "ipo" else terms)
+        return losses
 
     def _log_step(self, inputs: dict[str, Tensor], rewards: Tensor, outputs: Mapping[str, Tensor]) -> None:
         ranks = inputs["ranks"]
@@ -292,6 +294,9 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
             }
         )
+        if self.aux_loss_enabled:
+            aux_loss = outputs["aux_loss"].expand(len(ranks))
+            self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
         self._count_tokens(inputs["attention_mask"])
 
     # ---- scoring ----
