@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from prefopt.comparisons import RankedCollator, build_ids
+from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins, strict_pairs
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.f_divergences import divergence_scores
@@ -304,43 +304,25 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
     def score(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
         """Implicit reward beta * (log pi - log pi_ref) of completion i after prompt i, text or messages.
 
-        Comparable between completions of one prompt: the reward that DPO's policy is optimal for is this plus a
-        constant of the prompt (arXiv:2305.18290, Eq. 5). Computed in batches of completions of similar length.
+        Comparable between completions of one prompt: the reward that the policy is optimal for is this plus a constant
+        of the prompt (arXiv:2305.18290, Eq. 5). The reference is computed even where that of the training rows is
+        precomputed. `args.eval_batch_size` counts prompts, `args.max_tokens_per_forward` bounds a forward.
 
         Raises:
-            ValueError: the two sequences differ in length, or the reference is gone (a full model that was trained
-                with `precompute_ref_log_probs` and without `ref_model`).
+            ValueError: the two sequences differ in length, or the reference is gone (a full model trained with
+                `precompute_ref_log_probs` and without `ref_model`).
         """
-        if len(prompts) != len(completions):
-            raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
         if self.ref_model is None and not is_peft_model(self.model):
             raise ValueError(
                 "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids, completion_ids = build_ids(self.processing_class, prompt, completion)
-            rows.append({"prompt_ids": prompt_ids, "completion_ids": [completion_ids], "ranks": [1]})
-        order = sorted(
-            range(len(rows)), key=lambda i: len(rows[i]["prompt_ids"]) + len(rows[i]["completion_ids"][0])
-        )
-        collate = RankedCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
-        scores = [0.0] * len(rows)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for start in range(0, len(rows), self.args.eval_batch_size):
-                batch = order[start : start + self.args.eval_batch_size]
-                inputs = self._prepare_inputs(collate([rows[i] for i in batch]))
-                with torch.no_grad(), self.accelerator.autocast():
-                    ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-                    logps = self._completion_outputs(self.model, inputs)["log_probs"]
-                for i, value in zip(batch, (self.beta * (logps - ref_logps))[:, 0].tolist(), strict=True):
-                    scores[i] = value
-        finally:
-            self.model.train(was_training)
-        return scores
+        return super().score(prompts, completions)
+
+    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with self.accelerator.autocast():
+            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            return self.beta * (self._completion_outputs(model, inputs)["log_probs"] - ref_logps)
 
 
 def _is_quantized(model: nn.Module) -> bool:

@@ -472,6 +472,7 @@ def test_score_without_a_reference_is_refused(causal_lm, tokenizer, tmp_path):
     trainer, _ = setting("precomputed", causal_lm, tmp_path, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="no reference of a full model is kept"):
         trainer.score(["the cat"], [" sat"])
+    trainer, _ = setting("precomputed_adapter", causal_lm, tmp_path, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
         trainer.score(["the cat"], [" sat", " ran"])
 
