@@ -28,6 +28,7 @@ from prefopt.ranked_rows import (
     shorten,
     to_preferences,
     validate_comparisons,
+    validate_ratings,
 )
 
 __all__ = [
@@ -188,15 +189,20 @@ def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
 
 
 def prepare_comparisons(
-    dataset: Dataset | Sequence[Mapping[str, Any]], *, ties: str = "drop", source: str = "train"
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    *,
+    ties: str = "drop",
+    margins: bool = False,
+    source: str = "train",
 ) -> Dataset:
     """A validated dataset of ranked rows, from ranked or TRL preference rows.
 
     Rows in which all completions tie have no gradient under `ties="drop"`: they are dropped and counted in the log.
-    A dataset that already has token ids is returned as it is.
+    A dataset that already has token ids is returned as it is. With `margins`, the ratings will make margins: they are
+    checked by `validate_ratings` and rows without are counted in the log.
 
     Raises:
-        ValueError: as `validate_comparisons`, and when no row is left.
+        ValueError: as `validate_comparisons` and `validate_ratings`, and when no row is left.
 
     >>> rows = prepare_comparisons([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
     >>> rows[0]["completions"], rows[0]["ranks"]
@@ -204,6 +210,8 @@ def prepare_comparisons(
     """
     _check_ties(ties)
     if isinstance(dataset, Dataset) and _is_tokenized(dataset):
+        if margins:
+            _check_margins(dataset, source)
         return dataset
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # rows as Python objects, not tensors
@@ -212,10 +220,34 @@ def prepare_comparisons(
         columns = dict.fromkeys(key for row in dataset for key in row)
         dataset = Dataset.from_dict({name: [row.get(name) for row in dataset] for name in columns})
     if "completions" not in dataset.column_names:
-        dataset = dataset.map(from_preference, remove_columns=["chosen", "rejected"])
+        dataset = _from_preferences(dataset, source, margins)
     if dataset.features["ranks"] != List(Value("int64")):  # e.g. 1.0, which some writers make of 1
         dataset = dataset.cast_column("ranks", List(Value("int64")))
+    if margins:
+        _check_margins(dataset, source)
     return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+
+
+def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
+    if "margin" not in dataset.column_names:
+        return dataset.map(from_preference, remove_columns=["chosen", "rejected"])
+    given = dataset.with_format(None)["margin"][:]
+    if (count := sum(margin is not None for margin in given)) and not margins:
+        logger.warning(
+            f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
+        )
+    # Not by `map`, which cannot tell the type of a column whose first rows are empty.
+    rest = [name for name in dataset.column_names if name not in ("margin", "ratings")]
+    dataset = dataset.select_columns(rest).map(from_preference, remove_columns=["chosen", "rejected"])
+    ratings = [None if margin is None else [margin, 0.0] for margin in given]
+    return dataset.add_column("ratings", ratings, feature=List(Value("float64")))
+
+
+def _check_margins(dataset: Dataset, source: str) -> None:
+    if missing := validate_ratings(dataset, source):
+        logger.warning(
+            f"{source}: {missing} of {len(dataset)} rows have no ratings: the margin of their pairs is 0"
+        )
 
 
 def tokenize_comparisons(
@@ -317,7 +349,8 @@ class RankedCollator:
 
     `input_ids` and `attention_mask` (0/1) cover prompt and completion; `completion_mask` (bool) is True on the
     completion's tokens; `ranks [B, K]` is 0 where a row has fewer completions than the largest of the batch. Those
-    absent completions are all padding: run the model on `ranks > 0` only.
+    absent completions are all padding: run the model on `ranks > 0` only. Rows with the field `ratings` also give
+    `ratings [B, K]` (float, 0 for absent completions and throughout a row whose ratings are None).
 
     Args:
         pad_token_id: fills `input_ids`.
@@ -361,17 +394,21 @@ class RankedCollator:
         attention_mask = torch.zeros(len(rows), k, t, dtype=torch.long)
         completion_mask = torch.zeros(len(rows), k, t, dtype=torch.bool)
         ranks = torch.zeros(len(rows), k, dtype=torch.long)
+        ratings = torch.zeros(len(rows), k)
         for b, row in enumerate(rows):
             ranks[b, : len(row["ranks"])] = torch.tensor(row["ranks"])
+            if row.get("ratings") is not None:
+                ratings[b, : len(row["ratings"])] = torch.tensor(row["ratings"], dtype=ratings.dtype)
             start = len(row["prompt_ids"])
             for j, completion in enumerate(row["completion_ids"]):
                 end = start + len(completion)
                 input_ids[b, j, :end] = torch.tensor([*row["prompt_ids"], *completion])
                 attention_mask[b, j, :end] = 1
                 completion_mask[b, j, start:end] = True
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
             "ranks": ranks,
         }
+        return {**batch, "ratings": ratings} if any("ratings" in row for row in rows) else batch

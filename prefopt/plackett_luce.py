@@ -98,9 +98,8 @@ def _subsets_by_size(n: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 def _efron(members: Tensor) -> Tensor:
     """log F(g) `[G]` for members `[G, n]`, approximated."""
     n = members.shape[1]
-    left = (
-        1 - torch.arange(n, dtype=members.dtype, device=members.device) / n
-    )  # the share of W still to be drawn
+    # The share of W that is still to be drawn, for k = 0 to n - 1.
+    left = 1 - torch.arange(n, dtype=members.dtype, device=members.device) / n
     log_weight = members.logsumexp(1, keepdim=True) + left.log()
     denominators = torch.logaddexp(log_weight, torch.zeros_like(log_weight))  # log(R + W * left), with R = 1
     return math.lgamma(n + 1) + members.sum(1) - denominators.sum(1)

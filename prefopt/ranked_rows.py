@@ -4,7 +4,8 @@ A row is `{"prompt": ..., "completions": [...], "ranks": [...]}`. The prompt is 
 the completions are strings, or lists of chat messages when the prompt is one. `ranks` are integers, 1 = best,
 equal = tie, dense (A = B > C is 1, 1, 2). Optional: `labeler` (str) and, one entry per completion, `ratings`,
 `flags` and `truncated` (True: cut at a length limit). TRL preference rows (`prompt`, `chosen`, `rejected`) are the
-case K = 2. `prefopt.comparisons` has the public names of this module too.
+case K = 2, and their optional `margin` is `ratings` of [margin, 0]. `prefopt.comparisons` has the public names of this
+module too.
 """
 
 import math
@@ -98,19 +99,23 @@ def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
 def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     """A TRL preference row (`prompt`, `chosen`, `rejected`) as a ranked row with K = 2; other fields are kept.
 
+    A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1.
+
     Raises:
         ValueError: a field that is missing or not as described at the top of this module.
 
     >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'ranks': [1, 2]}
+    >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "margin": 3})["ratings"]
+    [3, 0]
     """
     if problem := _row_problem(row, ("prompt", "chosen", "rejected")):
         raise ValueError(problem)
     ranked = {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
-    return {
-        **ranked,
-        **{key: value for key, value in row.items() if key not in ("prompt", "chosen", "rejected")},
-    }
+    if "margin" in row:
+        ranked["ratings"] = None if row["margin"] is None else [row["margin"], 0]
+    converted = ("prompt", "chosen", "rejected", "margin")
+    return {**{key: value for key, value in row.items() if key not in converted}, **ranked}
 
 
 def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -168,6 +173,34 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
             raise ValueError(f"{source} row {index}: {problem}")
 
 
+def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
+    """Check that the ratings of ranked rows can serve as margins, and count the rows without.
+
+    A labeler may rate a completion higher than another and still rank it below. As data that is harmless, but as a
+    margin it would pull against the ranks. Completions that tie have no margin, whatever their ratings.
+
+    Returns:
+        The number of rows without ratings; their pairs have the margin 0.
+
+    Raises:
+        ValueError: no row has ratings, or naming the first row (counted from 0) in which they contradict the ranks.
+
+    >>> validate_ratings(Dataset.from_dict({"ranks": [[1, 2], [2, 1]], "ratings": [[7, 4], None]}))
+    1
+    """
+    rows = rows.with_format(None)
+    ratings = rows["ratings"][:] if "ratings" in rows.column_names else [None] * len(rows)
+    for index, (rated, ranks) in enumerate(zip(ratings, rows["ranks"][:], strict=True)):
+        if rated is not None and (problem := _margins_problem(rated, ranks)):
+            raise ValueError(f"{source} row {index}: {problem}")
+    if (missing := sum(rated is None for rated in ratings)) == len(ratings):
+        raise ValueError(
+            f"{source}: field 'ratings': expected ratings to make margins of, got none in any of the {missing} rows; "
+            "add them, or train without margins"
+        )
+    return missing
+
+
 def _required_columns(rows: Dataset | Sequence[Mapping[str, Any]], source: str) -> tuple[str, ...]:
     if isinstance(rows, Dataset):
         columns = set(rows.column_names)
@@ -193,7 +226,7 @@ def _iterate(rows: Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[st
         yield from rows
         return
     if rows.format["type"] != "custom":  # a custom transform may need its other columns; others make tensors
-        known = {"prompt", "chosen", "rejected", "labeler", *PER_COMPLETION}
+        known = {"prompt", "chosen", "rejected", "margin", "labeler", *PER_COMPLETION}
         rows = rows.with_format(None).select_columns([name for name in rows.column_names if name in known])
     for batch in rows.iter(1000):
         for values in zip(*batch.values(), strict=True):
@@ -236,6 +269,11 @@ def _row_problem(row: Any, required: tuple[str, ...]) -> str | None:
         if _kind(completion) != first:
             return _problem(name, f"{first} like the other completions", completion, "give all in one format")
     k = len(completions)
+    if "chosen" in required and "margin" in row:
+        if row["margin"] is not None and not _is_finite_number(row["margin"]):
+            return _problem("margin", "a finite number", row["margin"], "convert, empty or rename the field")
+        if row.get("ratings") is not None:
+            return _problem("ratings", "none beside 'margin'", row["ratings"], "remove one of the two")
     if "ranks" in required and (problem := _ranks_problem(row["ranks"], k, "completions")):
         return problem
     if not isinstance(row.get("labeler"), str | None):
@@ -315,6 +353,18 @@ def _ratings_problem(ratings: Any, k: int) -> str | None:
             got = f"{rating!r} in {shorten(ratings)}"
             remedy = "rate every completion or drop the field"
             return _problem("ratings", "finite numbers", got, remedy, as_is=True)
+    return None
+
+
+def _margins_problem(ratings: Any, ranks: Sequence[int]) -> str | None:
+    if problem := _ratings_problem(ratings, len(ranks)):
+        return problem
+    both = list(zip(ranks, ratings, strict=True))
+    if any(a[0] < b[0] and a[1] < b[1] for a in both for b in both):
+        expected = "no rating above that of a better ranked completion, as margins are differences of ratings"
+        got = f"{shorten(ratings)} for the ranks {shorten(ranks)}"
+        remedy = "correct the row, empty its ratings, or train without margins"
+        return _problem("ratings", expected, got, remedy, as_is=True)
     return None
 
 

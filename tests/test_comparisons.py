@@ -27,6 +27,7 @@ from prefopt.comparisons import (
     tokenize_comparisons,
     validate_comparisons,
 )
+from prefopt.losses import ranking_loss, rating_margins
 
 
 def random_ranks(rng: random.Random, k: int) -> list[int]:
@@ -147,6 +148,15 @@ def test_preference_round_trip_keeps_other_fields():
     assert to_preferences(row(ranks=[1, 1, 1])) == []
 
 
+def test_margin_of_a_preference_is_the_difference_of_its_ratings():
+    preference = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert from_preference({**preference, "margin": 0.5})["ratings"] == [0.5, 0]
+    assert "margin" not in from_preference({**preference, "margin": 0.5})
+    assert from_preference({**preference, "margin": None})["ratings"] is None
+    assert from_preference({**preference, "ratings": [4, 2]})["ratings"] == [4, 2]
+    assert "ratings" not in from_preference(preference)
+
+
 def test_conversions_refuse_bad_rows():
     with pytest.raises(ValueError, match="field 'rejected': expected a value, got nothing"):
         from_preference({"prompt": "p", "chosen": "a"})
@@ -225,6 +235,23 @@ def test_bad_preference_rows_are_named_by_their_own_fields():
     for field, value in (("chosen", ""), ("rejected", None), ("prompt", "")):
         with pytest.raises(ValueError, match=f"dataset row 1: field '{field}'"):
             validate_comparisons([good, {**good, field: value}])
+
+
+@pytest.mark.parametrize("margin", ["large", math.nan, math.inf, True, [1.0]])
+def test_margins_of_preference_rows_are_numbers(margin):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1}
+    with pytest.raises(
+        ValueError, match=r"dataset row 2: field 'margin': expected a finite number, got .*; conv"
+    ):
+        validate_comparisons([good, {**good, "margin": None}, {**good, "margin": margin}])
+    validate_comparisons([row(margin=margin)])  # no field of a ranked row
+    both = {**good, "margin": None, "ratings": [2, 1]}
+    with pytest.raises(
+        ValueError, match=r"row 1: field 'ratings': expected none beside 'margin', got \[2, 1\]"
+    ):
+        validate_comparisons([good, both])
+    with pytest.raises(ValueError, match="expected none beside 'margin'"):
+        from_preference(both)
 
 
 def test_chat_and_plain_rows_do_not_mix():
@@ -597,11 +624,11 @@ def test_tools_and_template_arguments_reach_the_template(tokenizer):
 
 
 def test_prepare_converts_preferences_and_casts_integral_floats():
-    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "margin": 0.5} for i in range(3)]
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "source": "s"} for i in range(3)]
     for dataset in (rows, Dataset.from_list(rows)):
         prepared = prepare_comparisons(dataset)
-        assert set(prepared.column_names) == {"prompt", "completions", "ranks", "margin"}
-        assert prepared[2] == {"prompt": "p2", "completions": ["a", "b"], "ranks": [1, 2], "margin": 0.5}
+        assert set(prepared.column_names) == {"prompt", "completions", "ranks", "source"}
+        assert prepared[2] == {"prompt": "p2", "completions": ["a", "b"], "ranks": [1, 2], "source": "s"}
     ranks = prepare_comparisons([row(ranks=[1.0, 2.0, 2.0])])[0]["ranks"]
     assert ranks == [1, 2, 2]
     assert all(type(rank) is int for rank in ranks)
@@ -621,6 +648,115 @@ def test_prepare_drops_tied_rows_with_a_count(caplog):
         prepare_comparisons(rows, ties="keep")
     with pytest.raises(ValueError, match="0 of 1 rows remain; add rows with a preference"):
         prepare_comparisons([row(ranks=[1, 1, 1])])
+
+
+def test_prepare_makes_ratings_of_margins(caplog):
+    """The first thousand rows have none: no type can be told from them."""
+    preference = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [{**preference, "margin": None}] * 1100 + [
+        {**preference, "margin": 2},
+        {**preference, "margin": 0.5},
+    ]
+    for dataset in (rows, Dataset.from_list(rows), Dataset.from_list(rows).with_format("numpy")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            prepared = prepare_comparisons(dataset, margins=True)
+        assert set(prepared.column_names) == {"prompt", "completions", "ranks", "ratings"}
+        assert prepared["ratings"][:] == [None] * 1100 + [[2.0, 0.0], [0.5, 0.0]]
+        assert [r.getMessage() for r in caplog.records] == [
+            "train: 1100 of 1102 rows have no ratings: the margin of their pairs is 0"
+        ]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert prepare_comparisons(rows)["ratings"][-1] == [0.5, 0.0]
+    assert [r.getMessage() for r in caplog.records] == [
+        "train: 2 rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
+    ]
+    caplog.clear()
+    without = prepare_comparisons([{**preference, "margin": None, "ratings": None}] * 2)
+    assert without["ratings"][:] == [None, None]
+    assert not caplog.records
+
+
+def test_ratings_against_the_ranks_are_refused_only_where_they_make_margins(tokenizer, caplog):
+    against = row(ratings=[3, 5, 1])
+    rows = [row(ratings=[7, 7, 2]), row(ranks=[2, 1, 1], ratings=[1, 4, 7]), row(ratings=None), against]
+    message = re.escape(
+        "eval row 3: field 'ratings': expected no rating above that of a better ranked completion, as margins are "
+        "differences of ratings, got [3, 5, 1] for the ranks [1, 2, 3]; correct the row, empty its ratings, or train"
+    )
+    for dataset in (
+        rows,
+        Dataset.from_list(rows),
+        tokenize_comparisons(prepare_comparisons(rows), tokenizer),
+    ):
+        assert len(prepare_comparisons(dataset)) == 4
+        with pytest.raises(ValueError, match=message):
+            prepare_comparisons(dataset, margins=True, source="eval")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert len(prepare_comparisons(rows[:3], margins=True)) == 3  # ties may have any ratings
+    assert [r.getMessage() for r in caplog.records] == [
+        "train: 1 of 3 rows have no ratings: the margin of their pairs is 0"
+    ]
+    with pytest.raises(
+        ValueError, match=r"row 0: field 'ratings': .*got \[-0.5, 0.0\] for the ranks \[1, 2\]"
+    ):
+        prepare_comparisons([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5}], margins=True)
+
+
+def test_the_check_of_ratings_equals_the_loop():
+    rng = random.Random(5)
+    seen = set()
+    for _ in range(300):
+        k = rng.randint(2, 4)
+        ratings, ranks = [rng.randint(1, 3) for _ in range(k)], random_ranks(rng, k)
+        against = [
+            (i, j)
+            for i, j in itertools.permutations(range(k), 2)
+            if ranks[i] < ranks[j] and ratings[i] < ratings[j]
+        ]
+        seen.add(bool(against))
+        rows = [row(completions=["a"] * k, ranks=ranks, ratings=ratings)]
+        if against:
+            with pytest.raises(ValueError, match="row 0: field 'ratings'"):
+                prepare_comparisons(rows, margins=True, ties="half")
+        else:
+            assert len(prepare_comparisons(rows, margins=True, ties="half")) == 1
+    assert seen == {True, False}
+
+
+def test_margins_need_ratings(tokenizer):
+    rows = [row(), row(ratings=None)]
+    for dataset in (rows, rows[:1], tokenize_comparisons(prepare_comparisons(rows), tokenizer)):
+        with pytest.raises(
+            ValueError, match=r"train: field 'ratings': expected ratings .* in any of the \d rows; add"
+        ):
+            prepare_comparisons(dataset, margins=True)
+    tokenized = Dataset.from_dict(
+        {"prompt_ids": [[1]], "completion_ids": [[[2], [3]]], "ranks": [[1, 2]], "ratings": [[1.0]]}
+    )
+    with pytest.raises(
+        ValueError, match="row 0: field 'ratings': expected a list with a number for each of the 2"
+    ):
+        prepare_comparisons(tokenized, margins=True)
+
+
+def test_ratings_stay_beside_their_completions_when_some_are_too_long(tokenizer):
+    """Rows without ratings first, and more of them than are written at a time."""
+    plain = {"prompt": "the", "completions": [" cat", " dog ran to the red house", " dog"]}
+    ranks, ratings = [3, 2, 1], [2.5, 4.0, 7.0]
+    rows = [{**plain, "ranks": ranks, "ratings": None}] * 1001 + [
+        {**plain, "ranks": ranks, "ratings": ratings}
+    ]
+    tokenized = tokenize_comparisons(prepare_comparisons(rows), tokenizer, max_length=4)
+    assert len(tokenized) == 1002
+    assert tokenized[0]["ratings"] is None
+    kept = tokenized[1001]
+    assert (kept["completions"], kept["ranks"], kept["ratings"]) == ([" cat", " dog"], [2, 1], [2.5, 7.0])
+    batch = RankedCollator(pad_token_id=0)([tokenized[0], kept])
+    assert batch["ratings"].tolist() == [[0.0, 0.0], [2.5, 7.0]]
+    assert batch["ranks"].tolist() == [[2, 1], [2, 1]]
 
 
 def test_prepare_keeps_fields_that_only_later_rows_have():
@@ -758,3 +894,33 @@ def test_collator_reads_tokenized_rows(tokenizer):
     assert tokenizer.decode(real) == "2 + 2 = 4<eos>"
     answer = batch["input_ids"][0, 0][batch["completion_mask"][0, 0]]
     assert tokenizer.decode(answer) == " 4<eos>"
+
+
+def test_collator_pads_ratings_with_zeros():
+    ids = {"prompt_ids": [5], "completion_ids": [[7], [8], [9]], "ranks": [1, 2, 3]}
+    two = {"prompt_ids": [5], "completion_ids": [[7], [8]], "ranks": [2, 1]}
+    collate = RankedCollator(pad_token_id=0)
+    batch = collate(
+        [{**two, "ratings": [3, 6.5]}, {**ids, "ratings": [7, 6, -1]}, {**two, "ratings": None}, two]
+    )
+    assert batch["ratings"].tolist() == [[3.0, 6.5, 0.0], [7.0, 6.0, -1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert batch["ratings"].dtype == torch.float32
+    assert collate([{**two, "ratings": None}])["ratings"].tolist() == [
+        [0.0, 0.0]
+    ]  # the same keys in every batch
+    assert "ratings" not in collate([two, ids])
+
+
+def test_trl_margin_column_gives_the_loss_of_trl_reward_trainer(tokenizer):
+    """From the rows to the loss."""
+    margins = [0.5, None, 2.0]
+    rows = [
+        {"prompt": "the", "chosen": f" {c}", "rejected": " mat", "margin": m}
+        for c, m in zip("abc", margins, strict=True)
+    ]
+    batch = RankedCollator(pad_token_id=0)(list(tokenize_comparisons(prepare_comparisons(rows), tokenizer)))
+    scores = torch.tensor([[0.3, -0.2], [1.0, 0.5], [-1.0, 2.0]])
+    margin = torch.tensor([0.5, 0.0, 2.0])
+    trl = -torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1] - margin).mean()
+    loss = ranking_loss(scores, batch["ranks"], margins=rating_margins(batch["ratings"], 1.0))
+    torch.testing.assert_close(loss, trl, atol=1e-6, rtol=1e-6)
