@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins, strict_pairs
 from prefopt.shared_base import keep_4bit_gradients
+from prefopt.trainers.completion_logps import completion_logps
 from prefopt.trainers.f_divergences import divergence_scores
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_dpo_config import RANKED_LOSSES, RankedDPOConfig
+from prefopt.trainers.ranked_forward import Rows
 
 
 @dataclass
@@ -145,6 +150,13 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         finally:
             args.loss_type = loss_type
         self.loss_types, self.loss_weights = loss_type, args.loss_weights or [1.0] * len(loss_type)
+        if self.aux_loss_enabled:
+            if args.max_tokens_per_forward is not None:
+                raise ValueError(
+                    "max_tokens_per_forward cannot be used with the auxiliary loss of a mixture of experts, which is "
+                    "that of a whole batch: set router_aux_loss_coef=0 or leave it out"
+                )
+            self._stop_sharing("the auxiliary loss of a mixture of experts counts every row's tokens")
         self._settle()
 
     def _settle(self) -> None:
@@ -171,11 +183,17 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probability `[B, K]` of each completion under the reference, 0 where absent."""
-        present = inputs["ranks"] > 0
-        rows = {name: inputs[name][present] for name in ("input_ids", "attention_mask", "completion_mask")}
-        halves = super().compute_ref_log_probs(model, rows)  # TRL splits the rows into chosen and rejected
-        logps = torch.cat(halves)
-        return logps.new_zeros(present.shape).masked_scatter(present, logps)
+        adapter = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            return self._per_completion(model, inputs)["log_probs"]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._settle()
@@ -198,47 +216,40 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 
     # ---- loss ----
 
-    def _completion_outputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What one forward of the policy says of each completion, summed over its tokens, `[B, K]`, 0 where absent.
+    def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
+        if not self.aux_loss_enabled:
+            return completion_logps(model, rows)[0]
+        sums, outputs = completion_logps(model, rows, output_router_logits=True)
+        return {**sums, "aux_loss": outputs.aux_loss.expand(len(rows.prompts))}
 
-        `log_probs` is differentiable; `entropy`, `mean_logits` (mean over the vocabulary) and `is_top1` are for the
-        log. `aux_loss` is the scalar of a mixture of experts.
+    def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Sums over the tokens of each completion, `[B, K]`, 0 where absent.
+
+        `ref_logps`; of the policy `log_probs`, and for the log `entropy`, `mean_logits` (over the vocabulary) and
+        `is_top1`. `aux_loss` of a mixture of experts is the batch's.
         """
-        present = inputs["ranks"] > 0
-        input_ids, completion_mask = inputs["input_ids"][present], inputs["completion_mask"][present]
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        # TRL's fused LM head: log-probabilities of the labels in chunks, without the [N, T, V] logits.
-        outputs = model(
-            input_ids=input_ids,
-            attention_mask=inputs["attention_mask"][present],
-            labels=input_ids.masked_fill(~completion_mask, -100),
-            fused_lm_head=True,
-            use_cache=False,
-            **router,
-        )
-        values = {}
-        for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
-            totals = outputs[name].float().sum(-1)
-            values[name] = totals.new_zeros(present.shape).masked_scatter(present, totals)
-        return {**values, "aux_loss": outputs.aux_loss} if self.aux_loss_enabled else values
+        # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
+        ref_logps = inputs.get("ref_logps")
+        if ref_logps is None:
+            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        return {**self._per_completion(model, inputs), "ref_logps": ref_logps}
+
+    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        values = self._values(model, inputs)
+        return self.beta * (values["log_probs"] - values["ref_logps"])
 
     def _compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
-        if self.precompute_ref_logps:
-            ref_logps = inputs["ref_logps"]
-        else:
-            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        outputs = self._completion_outputs(model, inputs)
-        log_ratios = outputs["log_probs"] - ref_logps
+        outputs = self._values(model, inputs)
+        log_ratios = outputs["log_probs"] - outputs["ref_logps"]
         rewards = self.beta * log_ratios
         losses = self._preference_losses(log_ratios, inputs)
         if self.args.center_rewards_coefficient is not None:
             centring = centring_loss(rewards, inputs["ranks"], reduction="none")
             losses = losses + self.args.center_rewards_coefficient * centring
         if self.aux_loss_enabled:
-            losses = losses + self.router_aux_loss_coef * outputs["aux_loss"]
+            losses = losses + self.router_aux_loss_coef * outputs["aux_loss"][:, 0]
         loss = self._mean_over_prompts(losses, inputs)
         if not inputs.get("is_repeated"):
             with torch.no_grad():
@@ -295,7 +306,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             }
         )
         if self.aux_loss_enabled:
-            aux_loss = outputs["aux_loss"].expand(len(ranks))
+            aux_loss = outputs["aux_loss"][:, 0]
             self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
         self._count_tokens(inputs["attention_mask"])
 
@@ -318,11 +329,6 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
         return super().score(prompts, completions)
-
-    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        with self.accelerator.autocast():
-            ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-            return self.beta * (self._completion_outputs(model, inputs)["log_probs"] - ref_logps)
 
 
 def _is_quantized(model: nn.Module) -> bool:

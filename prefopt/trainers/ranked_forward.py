@@ -73,8 +73,17 @@ class RankedForwardMixin:
             for name, flat in self._forward_part(model, inputs, part).items():
                 some = flat.new_zeros(part.shape).masked_scatter(part, flat)
                 values[name] = values[name] + some if name in values else some
+        return values
+
+    def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """All values `[B, K]` that loss and logs need of the completions that are forwarded now."""
+        return self._per_completion(model, inputs)
+
+    def _values(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """`_measure`, and what is known already of completions that another forward takes."""
+        values = self._measure(model, inputs)
         for name, known in inputs.get("known", {}).items():
-            values[name] = torch.where(live, values[name], known)
+            values[name] = torch.where(inputs["live"], values[name], known)
         return values
 
     def _forward_part(self, model: nn.Module, inputs: dict[str, Any], part: Tensor) -> dict[str, Tensor]:
@@ -178,7 +187,7 @@ class RankedForwardMixin:
                     with torch.no_grad(), self.compute_loss_context_manager():
                         model.train()
                         whole = {name: value[prompts] for name, value in inputs.items()}
-                        known[prompt] = self._per_completion(model, whole)
+                        known[prompt] = self._measure(model, whole)
                 part["known"] = known[prompt]
             yield part
 
@@ -252,7 +261,7 @@ class RankedForwardMixin:
                     }
                     for prompt, some in batch
                 ]
-                with torch.no_grad():
+                with torch.no_grad(), self.compute_loss_context_manager():
                     values = self._scores(self.model, self._prepare_inputs(collate(rows)))
                 for row, (_, some) in zip(values.tolist(), batch, strict=True):
                     for value, (i, _) in zip(row, some, strict=False):

@@ -212,7 +212,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         return replace(rows, input_ids=input_ids, attention_mask=attention_mask)
 
     def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        return self._per_completion(model, inputs)["scores"]
+        return self._values(model, inputs)["scores"]
 
     def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
         return {"scores": sequence_scores(model, rows.input_ids, rows.attention_mask, rows.packed)}
