@@ -41,7 +41,8 @@ def generate(
 
     y ~ pi(. | x)^(1 / temperature), with no top-k, top-p, penalty or other change, whatever the model's
     `generation_config` says (InstructGPT, appendix C.4: temperature 1); temperature 0 is greedy decoding. A
-    completion ends at any of the end tokens of the model or its tokenizer. Prompt ids are those that
+    completion ends at any of the end tokens of the model or its tokenizer. Never drawn is `config.reward_token_id`, which
+    belongs to the reward model that the policy was trained against. Prompt ids are those that
     `prefopt.comparisons.build_ids` gives, so policies, reward models and this function read the same ids.
 
     Args:
@@ -74,12 +75,14 @@ def generate(
         raise ValueError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
     end_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    reward_token = getattr(model.config, "reward_token_id", None)
     sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=end_ids,
         pad_token_id=pad_id,
         num_return_sequences=num_return,
+        suppress_tokens=None if reward_token is None else [reward_token],
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]

@@ -46,7 +46,6 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
-_PUSH_ARGUMENTS = ("push_to_hub", "repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
 
 def _classifier(model: nn.Module) -> PreTrainedModel:
@@ -298,6 +297,8 @@ def add_reward_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise ValueError(
             f"the model reads its score at token {other}, but reward_token {token!r} has the id {token_id}"
         )
+    if other == token_id:
+        return token_id
     if token_id >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(token_id + 1)
     model.config.reward_token_id = token_id
@@ -315,14 +316,20 @@ def train_reward_token(config: PeftConfig, model: PreTrainedModel) -> None:
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
-    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
-
-    With `push_to_hub=True` and `repo_id` both go to the Hub.
-    """
+    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`."""
     model.save_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
-        push = {name: kwargs[name] for name in _PUSH_ARGUMENTS if name in kwargs}
-        _classifier(model).config.save_pretrained(path, **push)
+        _classifier(model).config.save_pretrained(path)
+
+
+def push_reward_model(model: PreTrainedModel | PeftModel, repo_id: str, **kwargs: Any) -> None:
+    """`model.push_to_hub(repo_id)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
+
+    The trainer's own `push_to_hub` does as much, and adds the tokenizer and a model card.
+    """
+    model.push_to_hub(repo_id, **kwargs)
+    if isinstance(model, PeftModel):
+        _classifier(model).config.push_to_hub(repo_id, **kwargs)
 
 
 def load_reward_model(
@@ -493,6 +500,9 @@ def reward_model_from_adapter(
 
 def value_model_from(reward_model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """A trainable copy of a reward model, head and bias included: InstructGPT's initial value function (C.4).
+
+    Values are read at every token of the text, never at a reward token, so after a reward model that has one the value
+    function starts from an extrapolation of its head.
 
     Of a PEFT model the adapter and the head are trainable, of a full model everything.
     """

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.recipes.arguments import UserError
-from prefopt.shared_base import reward_model_from_adapter
+from prefopt.shared_base import keep_4bit_gradients, reward_model_from_adapter
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
@@ -57,23 +57,40 @@ def load_policy(
     _refuse_second_adapter(model_args)
     if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
         raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
-    return AutoPeftModelForCausalLM.from_pretrained(
+    model = AutoPeftModelForCausalLM.from_pretrained(
         path,
         is_trainable=is_trainable,
         quantization_config=get_quantization_config(model_args),
         **init_kwargs,
     )
+    keep_4bit_gradients(model)
+    return model
 
 
-def load_reward_start(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> str | PeftModel:
-    """What reward modelling starts from: a path, or the SFT step's LoRA adapter with a new head on it."""
+def load_reward_start(
+    model_args: ModelConfig,
+    init_kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward_token: str | None = None,
+) -> str | PeftModel:
+    """What reward modelling starts from: a path, or the SFT step's LoRA adapter with a new head on it.
+
+    With `reward_token` the tokenizer gets it here if a new head is put on an adapter, else in the trainer.
+    """
     if not is_adapter(model_args.model_name_or_path):
         return model_args.model_name_or_path
     _refuse_second_adapter(model_args)
     quantization = get_quantization_config(model_args)
-    return reward_model_from_adapter(
-        model_args.model_name_or_path, quantization_config=quantization, **init_kwargs
-    )
+    try:
+        return reward_model_from_adapter(
+            model_args.model_name_or_path,
+            tokenizer,
+            reward_token,
+            quantization_config=quantization,
+            **init_kwargs,
+        )
+    except ValueError as error:
+        raise UserError(error) from error
 
 
 def _refuse_second_adapter(model_args: ModelConfig) -> None:
@@ -87,6 +104,14 @@ def peft_config(
     model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()
 ) -> PeftConfig | None:
     """TRL's LoRA configuration for this task, or None without `use_peft`."""
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UserError(f"lora_r is {model_args.lora_r}; expected at least 1")
+    quantised = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantised and not model_args.use_peft and not is_adapter(model_args.model_name_or_path):
+        raise UserError(
+            "quantised weights cannot be trained: add use_peft, which trains a LoRA adapter on them, or drop load_in_"
+            + ("4bit" if model_args.load_in_4bit else "8bit")
+        )
     model_args.lora_task_type = task_type
     config = get_peft_config(model_args)
     if config is not None and modules_to_save:

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the reward-model step."""
     data, args, model_args = parse((RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward")
     init_kwargs = model_init_kwargs(model_args)
+    adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
     train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", validate_comparisons)
     try:
         train = prepare_comparisons(train, source=data.dataset_name)
@@ -49,13 +50,13 @@ def main(argv: list[str] | None = None) -> None:
     require_chat_template(tokenizer, train, evaluation, demonstrations)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = RankedRewardTrainer(
-        model=load_reward_start(model_args, init_kwargs),
+        model=load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token),
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
-        peft_config=peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"]),
+        peft_config=adapter,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(

@@ -18,6 +18,7 @@ from prefopt.comparisons import build_ids
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
+from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.pretraining_data import pack_documents
 from prefopt.trainers.ranked import bf16_by_default
 
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
+    keep_4bit_gradients(trainer.model)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     trainer.save_state()

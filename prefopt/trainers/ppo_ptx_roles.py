@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from prefopt.shared_base import sequence_scores, token_scores
+from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -26,14 +27,17 @@ def check_same_tokenizer(
 ) -> None:
     """Refuse a reward or value model of another tokenizer: it reads the policy's token ids.
 
-    The tokenizer saved beside the model decides; without one, the sizes of the two vocabularies.
+    The tokenizer saved beside the model decides; without one, the sizes of the two vocabularies. A reward token, which
+    the policy need not know, makes no difference.
     """
     path = model.config._name_or_path
+    token = getattr(model.config, "reward_token_id", None)
     if os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-        is_same = AutoTokenizer.from_pretrained(path).get_vocab() == tokenizer.get_vocab()
+        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
+        is_same = ours == {word: i for word, i in theirs.items() if i != token or word in ours}
     else:
         sizes = [m.config.get_text_config().vocab_size for m in (model, policy)]
-        is_same = sizes[0] == sizes[1]
+        is_same = sizes[0] == sizes[1] or (token == sizes[1] == sizes[0] - 1)
     if not is_same:
         raise ValueError(
             f"the {role} {path!r} has another tokenizer than the policy, whose token ids it is to read: train it "
@@ -56,6 +60,16 @@ def score_ids(
         ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
         scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
     return scores
+
+
+def suppress_reward_tokens(args: PPOPtxConfig, models: list[PreTrainedModel | PeftModel]) -> list[int]:
+    """Keep rollouts from sampling a token at which a reward model reads its score; returns the ids."""
+    ids = {getattr(model.config, "reward_token_id", None) for model in models} - {None}
+    if ids:
+        options = args.generation_kwargs or {}
+        suppressed = sorted({*(options.get("suppress_tokens") or ()), *ids})
+        args.generation_kwargs = {**options, "suppress_tokens": suppressed}
+    return sorted(ids)
 
 
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
 from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
-from prefopt.shared_base import load_reward_model, value_model_from
+from prefopt.shared_base import keep_4bit_gradients, load_reward_model, value_model_from
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.ppo_ptx_prompts import PromptOrder, check_prompts
@@ -36,6 +36,7 @@ from prefopt.trainers.ppo_ptx_roles import (
     check_same_tokenizer,
     frozen_copy,
     score_ids,
+    suppress_reward_tokens,
 )
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents, share_of_process
 
@@ -132,10 +133,12 @@ class PPOPtxTrainer(GRPOTrainer):
         self._prompt_ids: list[list[int]] = []  # of the rollout being scored
         self._scores: Tensor | None = None  # of the rollout being scored
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = [self._as_function(reward) for reward in reward_funcs]
+        suppressed = suppress_reward_tokens(args, self.reward_models)
 
         super().__init__(
             model,
-            [self._as_function(reward) for reward in reward_funcs],
+            functions,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -157,10 +160,15 @@ class PPOPtxTrainer(GRPOTrainer):
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
+        keep_4bit_gradients(self.model)
+        if suppressed:  # the saved policy shall not sample it either
+            self.model.config.reward_token_id = suppressed[0]
+            self.model.generation_config.suppress_tokens = args.generation_kwargs["suppress_tokens"]
         self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
         for reward_model in self.reward_models:
             check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
+            keep_4bit_gradients(reward_model)  # the value function may be a copy of it
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
         # The KL reference: a copy of the full model, adapter `ref`, or (None) no adapter where a new one is trained.
         self._reference_adapter = None
