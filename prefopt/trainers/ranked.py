@@ -4,15 +4,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
+from prefopt.ranking_metrics import flatten, ranking_metrics
 from prefopt.trainers.ranked_forward import RankedForwardMixin
 
 
@@ -114,15 +118,27 @@ def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor
 class RankedTrainerMixin(RankedForwardMixin):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
+    `evaluate()` returns `ranking_metrics` of the scores, each with its 95 % interval over prompts (`eval_accuracy`,
+    `eval_accuracy_ci_low`, ...), with the accuracy of each `labeler` and of preferring the longer completion beside it;
+    a `compute_metrics` takes their place.
+
     Metrics are sums over a logging window divided once at its end, so evaluation results do not depend on the batch
     size. They are logged under the key prefix of the loss they belong to.
     """
 
-    _row_columns = ("prompt_ids", "completion_ids", "ranks", "ratings")
+    _row_columns = ("prompt_ids", "completion_ids", "ranks", "ratings", "labeler")
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self._evaluated: Dataset | None = None
         super().__init__(*args, **kwargs)
+        if self.compute_metrics is None:
+            self.compute_metrics = self._ranking_metrics
+        if self.args.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "train_sampling_strategy='group_by_length' is not supported: a row has several lengths; "
+                "`max_tokens_per_forward` groups the prompts of a batch by length instead"
+            )
 
     # ---- data ----
 
@@ -144,7 +160,9 @@ class RankedTrainerMixin(RankedForwardMixin):
                 "rows are checked and counted before training starts; load it without streaming"
             )
         with args.main_process_first(desc=f"{dataset_name} rows"):
-            dataset = prepare_comparisons(dataset, ties=args.ties, source=dataset_name)
+            dataset = prepare_comparisons(
+                dataset, ties=args.ties, margins=args.margin_coef > 0, source=dataset_name
+            )
             return tokenize_comparisons(
                 dataset,
                 processing_class,
@@ -178,6 +196,20 @@ class RankedTrainerMixin(RankedForwardMixin):
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs["scores"].detach(), inputs["ranks"]
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._evaluated = dataloader.dataset
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _ranking_metrics(self, predictions: EvalPrediction) -> dict[str, float]:
+        """The default of `compute_metrics`."""
+        scores, ranks = predictions.predictions, predictions.label_ids
+        rows = self._evaluated
+        lengths = np.zeros(ranks.shape)
+        for row, completions in zip(lengths, rows["completion_ids"][:], strict=True):
+            row[: len(completions)] = [len(ids) for ids in completions]
+        labelers = rows["labeler"][:] if "labeler" in rows.column_names else None
+        return flatten(ranking_metrics(scores, ranks, lengths=lengths, labelers=labelers))
 
     # ---- metrics ----
 
