@@ -293,14 +293,24 @@ def test_compute_metrics_gets_scores_and_ranks(causal_lm, tokenizer, tmp_path):
     assert seen[0].predictions.shape == seen[0].label_ids.shape
 
 
-def test_every_completion_is_forwarded_once(causal_lm, tokenizer, tmp_path):
-    trainer = trainer_on(causal_lm, RAGGED, tokenizer, tmp_path, precompute_ref_log_probs=True)
+@pytest.mark.parametrize("share", [True, False])
+def test_every_token_is_forwarded_once(share, causal_lm, tokenizer, tmp_path):
+    options = {"precompute_ref_log_probs": True, "prefix_sharing": share}
+    trainer = trainer_on(causal_lm, RAGGED, tokenizer, tmp_path, **options)
     seen = []
     causal_lm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     first_loss(trainer)
-    assert seen == [sum(len(row["completions"]) for row in RAGGED)]
+    rows = [[[*row["prompt_ids"], *ids] for ids in row["completion_ids"]] for row in trainer.train_dataset]
+    if share:
+        expected = 0
+        for row in rows:
+            shared = sum(len({tuple(ids[:n]) for ids in row}) == 1 for n in range(1, min(map(len, row))))
+            expected += shared + sum(len(ids) - shared for ids in row)
+        assert seen == [(1, expected)]
+    else:
+        assert seen == [(sum(map(len, rows)), max(len(ids) for row in rows for ids in row))]
 
 
 def test_loss_does_not_depend_on_padding(causal_lm, tokenizer, tmp_path):
