@@ -17,7 +17,7 @@ _HOME = {
     "RankedRewardConfig": "prefopt.trainers.ranked_reward_config",
     "RankedRewardTrainer": "prefopt.trainers.ranked_reward_trainer",
     "format_ranking": "prefopt.comparisons",
-    "load_reward_model": "prefopt.shared_base",
+    "load_reward_model": "prefopt.reward_checkpoints",
     "parse_ranking": "prefopt.comparisons",
     "ranking_loss": "prefopt.losses",
 }
@@ -39,7 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking
     from prefopt.losses import ranking_loss
-    from prefopt.shared_base import load_reward_model
+    from prefopt.reward_checkpoints import load_reward_model
     from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
     from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
     from prefopt.trainers.ranked_dpo_config import RankedDPOConfig

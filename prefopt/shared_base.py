@@ -1,4 +1,4 @@
-"""Reward and value models: read-out of the scalar head, the reward bias, loading, merging and cloning.
+"""Reward and value models: read-out of the scalar head, the reward bias, the reward token, cloning.
 
 A reward model is a standard `AutoModelForSequenceClassification` with one label, or a `PeftModel` of one. Its head is
 called `score`. prefopt's score is the head's output at the last token minus `config.reward_bias`, so a plain
@@ -8,44 +8,18 @@ appended to every sequence before it is scored.
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import (
-    AddedToken,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.prefix_sharing import PackedRows, sharing
 
 logger = logging.getLogger(__name__)
-
-# Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-)
 
 
 def _classifier(model: nn.Module) -> PreTrainedModel:
@@ -313,189 +287,6 @@ def train_reward_token(config: PeftConfig, model: PreTrainedModel) -> None:
     rows = dict(rows) if isinstance(rows, dict) else {name: rows}
     rows[name] = sorted({*rows.get(name, ()), model.config.reward_token_id})
     config.trainable_token_indices = rows
-
-
-def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
-    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`."""
-    model.save_pretrained(path, **kwargs)
-    if isinstance(model, PeftModel):
-        _classifier(model).config.save_pretrained(path)
-
-
-def push_reward_model(model: PreTrainedModel | PeftModel, repo_id: str, **kwargs: Any) -> None:
-    """`model.push_to_hub(repo_id)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
-
-    The trainer's own `push_to_hub` does as much, and adds the tokenizer and a model card.
-    """
-    model.push_to_hub(repo_id, **kwargs)
-    if isinstance(model, PeftModel):
-        _classifier(model).config.push_to_hub(repo_id, **kwargs)
-
-
-def load_reward_model(
-    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
-) -> PreTrainedModel | PeftModel:
-    """Load a reward model for scoring: full checkpoint or LoRA adapter, head in fp32, eval mode, frozen.
-
-    The base of an adapter is quantised as it was in training, unless `quantization_config` says otherwise (None: not).
-
-    Args:
-        path: directory or Hub id of a checkpoint or of an adapter.
-        base_model: for an adapter, the base to put it on (path, Hub id or one-label classifier) when it is not where
-            the adapter's own `base_model_name_or_path` says.
-        **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to fp32, as in TRL's
-            trainers; whatever it is, the head is the one that was saved, bit for bit.
-
-    Raises:
-        ValueError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
-    """
-    path = os.fspath(path)
-    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
-    if find_adapter_config_file(path, **hub_arguments) is None:
-        if base_model is not None:
-            raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
-        with head_loaded_in_fp32():
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, output_loading_info=True, **kwargs
-            )
-        if any(name.startswith("score.") for name in loading["missing_keys"]):
-            raise ValueError(
-                f"{path} has no trained head, so its scores would be random: it is a language model; give the output "
-                "of RankedRewardTrainer"
-            )
-        keep_head_fp32(model)
-        keep_4bit_gradients(model)
-    else:
-        model = _on_base(path, _adapter_base(path, base_model, hub_arguments, kwargs), hub_arguments)
-    return model.eval().requires_grad_(False)
-
-
-def merge_reward_model(
-    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
-) -> PreTrainedModel:
-    """Load a LoRA reward model and merge it into its base: a full reward model, head, bias and reward token included.
-
-    A quantised base is dequantised first: W = dequantised(W_4bit) + scale * B A, the weights the adapter was trained
-    on. PEFT's own `merge_and_unload` on it would quantise the sum again and so move every score. Save the result with
-    `save_reward_model`, and the tokenizer beside it.
-
-    Args:
-        path, base_model, **kwargs: as in `load_reward_model`. `dtype` (default fp32) is also that of the result; its
-            head is fp32 always.
-
-    Raises:
-        ValueError: the adapter does not contain the head or names no base model, or `path` is no adapter.
-    """
-    path = os.fspath(path)
-    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
-    if find_adapter_config_file(path, **hub_arguments) is None:
-        raise ValueError(f"{path} is no adapter: there is nothing to merge")
-    base = _adapter_base(path, base_model, hub_arguments, kwargs)
-    if getattr(base, "is_quantized", False):
-        dtype = kwargs["dtype"]
-        base = base.dequantize(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    model = _on_base(path, base, hub_arguments).merge_and_unload()
-    keep_head_fp32(model)
-    return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def head_loaded_in_fp32() -> Iterator[None]:
-    """transformers would round the head to `dtype` on the way in; this is its own switch for such modules."""
-    kept = PreTrainedModel._keep_in_fp32_modules_strict
-    PreTrainedModel._keep_in_fp32_modules_strict = {*(kept or ()), "score"}
-    try:
-        yield
-    finally:
-        PreTrainedModel._keep_in_fp32_modules_strict = kept
-
-
-def _saved_config(path: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` beside an adapter; empty if it was not saved by prefopt."""
-    file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
-
-
-def _adapter_base(
-    path: str,
-    base: str | os.PathLike | PreTrainedModel | None,
-    hub_arguments: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> PreTrainedModel:
-    """The base of a reward adapter, quantised as in training, loaded unless it was given."""
-    adapter = PeftConfig.from_pretrained(path, **hub_arguments)
-    if "score" not in (getattr(adapter, "modules_to_save", None) or []):
-        raise ValueError(
-            f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
-            "scores would be random; train it again with RankedRewardTrainer, which adds it"
-        )
-    base = base or adapter.base_model_name_or_path
-    if not base:
-        raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
-    if isinstance(base, PreTrainedModel):
-        return base
-    of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}
-    kwargs = {name: value for name, value in kwargs.items() if name not in of_adapter}
-    quantization = _saved_config(path, hub_arguments).get("quantization_config")
-    if quantization is not None:
-        kwargs.setdefault("quantization_config", quantization)
-    if kwargs.get("quantization_config", ...) is None:
-        del kwargs["quantization_config"]
-    return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
-
-
-def _on_base(
-    path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False
-) -> PeftModel:
-    """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
-    saved = _saved_config(path, hub_arguments)
-    if saved.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(saved["vocab_size"])  # the adapter holds the rows that this adds
-    keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
-    keep_4bit_gradients(base)
-    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_arguments)
-    set_reward_bias(model, saved.get("reward_bias", 0.0))
-    base.config.reward_token_id = saved.get("reward_token_id")
-    return model
-
-
-def reward_model_from_adapter(
-    path: str | os.PathLike,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    reward_token: str | None = None,
-    **kwargs: Any,
-) -> PeftModel:
-    """A trainable reward model that starts from a LoRA adapter: the SFT step's with a new head, or a reward model's.
-
-    InstructGPT's initialisation (section 3.5): the SFT model, its unembedding replaced by a projection to one scalar.
-
-    Args:
-        path: directory or Hub id of the adapter.
-        tokenizer, reward_token: read the score at this token, which is added to the tokenizer (see
-            `add_reward_token`). An adapter that is a reward model keeps the token it has.
-        **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model.
-    """
-    path = os.fspath(path)
-    config = PeftConfig.from_pretrained(path)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        config.base_model_name_or_path, num_labels=1, **kwargs
-    )
-    if "score" in (config.modules_to_save or []):
-        return _on_base(path, base, {}, is_trainable=True)
-    keep_head_fp32(base)
-    keep_4bit_gradients(base)
-    config.task_type, config.inference_mode = "SEQ_CLS", False
-    config.modules_to_save = [*(config.modules_to_save or []), "score"]
-    if reward_token is not None:
-        add_reward_token(base, tokenizer, reward_token)
-        train_reward_token(config, base)
-    model = get_peft_model(base, config)
-    init_score_head(model)
-    # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
-    set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **load_peft_weights(path)})
-    return model
 
 
 def value_model_from(reward_model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.recipes.arguments import UserError
-from prefopt.shared_base import keep_4bit_gradients, reward_model_from_adapter
+from prefopt.reward_checkpoints import reward_model_from_adapter
+from prefopt.shared_base import keep_4bit_gradients
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:

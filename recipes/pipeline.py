@@ -24,8 +24,8 @@ from prefopt.evaluation.reward import score_completions
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.steps import Steps
+from prefopt.reward_checkpoints import load_reward_model
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
-from prefopt.shared_base import load_reward_model
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 

@@ -14,7 +14,7 @@ from trl import ModelConfig, get_quantization_config
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
-from prefopt.shared_base import load_reward_model
+from prefopt.reward_checkpoints import load_reward_model
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
 

@@ -25,6 +25,7 @@ LIBRARY = {
     "comparisons",
     "prefix_sharing",
     "shared_base",
+    "reward_checkpoints",
     "trainers",
 }
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
@@ -37,6 +38,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "comparisons": ({"ranked_rows"}, {"torch", "datasets"}),
     "prefix_sharing": (set(), MODELS),
     "shared_base": ({"ranked_rows", "comparisons", "prefix_sharing"}, MODELS),
+    "reward_checkpoints": ({"shared_base"}, MODELS),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
     "sandbox": ({"ranked_rows", "comparisons"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"sandbox"}, None),

@@ -16,12 +16,11 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from prefopt.reward_checkpoints import load_reward_model, save_reward_model
 from prefopt.shared_base import (
     get_reward_bias,
     init_score_head,
     keep_head_fp32,
-    load_reward_model,
-    save_reward_model,
     sequence_scores,
     set_reward_bias,
     token_scores,

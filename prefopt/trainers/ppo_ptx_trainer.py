@@ -26,7 +26,8 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
 from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
-from prefopt.shared_base import keep_4bit_gradients, load_reward_model, value_model_from
+from prefopt.reward_checkpoints import load_reward_model
+from prefopt.shared_base import keep_4bit_gradients, value_model_from
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.ppo_ptx_prompts import PromptOrder, check_prompts

@@ -27,11 +27,11 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
+from prefopt.reward_checkpoints import head_loaded_in_fp32
 from prefopt.shared_base import (
     add_reward_token,
     append_reward_token,
     get_reward_bias,
-    head_loaded_in_fp32,
     init_score_head,
     keep_4bit_gradients,
     keep_head_fp32,
@@ -175,7 +175,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
                 raise ValueError(
                     f"reward_token={args.reward_token!r}: the given adapter does not train the token's embedding; merge it "
                     "into its base (`merge_and_unload`) and pass `peft_config`, or make it with "
-                    "`prefopt.shared_base.reward_model_from_adapter`"
+                    "`prefopt.reward_checkpoints.reward_model_from_adapter`"
                 )
             self._reward_token_id = add_reward_token(model.get_base_model(), tokenizer, args.reward_token)
         else:

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt.evaluation.generate import read_jsonl, write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
-from prefopt.shared_base import load_reward_model, sequence_scores
+from prefopt.reward_checkpoints import load_reward_model
+from prefopt.shared_base import sequence_scores
 
 SHORT = [
     "--max_steps",

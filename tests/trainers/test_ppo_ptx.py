@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from prefopt.comparisons import build_ids
-from prefopt.shared_base import save_reward_model, sequence_scores, set_reward_bias, token_scores
+from prefopt.reward_checkpoints import save_reward_model
+from prefopt.shared_base import sequence_scores, set_reward_bias, token_scores
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_roles import VALUE_FILE, score_ids
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer

@@ -19,16 +19,13 @@ from transformers import (
 
 from prefopt.evaluation.reward import score_texts
 from prefopt.recipes.reward import main
-from prefopt.shared_base import (
-    get_reward_bias,
-    keep_4bit_gradients,
+from prefopt.reward_checkpoints import (
     load_reward_model,
     merge_reward_model,
     push_reward_model,
     save_reward_model,
-    sequence_scores,
-    value_model_from,
 )
+from prefopt.shared_base import get_reward_bias, keep_4bit_gradients, sequence_scores, value_model_from
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 

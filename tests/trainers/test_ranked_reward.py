@@ -15,7 +15,8 @@ from trl import RewardConfig, RewardTrainer
 
 from prefopt.comparisons import build_ids
 from prefopt.metrics import pair_accuracy
-from prefopt.shared_base import get_reward_bias, init_score_head, load_reward_model, sequence_scores
+from prefopt.reward_checkpoints import load_reward_model
+from prefopt.shared_base import get_reward_bias, init_score_head, sequence_scores
 from prefopt.trainers.ranked_reward_config import HONOURED, REFUSED, RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 

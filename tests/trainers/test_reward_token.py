@@ -9,14 +9,13 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification
 
 from prefopt.evaluation.generate import generate
 from prefopt.evaluation.reward import score_texts
-from prefopt.shared_base import (
-    append_reward_token,
+from prefopt.reward_checkpoints import (
     load_reward_model,
     merge_reward_model,
     reward_model_from_adapter,
     save_reward_model,
-    sequence_scores,
 )
+from prefopt.shared_base import append_reward_token, sequence_scores
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_roles import check_same_tokenizer
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
