@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt import prefix_sharing
 from prefopt.comparisons import build_ids
-from prefopt.evaluation.batching import batches_by_length, pad
+from prefopt.evaluation.batching import pad
 from prefopt.evaluation.generate import Completion, prompt_ids
 from prefopt.metrics import Estimate, pair_accuracy
-from prefopt.shared_base import sequence_scores
+from prefopt.shared_base import append_reward_token, sequence_scores
 
 Prompt = str | list[dict]
 
@@ -59,13 +60,18 @@ def score_rows(
     rows: Sequence[Mapping],
     batch_size: int = 64,
 ) -> list[list[float]]:
-    """Scores of all completions of every row, from the ids that reward-model training would build."""
-    prompts, completions, truncated = [], [], []
-    for row in rows:
-        prompts += [row["prompt"]] * len(row["completions"])
-        completions += row["completions"]
-        truncated += row.get("truncated") or [False] * len(row["completions"])
-    scores = iter(score_texts(reward_model, tokenizer, prompts, completions, truncated, batch_size))
+    """Scores of all completions of every row, from the ids that reward-model training would build.
+
+    Completions of a row are forwarded together, what they share once where the model allows it.
+    """
+    ids, numbers = [], []
+    for number, row in enumerate(rows):
+        cuts = row.get("truncated") or [False] * len(row["completions"])
+        for completion, cut in zip(row["completions"], cuts, strict=True):
+            x, y = build_ids(tokenizer, row["prompt"], completion, truncated=cut)
+            ids.append(x + y)
+            numbers.append(number)
+    scores = iter(_score_ids(reward_model, ids, batch_size, numbers))
     return [[next(scores) for _ in row["completions"]] for row in rows]
 
 
@@ -105,7 +111,13 @@ def score_completions(
 
 
 @torch.no_grad()
-def _score_ids(reward_model: PreTrainedModel, ids: list[list[int]], batch_size: int) -> list[float]:
+def _score_ids(
+    reward_model: PreTrainedModel,
+    ids: list[list[int]],
+    batch_size: int,
+    prompts: Sequence[int] | None = None,
+) -> list[float]:
+    """Scores of rows of ids; rows with the same number in `prompts` are completions of one prompt."""
     pad_id = reward_model.config.pad_token_id or 0  # masked, so any id will do
     longest = reward_model.config.max_position_embeddings
     for number, row in enumerate(ids):
@@ -113,16 +125,30 @@ def _score_ids(reward_model: PreTrainedModel, ids: list[list[int]], batch_size: 
             raise ValueError(
                 f"completion {number}: {len(row)} tokens, the reward model has {longest} positions"
             )
-    training = reward_model.training
+    shares = prompts is not None and prefix_sharing.why_not(reward_model) is None
+    prompts = range(len(ids)) if prompts is None else prompts
+    widths: dict[int, int] = {}
+    for prompt, row in zip(prompts, ids, strict=True):
+        widths[prompt] = max(widths.get(prompt, 0), len(row))
+    order = sorted(range(len(ids)), key=lambda i: (-widths[prompts[i]], prompts[i]))
+    was_training, was_sharing = reward_model.training, prefix_sharing.is_enabled(reward_model)
     reward_model.eval()
+    if shares:
+        prefix_sharing.enable(reward_model)
     scores = [0.0] * len(ids)
     try:
-        for batch in batches_by_length([len(row) for row in ids], batch_size):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
             input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, reward_model.device)
-            for i, score in zip(
-                batch, sequence_scores(reward_model, input_ids, attention_mask).tolist(), strict=True
-            ):
+            input_ids, attention_mask = append_reward_token(reward_model, input_ids, attention_mask)
+            numbers = {prompts[i]: n for n, i in reversed([*enumerate(batch)])}  # in the order of the batch
+            groups = torch.tensor([numbers[prompts[i]] for i in batch])
+            packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, groups)
+            found = sequence_scores(reward_model, input_ids, attention_mask, packed)
+            for i, score in zip(batch, found.tolist(), strict=True):
                 scores[i] = score
     finally:
-        reward_model.train(training)
+        reward_model.train(was_training)
+        if not was_sharing:
+            prefix_sharing.disable(reward_model)
     return scores
