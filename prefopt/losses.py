@@ -54,17 +54,20 @@ def ranking_loss(
         loss = -1/|P| * sum over (w, l) in P of log sigmoid(scores[w] - scores[l])
 
     |P| is C(K, 2) without ties. With `scores = beta * log(pi / pi_ref)` it is the DPO loss (arXiv:2305.18290
-    Eq. 7) averaged over the pairs of a prompt. In general a pair has a target t, the share of w > l: 1 for a strict
-    pair, 1/2 for a tied one, and with label smoothing e it becomes (1 - e) * t + e * (1 - t). With
-    d = scores[w] - scores[l] - margins[w, l] the mean over pairs is that of
+    Eq. 7) averaged over the pairs of a prompt.
+
+    In general a pair has a target t for w > l: 1 if it is strict, 1/2 if it is tied, and with label smoothing e
+    (conservative DPO: Mitchell 2023) it becomes (1 - e) * t + e * (1 - t). With
+    d = scores[w] - scores[l] - margins[w, l], the loss is the mean over pairs of
 
         "sigmoid"   -t * log sigmoid(d) - (1 - t) * log sigmoid(-d)     Bradley-Terry, as above
-        "hinge"     t * max(0, 1 - d) + (1 - t) * max(0, 1 + d)         SLiC (arXiv:2305.10425) Eq. 1
+        "hinge"     t * max(0, 1 - d) + (1 - t) * max(0, 1 + d)         SLiC (arXiv:2305.10425), on DPO's scores
+                                                                        as in RSO (arXiv:2309.06657)
         "ipo"       (d - (t - 1/2))^2                                   IPO (arXiv:2310.12036) Eq. 17 times tau^2
 
     with scores = tau * log(pi / pi_ref) for "ipo". "plackett_luce" has no pairs: it is minus the log-likelihood of
-    the whole ranking (`plackett_luce_nll`), not divided by K, which DPO's appendix A.3 proposes for K completions;
-    without a tie it equals "sigmoid" at K = 2.
+    the whole ranking (`plackett_luce.plackett_luce_nll`; DPO's appendix A.3), not divided by K. At K = 2 without a
+    tie it equals "sigmoid".
 
     Args:
         scores: `[B, K]`, any floating type.

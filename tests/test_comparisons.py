@@ -244,6 +244,9 @@ def test_margins_of_preference_rows_are_numbers(margin):
         ValueError, match=r"dataset row 2: field 'margin': expected a finite number, got .*; conv"
     ):
         validate_comparisons([good, {**good, "margin": None}, {**good, "margin": margin}])
+    if isinstance(margin, float):
+        with pytest.raises(ValueError, match="dataset row 1: field 'margin'"):
+            validate_comparisons(Dataset.from_list([good, {**good, "margin": margin}]))
     validate_comparisons([row(margin=margin)])  # no field of a ranked row
     both = {**good, "margin": None, "ratings": [2, 1]}
     with pytest.raises(
@@ -676,6 +679,8 @@ def test_prepare_makes_ratings_of_margins(caplog):
     without = prepare_comparisons([{**preference, "margin": None, "ratings": None}] * 2)
     assert without["ratings"][:] == [None, None]
     assert not caplog.records
+    with_ratings = prepare_comparisons([{**preference, "margin": 1}], margins=True)
+    assert without.features == with_ratings.features  # the splits of a dataset have the same columns
 
 
 def test_ratings_against_the_ranks_are_refused_only_where_they_make_margins(tokenizer, caplog):
