@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
@@ -50,6 +51,16 @@ class RankedForwardMixin:
             raise ValueError(
                 "several GPUs in one process are not supported: start one process each with `accelerate launch`, or "
                 "set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "torch_compile=True is not supported: every batch has another shape, and would be compiled anew"
+            )
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if self.args.max_tokens_per_forward is not None and self.accelerator.distributed_type in sharded:
+            raise ValueError(
+                "max_tokens_per_forward is not supported with sharded parameters (FSDP, DeepSpeed): all processes must "
+                "forward equally often; lower per_device_train_batch_size instead"
             )
 
     # ---- forward ----
