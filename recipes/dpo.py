@@ -23,9 +23,11 @@ def main(argv: list[str] | None = None) -> None:
     init_kwargs = model_init_kwargs(model_args)
     train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", validate_comparisons)
     try:
-        train = prepare_comparisons(train, source=data.dataset_name)
+        options = {"ties": args.ties, "margins": args.margin_coef > 0}
+        train = prepare_comparisons(train, source=data.dataset_name, **options)
         if evaluation is not None:
-            evaluation = prepare_comparisons(evaluation, source=data.eval_dataset_name or data.dataset_name)
+            source = data.eval_dataset_name or data.dataset_name
+            evaluation = prepare_comparisons(evaluation, source=source, **options)
     except ValueError as error:
         raise UserError(error) from error
 

@@ -229,7 +229,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         `is_top1`. `aux_loss` of a mixture of experts is the batch's.
         """
         # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
-        ref_logps = inputs.get("ref_logps")
+        ref_logps = inputs.get("ref_logps") if self.precompute_ref_logps else None
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         return {**self._per_completion(model, inputs), "ref_logps": ref_logps}

@@ -274,6 +274,18 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size, precompute, ca
     assert 0 < accuracy < 1
 
 
+def test_reference_values_in_the_rows_are_used_only_if_precomputed(causal_lm, tokenizer, tmp_path):
+    """They may be those of another trainer's reference."""
+    first, _ = setting("precomputed", causal_lm, tmp_path, tokenizer=tokenizer)
+    rows = [{**row, "ref_logps": [7.0] * len(row["ranks"])} for row in first.train_dataset]
+    trainer = trainer_on(perturb(copy.deepcopy(causal_lm), 2), rows, tokenizer, tmp_path)
+    loss, outputs = trainer.compute_loss(
+        trainer.model, trainer.data_collator(list(trainer.train_dataset)), return_outputs=True
+    )
+    assert outputs["scores"].abs().max() < 1e-5
+    assert loss.item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
+
+
 def test_evaluating_a_new_set_after_precomputing(causal_lm, tokenizer, tmp_path):
     trainer = trainer_on(copy.deepcopy(causal_lm), RAGGED, tokenizer, tmp_path, precompute_ref_log_probs=True)
     assert trainer.evaluate(Dataset.from_list(PAIRS))["eval_loss"] == pytest.approx(

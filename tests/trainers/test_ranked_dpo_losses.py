@@ -84,7 +84,7 @@ def loss_and_gradients(trainer):
 
 def assert_same(ours, theirs):
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
-    torch.testing.assert_close(our_loss, their_loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-6, atol=1e-6)
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
@@ -265,6 +265,33 @@ def test_rows_that_only_tie_count_under_half(causal_lm, tokenizer, tmp_path):
     loss = trainer.compute_loss(trainer.model, whole_batch(trainer))
     expected = loss_by_loops(*log_ratios_and_lengths(trainer), [*RAGGED, tied], "sigmoid", ties="half")
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2), (3, 2)])
+def test_accumulated_batches_equal_one(batch_size, accumulation, causal_lm, tokenizer, tmp_path):
+    """One optimizer step on four prompts, however they are divided; a batch of three leaves one of one."""
+    weights = []
+    for size, steps in ((4, 1), (batch_size, accumulation)):
+        trainer = trainer_on(
+            causal_lm,
+            RAGGED,
+            tokenizer,
+            tmp_path,
+            loss_type=["sigmoid", "ipo"],
+            center_rewards_coefficient=0.5,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0,
+            max_steps=1,
+        )
+        before = copy.deepcopy(trainer.model.state_dict())
+        trainer.train()
+        weights.append({name: w - before[name] for name, w in trainer.model.state_dict().items()})
+    for name, change in weights[0].items():
+        torch.testing.assert_close(weights[1][name], change, rtol=0, atol=1e-6, msg=name)
+    assert max(change.abs().max() for change in weights[0].values()) > 1e-3
 
 
 # ---- divergences ----

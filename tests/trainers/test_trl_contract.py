@@ -109,6 +109,7 @@ ATTRIBUTES = {
 
 # module -> names imported from inside TRL rather than from its top level
 IMPORTS = {
+    "trl.models.utils": ["disable_gradient_checkpointing"],
     "trl.trainer.utils": [
         "add_fused_lm_head",
         "create_model_from_path",
