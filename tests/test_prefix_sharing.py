@@ -403,7 +403,7 @@ def test_gradient_checkpointing(variant, use_reentrant, adapter):
     batch = BATCHES["ragged"]
     expected, gradient, _ = loss_and_gradients(model, batch, None)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     calls = []
     layer = prefix_sharing.backbone(model).layers[0].self_attn
