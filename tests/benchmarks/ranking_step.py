@@ -246,7 +246,8 @@ class Side:
         self.is_quantized = options.load_in_4bit
         self.packed, self.self_check_seconds = False, 0.0
         self.trainer = build_trainer(name, options, folder)
-        self._adopt(trainables)
+        if options.lora:
+            self._adopt(trainables)
         if name == "shared":
             self._watch()
         self.trainer.train()  # gradient checkpointing, mixed precision: whatever training sets up
@@ -256,14 +257,15 @@ class Side:
     def _adopt(self, trainables: dict[str, Tensor]) -> None:
         """Adapters are drawn by each trainer: take those of the first side, moved away from 0."""
         for name, parameter in self.trainer.model.named_parameters():
-            if parameter.requires_grad:
-                if name not in trainables:
-                    if "lora_B" in name:
-                        nn.init.normal_(parameter, std=0.02)
-                        trainables[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-                # TRL rounds them to bf16 on a quantised base, the ranked trainers do not
-                dtype = torch.float32 if self.is_quantized else parameter.dtype
-                parameter.data = trainables[name].to(parameter.device, dtype, copy=True)
+            if not parameter.requires_grad:
+                continue
+            if name not in trainables:
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.02)
+                trainables[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+            # on a quantised base TRL rounds them to bf16, the ranked trainers do not
+            dtype = torch.float32 if self.is_quantized else parameter.dtype
+            parameter.data = trainables[name].to(parameter.device, dtype, copy=True)
 
     def _watch(self) -> None:
         """Note whether rows were packed, and how long the self-check took."""
