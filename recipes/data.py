@@ -9,8 +9,11 @@ import pyarrow
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.comparisons import prepare_comparisons, validate_comparisons
 from prefopt.evaluation.generate import read_jsonl
 from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
+from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 Rows = Dataset | list[dict]
 Check = Callable[[Rows, str], None]
@@ -93,6 +96,22 @@ def load_train_and_eval(
     if Path(data.dataset_name).is_file():
         raise UserError("eval_strategy is on: set eval_dataset_name (a file has no test split)")
     return train, load_rows(data.dataset_name, split=data.dataset_test_split, **named)
+
+
+def load_comparisons(
+    data: DataArguments, args: RankedRewardConfig | RankedDPOConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Ranked rows for training and, if evaluation is on, for evaluation, checked for what the trainer will ask."""
+    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", validate_comparisons)
+    options = {"ties": args.ties, "margins": args.margin_coef > 0}
+    try:
+        train = prepare_comparisons(train, source=data.dataset_name, **options)
+        if evaluation is not None:
+            source = data.eval_dataset_name or data.dataset_name
+            evaluation = prepare_comparisons(evaluation, source=source, **options)
+    except ValueError as error:
+        raise UserError(error) from error
+    return train, evaluation
 
 
 def check_fields(*names: str) -> Check:

@@ -1,14 +1,14 @@
 """Models for every recipe: a path that the trainer loads, or a trained LoRA adapter to go on with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from prefopt.recipes.arguments import UserError
+from prefopt.recipes.arguments import DataArguments, UserError
 from prefopt.reward_checkpoints import reward_model_from_adapter
 from prefopt.shared_base import keep_4bit_gradients
 
@@ -118,3 +118,20 @@ def peft_config(
     if config is not None and modules_to_save:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *modules_to_save})
     return config
+
+
+def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], object] | None = None) -> None:
+    """Train, or go on from a checkpoint; save the model and the trainer's state; push if asked to.
+
+    The model is saved before `then`, which may change it, and once more behind it: nothing that comes after training
+    may cost the trained model.
+    """
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if then is not None:
+        then()
+        trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.dataset_name)

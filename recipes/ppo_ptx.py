@@ -13,7 +13,7 @@ from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
 from prefopt.reward_checkpoints import load_reward_model
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
@@ -69,11 +69,7 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+    train_and_save(trainer, data)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,19 @@ Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from trl import ModelConfig, get_quantization_config
 
-from prefopt.comparisons import prepare_comparisons, validate_comparisons
-from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
-from prefopt.recipes.models import load_reward_start, load_tokenizer, model_init_kwargs, peft_config
+from prefopt.recipes.arguments import DataArguments, parse
+from prefopt.recipes.data import check_fields, load_comparisons, load_rows, require_chat_template
+from prefopt.recipes.models import (
+    load_reward_start,
+    load_tokenizer,
+    model_init_kwargs,
+    peft_config,
+    train_and_save,
+)
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 
@@ -33,13 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     data, args, model_args = parse((RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward")
     init_kwargs = model_init_kwargs(model_args)
     adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
-    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", validate_comparisons)
-    try:
-        train = prepare_comparisons(train, source=data.dataset_name)
-        if evaluation is not None:
-            evaluation = prepare_comparisons(evaluation, source=data.eval_dataset_name or data.dataset_name)
-    except ValueError as error:
-        raise UserError(error) from error
+    train, evaluation = load_comparisons(data, args)
     demonstrations = None
     if data.center_on:
         demonstrations = load_rows(
@@ -58,16 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=get_quantization_config(model_args),
         peft_config=adapter,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(
-        args.output_dir
-    )  # before centring too: nothing that comes later may cost the trained model
-    if demonstrations is not None:
-        trainer.center_on(demonstrations)
-        trainer.save_model(args.output_dir)
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+    centre = partial(trainer.center_on, demonstrations) if demonstrations is not None else None
+    train_and_save(trainer, data, then=centre)
 
 
 if __name__ == "__main__":

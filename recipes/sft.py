@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 from prefopt.comparisons import build_ids
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config
+from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.pretraining_data import pack_documents
 from prefopt.trainers.ranked import bf16_by_default
@@ -134,11 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     keep_4bit_gradients(trainer.model)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+    train_and_save(trainer, data)
 
 
 if __name__ == "__main__":
