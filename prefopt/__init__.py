@@ -18,6 +18,7 @@ _HOME = {
     "RankedRewardTrainer": "prefopt.trainers.ranked_reward_trainer",
     "format_ranking": "prefopt.comparisons",
     "load_reward_model": "prefopt.reward_checkpoints",
+    "merge_reward_model": "prefopt.reward_checkpoints",
     "parse_ranking": "prefopt.comparisons",
     "ranking_loss": "prefopt.losses",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "RankedRewardTrainer",
     "format_ranking",
     "load_reward_model",
+    "merge_reward_model",
     "parse_ranking",
     "ranking_loss",
 ]
@@ -39,7 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking
     from prefopt.losses import ranking_loss
-    from prefopt.reward_checkpoints import load_reward_model
+    from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
     from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
     from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
     from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
