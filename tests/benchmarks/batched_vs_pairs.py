@@ -1,107 +1,223 @@
-"""One pass over comparisons batched per prompt against the same comparisons as shuffled pairs (InstructGPT, 3.5).
+"""All K completions of a prompt at once against the same comparisons as shuffled pairs (InstructGPT, section 3.5).
 
-    python tests/benchmarks/batched_vs_pairs.py --model runs/demo/sft-epochs \
+    python tests/benchmarks/batched_vs_pairs.py --method dpo --match tokens --model runs/demo/sft \
         --train runs/demo/data/rankings_rm_train_labelers.jsonl \
         --validation runs/demo/data/rankings_test_heldout_labelers.jsonl
 
-Both trainers start from the same weights, take the same number of optimizer steps at the same learning rate, and see
-the same comparisons once: RankedRewardTrainer a batch of prompts a step, TRL's RewardTrainer as many shuffled pairs a
-step as that batch holds on average. Printed for every seed: validation accuracy over strict pairs and log loss per
-pair (nats), with 95 % intervals over prompts, and the wall time of both in the same process.
+"all K" is RankedRewardTrainer or RankedDPOTrainer with prefix sharing, a batch of prompts a step. "pairs" is TRL's
+RewardTrainer or DPOTrainer on every strict pair of the same rankings as a row of its own, all shuffled; of a prompt
+with K untied completions each is forwarded K - 1 times a pass. Both start from the same weights, with the same
+optimizer and learning rate. "all K" passes over the rankings `--epochs` times; "pairs" then trains until it has spent
+as much, of what `--match` says:
+
+    steps        optimizer steps
+    tokens       tokens forwarded through the backbone, padding not counted: of rows all of theirs, of packed rows a
+                 shared prefix once; for DPO those of the policy and of the reference
+    positions    the same with padding, all that input_ids hold
+    seconds      wall time of train(), the first step's self-check included, model loading and tokenisation not
+    cpu_seconds  CPU time of the process in train(): the wall time of a machine that does nothing else (no GPU)
+
+Every pass is in a new order, and a budget may end within a pass. The learning rate goes up over the first 5 % of the
+budget and down to a tenth of its peak along a cosine. A step of "pairs" holds as many pairs as a step of "all K" on
+average, or `--pairs_per_step`; several numbers make several runs.
+
+Printed for every seed: what was spent, accuracy over the strict pairs of the validation rows and log loss per pair
+(nats), with 95 % intervals over prompts; then both averaged over seeds, and the difference to "all K".
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
+from math import cos, pi
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardConfig, RewardTrainer
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from prefopt import RankedRewardConfig, RankedRewardTrainer
-from prefopt.comparisons import prepare_comparisons, to_preferences
+from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
+from prefopt.comparisons import prepare_comparisons, to_preferences, tokenize_comparisons
 from prefopt.evaluation.generate import read_jsonl
 from prefopt.evaluation.reward import score_rows
-from prefopt.metrics import bootstrap_over_prompts, pair_accuracy
+from prefopt.metrics import ratio_of_sums
+from prefopt.prefix_sharing import backbone
+from prefopt.ranking_metrics import negative_log_likelihoods, pairs_right
 from prefopt.shared_base import init_score_head
 
+TRAINERS = {
+    ("reward", "all K"): (RankedRewardTrainer, RankedRewardConfig),
+    ("reward", "pairs"): (RewardTrainer, RewardConfig),
+    ("dpo", "all K"): (RankedDPOTrainer, RankedDPOConfig),
+    ("dpo", "pairs"): (DPOTrainer, DPOConfig),
+}
+MATCHES = ("steps", "tokens", "positions", "seconds", "cpu_seconds")
 
-def log_loss(scores: list[list[float]], ranks: list[list[int]]):
-    """Mean of -log sigmoid(r_w - r_l) over all strict pairs, interval over prompts."""
-    sums, counts = [], []
-    for row_scores, row_ranks in zip(scores, ranks, strict=True):
-        margins = [
-            row_scores[i] - row_scores[j]
-            for i in range(len(row_ranks))
-            for j in range(len(row_ranks))
-            if row_ranks[i] < row_ranks[j]
-        ]
-        sums.append(-F.logsigmoid(torch.tensor(margins, dtype=torch.float64)).sum().item())
-        counts.append(len(margins))
-    sums, counts = np.array(sums), np.array(counts, dtype=float)
-    return bootstrap_over_prompts(lambda s, c, axis: s.sum(axis) / c.sum(axis), sums, counts)
+
+class Budget(TrainerCallback):
+    """Meters a run, sets the learning rate by the share of the budget that is spent, and stops when it is."""
+
+    def __init__(self, match: str, limit: float, learning_rate: float):
+        self.match, self.limit, self.learning_rate = match, limit, learning_rate
+        self.spent = dict.fromkeys(MATCHES, 0)
+        self.is_training = False
+
+    def watch(self, model: nn.Module) -> None:
+        """Count what enters the backbone of the model during training."""
+
+        def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if self.is_training:
+                ids, mask = args[0] if args else kwargs["input_ids"], kwargs.get("attention_mask")
+                self.spent["positions"] += ids.numel()
+                self.spent["tokens"] += ids.numel() if mask is None else int(mask.sum())
+
+        backbone(model).register_forward_pre_hook(count, with_kwargs=True)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.is_training, self.start = True, (time.perf_counter(), time.process_time())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
+        share = min(1.0, self.spent[self.match] / self.limit)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate * min(1, share / 0.05 + 0.02) * (0.55 + 0.45 * cos(pi * share))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.spent["steps"] += 1
+        self.spent["seconds"] = time.perf_counter() - self.start[0]
+        self.spent["cpu_seconds"] = time.process_time() - self.start[1]
+        control.should_training_stop = self.spent[self.match] >= self.limit
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.is_training = False
+
+
+def train_and_score(
+    args: argparse.Namespace, side: str, rows: Dataset, batch: int, budget: Budget, seed: int, test: Dataset
+) -> list[list[float]]:
+    """Train one side from the start model until the budget is spent; scores of the validation rows."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    shared = {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": tempfile.mkdtemp(),
+        "max_length": None,  # what is too long was dropped from both sides
+        **({"beta": args.beta} if args.method == "dpo" else {}),
+    }
+    trainer_class, config_class = TRAINERS[args.method, side]
+    torch.manual_seed(seed)
+    model = args.model
+    if args.method == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype="float32")
+        init_score_head(model)
+    config = config_class(
+        per_device_train_batch_size=batch,
+        max_steps=10**9,  # the budget ends it
+        lr_scheduler_type="constant",  # the budget sets it
+        logging_strategy="no",
+        seed=seed,
+        **({"model_init_kwargs": {"dtype": "float32"}} if args.method == "dpo" else {}),
+        **shared,
+    )
+    trainer = trainer_class(
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[budget]
+    )
+    for watched in (trainer.model, getattr(trainer, "ref_model", None)):
+        if watched is not None:
+            budget.watch(watched)
+    trainer.train()
+    if args.method == "reward":
+        return score_rows(trainer.model, tokenizer, list(test), batch_size=256)
+    scorer = RankedDPOTrainer(
+        model=trainer.model,
+        ref_model=trainer.ref_model,
+        args=RankedDPOConfig(**shared, per_device_eval_batch_size=16),
+        train_dataset=test,
+        processing_class=tokenizer,
+    )
+    prompts = [row["prompt"] for row in test for _ in row["completions"]]
+    scores = iter(scorer.score(prompts, [text for row in test for text in row["completions"]]))
+    return [[next(scores) for _ in row["completions"]] for row in test]
+
+
+def sums_over_pairs(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of every prompt, over its strict pairs: how many are ordered right, their log loss, how many there are."""
+    sums = []
+    for s, r in zip(scores, ranks, strict=True):
+        leads = np.array([s[i] - s[j] for i in range(len(r)) for j in range(len(r)) if r[i] < r[j]])
+        sums.append([pairs_right(leads).sum(), negative_log_likelihoods(leads).sum(), len(leads)])
+    return np.array(sums)
+
+
+def estimates(sums: np.ndarray, num_pairs: np.ndarray, sign: str = "") -> str:
+    accuracy, loss = (ratio_of_sums(column, num_pairs) for column in sums[:, :2].T)
+    return "  ".join(
+        f"{name} {x.value:{sign}.4f} [{x.ci_low:{sign}.4f}, {x.ci_high:{sign}.4f}]"
+        for name, x in (("accuracy", accuracy), ("log loss", loss))
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--method", choices=("reward", "dpo"), default="reward")
+    parser.add_argument("--match", choices=MATCHES, default="steps")
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--prompts_per_step", type=int, default=32)
+    parser.add_argument("--pairs_per_step", type=int, nargs="+", help="default: as many as all K compares")
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--pairs_learning_rate", type=float, help="default: that of all K")
+    parser.add_argument("--beta", type=float, default=0.1, help="of DPO")
+    parser.add_argument("--max_length", type=int, help="drop training completions with more tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = prepare_comparisons(Dataset.from_list(read_jsonl(args.train)), source="train")
-    validation = prepare_comparisons(Dataset.from_list(read_jsonl(args.validation)), source="validation")
+    longest = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    rows = {}
+    for source, limit in (("train", args.max_length or longest), ("validation", longest)):
+        rows[source] = prepare_comparisons(
+            Dataset.from_list(read_jsonl(getattr(args, source))), source=source
+        )
+        rows[source] = tokenize_comparisons(rows[source], tokenizer, max_length=limit, source=source)
+    train, test = rows["train"], rows["validation"]
     pairs = Dataset.from_list([pair for row in train for pair in to_preferences(row)])
     steps = -(-len(train) // args.prompts_per_step)
-    pairs_per_step = -(-len(pairs) // steps)
-    print(f"{len(train)} prompts, {len(pairs)} pairs, {steps} steps of {args.prompts_per_step} prompts "
-          f"or {pairs_per_step} pairs")  # fmt: skip
+    compared = -(-len(pairs) // steps)
+    print(f"{args.method}, equal {args.match}: {len(train)} prompts, {len(pairs)} pairs; a step has "
+          f"{args.prompts_per_step} prompts with {compared} pairs on average; {steps} steps a pass", flush=True)  # fmt: skip
+    sides = [("all K", "all K", train, args.prompts_per_step, args.learning_rate)] + [
+        ("pairs", f"pairs, {n} a step", pairs, n, args.pairs_learning_rate or args.learning_rate)
+        for n in args.pairs_per_step or [compared]
+    ]
+    found: dict[str, np.ndarray] = {}
     for seed in args.seeds:
-        shared = {
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": "cosine_with_min_lr",
-            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-            "max_steps": steps,
-            "seed": seed,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "output_dir": tempfile.mkdtemp(),
-            "max_length": None,
-        }
-        runs = {
-            "batched per prompt": (RankedRewardTrainer, RankedRewardConfig, train, args.prompts_per_step),
-            "shuffled pairs": (RewardTrainer, RewardConfig, pairs, pairs_per_step),
-        }
-        for name, (trainer_class, config_class, rows, batch) in runs.items():
-            torch.manual_seed(seed)
-            model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1)
-            init_score_head(model)
-            trainer = trainer_class(
-                model=model,
-                args=config_class(per_device_train_batch_size=batch, **shared),
-                train_dataset=rows,
-                processing_class=tokenizer,
+        match, limit = "steps", round(steps * args.epochs)
+        for side, name, data, batch, learning_rate in sides:
+            budget = Budget(match, limit, learning_rate)
+            scores = train_and_score(args, side, data, batch, budget, seed, test)
+            if side == "all K":
+                match, limit = args.match, budget.spent[args.match]
+            sums = sums_over_pairs(scores, test["ranks"][:])
+            found[name] = found.get(name, 0) + sums / len(args.seeds)
+            spent = ", ".join(
+                f"{budget.spent[key]:.{0 if key in MATCHES[:3] else 1}f} {key}" for key in MATCHES
             )
-            start = time.perf_counter()
-            trainer.train()
-            seconds = time.perf_counter() - start
-            scores = score_rows(model, tokenizer, list(validation), batch_size=256)
-            ranks = [list(row) for row in validation["ranks"]]
-            accuracy, loss = pair_accuracy(scores, ranks), log_loss(scores, ranks)
-            print(f"seed {seed}  {name:<20} accuracy {accuracy.value:.4f} [{accuracy.ci_low:.4f}, "
-                  f"{accuracy.ci_high:.4f}]  log loss {loss.value:.4f} [{loss.ci_low:.4f}, {loss.ci_high:.4f}]  "
-                  f"{seconds:.1f} s", flush=True)  # fmt: skip
+            print(f"seed {seed}  {name:<18} {estimates(sums, sums[:, 2])}  {spent}, "
+                  f"{budget.spent['steps'] * batch / len(data):.2f} passes", flush=True)  # fmt: skip
+    print(f"mean of {len(args.seeds)} seeds; intervals over prompts, seeds being averaged")
+    for name, sums in found.items():
+        print(f"{name:<26} {estimates(sums, sums[:, 2])}")
+    for name, sums in list(found.items())[1:]:
+        print(f"{'all K - ' + name:<26} {estimates(found['all K'] - sums, sums[:, 2], '+')}")
 
 
 if __name__ == "__main__":
