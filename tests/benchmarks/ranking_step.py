@@ -31,9 +31,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,6 +64,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
 from prefopt.comparisons import to_preferences
 from prefopt.shared_base import keep_4bit_gradients
+from prefopt.trainers.ranked_forward import RankedForwardMixin
 
 SIDES = ("trl", "rows", "shared")
 NAMES = {"trl": "TRL, all pairs", "rows": "K rows", "shared": "shared prefixes"}
@@ -245,12 +248,11 @@ class Side:
         self.name, self.device = name, torch.device(options.device)
         self.is_quantized = options.load_in_4bit
         self.packed, self.self_check_seconds = False, 0.0
-        self.trainer = build_trainer(name, options, folder)
-        if options.lora:
-            self._adopt(trainables)
-        if name == "shared":
-            self._watch()
-        self.trainer.train()  # gradient checkpointing, mixed precision: whatever training sets up
+        with self._watched():
+            self.trainer = build_trainer(name, options, folder)
+            if options.lora:
+                self._adopt(trainables)
+            self.trainer.train()  # gradient checkpointing, mixed precision: whatever training sets up
         self.model = self.trainer.model
         self.batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
 
@@ -267,9 +269,10 @@ class Side:
             dtype = torch.float32 if self.is_quantized else parameter.dtype
             parameter.data = trainables[name].to(parameter.device, dtype, copy=True)
 
-    def _watch(self) -> None:
-        """Note whether rows were packed, and how long the self-check took."""
-        plan, check = self.trainer._plan, self.trainer._sharing_is_equal
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Note whether rows are packed, and how long the self-check takes."""
+        plan, check = RankedForwardMixin._plan, RankedForwardMixin._sharing_is_equal
 
         def watched_plan(*args: Any) -> Any:
             packed = plan(*args)
@@ -280,7 +283,9 @@ class Side:
             self.self_check_seconds, equal = self._timed(lambda: check(*args))
             return equal
 
-        self.trainer._plan, self.trainer._sharing_is_equal = watched_plan, watched_check
+        watched = {"_plan": watched_plan, "_sharing_is_equal": watched_check}
+        with mock.patch.multiple(RankedForwardMixin, **watched):
+            yield
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         self._synchronise()
