@@ -1,4 +1,4 @@
-"""RankedDPOTrainer on a 4-bit base: reference, precision and gradients."""
+"""RankedDPOTrainer with adapters in other dtypes and on a 4-bit base: reference, precision and gradients."""
 
 import copy
 
@@ -115,6 +115,19 @@ def test_first_scores_are_exactly_zero(
     assert {parameter.dtype for parameter in weights.values()} == {torch.float32}
     trainer.train()
     assert scores_of(trainer).abs().max() > 1e-3
+
+
+def test_a_bf16_adapter_on_an_unquantised_base_has_a_bf16_reference(base_path, sft_path, tokenizer, tmp_path):
+    """PEFT makes the copy in fp32."""
+    base = AutoModelForCausalLM.from_pretrained(base_path)
+    model = PeftModel.from_pretrained(base, sft_path, is_trainable=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    trainer = trainer_on(model, tokenizer, tmp_path)
+    for name in ("default", "ref"):
+        assert {weight.dtype for weight in adapter(trainer.model, name).values()} == {torch.bfloat16}
+    assert torch.equal(scores_of(trainer), torch.zeros(2, 3))
 
 
 def test_policy_and_reference_are_the_adapter_that_was_given(base_path, sft_path, tokenizer, tmp_path):
