@@ -158,6 +158,7 @@ def build_model(options: argparse.Namespace, seed: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=2,
         num_labels=1,
+        initializer_range=options.hidden**-0.5,  # activations keep their scale, as in a trained model
     )
     auto = AutoModelForSequenceClassification if options.method == "reward" else AutoModelForCausalLM
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
