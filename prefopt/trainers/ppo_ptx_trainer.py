@@ -1,19 +1,15 @@
 """PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
 
-import json
 import logging
 import os
 import textwrap
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
 from transformers import (
     BitsAndBytesConfig,
@@ -25,11 +21,12 @@ from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
-from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
 from prefopt.reward_checkpoints import load_reward_model
 from prefopt.shared_base import keep_4bit_gradients, value_model_from
+from prefopt.trainers.ppo_ptx_checkpoints import CheckpointMixin
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
+from prefopt.trainers.ppo_ptx_optimisation import OptimisationMixin
 from prefopt.trainers.ppo_ptx_prompts import PromptOrder, check_prompts
 from prefopt.trainers.ppo_ptx_roles import (
     ValueFunction,
@@ -39,16 +36,14 @@ from prefopt.trainers.ppo_ptx_roles import (
     score_ids,
     suppress_reward_tokens,
 )
-from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents, share_of_process
+from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "ppo_ptx_state.json"
 
 RewardModel = PreTrainedModel | PeftModel
 
 
-class PPOPtxTrainer(GRPOTrainer):
+class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
     """PPO with a value function, the KL penalty in the reward, and pretraining gradients in the same step.
 
     Each optimizer step minimises, over one minibatch of episodes and its share of pretraining text,
@@ -320,126 +315,6 @@ class PPOPtxTrainer(GRPOTrainer):
                     batch["num_tokens"] = tokens
         return inputs
 
-    # ---- optimisation -----------------------------------------------------------------------------------------
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """This micro-batch's part of policy + vf_coef * value; a value network runs its own backward here."""
-        args, mask, advantages = self.args, inputs["loss_mask"], inputs["advantages"]
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        length = mask.size(1)
-        # Summed over micro-batches and averaged over processes, sum / num_tokens is the mean over the minibatch.
-        num_tokens = inputs["num_tokens"] / self.accelerator.num_processes
-
-        def value_loss_of(values: Tensor) -> Tensor:
-            return clipped_value_loss(
-                values, inputs["old_values"], inputs["returns"], mask, args.value_clip_range, num_tokens
-            )
-
-        if not self.value_function.is_head:
-            value_loss = value_loss_of(self._values(ids, attention_mask, length))
-            if value_loss.requires_grad:
-                self.accelerator.backward(args.vf_coef * value_loss)
-            value_loss = value_loss.detach()
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention_mask, length, compute_entropy=True
-        )
-        if self.value_function.is_head:
-            value_loss = value_loss_of(self._values(ids, attention_mask, length))
-        policy_loss = clipped_policy_loss(
-            logps, inputs["old_per_token_logps"], advantages, mask, args.epsilon, num_tokens
-        )
-
-        ratio = (logps.detach() - inputs["old_per_token_logps"]).exp()
-        is_low = (ratio < 1 - args.epsilon) & (advantages < 0)
-        is_high = (ratio > 1 + args.epsilon) & (advantages > 0)
-        self._log_minibatch(
-            {"loss/policy": policy_loss.detach(), "loss/value": value_loss.detach()},
-            {
-                "entropy": entropies,
-                "clip_ratio/low_mean": is_low,
-                "clip_ratio/high_mean": is_high,
-                "clip_ratio/region_mean": is_low | is_high,
-            },
-            mask,
-            num_tokens,
-        )
-        return policy_loss + args.vf_coef * value_loss
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self._step % self.args.gradient_accumulation_steps == 0:
-            self.value_function.module.zero_grad()  # Trainer zeroes the policy's alone
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:  # the last micro-batch: the minibatch's gradient is complete
-            start = time.perf_counter()
-            for parameter in self.value_function.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            metrics = self._metrics["train"]
-            metrics["grad_norm/value"].append(_norm(self.value_function.parameters))
-            policy_parameters = [p for p in self.model.parameters() if p.requires_grad]
-            metrics["grad_norm/ppo"].append(_norm(policy_parameters))
-            if self.pretraining is not None:
-                loss = loss + self._add_pretraining_gradient(model, policy_parameters)
-            metrics["step_time"][-1] += time.perf_counter() - start
-        return loss
-
-    def _add_pretraining_gradient(self, model: nn.Module, parameters: list[nn.Parameter]) -> Tensor:
-        """Backward of ptx_coef * LM over the step's pretraining text, added to the gradients (appendix C.4).
-
-        PPO's gradients are set aside meanwhile, so that the norm of each part can be told: one more copy of the
-        trainable parameters in memory. Under DDP the last backward averages over the processes, as PPO's did.
-        """
-        args, processes = self.args, self.accelerator.num_processes
-        episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-        blocks = self.pretraining.take(max(1, round(args.ptx_batch_ratio * episodes)))
-        batches, num_tokens = share_of_process(
-            blocks,
-            self.accelerator.process_index,
-            processes,
-            args.ptx_per_device_batch_size,
-            self._tokenizer.pad_token_id,
-        )
-        ppo_gradients = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        total = torch.zeros((), device=self.accelerator.device)
-        for number, batch in enumerate(batches, start=1):
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
-            with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
-                loss = lm_loss(model(**batch, use_cache=False).logits, labels, num_tokens / processes)
-                self.accelerator.backward(args.ptx_coef * loss)
-            total += loss.detach()
-        metrics = self._metrics["train"]
-        metrics["loss/ptx"].append(self.accelerator.reduce(total, "mean").item())
-        metrics["grad_norm/ptx"].append(_norm(parameters))
-        for parameter, gradient in zip(parameters, ppo_gradients, strict=True):
-            if parameter.grad is None:
-                parameter.grad = gradient
-            elif gradient is not None:
-                parameter.grad += gradient
-        return args.ptx_coef * total
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's parameter groups for the policy, and with `value_learning_rate` the value function's."""
-        optimizer = super().create_optimizer(model)
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not known & {id(p) for p in self.value_function.parameters}:
-            decayed = self.get_decay_parameter_names(self.value_function.module)
-            for is_decayed in (True, False):
-                named = self.value_function.module.named_parameters()
-                group = {
-                    "params": [p for n, p in named if p.requires_grad and (n in decayed) == is_decayed],
-                    "lr": self.args.value_learning_rate,
-                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
-                }
-                optimizer.add_param_group(group)
-        return optimizer
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        self.accelerator.clip_grad_norm_(self.value_function.parameters, self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
-
     # ---- logging ----------------------------------------------------------------------------------------------
     def _sum_over_processes(self, x: Tensor) -> Tensor:
         return self.accelerator.reduce(x, "sum")
@@ -453,63 +328,6 @@ class PPOPtxTrainer(GRPOTrainer):
             logged.pop()
         logged.extend(rows)
 
-    def _log_minibatch(
-        self, losses: dict[str, Tensor], per_token: dict[str, Tensor], mask: Tensor, num_tokens: Tensor
-    ) -> None:
-        is_training = self.model.training
-        parts = dict(losses)
-        for name, x in per_token.items():
-            parts[name] = torch.where(mask, x.detach().float(), 0.0).sum() / num_tokens.clamp(min=1e-8)
-        means = self.accelerator.reduce(torch.stack([x.float() for x in parts.values()]), "mean")
-        # TRL averages what the micro-batches append; these are parts of a sum.
-        scale = self.args.gradient_accumulation_steps if is_training else 1
-        for name, value in zip(parts, means.tolist(), strict=True):
-            self._metrics["train" if is_training else "eval"][name].append(value * scale)
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            os.makedirs(folder, exist_ok=True)
-            position = self.pretraining.position if self.pretraining else 0
-            with open(os.path.join(folder, STATE_FILE), "w") as file:
-                json.dump({"pretraining_sequences": position}, file)
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy as a plain model or adapter, and the value function's trained weights beside it."""
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
-            os.makedirs(folder, exist_ok=True)
-            self.value_function.save(folder)
-        super().save_model(output_dir, _internal_call)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.value_function.load(resume_from_checkpoint)
-        if self.pretraining is not None:
-            with open(os.path.join(resume_from_checkpoint, STATE_FILE)) as file:
-                self.pretraining.position = json.load(file)["pretraining_sequences"]
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.value_function.load(self.state.best_model_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        # TRL restarts at 0, which would put rollouts out of phase with the prompts
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        if self._step % steps_per_rollout:
-            logger.warning(
-                "%s lies inside a rollout, which is not saved: it is drawn anew by the current policy, so this run will "
-                "differ from one without a break; a multiple of %d for save_steps resumes exactly",
-                checkpoint,
-                steps_per_rollout // self.args.gradient_accumulation_steps,
-            )
-
 
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
     if isinstance(model, str):
@@ -522,7 +340,3 @@ def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
         raise ValueError(f"the policy adapter must be called 'default', got {model.active_adapters}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the policy has no trainable parameter; load a PEFT model with is_trainable=True")
-
-
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
