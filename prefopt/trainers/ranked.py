@@ -220,8 +220,13 @@ class RankedTrainerMixin(RankedForwardMixin):
     def _add_ratios(self, ratios: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add numerators and denominators, each `[B]`, to the sums of the current logging window."""
         columns = torch.stack([x.detach().float() for pair in ratios.values() for x in pair], dim=1)
-        # Over prompts, so that rows repeated to fill the last distributed batch are left out.
-        totals = self.accelerator.gather_for_metrics(columns).double().cpu().sum(0).view(-1, 2)
+        if (
+            self._mode == "eval"
+        ):  # over prompts, to leave out rows repeated to fill the last distributed batch
+            totals = self.accelerator.gather_for_metrics(columns).double().cpu().sum(0)
+        else:  # the batches of a step are fetched ahead, so accelerate would take each of them for the last
+            totals = self.accelerator.reduce(columns.sum(0), "sum").double().cpu()
+        totals = totals.view(-1, 2)
         sums = self._sums[self._mode]
         for name, total in zip(ratios, totals, strict=True):
             sums[name] = sums.get(name, 0.0) + total

@@ -251,9 +251,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         if self.aux_loss_enabled:
             losses = losses + self.router_aux_loss_coef * outputs["aux_loss"][:, 0]
         loss = self._mean_over_prompts(losses, inputs)
-        if not inputs.get("is_repeated"):
-            with torch.no_grad():
-                self._log_step(inputs, rewards, outputs)
+        self._log_batch(outputs, inputs)
         return (loss, {"scores": rewards}) if return_outputs else loss
 
     def _preference_losses(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -280,15 +278,15 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             losses = losses + weight * (terms / self.beta**2 if loss_type == "ipo" else terms)
         return losses
 
-    def _log_step(self, inputs: dict[str, Tensor], rewards: Tensor, outputs: Mapping[str, Tensor]) -> None:
-        ranks = inputs["ranks"]
-        of_rewards, of_logps = pair_ratios(rewards, ranks), pair_ratios(outputs["log_probs"], ranks)
+    def _log_values(self, values: Mapping[str, Tensor], inputs: dict[str, Any]) -> None:
+        ranks, rewards = inputs["ranks"], self.beta * (values["log_probs"] - values["ref_logps"])
+        of_rewards, of_logps = pair_ratios(rewards, ranks), pair_ratios(values["log_probs"], ranks)
         pairs = strict_pairs(ranks).float()
         wins, losses = pairs.sum(2), pairs.sum(1)
         gradient_weights = torch.sigmoid(rewards[:, None, :] - rewards[:, :, None])  # [b, w, l]: of r_l - r_w
         # TRL's token statistics, a completion weighing as often as it is chosen or rejected.
         tokens = inputs["completion_mask"][:, :, 1:].sum(-1).float()
-        mean_logits = outputs["mean_logits"]
+        mean_logits = values["mean_logits"]
         self._add_ratios(
             {
                 "rewards/chosen": of_rewards["chosen"],
@@ -299,14 +297,14 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 "logps/rejected": of_logps["rejected"],
                 "logits/chosen": ((wins * mean_logits).sum(1), (wins * tokens).sum(1)),
                 "logits/rejected": ((losses * mean_logits).sum(1), (losses * tokens).sum(1)),
-                "mean_token_accuracy": ((wins * outputs["is_top1"]).sum(1), (wins * tokens).sum(1)),
-                "entropy": (outputs["entropy"].sum(1), tokens.sum(1)),
+                "mean_token_accuracy": ((wins * values["is_top1"]).sum(1), (wins * tokens).sum(1)),
+                "entropy": (values["entropy"].sum(1), tokens.sum(1)),
                 "kendall_tau": kendall_tau(rewards, ranks),
                 "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
             }
         )
         if self.aux_loss_enabled:
-            aux_loss = outputs["aux_loss"][:, 0]
+            aux_loss = values["aux_loss"][:, 0]
             self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
         self._count_tokens(inputs["attention_mask"])
 

@@ -46,6 +46,7 @@ class RankedForwardMixin:
         self._shares_prefixes = bool(kwargs["args"].prefix_sharing)
         self._unchecked = True
         self._prompts_in_step: Tensor | int | None = None
+        self._parts_to_log: list[tuple[Tensor, dict[str, Tensor]]] = []
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -78,7 +79,7 @@ class RankedForwardMixin:
         live = inputs.get("live", inputs["ranks"] > 0)
         forwards = [live]
         if self.args.max_tokens_per_forward is not None and not torch.is_grad_enabled():
-            forwards = self._split(inputs)
+            forwards = self._split(model, inputs)
         values: dict[str, Tensor] = {}
         for part in forwards:
             for name, flat in self._forward_part(model, inputs, part).items():
@@ -106,18 +107,22 @@ class RankedForwardMixin:
         return self._forward_rows(model, replace(rows, packed=self._plan(model, rows)))
 
     def _plan(self, model: nn.Module, rows: Rows) -> PackedRows | None:
-        if not self._shares_prefixes:
+        if not self._can_share(model):
             return None
-        if not prefix_sharing.is_enabled(model):
-            if reason := prefix_sharing.why_not(model):
-                return self._stop_sharing(reason)
-            prefix_sharing.enable(model)
         packed = prefix_sharing.plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
         if packed is not None and self._unchecked:
             self._unchecked = False
             if not self._sharing_is_equal(model, rows):
                 return self._stop_sharing("the first batch scored differently with it")
         return packed
+
+    def _can_share(self, model: nn.Module) -> bool:
+        if self._shares_prefixes and not prefix_sharing.is_enabled(model):
+            if reason := prefix_sharing.why_not(model):
+                self._stop_sharing(reason)
+            else:
+                prefix_sharing.enable(model)
+        return self._shares_prefixes
 
     def _stop_sharing(self, reason: str) -> None:
         self._shares_prefixes = False
@@ -144,8 +149,14 @@ class RankedForwardMixin:
                 )
         finally:
             model.train(was_training)
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-        half = half or torch.is_autocast_enabled(plain.device.type)
+        # Autocast is inside the model's forward; bitsandbytes' layers compute in a dtype of their own.
+        dtypes = {p.dtype for p in model.parameters()} | {
+            getattr(module, "compute_dtype", None) for module in model.modules()
+        }
+        half = self.accelerator.mixed_precision in ("fp16", "bf16") or dtypes & {
+            torch.float16,
+            torch.bfloat16,
+        }
         tolerance = 0.05 if half else 1e-3  # a token that sees what it must not moves scores by far more
         return bool(((plain - shared).abs() <= tolerance * plain.abs().clamp(min=1)).all())
 
@@ -175,9 +186,11 @@ class RankedForwardMixin:
                 synchronise = nullcontext() if i == len(parts) - 1 else self.accelerator.no_sync(model)
                 with synchronise:
                     loss = loss + super().training_step(model, part, num_items_in_batch)
+            self._log_values(self._joined_parts(), inputs)
             return loss
         finally:
             self._prompts_in_step = None
+            self._parts_to_log.clear()
 
     def _parts(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Batches of whole prompts; of a prompt that does not fit, one for each part of its completions.
@@ -185,12 +198,13 @@ class RankedForwardMixin:
         The gradient of a ranking loss with respect to some completions depends on the others through their values
         alone. These are computed first, without gradients, and are `known` in each part.
         """
-        masks = self._split(inputs)
+        masks = self._split(model, inputs)
         seen = sum(mask.any(1).int() for mask in masks)
         known: dict[int, dict[str, Tensor]] = {}
         for mask in masks:
             prompts = mask.any(1)
-            part = {name: value[prompts] for name, value in inputs.items()} | {"live": mask[prompts]}
+            part = {name: value[prompts] for name, value in inputs.items()}
+            part |= {"live": mask[prompts], "prompts": prompts}
             if (seen[prompts] > 1).any():
                 prompt = int(prompts.nonzero())
                 part["is_repeated"] = prompt in known
@@ -202,15 +216,36 @@ class RankedForwardMixin:
                 part["known"] = known[prompt]
             yield part
 
-    def _split(self, inputs: dict[str, Any]) -> list[Tensor]:
+    def _split(self, model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         live = inputs.get("live", inputs["ranks"] > 0)
+        tensors = (inputs[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+        rows = self._complete_rows(Rows(*tensors, prompts=live))
         return split_completions(
-            inputs["input_ids"],
-            inputs["attention_mask"],
+            rows.input_ids,
+            rows.attention_mask,
             live,
             self.args.max_tokens_per_forward,
-            self._shares_prefixes,
+            self._can_share(model),
         )
+
+    def _log_batch(self, values: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """`_log_values`, of the whole batch at once: processes may divide theirs into different numbers of parts."""
+        values = {name: value.detach() for name, value in values.items()}
+        if "prompts" not in inputs:
+            self._log_values(values, inputs)
+        elif not inputs.get("is_repeated"):
+            self._parts_to_log.append((inputs["prompts"], values))
+
+    def _joined_parts(self) -> dict[str, Tensor]:
+        joined: dict[str, Tensor] = {}
+        for prompts, values in self._parts_to_log:
+            for name, value in values.items():
+                joined.setdefault(name, value.new_zeros(len(prompts), value.shape[1]))[prompts] = value
+        return joined
+
+    def _log_values(self, values: dict[str, Tensor], inputs: dict[str, Any]) -> None:
+        """Log the values `[B, K]` that `_measure` gave for a batch."""
+        raise NotImplementedError
 
     def _counted(self, ranks: Tensor) -> Tensor:
         """`[B]`: whether the prompt compares anything, so that it counts in the mean over prompts."""

@@ -238,12 +238,11 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         if args.center_rewards_coefficient is not None:
             losses = losses + args.center_rewards_coefficient * centring_loss(scores, ranks, reduction="none")
         loss = self._mean_over_prompts(losses, inputs)
-        if not inputs.get("is_repeated"):
-            self._log_scores(scores.detach(), inputs)
+        self._log_batch({"scores": scores}, inputs)
         return (loss, {"scores": scores}) if return_outputs else loss
 
-    def _log_scores(self, scores: Tensor, inputs: dict[str, Any]) -> None:
-        ranks = inputs["ranks"]
+    def _log_values(self, values: Mapping[str, Tensor], inputs: dict[str, Any]) -> None:
+        scores, ranks = values["scores"], inputs["ranks"]
         present, pairs = ranks > 0, pair_ratios(scores, ranks)
         self._count_tokens(inputs["attention_mask"])
         self._add_ratios(
