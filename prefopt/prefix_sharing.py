@@ -102,7 +102,7 @@ class Layout:
     owner: Tensor  # [N]
     first: Tensor  # [B], a rest of each prefix
     num_rest_tokens: int
-    _masks: dict[tuple[str, int | None], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[str, int | None, int], Tensor | None] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:
@@ -122,11 +122,15 @@ class Layout:
             repeated = prefix.index_select(0, self.owner)
         return torch.cat([repeated, rest], dim=2)
 
-    def mask(self, block: str, window: int | None) -> Tensor | None:
-        """Boolean mask, True attends, of the `prefixes`, the `rests` or the `rows`; None means plain causal."""
-        if (block, window) not in self._masks:
-            self._masks[block, window] = self._make_mask(block, window)
-        return self._masks[block, window]
+    def mask(self, block: str, window: int | None, groups: int = 1) -> Tensor | None:
+        """Boolean mask, True attends, of the `prefixes`, the `rests` or the `rows`; None means plain causal.
+
+        `groups` copies of it stand below each other.
+        """
+        if (block, window, groups) not in self._masks:
+            mask = self._make_mask(block, window)
+            self._masks[block, window, groups] = None if mask is None else mask.repeat(1, 1, groups, 1)
+        return self._masks[block, window, groups]
 
     def _make_mask(self, block: str, window: int | None) -> Tensor | None:
         device = self.owner.device
@@ -260,30 +264,36 @@ def prefix_sharing_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
         )
-    layout, kwargs = prefix_layout, {**kwargs, "is_causal": None}
+    layout = prefix_layout
     num_prefix_tokens = query.shape[2] - layout.num_rest_tokens
     sections = (num_prefix_tokens, layout.num_rest_tokens)
 
     def unpack(x: Tensor) -> tuple[Tensor, Tensor]:
-        prefix, rest = x[0].transpose(0, 1).split(sections)
+        prefix, rest = x.squeeze(0).transpose(0, 1).split(sections)
         return layout.prefixes.pad(prefix), layout.rests.pad(rest)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        return sdpa_attention_forward(module, q, k, v, mask, **{**kwargs, "is_causal": causal})[0]
+    def attend(block: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        mask = layout.mask(block, sliding_window, groups)
+        if mask is None:
+            return sdpa_attention_forward(module, q, k, v, None, **{**kwargs, "is_causal": True})[0]
+        # Query heads that share a key head are no different from more queries: they stand below each other, so that
+        # keys and values need not be repeated for them.
+        stacked = q.reshape(len(q), k.shape[1], groups * q.shape[2], q.shape[3])
+        out = nn.functional.scaled_dot_product_attention(
+            stacked, k, v, attn_mask=mask, dropout_p=kwargs.get("dropout", 0.0), scale=kwargs.get("scaling")
+        )
+        return out.view(*q.shape[:3], v.shape[3]).transpose(1, 2)
 
     (q_prefix, q_rest), (k_prefix, k_rest), (v_prefix, v_rest) = map(unpack, (query, key, value))
     k, v = layout.rows(k_prefix, k_rest), layout.rows(v_prefix, v_rest)
     if layout.as_rows:
         q = layout.rows(q_prefix, q_rest)
-        mask = layout.mask("rows", sliding_window)
-        prefix, rest = attend(q, k, v, mask, mask is None).split(
-            (layout.prefixes.width, layout.rests.width), dim=1
-        )
+        prefix, rest = attend("rows", q, k, v).split((layout.prefixes.width, layout.rests.width), dim=1)
         prefix = prefix[layout.first]
     else:
-        mask = layout.mask("prefixes", sliding_window)
-        prefix = attend(q_prefix, k_prefix, v_prefix, mask, mask is None)
-        rest = attend(q_rest, k, v, layout.mask("rests", sliding_window), False)
+        prefix = attend("prefixes", q_prefix, k_prefix, v_prefix)
+        rest = attend("rests", q_rest, k, v)
     return torch.cat([layout.prefixes.unpad(prefix), layout.rests.unpad(rest)])[None], None
 
 
