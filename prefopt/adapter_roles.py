@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.utils import CONFIG_NAME
 
 from prefopt.prefix_sharing import backbone
+from prefopt.reward_checkpoints import saved_config
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -124,7 +124,7 @@ def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:
         return f"it has weights of its own for {', '.join(sorted(extra))}"
     if getattr(config, "trainable_token_indices", None):
         return "it has token embeddings of its own"
-    saved = _saved_config(path)
+    saved = saved_config(path)
     if saved.get("vocab_size", 0) > model.get_input_embeddings().num_embeddings:
         return "its vocabulary is larger than the policy's"
     bits, own_bits = (
@@ -157,9 +157,9 @@ def load_scorer(model: PeftModel, path: str | os.PathLike, adapter: str = "rewar
     peft_config = PeftConfig.from_pretrained(path)
     config = copy.deepcopy(model.config)
     for name, value in {"num_labels": 1, "reward_bias": 0.0, "reward_token_id": None}.items():
-        setattr(config, name, _saved_config(path).get(name, value))
-    config.num_labels = 1
-    config.architectures = _saved_config(path).get("architectures")
+        setattr(config, name, saved_config(path).get(name, value))
+    config.num_labels, config.name_or_path = 1, os.fspath(path)
+    config.architectures = saved_config(path).get("architectures")
     _add_adapter(model, adapter, peft_config, weights)
     return AdapterScorer(model, adapter, score, config, peft_config).requires_grad_(False)
 
@@ -189,12 +189,6 @@ def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[
             f"many, such as {[*missing, *result.unexpected_keys][0]}"
         )
     model.set_adapter(model.active_adapter)  # the new weights are frozen unless their role is active
-
-
-def _saved_config(path: str | os.PathLike) -> dict[str, Any]:
-    if not os.path.isfile(os.path.join(path, CONFIG_NAME)):
-        return {}
-    return PreTrainedConfig.get_config_dict(path)[0]
 
 
 def _same_place(ours: str | None, theirs: str | None) -> bool:

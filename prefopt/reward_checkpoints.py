@@ -35,6 +35,11 @@ from prefopt.shared_base import (
     train_reward_token,
 )
 
+_NO_HEAD = (
+    "{} has no trained head, so its scores would be random: it is a language model; give the output of "
+    "RankedRewardTrainer"
+)
+
 # Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -84,7 +89,7 @@ def load_reward_model(
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
-    if find_adapter_config_file(path, **hub_arguments) is None:
+    if not is_adapter(path, **hub_arguments):
         if base_model is not None:
             raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
         with head_loaded_in_fp32():
@@ -92,15 +97,26 @@ def load_reward_model(
                 path, output_loading_info=True, **kwargs
             )
         if any(name.startswith("score.") for name in loading["missing_keys"]):
-            raise ValueError(
-                f"{path} has no trained head, so its scores would be random: it is a language model; give the output "
-                "of RankedRewardTrainer"
-            )
+            raise ValueError(_NO_HEAD.format(path))
         keep_head_fp32(model)
         keep_4bit_gradients(model)
     else:
         model = _on_base(path, _adapter_base(path, base_model, hub_arguments, kwargs), hub_arguments)
     return model.eval().requires_grad_(False)
+
+
+def check_reward_model(path: str | os.PathLike) -> None:
+    """Raise what `load_reward_model` would raise about the head, without loading weights.
+
+    Raises:
+        ValueError: the checkpoint is no one-label classifier, or the adapter does not contain a head.
+    """
+    if is_adapter(path):
+        _require_head(os.fspath(path), PeftConfig.from_pretrained(path))
+        return
+    architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(_NO_HEAD.format(os.fspath(path)))
 
 
 def merge_reward_model(
@@ -122,7 +138,7 @@ def merge_reward_model(
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
-    if find_adapter_config_file(path, **hub_arguments) is None:
+    if not is_adapter(path, **hub_arguments):
         raise ValueError(f"{path} is no adapter: there is nothing to merge")
     base = _adapter_base(path, base_model, hub_arguments, kwargs)
     if getattr(base, "is_quantized", False):
@@ -144,10 +160,24 @@ def head_loaded_in_fp32() -> Iterator[None]:
         PreTrainedModel._keep_in_fp32_modules_strict = kept
 
 
-def _saved_config(path: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` beside an adapter; empty if it was not saved by prefopt."""
+def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint or beside an adapter; empty if there is none, as plain peft leaves it."""
+    path = os.fspath(path)
     file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
     return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+
+
+def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
+    """Whether a directory or Hub repository holds an adapter rather than a whole model."""
+    return find_adapter_config_file(os.fspath(path), **hub_arguments) is not None
+
+
+def _require_head(path: str, adapter: PeftConfig) -> None:
+    if "score" not in (getattr(adapter, "modules_to_save", None) or []):
+        raise ValueError(
+            f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
+            "scores would be random; train it again with RankedRewardTrainer, which adds it"
+        )
 
 
 def _adapter_base(
@@ -158,11 +188,7 @@ def _adapter_base(
 ) -> PreTrainedModel:
     """The base of a reward adapter, quantised as in training, loaded unless it was given."""
     adapter = PeftConfig.from_pretrained(path, **hub_arguments)
-    if "score" not in (getattr(adapter, "modules_to_save", None) or []):
-        raise ValueError(
-            f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
-            "scores would be random; train it again with RankedRewardTrainer, which adds it"
-        )
+    _require_head(path, adapter)
     base = base or adapter.base_model_name_or_path
     if not base:
         raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
@@ -170,7 +196,7 @@ def _adapter_base(
         return base
     of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}
     kwargs = {name: value for name, value in kwargs.items() if name not in of_adapter}
-    quantization = _saved_config(path, hub_arguments).get("quantization_config")
+    quantization = saved_config(path, **hub_arguments).get("quantization_config")
     if quantization is not None:
         kwargs.setdefault("quantization_config", quantization)
     if kwargs.get("quantization_config", ...) is None:
@@ -182,7 +208,7 @@ def _on_base(
     path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False
 ) -> PeftModel:
     """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
-    saved = _saved_config(path, hub_arguments)
+    saved = saved_config(path, **hub_arguments)
     if saved.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(saved["vocab_size"])  # the adapter holds the rows that this adds
     keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded

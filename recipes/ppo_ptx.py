@@ -14,7 +14,7 @@ from trl import ModelConfig, get_quantization_config
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
-from prefopt.reward_checkpoints import load_reward_model
+from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
 
@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         )
     args.reward_weights = [1.0] + [0.0] * len(monitors)
     try:
-        reward_model = load_reward_model(data.reward_model_name_or_path)
+        check_reward_model(data.reward_model_name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = PPOPtxTrainer(
         model=load_policy(model_args, init_kwargs),
-        reward_funcs=[reward_model, *monitors],
+        reward_funcs=[data.reward_model_name_or_path, *monitors],
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,

@@ -26,6 +26,7 @@ LIBRARY = {
     "prefix_sharing",
     "shared_base",
     "reward_checkpoints",
+    "adapter_roles",
     "trainers",
 }
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
@@ -39,6 +40,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "prefix_sharing": (set(), MODELS),
     "shared_base": ({"ranked_rows", "comparisons", "prefix_sharing"}, MODELS),
     "reward_checkpoints": ({"shared_base"}, MODELS),
+    "adapter_roles": ({"prefix_sharing", "shared_base", "reward_checkpoints"}, MODELS | {"safetensors"}),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
     "sandbox": ({"ranked_rows", "comparisons"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"sandbox"}, None),

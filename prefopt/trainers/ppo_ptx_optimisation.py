@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from prefopt.losses import clipped_policy_loss, clipped_value_loss, lm_loss
+from prefopt.losses import clipped_policy_loss, clipped_value_loss
+from prefopt.trainers.lm_heads import pretraining_loss
 from prefopt.trainers.pretraining_data import share_of_process
 
 
@@ -30,9 +31,10 @@ class OptimisationMixin:
             )
 
         if not self.value_function.is_head:
-            value_loss = value_loss_of(self._values(ids, attention_mask, length))
-            if value_loss.requires_grad:
-                self.accelerator.backward(args.vf_coef * value_loss)
+            with self.value_function.active():
+                value_loss = value_loss_of(self._values(ids, attention_mask, length))
+                if value_loss.requires_grad:
+                    self.accelerator.backward(args.vf_coef * value_loss)
             value_loss = value_loss.detach()
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model, ids, attention_mask, length, compute_entropy=True
@@ -61,7 +63,7 @@ class OptimisationMixin:
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._step % self.args.gradient_accumulation_steps == 0:
-            self.value_function.module.zero_grad()  # Trainer zeroes the policy's alone
+            self.value_function.zero_grad()  # Trainer zeroes the policy's alone
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch: the minibatch's gradient is complete
             start = time.perf_counter()
@@ -99,9 +101,8 @@ class OptimisationMixin:
         total = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(batches, start=1):
             batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels")
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
-                loss = lm_loss(model(**batch, use_cache=False).logits, labels, num_tokens / processes)
+                loss = pretraining_loss(model, batch, num_tokens / processes, self.temperature != 1)
                 self.accelerator.backward(args.ptx_coef * loss)
             total += loss.detach()
         metrics = self._metrics["train"]
@@ -119,11 +120,9 @@ class OptimisationMixin:
         optimizer = super().create_optimizer(model)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not known & {id(p) for p in self.value_function.parameters}:
-            decayed = self.get_decay_parameter_names(self.value_function.module)
-            for is_decayed in (True, False):
-                named = self.value_function.module.named_parameters()
+            for is_decayed in (True, False):  # norms and biases are not, as in Trainer
                 group = {
-                    "params": [p for n, p in named if p.requires_grad and (n in decayed) == is_decayed],
+                    "params": [p for p in self.value_function.parameters if (p.ndim > 1) == is_decayed],
                     "lr": self.args.value_learning_rate,
                     "weight_decay": self.args.weight_decay if is_decayed else 0.0,
                 }
@@ -131,8 +130,16 @@ class OptimisationMixin:
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        self.accelerator.clip_grad_norm_(self.value_function.parameters, self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
+        values = self.value_function.parameters
+        self.accelerator.clip_grad_norm_(values, self.args.max_grad_norm)
+        # Set aside: the value adapter on the policy's base is among the model's parameters, but clipped by itself.
+        gradients = [parameter.grad for parameter in values]
+        for parameter in values:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(model)
+        for parameter, gradient in zip(values, gradients, strict=True):
+            parameter.grad = gradient
+        return norm
 
     def _log_minibatch(
         self, losses: dict[str, Tensor], per_token: dict[str, Tensor], mask: Tensor, num_tokens: Tensor

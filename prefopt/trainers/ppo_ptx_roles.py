@@ -1,9 +1,10 @@
 """The models around PPO's policy: the frozen KL reference, the reward model's tokenizer, the value function."""
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
+from prefopt.adapter_roles import AdapterScorer, load_scorer, why_not_shared
+from prefopt.reward_checkpoints import is_adapter, load_reward_model, saved_config
 from prefopt.shared_base import sequence_scores, token_scores
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+
+logger = logging.getLogger(__name__)
 
 VALUE_FILE = "value_function.safetensors"
 
@@ -45,6 +50,17 @@ def check_same_tokenizer(
         )
 
 
+def load_reward_role(path: str, policy: PreTrainedModel | PeftModel, adapter: str) -> nn.Module:
+    """A reward model for PPO: on the policy's base where that is its own, else loaded by itself, with a word of why."""
+    if is_adapter(path):
+        reason = why_not_shared(policy, path)
+        if reason is None:
+            return load_scorer(policy, path, adapter)
+        if isinstance(policy, PeftModel):
+            logger.warning("The reward model %s is loaded with a base of its own: %s.", path, reason)
+    return load_reward_model(path)
+
+
 @torch.no_grad()
 def score_ids(
     model: PreTrainedModel | PeftModel,
@@ -62,9 +78,14 @@ def score_ids(
     return scores
 
 
-def suppress_reward_tokens(args: PPOPtxConfig, models: list[PreTrainedModel | PeftModel]) -> list[int]:
+def suppress_reward_tokens(args: PPOPtxConfig, models: list[str | PreTrainedModel | PeftModel]) -> list[int]:
     """Keep rollouts from sampling a token at which a reward model reads its score; returns the ids."""
-    ids = {getattr(model.config, "reward_token_id", None) for model in models} - {None}
+    ids = {
+        saved_config(model).get("reward_token_id")
+        if isinstance(model, str)
+        else getattr(model.config, "reward_token_id", None)
+        for model in models
+    } - {None}
     if ids:
         options = args.generation_kwargs or {}
         suppressed = sorted({*(options.get("suppress_tokens") or ()), *ids})
@@ -83,7 +104,9 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
 def add_reference_adapter(policy: PeftModel) -> str:
     """Copy the trained adapter `default` to a frozen adapter `ref`; returns that name. An existing `ref` is kept."""
     if "ref" not in policy.peft_config:
-        policy.add_adapter("ref", policy.peft_config["default"])
+        config = copy.deepcopy(policy.peft_config["default"])
+        config.lora_dropout = 0.0  # the reference is the weights, also while the policy trains
+        policy.add_adapter("ref", config)
         for name, parameter in policy.named_parameters():
             if ".default." in name:
                 reference = policy.get_parameter(name.replace(".default.", ".ref."))
@@ -101,16 +124,23 @@ class ValueFunction:
     and its weights saved, by the PPO trainer.
 
     Attributes:
-        module: what is trained: a one-label sequence classifier (full or `PeftModel`), or an `nn.Linear`.
-        is_head: the second case; the values then come with the policy's own forward passes, and their gradient
+        module: what is trained: a one-label sequence classifier (full, `PeftModel`, or an adapter on the policy's base),
+            or an `nn.Linear`.
+        is_head: the last case; the values then come with the policy's own forward passes, and their gradient
             reaches the trunk.
-        parameters: the trainable ones, in fp32.
+        named_parameters: the trainable ones by name, in fp32.
     """
 
     def __init__(self, module: nn.Module, trunk: nn.Module | None = None) -> None:
         self.module, self.is_head = module, trunk is not None
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not self.parameters:
+        named = dict(module.named_parameters())
+        if isinstance(module, AdapterScorer):
+            with module.active():
+                named |= module.adapter_parameters()
+                self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        else:
+            self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        if not self.named_parameters:
             raise ValueError("value_model has no trainable parameter; make one with `value_model_from`")
         for parameter in self.parameters:  # 16-bit weights would swallow small updates
             parameter.data = parameter.data.float()
@@ -118,6 +148,20 @@ class ValueFunction:
         self._trunk_values: list[Tensor] = []
         if trunk is not None:
             trunk.register_forward_hook(self._read_trunk)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return list(self.named_parameters.values())
+
+    def active(self) -> AbstractContextManager:
+        """To be entered around forward and backward: an adapter must stay the active one until both are over."""
+        return self.module.active() if isinstance(self.module, AdapterScorer) else nullcontext()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @classmethod
     def on_trunk_of(cls, policy: PreTrainedModel | PeftModel) -> "ValueFunction":
@@ -156,7 +200,7 @@ class ValueFunction:
 
     def save(self, folder: str) -> None:
         """Write the trained weights to `folder`."""
-        weights = {n: p.detach().cpu() for n, p in self.module.named_parameters() if p.requires_grad}
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters.items()}
         save_file(weights, os.path.join(folder, VALUE_FILE))
 
     def load(self, folder: str) -> None:
@@ -165,8 +209,8 @@ class ValueFunction:
         if not os.path.isfile(path):
             raise ValueError(f"{folder} has no {VALUE_FILE}: it is no checkpoint of PPOPtxTrainer")
         weights = load_file(path)
-        expected = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        if set(weights) != expected:
-            differing = sorted(expected ^ set(weights))[:5]
+        if set(weights) != set(self.named_parameters):
+            differing = sorted(set(self.named_parameters) ^ set(weights))[:5]
             raise ValueError(f"{path} is of another value function; they differ in {differing}")
-        self.module.load_state_dict(weights, strict=False)
+        for name, parameter in self.named_parameters.items():
+            parameter.data.copy_(weights[name])

@@ -3,7 +3,8 @@
 import logging
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +21,23 @@ from transformers import (
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
-from prefopt.advantages import gae, kl_shaped_rewards, masked_whiten
-from prefopt.reward_checkpoints import load_reward_model
+from prefopt.adapter_roles import AdapterScorer, trainable_copy
+from prefopt.advantages import (
+    KLController,
+    RunningStatistics,
+    clip_scores,
+    full_kl,
+    gae,
+    k1,
+    k3,
+    kl_shaped_rewards,
+    masked_whiten,
+)
+from prefopt.reward_checkpoints import check_reward_model, load_reward_model
 from prefopt.shared_base import keep_4bit_gradients, value_model_from
+from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
 from prefopt.trainers.ppo_ptx_checkpoints import CheckpointMixin
+from prefopt.trainers.lm_heads import add_untempered_head, fp32_output
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.ppo_ptx_optimisation import OptimisationMixin
@@ -33,6 +47,7 @@ from prefopt.trainers.ppo_ptx_roles import (
     add_reference_adapter,
     check_same_tokenizer,
     frozen_copy,
+    load_reward_role,
     score_ids,
     suppress_reward_tokens,
 )
@@ -41,6 +56,7 @@ from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
 logger = logging.getLogger(__name__)
 
 RewardModel = PreTrainedModel | PeftModel
+KL_POSITIONS = 1024  # the exact KL needs all logits, of two models; of this many tokens at a time
 
 
 class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
@@ -77,8 +93,9 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
     | `entropy` | of the policy, per token |
     | `clip_ratio/low_mean`, `high_mean`, `region_mean` | share of tokens whose ratio is clipped |
     | `objective/scores` | score per episode, missing-EOS penalty included, before KL |
-    | `objective/kl` | KL per episode in nats: sum over its tokens of the log-ratio (k1) |
+    | `objective/kl` | KL per episode in nats: sum over its tokens of what `kl_estimator` estimates |
     | `objective/rewards` | scores - kl_coef * KL per episode: what PPO maximises |
+    | `objective/kl_coef` | coefficient of the KL in this rollout; adapted between rollouts with `kl_target` |
     | `objective/unscored` | episodes of a rollout without a usable reward: in no loss, in no whitening |
     | `value/explained_variance` | 1 - Var(returns - values) / Var(returns), at the rollout |
     | `loss/policy`, `loss/value`, `loss/ptx` | terms of L before their coefficients |
@@ -125,12 +142,13 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
             raise ValueError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
         check_prompts(train_dataset, args)
         _check_policy(model)
-        self.reward_models: list[RewardModel] = []
+        self.reward_models: list[Any] = []  # paths until the policy, whose base they may share, is there
         self._prompt_ids: list[list[int]] = []  # of the rollout being scored
         self._scores: Tensor | None = None  # of the rollout being scored
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
+        given = trainable_weights(model)
 
         super().__init__(
             model,
@@ -157,12 +175,19 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
             )
 
         keep_4bit_gradients(self.model)
+        undo_rounding(self.model, given)
         if suppressed:  # the saved policy shall not sample it either
             self.model.config.reward_token_id = suppressed[0]
             self.model.generation_config.suppress_tokens = args.generation_kwargs["suppress_tokens"]
+        self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.score_statistics = RunningStatistics()  # of the scores of all training episodes so far
         self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
-        for reward_model in self.reward_models:
+        for number, reward_model in enumerate(self.reward_models, start=1):
+            if isinstance(reward_model, str):
+                adapter = "reward" if number == 1 else f"reward_{number}"
+                reward_model = load_reward_role(reward_model, self.model, adapter)
+                self.reward_models[number - 1] = reward_model
             check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
             keep_4bit_gradients(reward_model)  # the value function may be a copy of it
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
@@ -184,19 +209,24 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
             with self.accelerator.main_process_first():
                 blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
             self.pretraining = PretrainingStream(blocks, args.seed)
+            if self.temperature != 1:
+                add_untempered_head(self.model, args.cast_lm_head_to_fp32)
 
     # ---- roles ------------------------------------------------------------------------------------------------
     def _as_function(self, reward: Any) -> Callable[..., list]:
         """A reward model becomes a reward function of token ids, so that TRL neither decodes nor wraps it."""
         if isinstance(reward, (str, os.PathLike)):
-            reward = load_reward_model(reward)
-        if not isinstance(reward, (PreTrainedModel, PeftModel)):
+            reward = os.fspath(reward)
+            check_reward_model(reward)
+        elif not isinstance(reward, (PreTrainedModel, PeftModel)):
             if not callable(reward):
                 raise TypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
             return reward
 
+        number = len(self.reward_models)
+
         def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-            return self._score(reward, completion_ids)
+            return self._score(self.reward_models[number], completion_ids)
 
         self.reward_models.append(reward)
         count = len(self.reward_models)
@@ -207,12 +237,19 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
         """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenised again."""
         sequences = [p + c for p, c in zip(self._prompt_ids, completion_ids, strict=True)]
         size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
-        with self.accelerator.autocast():
-            return score_ids(model, sequences, size, pad_id, self.accelerator.device)
+        was_training = (
+            self.model.training
+        )  # a reward model may share the policy's base, whose dropout is not its own
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                return score_ids(model, sequences, size, pad_id, self.accelerator.device)
+        finally:
+            self.model.train(was_training)
 
     def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:
-            value_model = value_model_from(self.reward_models[0]) if self.reward_models else "head"
+            value_model = self._value_model_from_reward() if self.reward_models else "head"
         if value_model == "head":
             value_function = ValueFunction.on_trunk_of(self.model)
         else:
@@ -220,6 +257,9 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
                 value_model = value_model_from(load_reward_model(value_model))
             check_same_tokenizer(value_model, self.model, self._tokenizer, "value model")
             value_function = ValueFunction(value_model.train())
+            if isinstance(value_model, AdapterScorer):  # the base's settings are the policy's
+                value_function.module.to(self.accelerator.device)
+                return value_function
             if self.args.disable_dropout:
                 disable_dropout_in_model(value_model)
             if self.args.activation_checkpointing:
@@ -229,6 +269,19 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
         value_function.module.to(self.accelerator.device)
         return value_function
 
+    def _value_model_from_reward(self) -> nn.Module:
+        reward_model = self.reward_models[0]
+        if isinstance(reward_model, AdapterScorer):
+            return trainable_copy(reward_model)
+        return value_model_from(reward_model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        roles = [*self.reward_models, self.value_function.module]
+        for role in roles if self.args.should_save else ():
+            if isinstance(role, AdapterScorer):  # with its head, over what PEFT has written of the adapter
+                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
+
     # ---- forward passes ---------------------------------------------------------------------------------------
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple:
         with self.value_function.reading():
@@ -237,6 +290,31 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
     def _values(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         with self.accelerator.autocast():
             return self.value_function(ids, attention_mask, length)
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The KL reference: a model of its own, or the policy with another adapter or none."""
+        if self.ref_model is not None:
+            yield self.ref_model
+        else:
+            with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter):
+                yield self.model
+
+    def _full_kl(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """KL divergence `[B, length]` at each completion token, exact; the logits of few rows exist at a time."""
+        rows, kl = max(1, KL_POSITIONS // length), []
+        for batch in zip(ids.split(rows), attention_mask.split(rows), strict=True):
+            logits = self._logits(self.model, *batch, length)
+            with self._reference() as reference:
+                kl.append(full_kl(logits, self._logits(reference, *batch, length)))
+        return torch.cat(kl)
+
+    def _logits(self, model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Logits `[B, length, V]` that predict the last `length` tokens, at the temperature of the samples."""
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with self.accelerator.autocast(), fp32_output(head, self.args.cast_lm_head_to_fp32):
+            output = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length + 1)
+        return output.logits[:, :-1] / self.temperature
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
@@ -276,23 +354,32 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
             else:
                 batches = zip(ids.split(size), attention_mask.split(size), strict=True)
                 values = torch.cat([self._values(*batch, length) for batch in batches])
-            if self.ref_model is not None:
-                ref_logps = logps_of(self.ref_model)
+            with self._reference() as reference:
+                ref_logps = logps_of(reference)
+            logps = rollout["old_per_token_logps"]
+            if args.kl_estimator == "full":
+                kl = self._full_kl(ids, attention_mask, length)
             else:
-                with use_adapter(self.accelerator.unwrap_model(self.model), self._reference_adapter):
-                    ref_logps = logps_of(self.model)
-        logps = rollout["old_per_token_logps"]
+                kl = {"k1": k1, "k3": k3}[args.kl_estimator](logps, ref_logps)
 
         last = rollout["completion_ids"].gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
         has_eos = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
         is_scored = self._scores.isfinite()
-        scores = self._scores.masked_fill(~is_scored, 0.0) - args.missing_eos_penalty * ~has_eos
+        scores = self._scores.masked_fill(~is_scored, 0.0)
+        if args.normalize_scores:
+            if mode == "train":
+                self.score_statistics.update(scores, is_scored, self._sum_over_processes)
+            scores = self.score_statistics.normalize(scores)
+        scores = clip_scores(scores, args.score_clip) - args.missing_eos_penalty * ~has_eos
         counts = mask & is_scored.unsqueeze(1)
-        rewards = kl_shaped_rewards(scores, logps, ref_logps, counts, args.kl_coef)
+        rewards = kl_shaped_rewards(scores, kl, counts, self.kl_controller.kl_coef)
         advantages, returns = gae(rewards, values, counts, args.discount, args.gae_lambda)
         metrics = rollout_metrics(
-            scores, is_scored, rewards, logps, ref_logps, mask, values, returns, self._sum_over_processes
+            scores, is_scored, rewards, kl, logps, ref_logps, mask, values, returns, self._sum_over_processes
         )
+        metrics["objective/kl_coef"] = self.kl_controller.kl_coef
+        if mode == "train":
+            self.kl_controller.update(metrics["objective/kl"], len(ids) * self.accelerator.num_processes)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if (self.num_generations if mode == "train" else self.num_generations_eval) == 1:

@@ -20,6 +20,7 @@ from trl.trainer.utils import use_adapter
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins, strict_pairs
 from prefopt.shared_base import keep_4bit_gradients
+from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
 from prefopt.trainers.completion_logps import completion_logps
 from prefopt.trainers.f_divergences import divergence_scores
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
@@ -133,9 +134,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             # TRL would load `config.name_or_path` again, which need not be these weights, nor exist.
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self._ranked_collator = data_collator
-        self._unrounded = {}
-        if isinstance(model, PeftModel) and _is_quantized(model):
-            self._unrounded = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self._given = trainable_weights(model)
         # TRL checks the names against losses of its own; it computes none of them here.
         loss_type, args.loss_type = args.loss_type, ["sigmoid"]
         try:
@@ -169,10 +168,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 keep_4bit_gradients(model)
-        if _is_quantized(self.model):  # TRL has rounded the trainable weights to bf16
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-                    parameter.data = self._unrounded.pop(name, parameter.data).float()
+        undo_rounding(self.model, self._given)
         if self.ref_model is None and is_peft_model(self.model):  # policy and reference compute alike
             for name, parameter in self.model.named_parameters():
                 if ".ref." in name:
@@ -327,7 +323,3 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
         return super().score(prompts, completions)
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)

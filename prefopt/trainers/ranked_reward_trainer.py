@@ -39,6 +39,7 @@ from prefopt.shared_base import (
     set_reward_bias,
     train_reward_token,
 )
+from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_forward import Rows
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
@@ -104,10 +105,9 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         if not isinstance(args, RankedRewardConfig):
             raise TypeError(f"`args` must be a RankedRewardConfig, got {type(args).__name__}")
         head_is_new = isinstance(model, str) and not _has_score_head(model, args)
-        trained = {}
         if isinstance(model, PeftModel):
             _require_trainable_head(model)
-            trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        given = trainable_weights(model)
         if peft_config is not None:
             peft_config = _with_score_head(peft_config)
         self._reward_token_id: int | None = None
@@ -122,10 +122,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         args.model_init_kwargs = init_kwargs
 
         keep_4bit_gradients(self.model)
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
-            for parameter in self.model.parameters():  # TRL has cast these to bf16
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        undo_rounding(self.model, given)
         keep_head_fp32(self.model)
         if head_is_new:
             init_score_head(self.model)
@@ -136,8 +133,6 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         elif peft_config is not None:
             head = self.model.get_base_model().score
             head.modules_to_save.default.load_state_dict(head.original_module.state_dict())
-        for name, value in trained.items():  # not rounded to bf16
-            self.model.get_parameter(name).data.copy_(value)
         if data_collator is None:
             self.data_collator = RankedCollator(self.processing_class.pad_token_id, args.pad_to_multiple_of)
 
