@@ -1,10 +1,12 @@
-"""From scores to advantages: KL-shaped rewards, GAE, masked mean and whitening, as pure functions on tensors.
+"""From scores to advantages: KL estimates, KL-shaped rewards, GAE, masked mean and whitening, as pure functions on
+tensors; and the two quantities that live as long as a run: the KL coefficient and the running scale of the scores.
 
-Letters in the shapes: B sequences, T completion tokens. Masks: True counts; a 0/1 mask of another dtype is read as
-bool. Half-precision inputs are computed in fp32. What a mask excludes is 0 in the result, be it NaN. Rewards,
-advantages and returns are targets: no gradient flows through them.
+Letters in the shapes: B sequences, T completion tokens, V vocabulary. Masks: True counts; a 0/1 mask of another dtype
+is read as bool. Half-precision inputs are computed in fp32. What a mask excludes is 0 in the result, be it NaN.
+Rewards, advantages and returns are targets: no gradient flows through them.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,23 +37,95 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, _at_least_fp32(x), 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def kl_shaped_rewards(
-    scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float
-) -> Tensor:
+def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """KL estimate per token: the log-ratio of the sampled token.
+
+    Estimator k1 of Schulman 2020 ("Approximating KL divergence"), for x sampled from the policy:
+
+        k1 = log(policy(x) / reference(x)) = logps - ref_logps
+
+    Unbiased, but of either sign and of high variance; summed over a completion it is the log-ratio of InstructGPT
+    Eq. 2.
+
+    Args:
+        logps: log-probabilities (nats) of the sampled tokens under the policy that sampled them, any shape.
+        ref_logps: the same under the reference policy.
+
+    Returns:
+        The shape of `logps`, without gradient.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> k1(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]))
+        tensor([ 2., -1.])
+    """
+    _require_same_shape(logps=logps, ref_logps=ref_logps)
+    return _at_least_fp32(logps.detach()) - _at_least_fp32(ref_logps.detach())
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """KL estimate per token that is never negative.
+
+    Estimator k3 of Schulman 2020 ("Approximating KL divergence"), for x sampled from the policy:
+
+        k3 = r - 1 - log(r),  r = reference(x) / policy(x)
+
+    Unbiased, as the mean of r is 1; of lower variance than k1 while the two policies are close.
+
+    Args, returns, raises: as in `k1`.
+
+    Example:
+        >>> k3(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]))  # exp(-2) - 1 + 2, exp(1) - 1 - 1
+        tensor([1.1353, 0.7183])
+    """
+    log_ratio = k1(logps, ref_logps)
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL divergence of two next-token distributions, exact: the sum over the vocabulary that k1 and k3 sample.
+
+        KL = sum over v of policy(v) * (log policy(v) - log reference(v))
+
+    No variance is left for the token that was sampled; that of the states which the completions visit is. In fp32
+    only the logits of 256 positions exist at a time.
+
+    Args:
+        logits: `[..., V]` of the policy.
+        ref_logits: `[..., V]` of the reference.
+
+    Returns:
+        `[...]` in nats, without gradient. A token that the policy excludes (-inf) adds nothing.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Example:
+        >>> full_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())  # log(2) / 2 + log(2/3) / 2
+        tensor([0.1438])
+    """
+    _require_same_shape(logits=logits, ref_logits=ref_logits)
+    rows = [x.detach().reshape(-1, x.size(-1)).split(256) for x in (logits, ref_logits)]
+    parts = []
+    for chunk in zip(*rows, strict=True):
+        logps, ref_logps = (torch.log_softmax(_at_least_fp32(x), -1) for x in chunk)
+        parts.append(torch.where(logps.isneginf(), 0.0, logps.exp() * (logps - ref_logps)).sum(-1))
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Reward per token: a KL penalty on each, the score of the whole completion on the last.
 
     The first expectation of InstructGPT (arXiv:2203.02155) Eq. 2, spread over the tokens as in Ziegler et al. 2019
     (arXiv:1909.08593) Eq. 2:
 
-        rewards[t] = -kl_coef * (logps[t] - ref_logps[t]) + scores * [t is the last token that counts]
-
-    The KL term is the unclamped log-ratio of the sampled token: it may be negative, and its sum over a completion
-    is an unbiased estimate of the KL divergence.
+        rewards[t] = -kl_coef * kl[t] + scores * [t is the last token that counts]
 
     Args:
         scores: `[B]` score of each completion.
-        logps: `[B, T]` log-probabilities (nats) of the sampled tokens under the policy that sampled them.
-        ref_logps: `[B, T]` the same under the reference policy.
+        kl: `[B, T]` KL divergence from the reference (nats) at each token: `k1` (the paper's), `k3` or `full_kl`.
         mask: `[B, T]`, True on the completion's tokens, its EOS included; build it from the position of the EOS,
             not from `ids != pad`, which loses the EOS where both are one token.
         kl_coef: the paper's beta (0.02).
@@ -65,21 +139,20 @@ def kl_shaped_rewards(
     Example:
         >>> kl_shaped_rewards(
         ...     scores=torch.tensor([1.0]),
-        ...     logps=torch.tensor([[-1.0, -2.0, 0.0]]),
-        ...     ref_logps=torch.tensor([[-3.0, -1.0, 0.0]]),
+        ...     kl=k1(logps=torch.tensor([[-1.0, -2.0, 0.0]]), ref_logps=torch.tensor([[-3.0, -1.0, 0.0]])),
         ...     mask=torch.tensor([[True, True, False]]),
         ...     kl_coef=0.1,
         ... )
         tensor([[-0.2000,  1.1000,  0.0000]])
     """
-    _require_same_shape(logps=logps, ref_logps=ref_logps, mask=mask)
+    _require_same_shape(kl=kl, mask=mask)
     if mask.dim() != 2 or scores.shape != mask.shape[:1]:
         raise ValueError(
             f"expected scores [B] and mask [B, T], got {tuple(scores.shape)}, {tuple(mask.shape)}"
         )
     mask = mask.bool()
-    scores, logps, ref_logps = (_at_least_fp32(x.detach()) for x in (scores, logps, ref_logps))
-    penalty = torch.where(mask, -kl_coef * (logps - ref_logps), 0.0)
+    scores, kl = (_at_least_fp32(x.detach()) for x in (scores, kl))
+    penalty = torch.where(mask, -kl_coef * kl, 0.0)
     remaining = mask.flip(1).cumsum(1).flip(1)  # tokens that count from here on
     is_last = mask & (remaining == 1)
     return torch.where(is_last, penalty + scores.unsqueeze(1), penalty)
@@ -169,6 +242,157 @@ def masked_whiten(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | 
     mean = total / n.clamp(min=1)
     variance = (squares - n * mean.square()).clamp(min=0) / (n - 1).clamp(min=1)
     return torch.where(mask, (counted - mean) * torch.rsqrt(variance + 1e-8), 0.0).to(x.dtype)
+
+
+def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:
+    """Scores within `[-score_clip, score_clip]`; None leaves them as they are.
+
+    Args:
+        scores: any shape.
+        score_clip: a positive bound in units of the score, or None.
+
+    Raises:
+        ValueError: if the bound is not positive.
+
+    Example:
+        >>> clip_scores(torch.tensor([-7.0, 2.0, 9.0]), 5.0)
+        tensor([-5.,  2.,  5.])
+    """
+    if score_clip is None:
+        return scores
+    if not score_clip > 0:
+        raise ValueError(f"score_clip={score_clip!r}: expected a positive number or None")
+    return scores.clamp(-score_clip, score_clip)
+
+
+class KLController:
+    """The coefficient of the KL penalty: fixed, or adapted so that the KL divergence nears a target.
+
+    Ziegler et al. 2019 (arXiv:1909.08593), section 2.2, after each batch of episodes:
+
+        e = clip(KL / target - 1, -0.2, 0.2)
+        kl_coef <- kl_coef * (1 + K_beta * e),  K_beta = episodes / horizon
+
+    K_beta is that of the authors' code (`openai/lm-human-preferences`): the same drift per episode at any batch size.
+
+    Args:
+        kl_coef: the first coefficient; above 0 with a target, as 0 times anything is 0.
+        target: KL per episode (nats), or None for a fixed coefficient.
+        horizon: episodes in which an error at its limit changes the coefficient by about a fifth.
+
+    Attributes:
+        kl_coef: the coefficient now.
+
+    Raises:
+        ValueError: a number out of range; more episodes in a batch than the horizon has.
+
+    Example:
+        >>> controller = KLController(0.02, target=6.0, horizon=1000)
+        >>> print(f"{controller.update(kl=9.0, episodes=500):.4f}")  # 0.02 * (1 + 500 / 1000 * 0.2)
+        0.0220
+        >>> print(f"{controller.update(kl=5.4, episodes=500):.4f}")  # 0.022 * (1 + 500 / 1000 * -0.1)
+        0.0209
+        >>> KLController(0.02).update(kl=9.0, episodes=500)
+        0.02
+    """
+
+    def __init__(self, kl_coef: float, target: float | None = None, horizon: float = 10_000) -> None:
+        if target is not None and not (target > 0 and kl_coef > 0 and horizon > 0):
+            raise ValueError(
+                f"a KL target needs a positive target, kl_coef and horizon, got {target}, {kl_coef}, {horizon}"
+            )
+        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
+
+    def update(self, kl: float, episodes: float) -> float:
+        """Take notice of the mean KL per episode (nats) of a batch; returns the coefficient for the next one.
+
+        A KL that is not finite, or that of no episode, changes nothing.
+        """
+        if self.target is not None and episodes > 0 and math.isfinite(kl):
+            if episodes > self.horizon:
+                raise ValueError(
+                    f"a batch of {episodes} episodes is longer than the horizon ({self.horizon})"
+                )
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.kl_coef *= 1 + episodes / self.horizon * error
+        return self.kl_coef
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold: `{"kl_coef"}`."""
+        return {"kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a saved state. A fixed coefficient stays the one that was configured."""
+        if self.target is not None:
+            self.kl_coef = state["kl_coef"]
+
+
+class RunningStatistics:
+    """Mean and variance of all values seen so far, over all batches and processes.
+
+    Welford's algorithm, for batches (n', mean', m2') as in Chan, Golub and LeVeque (1979):
+
+        mean <- mean + (mean' - mean) * n' / (n + n')
+        m2   <- m2 + m2' + (mean' - mean)^2 * n * n' / (n + n')
+        variance = m2 / (n - 1)
+
+    Attributes:
+        count, mean, m2: values, their mean, their summed squared deviations; float64 numbers.
+
+    Example:
+        >>> statistics = RunningStatistics()
+        >>> statistics.update(torch.tensor([1.0, 2.0]), torch.tensor([True, True]))
+        >>> statistics.update(torch.tensor([6.0, 99.0]), torch.tensor([True, False]))
+        >>> statistics.mean, statistics.variance  # of 1, 2, 6
+        (3.0, 7.0)
+        >>> statistics.normalize(torch.tensor([3.0]))
+        tensor([0.])
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
+
+    @property
+    def variance(self) -> float:
+        """m2 / (n - 1); 0 before the second value."""
+        return self.m2 / (self.count - 1) if self.count > 1 else 0.0
+
+    def update(self, x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Take in the values that count.
+
+        Args:
+            x: any shape.
+            mask: the same shape, True on the values that count.
+            reduce: as in `masked_whiten`; every process must call `update` alike.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        _require_same_shape(x=x, mask=mask)
+        mask = mask.bool()
+        deviations = torch.where(mask, x.detach().double() - self.mean, 0.0)  # from one mean on all processes
+        sums = torch.stack([mask.sum().double(), deviations.sum(), deviations.square().sum()])
+        count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
+        if count == 0:
+            return
+        shift = total / count
+        self.m2 += max(squares - count * shift**2, 0.0) + shift**2 * self.count * count / (self.count + count)
+        self.mean += shift * count / (self.count + count)
+        self.count += count
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """`(x - mean) / sqrt(variance + 1e-8)`; unchanged before the first value."""
+        if self.count == 0:
+            return x
+        return (x - self.mean) / math.sqrt(self.variance + 1e-8)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint must hold: `{"count", "mean", "m2"}`."""
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a saved state."""
+        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -134,6 +134,13 @@ class PPOPtxConfig(GRPOConfig):
         > Objective (InstructGPT Eq. 2): policy + vf_coef * value + ptx_coef * LM
 
         kl_coef (`float`, defaults to `0.02`): the paper's beta; 0 turns the penalty off, the KL is logged all the same.
+        kl_estimator (`str`, defaults to `"k1"`): KL per token in the reward and in `objective/kl`. `"k1"`: log-ratio of
+            the sampled token, the paper's; `"k3"`: never negative, less variance; `"full"`: exact sum over the
+            vocabulary, for two more forward passes over each rollout.
+        kl_target (`float`, *optional*): KL per episode (nats) towards which `kl_coef`, then the first coefficient only,
+            is adapted after each rollout (Ziegler et al. 2019, section 2.2). None keeps it fixed, as in the paper.
+        kl_horizon (`float`, defaults to `10000`): episodes in which an error at its limit changes the coefficient by
+            about a fifth; at least those of one rollout.
         ptx_coef (`float`, defaults to `27.8`): the paper's gamma, on the mean loss per pretraining token; 0 is "PPO".
         ptx_batch_ratio (`float`, defaults to `8.0`): pretraining sequences per episode of a minibatch (at least one
             sequence a step). Changes the variance of the pretraining gradient, not its scale.
@@ -144,7 +151,12 @@ class PPOPtxConfig(GRPOConfig):
 
         discount (`float`, defaults to `1.0`), gae_lambda (`float`, defaults to `0.95`): of GAE; the paper does not
             discount and gives no lambda.
-        missing_eos_penalty (`float`, defaults to `0.0`): subtracted from the score of a completion without EOS.
+        normalize_scores (`bool`, defaults to `False`): subtract the mean and divide by the standard deviation of the
+            scores of all training episodes so far. A value function that starts as the reward model predicts scores
+            that are not normalised.
+        score_clip (`float`, *optional*): scores are clipped to +- this, after normalisation; None is off.
+        missing_eos_penalty (`float`, defaults to `0.0`): subtracted from the score of a completion without EOS, after
+            normalisation and clipping.
         whiten_advantages (`bool`, defaults to `True`): mean 0, variance 1 over the whole rollout on all processes.
 
         > Clipping and learning rates
@@ -158,7 +170,8 @@ class PPOPtxConfig(GRPOConfig):
         > Pretraining text
 
         ptx_max_length (`int`, defaults to `2048`): documents are packed into blocks of this many tokens.
-        ptx_per_device_batch_size (`int`, defaults to `1`): sequences per forward; the logits of these are in memory.
+        ptx_per_device_batch_size (`int`, defaults to `1`): sequences per forward. Their hidden states are in memory;
+            their logits are computed in tiles of 4096 positions x 32768 words, and again in the backward pass.
 
     > [!NOTE]
     > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first
@@ -182,6 +195,13 @@ class PPOPtxConfig(GRPOConfig):
     kl_coef: float = field(
         default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."}
     )
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "KL per token in the reward.", "choices": ["k1", "k3", "full"]}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL per episode that `kl_coef` is adapted to; None: a fixed one."}
+    )
+    kl_horizon: float = field(default=10_000, metadata={"help": "Episodes over which `kl_coef` adapts."})
     ptx_coef: float = field(
         default=27.8, metadata={"help": "Weight of the pretraining loss (the paper's gamma); 0: plain PPO."}
     )
@@ -191,6 +211,12 @@ class PPOPtxConfig(GRPOConfig):
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     discount: float = field(default=1.0, metadata={"help": "Discount of GAE."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    normalize_scores: bool = field(
+        default=False, metadata={"help": "Mean 0, variance 1 over all scores so far."}
+    )
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Bound of the scores, after normalisation; None: off."}
+    )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted from the score of a completion without EOS."}
     )
@@ -225,6 +251,10 @@ class PPOPtxConfig(GRPOConfig):
                 "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
+        if self.kl_target is not None and self.kl_horizon < self.generation_batch_size:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} is shorter than a rollout ({self.generation_batch_size} episodes)"
+            )
 
     def _refuse_options(self) -> None:
         defaults = {f.name: f.default for f in fields(self)}
@@ -249,6 +279,14 @@ class PPOPtxConfig(GRPOConfig):
         for name, least in limits.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
+        if self.kl_estimator not in ("k1", "k3", "full"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
+        for name in ("kl_target", "kl_horizon", "score_clip"):
+            value = getattr(self, name)
+            if not (value is None or value > 0):
+                raise ValueError(f"{name}={value!r}: expected a number above 0, or None")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number from 0 to 1")

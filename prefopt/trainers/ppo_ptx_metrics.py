@@ -6,11 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prefopt.advantages import k3
+
 
 def rollout_metrics(
     scores: Tensor,
     is_scored: Tensor,
     rewards: Tensor,
+    kl: Tensor,
     logps: Tensor,
     ref_logps: Tensor,
     mask: Tensor,
@@ -23,14 +26,13 @@ def rollout_metrics(
     Args:
         scores: `[B]`, finite; those of unscored rows are not read.
         is_scored: `[B]`, True where the row has a usable reward.
-        rewards, logps, ref_logps, values, returns: `[B, T]`.
+        rewards, kl, logps, ref_logps, values, returns: `[B, T]`; `kl` is the estimate that the penalty uses.
         mask: `[B, T]`, True on the completions' tokens.
         reduce: sums a tensor over the processes.
 
     Returns:
         Means over tokens (`kl`) or episodes of all processes; NaN where nothing counts.
     """
-    log_ratio = torch.where(mask, logps - ref_logps, 0.0).double()
     counts = mask & is_scored.unsqueeze(1)
     returns = torch.where(counts, returns, 0.0).double()
     errors = torch.where(counts, returns - values, 0.0)
@@ -40,8 +42,8 @@ def rollout_metrics(
         "scores": torch.where(is_scored, scores, 0.0),
         "rewards": torch.where(counts, rewards, 0.0),
         "tokens": mask,
-        "k1": log_ratio,
-        "k3": torch.expm1(-log_ratio) + log_ratio,
+        "kl": torch.where(mask, kl, 0.0),
+        "k3": torch.where(mask, k3(logps.double(), ref_logps.double()), 0.0),
         "counts": counts,
         "returns": returns,
         "returns_squared": returns.square(),
@@ -58,7 +60,7 @@ def rollout_metrics(
     unexplained = per("errors_squared", "counts") - per("errors", "counts") ** 2
     return {
         "kl": per("k3", "tokens"),
-        "objective/kl": per("k1", "rows"),
+        "objective/kl": per("kl", "rows"),
         "objective/scores": per("scores", "scored"),
         "objective/rewards": per("rewards", "scored"),
         "objective/unscored": total["rows"] - total["scored"],
