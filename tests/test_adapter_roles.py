@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -23,11 +24,26 @@ from prefopt.shared_base import (
     token_scores,
     value_model_from,
 )
-from tests.conftest import tiny_config
 
 IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, 6:] = 0
+
+
+def tiny_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+    )
 
 
 def loading(bits):
@@ -40,7 +56,7 @@ def loading(bits):
 def base(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "base"
-    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=64)).save_pretrained(path)
+    tiny_llama().save_pretrained(path)
     return str(path)
 
 
@@ -161,12 +177,12 @@ def test_dropout_of_the_adapters_does_not_touch_scores(base, tmp_path):
 
 def test_another_base_is_not_shared(base, tmp_path):
     path = reward_adapter(base, tmp_path / "rm")
-    assert why_not_shared(LlamaForCausalLM(tiny_config()), path) == "the policy is a full model"
+    assert why_not_shared(tiny_llama(), path) == "the policy is a full model"
     assert (
         why_not_shared(policy_on(base, "4-bit"), path) == "its base is not quantised, the policy's 4-bit nf4"
     )
     torch.manual_seed(5)
-    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=64)).save_pretrained(tmp_path / "other")
+    tiny_llama().save_pretrained(tmp_path / "other")
     other = policy_on(str(tmp_path / "other"))
     assert "it was trained on" in why_not_shared(other, path)
     with pytest.raises(ValueError, match="needs a base of its own"):
