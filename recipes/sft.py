@@ -19,6 +19,7 @@ from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
 from prefopt.shared_base import keep_4bit_gradients
+from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.pretraining_data import pack_documents
 from prefopt.trainers.ranked import bf16_by_default
 
@@ -46,6 +47,10 @@ class SFTStepConfig(SFTConfig):
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         super().__post_init__()
+
+
+class SFTStepTrainer(CompleteCheckpointsMixin, SFTTrainer):
+    """TRL's SFTTrainer with checkpoints that survive a kill."""
 
 
 def check_sft_rows(rows: Rows, source: str) -> None:
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
 
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
-    trainer = SFTTrainer(
+    trainer = SFTStepTrainer(
         model=load_policy(model_args, init_kwargs),
         args=args,
         train_dataset=train,

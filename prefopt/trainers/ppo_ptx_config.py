@@ -127,8 +127,8 @@ class PPOPtxConfig(GRPOConfig):
     | 1 inner epoch | `num_iterations=1` |
     | 512 pretraining examples per step | `ptx_batch_ratio=8` |
 
-    By default a rollout is one minibatch, whatever its size. Minibatches keep their rows from one inner epoch to the
-    next.
+    By default a rollout is one minibatch, whatever its size. Every inner epoch divides the rollout into minibatches
+    anew.
 
     Parameters:
         > Objective (InstructGPT Eq. 2): policy + vf_coef * value + ptx_coef * LM
@@ -166,6 +166,16 @@ class PPOPtxConfig(GRPOConfig):
         max_grad_norm (`float`, defaults to `1.0`): clips the gradient of the policy and that of the value function,
             each by itself.
         value_learning_rate (`float`, defaults to `9e-6`): of the value function, on the schedule of `learning_rate`.
+        warmup_start_ratio (`float`, defaults to `0.1`): the warm-up rises from this share of both learning rates.
+        warmup_steps (`float`, *optional*): as in `TrainingArguments`; None is the paper's, the optimizer steps of the
+            first 10 rollouts.
+
+        > Average of the weights
+
+        ema_decay (`float`, *optional*): after every optimizer step, average = ema_decay * average + (1 - ema_decay) *
+            weights, over the policy's trainable weights (with LoRA: the factors); the paper's is 0.992. `save_model`
+            writes the policy with averaged weights to `ema/`, beside the last one, and
+            `PPOPtxTrainer.averaged_weights()` evaluates it. Needs one more copy of those weights in fp32; None is off.
 
         > Pretraining text
 
@@ -176,8 +186,8 @@ class PPOPtxConfig(GRPOConfig):
     > [!NOTE]
     > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first
     > ratio differ from 1), `bf16` only on a GPU that has it, `learning_rate=5e-6` (the paper's runs above 8.05e-6
-    > diverged), `adam_beta2=0.95`, constant schedule after 10 warm-up steps. The paper warms up from one tenth of the
-    > peak, the scheduler here from 0; and it batches 512 episodes, here the batch follows the device settings.
+    > diverged), `adam_beta2=0.95`, constant schedule after the warm-up. The paper batches 512 episodes; here the batch
+    > follows the device settings.
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt of a rollout."})
@@ -190,7 +200,15 @@ class PPOPtxConfig(GRPOConfig):
     lr_scheduler_type: str = field(
         default="constant_with_warmup", metadata={"help": "InstructGPT: constant after the warm-up."}
     )
-    warmup_steps: float = field(default=10, metadata={"help": "Warm-up steps of the learning rates."})
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Warm-up steps of the learning rates; default: those of 10 rollouts."}
+    )
+    warmup_start_ratio: float = field(
+        default=0.1, metadata={"help": "Share of the peak learning rates that the warm-up starts from."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Average the policy's weights with this decay (InstructGPT: 0.992)."}
+    )
 
     kl_coef: float = field(
         default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."}
@@ -237,6 +255,7 @@ class PPOPtxConfig(GRPOConfig):
         completions = self.num_generations
         if completions == 1:
             self.num_generations = _OnePerPrompt(1)
+        warmup_steps, self.warmup_steps = self.warmup_steps, self.warmup_steps or 0
         super().__post_init__()
         self.num_generations = completions
         if (self.generation_kwargs or {}).get("do_sample") is False:  # parsed by now, if it was a JSON string
@@ -251,6 +270,9 @@ class PPOPtxConfig(GRPOConfig):
                 "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
+        if warmup_steps is None:  # InstructGPT C.4: "the first 10 iterations", each a batch of 512 episodes
+            micro_batches = 10 * self.steps_per_generation * self.num_iterations
+            self.warmup_steps = micro_batches // self.gradient_accumulation_steps
         if self.kl_target is not None and self.kl_horizon < self.generation_batch_size:
             raise ValueError(
                 f"kl_horizon={self.kl_horizon} is shorter than a rollout ({self.generation_batch_size} episodes)"
@@ -287,6 +309,7 @@ class PPOPtxConfig(GRPOConfig):
                 raise ValueError(f"{name}={value!r}: expected a number above 0, or None")
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
-        for name in ("discount", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number from 0 to 1")
+        for name in ("discount", "gae_lambda", "warmup_start_ratio", "ema_decay"):
+            value = getattr(self, name)
+            if not ((value is None and name == "ema_decay") or 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r}: expected a number from 0 to 1")

@@ -1,12 +1,14 @@
 """The optimizer step of PPO-ptx: the terms of InstructGPT's Eq. 2, their gradients, and what is logged of them."""
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from prefopt.losses import clipped_policy_loss, clipped_value_loss
 from prefopt.trainers.lm_heads import pretraining_loss
@@ -128,6 +130,21 @@ class OptimisationMixin:
                 }
                 optimizer.add_param_group(group)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """Trainer's schedule, whose warm-up starts at `warmup_start_ratio` of the peak instead of 0, for all groups."""
+        is_given = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not is_given and isinstance(scheduler, LambdaLR):
+            start, warmup = self.args.warmup_start_ratio, self.args.get_warmup_steps(num_training_steps)
+
+            def from_start(factor: Callable[[int], float]) -> Callable[[int], float]:
+                return lambda step: start + (1 - start) * factor(step) if step < warmup else factor(step)
+
+            self.lr_scheduler = LambdaLR(scheduler.optimizer, [from_start(f) for f in scheduler.lr_lambdas])
+        return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         values = self.value_function.parameters

@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOTrainer
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
+from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from prefopt.adapter_roles import AdapterScorer, trainable_copy
 from prefopt.advantages import (
@@ -36,8 +36,9 @@ from prefopt.advantages import (
 from prefopt.reward_checkpoints import check_reward_model, load_reward_model
 from prefopt.shared_base import keep_4bit_gradients, value_model_from
 from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
-from prefopt.trainers.ppo_ptx_checkpoints import CheckpointMixin
+from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.lm_heads import add_untempered_head, fp32_output
+from prefopt.trainers.ppo_ptx_checkpoints import CheckpointMixin
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.ppo_ptx_optimisation import OptimisationMixin
@@ -52,6 +53,7 @@ from prefopt.trainers.ppo_ptx_roles import (
     suppress_reward_tokens,
 )
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
+from prefopt.trainers.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ RewardModel = PreTrainedModel | PeftModel
 KL_POSITIONS = 1024  # the exact KL needs all logits, of two models; of this many tokens at a time
 
 
-class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
+class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin, GRPOTrainer):
     """PPO with a value function, the KL penalty in the reward, and pretraining gradients in the same step.
 
     Each optimizer step minimises, over one minibatch of episodes and its share of pretraining text,
@@ -199,6 +201,12 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
         elif peft_config is None:
             self._reference_adapter = add_reference_adapter(self.model)
         self.value_function = self._make_value_function(value_model)
+        self.weight_average = None
+        if args.ema_decay is not None:
+            values = {id(p) for p in self.value_function.parameters}
+            policy = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values}
+            self.weight_average = WeightAverage(policy, args.ema_decay)
+            self.add_callback(self.weight_average)
         self.pretraining = None
         if args.ptx_coef > 0:
             longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -391,6 +399,9 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
         return rollout
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        is_new_epoch = self.model.training and self._step % self.args.steps_per_generation == 0
+        if is_new_epoch and self._is_inside_rollout and self._buffered_inputs is not None:
+            self._shuffle_rollout()
         inputs = super()._prepare_inputs(generation_batch)
         if "num_tokens" not in inputs:  # a new rollout, or a batch of evaluation
             size = self.args.gradient_accumulation_steps if self.model.training else 1
@@ -401,6 +412,16 @@ class PPOPtxTrainer(OptimisationMixin, CheckpointMixin, GRPOTrainer):
                 for batch in minibatch:
                     batch["num_tokens"] = tokens
         return inputs
+
+    def _shuffle_rollout(self) -> None:
+        """Divide the rollout into minibatches anew, as TRL does before the first inner epoch."""
+        batches = self._buffered_inputs
+        rollout = {
+            name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(x) and x.ndim > 0 else x
+            for name, x in batches[0].items()
+            if name != "num_tokens"
+        }
+        self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(rollout), len(batches))
 
     # ---- logging ----------------------------------------------------------------------------------------------
     def _sum_over_processes(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
 from prefopt.ranking_metrics import flatten, ranking_metrics
+from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.ranked_forward import RankedForwardMixin
 
 
@@ -115,7 +116,7 @@ def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor
     return {name: (total, num_pairs) for name, total in totals.items()}
 
 
-class RankedTrainerMixin(RankedForwardMixin):
+class RankedTrainerMixin(CompleteCheckpointsMixin, RankedForwardMixin):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
     `evaluate()` returns `ranking_metrics` of the scores, each with its 95 % interval over prompts (`eval_accuracy`,

@@ -486,7 +486,7 @@ def test_resume_is_bit_exact(policy, values, ptx_coef, make, causal_lm, tmp_path
     assert whole.state.log_history[-2]["loss"] == resumed.state.log_history[-2]["loss"]
     if ptx_coef:
         state = json.loads((tmp_path / "run" / f"checkpoint-{boundary}" / "ppo_ptx_state.json").read_text())
-        assert state == {"pretraining_sequences": boundary * 3}
+        assert state["pretraining_sequences"] == boundary * 3
         assert resumed.pretraining.position == 6 * 3
 
 
@@ -495,7 +495,7 @@ def assert_bitwise(left, right):
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def test_resume_inside_a_rollout_keeps_rollouts_in_phase_with_prompts(make):
+def test_resume_inside_a_rollout_does_not_draw_it_again(make):
     asked = []
 
     def watch(prompts, trainer_state, **kwargs):
@@ -504,15 +504,28 @@ def test_resume_inside_a_rollout_keeps_rollouts_in_phase_with_prompts(make):
 
     options = {"num_iterations": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     make(rewards=watch, **options).train()
-    (_, _), (_, second), (_, third) = asked
+    _, _, (_, third) = asked
     assert [step for step, _ in asked] == [0, 2, 4]
     asked.clear()
     trainer = make(rewards=watch, **options)
     trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
-    assert asked == [
-        (3, second),
-        (4, third),
-    ]  # the interrupted rollout is drawn again, the next one comes on time
+    assert asked == [(4, third)]  # the next one comes on time
+
+
+def test_rollout_divided_otherwise_is_drawn_again(make, caplog):
+    asked = []
+
+    def watch(prompts, trainer_state, **kwargs):
+        asked.append(trainer_state.global_step)
+        return [0.0] * len(prompts)
+
+    options = {"rewards": watch, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    make(num_iterations=2, **options).train()
+    asked.clear()
+    trainer = make(num_iterations=4, **options)
+    trainer.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-3")
+    assert asked == [3, 4]
+    assert "divided otherwise" in caplog.text
 
 
 def test_saved_policy_is_plain_and_value_function_lies_beside_it(make, tmp_path):

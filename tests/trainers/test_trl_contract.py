@@ -23,14 +23,24 @@ METHODS = {
     Trainer: {
         "_clip_grad_norm": ["model"],
         "_get_output_dir": ["trial"],
+        "_init_training_state": [
+            "max_steps",
+            "num_update_steps_per_epoch",
+            "num_train_epochs",
+            "resume_from_checkpoint",
+            "trial",
+        ],
         "_load_best_model": [],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
         "_load_optimizer_and_scheduler": ["checkpoint"],
         "_prepare_inputs": ["inputs"],
+        "_push_from_checkpoint": ["checkpoint_folder"],
         "_save": ["output_dir", "state_dict"],
         "compute_loss_context_manager": [],
+        "create_scheduler": ["num_training_steps", "optimizer"],
         "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
         "save_model": ["output_dir", "_internal_call"],
+        "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     },
     RewardTrainer: {
         "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
@@ -115,6 +125,8 @@ IMPORTS = {
         "create_model_from_path",
         "disable_dropout_in_model",
         "pad",
+        "shuffle_sequence_dict",
+        "split_tensor_dict",
         "use_adapter",
     ]
 }

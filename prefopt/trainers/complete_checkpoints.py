@@ -1,0 +1,178 @@
+"""Checkpoints that are whole or not there, whenever the process dies, and resuming from the newest of them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    rotate_checkpoints,
+    sort_checkpoints,
+)
+
+logger = get_logger(__name__)
+
+MARKER = "complete.json"
+UNFINISHED = "_unfinished"  # neither a checkpoint to Trainer nor pushed to the Hub, for the underscore
+
+
+def seal(folder: str | os.PathLike) -> None:
+    """Bring every file of a checkpoint to disk, then write its marker: the sizes of all of them."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    (folder / MARKER).write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    for path in (folder / MARKER, *{path.parent for path in files}, folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
+    """Why a checkpoint is not complete; None if it has its marker and all that the marker lists."""
+    checkpoint = Path(checkpoint)
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"no {MARKER}"
+    except (ValueError, KeyError):
+        return f"{MARKER} is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete `checkpoint-N` of the highest N, or None; incomplete ones with a higher N are named in a warning."""
+    for checkpoint in reversed(sort_checkpoints(str(output_dir))):
+        missing = what_is_missing(checkpoint)
+        if missing is None:
+            return checkpoint
+        logger.warning(
+            "%s is incomplete (%s) and is not resumed from; if it is older than this version of the trainer and you "
+            "know it to be whole, name it: resume_from_checkpoint=%s",
+            checkpoint,
+            missing,
+            checkpoint,
+        )
+    return None
+
+
+class CompleteCheckpointsMixin:
+    """Put before a Trainer: a kill at any moment leaves the newest complete checkpoint, and `train` finds it.
+
+    A checkpoint is written to `_unfinished/`, brought to disk, marked with `complete.json` (the sizes of its files) and
+    only then renamed to `checkpoint-N`; older ones are deleted, and the Hub is served, after that.
+
+    `train(resume_from_checkpoint=...)`, and the key of that name of every recipe, means:
+
+    | value | what it does |
+    |---|---|
+    | none, `False` | starts anew |
+    | `True`, `"latest"` | goes on from the newest complete checkpoint of `output_dir`; without one, starts anew |
+    | a path | goes on from there; an error if files are missing |
+
+    So the command that starts a run with `True` is also the one that continues it, however often it is killed, and
+    does no harm to a finished run: it trains no further than `max_steps` or `num_train_epochs`.
+    """
+
+    _save_folder: str | None = None  # where checkpoints go while one is being written
+    _sealed_step: int | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        self._sealed_step = None
+        return super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        if wanted is None or str(wanted).lower() in ("false", "none", ""):
+            return None
+        if self.args.save_only_model:
+            raise ValueError(
+                "resume_from_checkpoint: save_only_model=True saves no optimizer, so there is nothing to resume; "
+                "leave save_only_model off, or start from the saved model itself"
+            )
+        if str(wanted).lower() not in ("true", "latest"):
+            missing = what_is_missing(wanted)
+            if missing is not None and (Path(wanted) / MARKER).exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: {wanted} is incomplete: {missing}; 'latest' finds a complete one"
+                )
+            if missing is not None:
+                logger.warning("%s has no %s: taken for complete, as it was named", wanted, MARKER)
+            return str(wanted)
+        checkpoint = newest_complete_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            logger.warning("no complete checkpoint in %s: training starts anew", self.args.output_dir)
+        else:
+            logger.info("going on from %s", checkpoint)
+        return checkpoint
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        # Trainer would take one step more on a run that was killed between its last step and its end.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._save_folder or super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._save_folder is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if (
+            step == self._sealed_step
+        ):  # asked for twice at one step: the first one is not given up for the second
+            return
+        run = Path(self._get_output_dir(trial))
+        unfinished, name = run / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._save_folder = str(unfinished)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._save_folder = None
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best) == unfinished / name:
+            self.state.best_model_checkpoint = str(run / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(unfinished / name, TRAINER_STATE_NAME))
+            seal(unfinished / name)
+            shutil.rmtree(run / name, ignore_errors=True)  # of an earlier run, or left incomplete
+            os.rename(unfinished / name, run / name)
+            unfinished.rmdir()
+            _sync(run)
+        self.accelerator.wait_for_everyone()
+        self._sealed_step = step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )

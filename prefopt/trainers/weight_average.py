@@ -1,0 +1,105 @@
+"""The exponential moving average of the weights (InstructGPT, arXiv:2203.02155, appendix C.4)."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback, TrainerState
+
+AVERAGE_FILE = "weight_average.safetensors"
+
+
+class WeightAverage(TrainerCallback):
+    r"""After every optimizer step,
+
+        \bar\theta_t = decay * \bar\theta_{t-1} + (1 - decay) * \theta_t,    \bar\theta_0 = \theta_0
+
+    with decay 0.992 in InstructGPT (appendix C.4): a memory of about 1 / (1 - decay) = 125 steps. Kept in fp32 on the
+    device of the weights.
+
+    Of a LoRA policy the factors A and B are averaged, each by itself. Their product is not the average of the
+    products B A, but it can be saved and loaded as an adapter of the same rank.
+
+    Args:
+        parameters: name -> parameter, the ones that train.
+        decay: from 0 (the current weights) to 1 (the initial ones).
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(1))
+        >>> average = WeightAverage({"weight": weight}, decay=0.75)
+        >>> weight.data += 1
+        >>> average.update()
+        >>> with average.swapped_in():
+        ...     weight.item()
+        0.25
+        >>> weight.item()
+        1.0
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.restart()
+
+    def restart(self) -> None:
+        """The average becomes the current weights."""
+        self._averaged = AveragedModel(self._weights(), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
+        self.update()  # AveragedModel's first update copies
+
+    def update(self) -> None:
+        """Take the current weights into the average."""
+        self._averaged.update_parameters(self._weights())
+
+    def _weights(self) -> nn.ParameterList:
+        return nn.ParameterList(parameter.detach().float() for parameter in self.parameters.values())
+
+    @property
+    def averages(self) -> dict[str, torch.Tensor]:
+        """Name -> average, fp32."""
+        averages = (average.detach() for average in self._averaged.module)
+        return dict(zip(self.parameters, averages, strict=True))
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; behind, its own again, bit for bit."""
+        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        try:
+            self._fill(self.averages)
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def save(self, folder: str) -> None:
+        """Write the averages to `folder`."""
+        averages = {name: average.cpu().contiguous() for name, average in self.averages.items()}
+        save_file(averages, os.path.join(folder, AVERAGE_FILE))
+
+    @torch.no_grad()
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote; raises ValueError if it is missing or of other weights."""
+        path = os.path.join(folder, AVERAGE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder} has no {AVERAGE_FILE}: it was saved without ema_decay")
+        saved = load_file(path)
+        if saved.keys() != self.parameters.keys():
+            differing = sorted(saved.keys() ^ self.parameters.keys())[:5]
+            raise ValueError(f"{path} averages other weights; they differ in {differing}")
+        for name, average in self.averages.items():
+            average.copy_(saved[name])
+
+    # ---- Trainer's events -------------------------------------------------------------------------------------
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # not where a checkpoint was loaded
+            self.restart()
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.update()
