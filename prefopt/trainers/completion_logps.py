@@ -53,8 +53,11 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
         handle.remove()
 
     def sums(per_token: Tensor) -> Tensor:
+        # In rows, whose `sum` adds in a tree: one token after the other would lose digits of long completions.
         per_token = per_token[0].float()
-        return per_token.new_zeros(len(rows.input_ids)).index_add(0, row.to(per_token.device), per_token)
+        in_rows = per_token.new_zeros(rows.input_ids.shape)
+        where = (row.to(per_token.device), position.to(per_token.device))
+        return in_rows.index_put(where, per_token).sum(1)
 
     statistics = {name: output[name] for name in TOKEN_STATISTICS if output.get(name) is not None}
     return {name: sums(values) for name, values in statistics.items()}, output
