@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "OveroptimisationStop": "prefopt.trainers.ppo_ptx_watch",
     "PPOPtxConfig": "prefopt.trainers.ppo_ptx_config",
     "PPOPtxTrainer": "prefopt.trainers.ppo_ptx_trainer",
     "RankedCollator": "prefopt.comparisons",
@@ -24,6 +25,7 @@ _HOME = {
 }
 
 __all__ = [
+    "OveroptimisationStop",
     "PPOPtxConfig",
     "PPOPtxTrainer",
     "RankedCollator",
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
     from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
     from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
+    from prefopt.trainers.ppo_ptx_watch import OveroptimisationStop
     from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
     from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
     from prefopt.trainers.ranked_reward_config import RankedRewardConfig

@@ -6,8 +6,12 @@
 Rows are {"prompt"}. `ptx_coef: 0` is the paper's "PPO"; otherwise `pretrain_dataset_name` names rows {"text"}.
 """
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
 
 from trl import ModelConfig, get_quantization_config
 
@@ -17,6 +21,7 @@ from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwarg
 from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
+from prefopt.trainers.ppo_ptx_watch import OveroptimisationStop
 
 
 @dataclass
@@ -28,6 +33,14 @@ class PPOPtxArguments(DataArguments):
     )
     pretrain_dataset_name: str | None = field(
         default=None, metadata={"help": 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.'}
+    )
+    gold_reward: str | None = field(
+        default=None,
+        metadata={"help": "Held-out judge, logged and not trained on: reward model or `module.function`."},
+    )
+    overoptimisation_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations with a falling gold reward and a rising score before training stops."},
     )
 
 
@@ -45,6 +58,11 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         pretraining = load_rows(
             data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
         )
+
+    gold = [] if data.gold_reward is None else [_gold_reward(data.gold_reward)]
+    monitors = [*gold, *monitors]
+    if data.overoptimisation_patience is not None and (not monitors or args.eval_strategy == "no"):
+        raise UserError("overoptimisation_patience needs gold_reward, eval_strategy and evaluation prompts")
 
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, train, evaluation)
@@ -69,7 +87,28 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         quantization_config=get_quantization_config(model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
+    if data.overoptimisation_patience is not None:
+        proxy, held_out = (f"eval_rewards/{name}/mean" for name in trainer.reward_func_names[:2])
+        trainer.add_callback(OveroptimisationStop(held_out, proxy, data.overoptimisation_patience))
     train_and_save(trainer, data)
+
+
+def _gold_reward(name: str) -> str | Callable[..., list[float]]:
+    """A reward model's path, checked, or a reward function by its dotted name."""
+    if "/" in name or Path(name).exists():
+        try:
+            check_reward_model(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"gold_reward: {str(error).splitlines()[0]}") from error
+        return name
+    module, _, function = name.rpartition(".")
+    sys.path.append(os.getcwd())  # as TRL's own scripts do for their reward functions
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"gold_reward: {name!r} is neither a folder nor a module.function: {error}"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from prefopt.trainers.ppo_ptx_roles import (
     score_ids,
     suppress_reward_tokens,
 )
+from prefopt.trainers.ppo_ptx_watch import TrainingWatch
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
 from prefopt.trainers.weight_average import WeightAverage
 
@@ -185,6 +186,7 @@ class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin
         self.score_statistics = RunningStatistics()  # of the scores of all training episodes so far
         self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
+        self.add_callback(TrainingWatch())
         for number, reward_model in enumerate(self.reward_models, start=1):
             if isinstance(reward_model, str):
                 adapter = "reward" if number == 1 else f"reward_{number}"

@@ -42,28 +42,33 @@ class Trouble:
     message: str
 
 
-def diagnose(history: Sequence[Mapping[str, Any]], episodes_per_rollout: int | None = None) -> list[Trouble]:
+def diagnose(
+    history: Sequence[Mapping[str, Any]], settings: Mapping[str, float] | None = None
+) -> list[Trouble]:
     """The troubles of a run of PPOPtxTrainer, each at the step where its log first showed it.
 
     Args:
         history: `trainer.state.log_history`, or `log_history` of trainer_state.json. A key that is missing, or None,
             leaves out what is told from it.
-        episodes_per_rollout: `args.generation_batch_size`; without it the share of unscored episodes is not known.
+        settings: `TrainingWatch.settings`, which trainer_state.json keeps. Of these, `episodes_per_rollout` tells the
+            share of unscored episodes, and `normalize_scores` the unit of the scores.
 
     Example:
         >>> log = [{"step": s, "entropy": 2.0 * 0.8**s} for s in range(20)]
         >>> [(trouble.name, trouble.step) for trouble in diagnose(log)]
         [('entropy collapse', 15)]
     """
-    diagnosis = Diagnosis(episodes_per_rollout)
+    diagnosis = Diagnosis(settings)
     return [trouble for entry in history for trouble in diagnosis.add(entry)]
 
 
 class Diagnosis:
     """`diagnose`, one log entry after the other."""
 
-    def __init__(self, episodes_per_rollout: int | None = None) -> None:
-        self.episodes = episodes_per_rollout
+    def __init__(self, settings: Mapping[str, float] | None = None) -> None:
+        settings = settings or {}
+        self.episodes = settings.get("episodes_per_rollout")
+        self.is_normalised = bool(settings.get("normalize_scores"))
         self.found: set[str] = set()
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._first: dict[str, list[float]] = defaultdict(list)
@@ -111,7 +116,7 @@ class Diagnosis:
                 return (
                     "not finite",
                     key,
-                    f"{key} is not a finite number, and the weights may not be either: go back to the last good "
+                    f"the value of {key} is not a finite number, and the weights may not be either: go back to the last good "
                     "checkpoint with a lower learning_rate, and look for rewards or inputs that are NaN or infinite",
                 )
         return None
@@ -126,11 +131,14 @@ class Diagnosis:
                 "is no longer what the reward model was trained on; raise kl_coef, lower learning_rate, or go back to "
                 "an earlier checkpoint",
             )
+        reward, spread = self._now("reward"), self._now("reward_std")
         scores, rewards = self._now("objective/scores"), self._now("objective/rewards")
-        spread = self._now("reward_std")
-        if scores is None or rewards is None or spread is None:
+        if None in (reward, spread, scores, rewards) or self._rewards_are_equal():
             return None
-        cost, gain = scores - rewards, scores - self._start("objective/scores")
+        spread = max(spread, self._start("reward_std"))
+        cost, gain = scores - rewards, reward - self._start("reward")
+        if self.is_normalised:
+            gain, spread = gain / spread, 1.0
         if cost > max(gain, 0) + spread:
             return (
                 "KL runaway",
@@ -148,7 +156,7 @@ class Diagnosis:
         return (
             "entropy collapse",
             "entropy",
-            f"the entropy per token fell from {self._start('entropy'):.2g} to {now:.2g} (below {ENTROPY_LEFT:.0%} of "
+            f"the entropy per token fell from {self._start('entropy'):.2g} to {now:.2g} (below {_percent(ENTROPY_LEFT)} of "
             "the start): samples of a prompt are nearly the same, and PPO learns from their differences; raise kl_coef "
             "or lower learning_rate, and read samples for text that exploits the reward",
         )
@@ -194,16 +202,19 @@ class Diagnosis:
             )
         return None
 
+    def _rewards_are_equal(self) -> bool:
+        if self._now("reward") is None or self._now("reward_std") is None:
+            return False
+        level = max(map(abs, self._last["reward"]))
+        return max(self._last["reward_std"]) <= 1e-5 * max(1.0, level)  # the rounding of a mean in fp32
+
     def _equal_rewards(self) -> tuple[str, str, str] | None:
-        if self._now("reward_std") is None:
-            return None
-        level = max(map(abs, self._last["reward"]), default=0.0)
-        if max(self._last["reward_std"]) > 1e-5 * max(1.0, level):  # beyond the rounding of a mean in fp32
+        if not self._rewards_are_equal():
             return None
         return (
             "equal rewards",
             "reward_std",
-            f"every episode gets the same reward ({level:.3g}): there is nothing to learn from; check the reward "
+            f"every episode gets the same reward ({self._now('reward'):.3g}): there is nothing to learn from; check the reward "
             "model (was its head saved?), the reward function, and clipping of rewards",
         )
 
@@ -214,7 +225,7 @@ class Diagnosis:
         return (
             "unscored episodes",
             "objective/unscored",
-            f"{unscored / self.episodes:.0%} of the episodes got no usable reward (None, NaN or infinite) and are in "
+            f"{_percent(unscored / self.episodes)} of the episodes got no usable reward (None, NaN or infinite) and are in "
             "no loss: make the reward functions return a number for them, or take out the prompts they cannot judge",
         )
 
@@ -225,7 +236,7 @@ class Diagnosis:
         return (
             "no EOS",
             "completions/clipped_ratio",
-            f"{share:.0%} of the completions run into the length limit without EOS: the reward sees cut-off text; "
+            f"{_percent(share)} of the completions run into the length limit without EOS: the reward sees cut-off text; "
             "raise max_completion_length, set missing_eos_penalty, or check that the SFT model learned to end",
         )
 
@@ -236,7 +247,7 @@ class Diagnosis:
         return (
             "clipping",
             "clip_ratio/region_mean",
-            f"the ratio of {share:.0%} of the tokens is clipped, which takes them out of the gradient: one rollout "
+            f"the ratio of {_percent(share)} of the tokens is clipped, which takes them out of the gradient: one rollout "
             "moves the policy too far; lower learning_rate or num_iterations, or make minibatches larger",
         )
 
@@ -305,7 +316,7 @@ def overoptimisation_message(metric: str, evaluations: Sequence[Evaluation], bes
     """The trouble and its remedy in a sentence."""
     now = evaluations[-1]
     return (
-        f"{metric} fell from {best.score:.3g} (step {best.step}) to {now.score:.3g} while the reward it is trained on "
+        f"the held-out {metric} fell from {best.score:.3g} (step {best.step}) to {now.score:.3g} while the reward it is trained on "
         f"rose from {best.proxy:.3g} to {now.proxy:.3g}: the policy exploits the reward model; keep the checkpoint of "
         f"step {best.step}, raise kl_coef, or train the reward model on samples of this policy"
     )
@@ -403,9 +414,10 @@ class TrainingWatch(TrainerCallback, ExportableState):
             "kl_coef": args.kl_coef,
             "ptx_coef": args.ptx_coef,
             "vf_coef": args.vf_coef,
+            "normalize_scores": args.normalize_scores,
         }
         state.stateful_callbacks["TrainingWatch"] = self.state()
-        self._diagnosis = Diagnosis(args.generation_batch_size)
+        self._diagnosis = Diagnosis(self.settings)
         for entry in state.log_history:  # of the run that this one resumes: warned of before
             self._diagnosis.add(entry)
 
@@ -413,3 +425,7 @@ class TrainingWatch(TrainerCallback, ExportableState):
         if state.is_world_process_zero and state.log_history:
             for trouble in self._diagnosis.add(state.log_history[-1]):
                 logger.warning("step %d: %s: %s", trouble.step, trouble.name, trouble.message)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
