@@ -1,6 +1,6 @@
 """All K completions of a prompt at once against the same comparisons as shuffled pairs (InstructGPT, section 3.5).
 
-    python tests/benchmarks/batched_vs_pairs.py --method dpo --match tokens --model runs/demo/sft \
+    python tests/benchmarks/batched_vs_pairs.py --method dpo --match tokens seconds --model runs/demo/sft \
         --train runs/demo/data/rankings_rm_train_labelers.jsonl \
         --validation runs/demo/data/rankings_test_heldout_labelers.jsonl
 
@@ -8,7 +8,7 @@
 RewardTrainer or DPOTrainer on every strict pair of the same rankings as a row of its own, all shuffled; of a prompt
 with K untied completions each is forwarded K - 1 times a pass. Both start from the same weights, with the same
 optimizer and learning rate. "all K" passes over the rankings `--epochs` times; "pairs" then trains until it has spent
-as much, of what `--match` says:
+as much of what `--match` says, once for each:
 
     steps        optimizer steps
     tokens       tokens forwarded through the backbone, padding not counted: of rows all of theirs, of packed rows a
@@ -167,7 +167,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--method", choices=("reward", "dpo"), default="reward")
-    parser.add_argument("--match", choices=MATCHES, default="steps")
+    parser.add_argument("--match", choices=MATCHES, nargs="+", default=["steps"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--validation", required=True)
@@ -192,32 +192,30 @@ def main() -> None:
     pairs = Dataset.from_list([pair for row in train for pair in to_preferences(row)])
     steps = -(-len(train) // args.prompts_per_step)
     compared = -(-len(pairs) // steps)
-    print(f"{args.method}, equal {args.match}: {len(train)} prompts, {len(pairs)} pairs; a step has "
-          f"{args.prompts_per_step} prompts with {compared} pairs on average; {steps} steps a pass", flush=True)  # fmt: skip
-    sides = [("all K", "all K", train, args.prompts_per_step, args.learning_rate)] + [
-        ("pairs", f"pairs, {n} a step", pairs, n, args.pairs_learning_rate or args.learning_rate)
-        for n in args.pairs_per_step or [compared]
-    ]
+    print(f"{args.method}: {len(train)} prompts, {len(pairs)} pairs; a step has {args.prompts_per_step} prompts with "
+          f"{compared} pairs on average; {steps} steps a pass", flush=True)  # fmt: skip
     found: dict[str, np.ndarray] = {}
+
+    def run(seed: int, name: str, side: str, rows: Dataset, batch: int, budget: Budget) -> None:
+        scores = train_and_score(args, side, rows, batch, budget, seed, test)
+        sums = sums_over_pairs(scores, test["ranks"][:])
+        found[name] = found.get(name, 0) + sums / len(args.seeds)
+        spent = ", ".join(f"{n:.{0 if key in MATCHES[:3] else 1}f} {key}" for key, n in budget.spent.items())
+        print(f"seed {seed}  {name:<32} {estimates(sums, sums[:, 2])}  {spent}, "
+              f"{budget.spent['steps'] * batch / len(rows):.2f} passes", flush=True)  # fmt: skip
+
     for seed in args.seeds:
-        match, limit = "steps", round(steps * args.epochs)
-        for side, name, data, batch, learning_rate in sides:
-            budget = Budget(match, limit, learning_rate)
-            scores = train_and_score(args, side, data, batch, budget, seed, test)
-            if side == "all K":
-                match, limit = args.match, budget.spent[args.match]
-            sums = sums_over_pairs(scores, test["ranks"][:])
-            found[name] = found.get(name, 0) + sums / len(args.seeds)
-            spent = ", ".join(
-                f"{budget.spent[key]:.{0 if key in MATCHES[:3] else 1}f} {key}" for key in MATCHES
-            )
-            print(f"seed {seed}  {name:<18} {estimates(sums, sums[:, 2])}  {spent}, "
-                  f"{budget.spent['steps'] * batch / len(data):.2f} passes", flush=True)  # fmt: skip
+        whole = Budget("steps", round(steps * args.epochs), args.learning_rate)
+        run(seed, "all K", "all K", train, args.prompts_per_step, whole)
+        for match in args.match:
+            for batch in args.pairs_per_step or [compared]:
+                budget = Budget(match, whole.spent[match], args.pairs_learning_rate or args.learning_rate)
+                run(seed, f"pairs, {batch} a step, equal {match}", "pairs", pairs, batch, budget)
     print(f"mean of {len(args.seeds)} seeds; intervals over prompts, seeds being averaged")
     for name, sums in found.items():
-        print(f"{name:<26} {estimates(sums, sums[:, 2])}")
+        print(f"{name:<40} {estimates(sums, sums[:, 2])}")
     for name, sums in list(found.items())[1:]:
-        print(f"{'all K - ' + name:<26} {estimates(found['all K'] - sums, sums[:, 2], '+')}")
+        print(f"{'all K - ' + name:<40} {estimates(found['all K'] - sums, sums[:, 2], '+')}")
 
 
 if __name__ == "__main__":
