@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from prefopt.evaluation.results import BASELINE, MODELS
+from prefopt.evaluation.style import CSS
 
 LABELS = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward_model": "reward model"}
 
@@ -17,6 +18,28 @@ def model_names(results: Mapping[str, Any]) -> list[str]:
 
 def label(model: str) -> str:
     return LABELS.get(model, model)
+
+
+def page(title: str, body: str) -> str:
+    """A whole page without scripts or external references; `body` is HTML, `title` text."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+{body}
+</main>
+</body>
+</html>
+"""
 
 
 def scroll_table(head: str, body: str) -> str:

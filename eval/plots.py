@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 # Stand-ins that become CSS values in the SVG, so that one plot serves the light and the dark page.
 _INK, _FAINT = "#010203", "#040506"
@@ -118,6 +119,110 @@ def training_plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, tit
     return _svg(draw, f"{key} over training steps", height=1.9)
 
 
+def log_plot(
+    log: Sequence[Mapping[str, Any]],
+    series: Sequence[tuple[str, str]],
+    title: str,
+    *,
+    level: float | None = None,
+    logarithmic: bool = False,
+    marks: Sequence[tuple[int, str]] = (),
+) -> str:
+    """Quantities of one run, (key, label) each, over its steps; evaluations (`eval_` + key) as dots of their colour.
+
+    `level` is a horizontal line; `marks` are (step, name) of what is to be seen there.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, (key, label) in enumerate(series):
+            colour = _SERIES[i % len(_SERIES)]
+            if drawable(log, key):
+                axes.plot(*_points(log, key), color=colour, label=label)
+            if drawable(log, f"eval_{key}"):
+                axes.plot(
+                    *_points(log, f"eval_{key}"),
+                    color=colour,
+                    marker="o",
+                    markersize=3.5,
+                    linestyle=":",
+                    linewidth=1,
+                    label=f"{label}, evaluation",
+                )
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical markup, which _RC turns off
+            axes.yaxis.set_minor_formatter("")
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle="--")
+        _mark(axes, marks)
+        axes.set_title(title, loc="left", pad=4)
+        axes.set_xlabel("step")
+        if drawn > 1:
+            handles, labels = axes.get_legend_handles_labels()
+            labels = [_shortened(label) for label in labels]
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+    drawn = sum(drawable(log, f"{prefix}{key}") for key, _ in series for prefix in ("", "eval_"))
+    columns = 1 if max(len(label) for _, label in series) > 25 else 2
+    rows = -(-drawn // columns) if drawn > 1 else 0
+    return _svg(draw, f"{title} over training steps", height=1.9 + 0.17 * rows)
+
+
+def shares_plot(log: Sequence[Mapping[str, Any]], series: Sequence[tuple[str, str]], title: str) -> str:
+    """Each quantity's share of their sum over the steps that have them all, stacked."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        entries = [entry for entry in log if all(drawable([entry], key) for key, _ in series)]
+        columns = np.array([_points(entries, key)[1] for key, _ in series])
+        total = columns.sum(0)
+        shares = np.divide(columns, total, out=np.full_like(columns, np.nan), where=total > 0)
+        steps = _points(entries, series[0][0])[0]
+        bottom = np.zeros(len(steps))
+        for i, ((_, label), share) in enumerate(zip(series, shares, strict=True)):
+            top = bottom + share
+            axes.fill_between(steps, bottom, top, color=_SERIES[i], alpha=0.55, linewidth=0, label=label)
+            bottom = top
+        axes.axhline(0.5, color=_INK, linewidth=0.8, linestyle="--")
+        axes.set_ylim(0, 1)
+        axes.margins(x=0)
+        axes.set_title(title, loc="left", pad=4)
+        axes.set_xlabel("step")
+        figure.legend(loc="outside lower center", ncols=2)
+
+    return _svg(draw, f"{title} over training steps", height=2.1)
+
+
+def _points(log: Sequence[Mapping[str, Any]], key: str, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and numbers of the entries that have one; of a long log, means over neighbours."""
+    column = _column(log, key)
+    steps = np.array([entry.get("step", i) for i, entry in enumerate(log)], dtype=float)
+    points = np.stack([steps, column])[:, np.isfinite(column)]
+    parts = min(most, points.shape[1])
+    return tuple(np.array([part.mean(1) for part in np.array_split(points, parts, axis=1)]).T)
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _mark(axes: Axes, marks: Sequence[tuple[int, str]]) -> None:
+    low, high = axes.get_xlim()
+    for i, (step, name) in enumerate(marks):
+        axes.axvline(step, color=_INK, linewidth=0.9, linestyle="--")
+        axes.annotate(
+            name,
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-3 if step > (low + high) / 2 else 3, -9 - 10 * i),
+            textcoords="offset points",
+            ha="right" if step > (low + high) / 2 else "left",
+            fontsize=8,
+        )
+
+
 def drawable(log: Sequence[Mapping[str, Any]], key: str) -> bool:
     """Whether any entry of a log has a number under `key`."""
     return bool(np.isfinite(_column(log, key)).any())
@@ -125,7 +230,8 @@ def drawable(log: Sequence[Mapping[str, Any]], key: str) -> bool:
 
 def _column(log: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """One number per entry; NaN, which plots as a gap, where an entry has none."""
-    return np.array([np.nan if entry.get(key) is None else entry[key] for entry in log], dtype=float)
+    values = (entry.get(key) for entry in log)
+    return np.array([v if isinstance(v, (int, float)) else np.nan for v in values], dtype=float)
 
 
 def _svg(draw: Callable[[Figure], None], label: str, height: float, width: float = 4.2) -> str:

@@ -16,13 +16,13 @@ from prefopt.evaluation.markup import (
     listed,
     model_names,
     number,
+    page,
     prompt_text,
     scroll_table,
     seconds,
     verb,
 )
 from prefopt.evaluation.results import BASELINE, MODELS, find, jsonable
-from prefopt.evaluation.style import CSS
 
 logger = logging.getLogger(__name__)
 Results = Mapping[str, Any]
@@ -59,28 +59,8 @@ def build_report(results: Results, path: str | os.PathLike) -> None:
         ("Every number with its definition", _measures_section),
     ]
     body = "\n".join(_section(title, build, results) for title, build in sections)
-    write_whole(
-        path,
-        f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>prefopt report</title>
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-<h1>prefopt report</h1>
-<p class="verdict">{escape(verdict(results))}</p>
-{body}
-</main>
-</body>
-</html>
-""",
-    )
+    summary = f'<p class="verdict">{escape(verdict(results))}</p>'
+    write_whole(path, page("prefopt report", f"{summary}\n{body}"))
 
 
 def verdict(results: Results) -> str:

@@ -17,6 +17,7 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 h4 { font-size: .85rem; margin: 0 0 .2rem; }
 .verdict { font-size: 1.1rem; background: var(--panel); border-left: 4px solid var(--series0); padding: .7rem .9rem; margin: 0; }
+.verdict p { margin: 0 0 .4rem; } .verdict p:last-child { margin: 0; }
 .note, .skipped, summary, small { color: var(--soft); }
 .note { font-size: .85rem; margin: .5rem 0; }
 .paper { color: var(--soft); font-style: italic; }

@@ -9,6 +9,10 @@ COMMANDS = {
     "reward": ("prefopt.recipes.reward", "step 2: reward model from rankings of K completions"),
     "ppo-ptx": ("prefopt.recipes.ppo_ptx", "step 3: PPO with a KL penalty and pretraining gradients"),
     "dpo": ("prefopt.recipes.dpo", "alternative to step 3: DPO from rankings"),
+    "explain-run": (
+        "prefopt.recipes.explain_run",
+        "what moved the weights of a training run when, and its troubles",
+    ),
     "pipeline": ("prefopt.recipes.pipeline", "all steps on the sandbox, ending in a report"),
 }
 
@@ -21,7 +25,7 @@ def usage() -> str:
         "Learn from rankings of K completions: reward model, PPO-ptx and DPO on Hugging Face TRL.",
         "",
         "commands:",
-        *(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()),
         "",
         "`prefopt <command> --help` lists a command's keys; keys on the command line win over the file.",
     ]

@@ -1,0 +1,314 @@
+"""A training run from its log: what moved the weights when, how the run went, what went wrong."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prefopt.trainers.ppo_ptx_watch import Trouble, diagnose
+
+STATE_FILE = "trainer_state.json"
+Log = Sequence[Mapping[str, Any]]
+
+KINDS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward": "reward model", "training": "training"}
+
+# What the table shows of each kind: (key, how it is called).
+ROWS = {
+    "ppo": [
+        ("grad_norm/ppo", "gradient norm, PPO"),
+        ("grad_norm/ptx", "gradient norm, ptx_coef * ptx"),
+        ("grad_norm/value", "gradient norm, value function"),
+        ("learning_rate", "learning rate"),
+        ("objective/scores", "score per episode"),
+        ("objective/rewards", "score minus KL penalty"),
+        ("objective/kl", "KL per episode, nats"),
+        ("entropy", "entropy per token, nats"),
+        ("value/explained_variance", "explained variance of the values"),
+        ("loss/ptx", "loss on pretraining text"),
+        ("clip_ratio/region_mean", "tokens with a clipped ratio"),
+        ("completions/clipped_ratio", "episodes without EOS"),
+    ],
+    "dpo": [
+        ("loss", "loss"),
+        ("rewards/accuracies", "accuracy"),
+        ("rewards/margins", "margin"),
+        ("rewards/chosen", "implicit reward, chosen"),
+        ("rewards/rejected", "implicit reward, rejected"),
+        ("entropy", "entropy per token, nats"),
+        ("grad_norm", "gradient norm"),
+        ("learning_rate", "learning rate"),
+    ],
+    "reward": [
+        ("loss", "loss"),
+        ("accuracy", "accuracy"),
+        ("margin", "margin"),
+        ("mean_reward", "mean score"),
+        ("grad_norm", "gradient norm"),
+        ("learning_rate", "learning rate"),
+    ],
+    "training": [
+        ("loss", "loss"),
+        ("mean_token_accuracy", "accuracy per token"),
+        ("entropy", "entropy per token, nats"),
+        ("reward", "reward"),
+        ("grad_norm", "gradient norm"),
+        ("learning_rate", "learning rate"),
+    ],
+}
+ROWS["ppo_ptx"] = ROWS["ppo"]
+HEADLINES = {
+    "objective/scores",
+    "objective/kl",
+    "entropy",
+    "loss",
+    "rewards/accuracies",
+    "accuracy",
+    "reward",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The log of one run."""
+
+    folder: Path
+    kind: str
+    log: Log
+    settings: Mapping[str, float]
+
+    @property
+    def training(self) -> Log:
+        """The entries of training steps, without those of evaluations and the last one's totals."""
+        return [entry for entry in self.log if "loss" in entry and "train_loss" not in entry]
+
+    @property
+    def steps(self) -> int:
+        return max(int(entry.get("step", 0)) for entry in self.log)
+
+    def troubles(self) -> list[Trouble]:
+        """What `diagnose` finds in a PPO run; nothing is known of others."""
+        if self.kind not in ("ppo", "ppo_ptx"):
+            return []
+        return diagnose(self.log, self.settings)
+
+
+def read_run(path: str | os.PathLike) -> Run:
+    """The run in a folder: its own trainer_state.json or that of its checkpoints, whichever went furthest.
+
+    Raises:
+        ValueError: there is no such folder, or no log in it; the message says what to do.
+    """
+    folder = Path(path)
+    if folder.name == STATE_FILE:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give the output_dir of a run or one of its checkpoints")
+    states = []
+    for file in [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"))]:
+        state = _read_state(file)
+        if state is not None:
+            states.append(state)
+    if not states:
+        runs = sorted(str(file.parent) for file in folder.glob(f"*/{STATE_FILE}"))
+        if runs:
+            raise ValueError(f"{folder} holds several runs, name one of them: {', '.join(runs)}")
+        raise ValueError(
+            f"no {STATE_FILE} in {folder} or its checkpoints: it is written with every checkpoint (save_strategy) and "
+            "when a `prefopt` command ends"
+        )
+    state = max(states, key=lambda state: state["global_step"])
+    log = [entry for entry in state["log_history"] if isinstance(entry, dict)]
+    if not log:
+        raise ValueError(f"the log of {folder} is empty: it has fewer steps than logging_steps; lower that")
+    callbacks = state.get("stateful_callbacks") or {}
+    watch = callbacks.get("TrainingWatch") or {}
+    return Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
+
+
+def _read_state(file: Path) -> dict[str, Any] | None:
+    """A trainer's state; None if the file is missing or was not written to its end."""
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) and {"global_step", "log_history"} <= set(state) else None
+
+
+def _kind(log: Log) -> str:
+    keys = {key for entry in log for key in entry}
+    if "loss/policy" in keys:
+        return "ppo_ptx" if "loss/ptx" in keys else "ppo"
+    if "rewards/margins" in keys:
+        return "dpo"
+    return "reward" if {"accuracy", "mean_reward"} <= keys else "training"
+
+
+# ---- the run in numbers ---------------------------------------------------------------------------------------
+def thirds(entries: Log) -> list[Log]:
+    """The entries in up to three parts of equal length, in order."""
+    parts = min(3, len(entries))
+    edges = [round(i * len(entries) / parts) for i in range(parts + 1)] if parts else []
+    return [entries[a:b] for a, b in pairwise(edges)]
+
+
+def mean(entries: Log, key: str) -> float | None:
+    """Mean of the finite numbers under a key."""
+    values = numbers(entries, key)
+    return fmean(values) if values else None
+
+
+def numbers(entries: Log, key: str) -> list[float]:
+    """The finite numbers under a key, in order."""
+    values = (entry.get(key) for entry in entries)
+    return [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
+
+
+def ptx_share(entries: Log) -> float | None:
+    """Share of the pretraining term in the policy's gradient: |ptx| / (|PPO| + |ptx|), before clipping."""
+    ppo, ptx = mean(entries, "grad_norm/ppo"), mean(entries, "grad_norm/ptx")
+    return ptx / (ppo + ptx) if ppo is not None and ptx is not None and ppo + ptx > 0 else None
+
+
+def table(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Column heads and rows: the run's quantities in three parts of it."""
+    parts = thirds(run.training)
+    first, heads = 1, []
+    for part in parts:
+        last = int(part[-1].get("step", first))
+        heads.append(f"{first}–{last}")
+        first = last + 1
+    shares = [ptx_share(part) for part in parts]
+    rows = []
+    if any(share is not None for share in shares):
+        rows.append(
+            ("share of PPO in the policy's gradient", [percent(None if s is None else 1 - s) for s in shares])
+        )
+        rows.append(("share of ptx in the policy's gradient", [percent(s) for s in shares]))
+    for key, title in ROWS[run.kind]:
+        values = [mean(part, key) for part in parts]
+        if any(value is not None for value in values):
+            rows.append((title, [short(value) for value in values]))
+    return heads, rows
+
+
+def sentences(run: Run) -> list[str]:
+    """The run in a few sentences."""
+    found = []
+    if run.kind in ("ppo", "ppo_ptx"):
+        found.append(_who_moved_the_policy(run))
+    found += _clipping(run)
+    changes = []
+    for key, name in ROWS[run.kind]:
+        values = numbers(run.training, key)
+        if key in HEADLINES and len(values) > 1:
+            changes.append(f"{name} {short(values[0])} → {short(values[-1])}")
+    if changes:
+        found.append(f"First and last log entry: {'; '.join(changes)}.")
+    held_out = {key for entry in run.log for key in entry if _is_held_out(key)}
+    if run.kind in ("ppo", "ppo_ptx"):
+        held_out.discard("eval_loss")  # of the PPO surrogate: tells nothing
+    parts = []
+    for key in sorted(held_out):
+        values = numbers(run.log, key)
+        if len(values) > 1:
+            parts.append(f"{key} {short(values[0])} → {short(values[-1])} (best {_best(run, key)})")
+    if parts:
+        found.append(f"First and last evaluation: {'; '.join(parts)}.")
+    return found
+
+
+def _is_held_out(key: str) -> bool:
+    return (key.startswith("eval_rewards/") and key.endswith(("/mean", "/accuracies"))) or key in (
+        "eval_loss",
+        "eval_accuracy",
+    )
+
+
+def _best(run: Run, key: str) -> str:
+    entries = [entry for entry in run.log if numbers([entry], key)]
+    best = (min if key.endswith("loss") else max)(entries, key=lambda entry: entry[key])
+    return f"{short(best[key])} at step {best.get('step', 0)}"
+
+
+def _who_moved_the_policy(run: Run) -> str:
+    heads, _ = table(run)
+    shares = [ptx_share(part) for part in thirds(run.training)]
+    spans: list[list[Any]] = []  # [term, first step, last step, shares]
+    for head, share in zip(heads, shares, strict=True):
+        if share is not None:
+            term = "ptx" if share > 0.5 else "PPO"
+            first, last = head.split("–")
+            if spans and spans[-1][0] == term:
+                spans[-1][2] = last
+                spans[-1][3].append(share)
+            else:
+                spans.append([term, first, last, [share]])
+    if not spans:
+        return "PPO alone moved the policy: there is no pretraining term in this log."
+    parts = []
+    for term, first, last, of_ptx in spans:
+        of_term = [share if term == "ptx" else 1 - share for share in of_ptx]
+        parts.append(f"{term} in steps {first}–{last} ({percent(fmean(of_term))} of the sum of both norms)")
+    return f"The larger pull on the policy came from {', then '.join(parts)}."
+
+
+def _clipping(run: Run) -> list[str]:
+    limit = run.settings.get("max_grad_norm")
+    if limit is None:
+        if run.kind not in ("ppo", "ppo_ptx"):
+            return []
+        return ["Whether gradients were clipped is not known: the log does not hold max_grad_norm."]
+    if not limit > 0:
+        return ["Gradients were not clipped (max_grad_norm 0)."]
+    found = []
+    for key, name in (("grad_norm", "policy"), ("grad_norm/value", "value function")):
+        norms = numbers(run.training, key)
+        if norms:
+            clipped = [norm for norm in norms if norm > limit]
+            cut = f", the largest from {short(max(clipped))}" if clipped else ""
+            found.append(f"{name} in {len(clipped)} of {len(norms)}{cut}")
+    return [f"Log entries with clipped gradients (max_grad_norm {limit:g}): {'; '.join(found)}."]
+
+
+def summary(run: Run) -> str:
+    """The run as text for a terminal."""
+    heads, rows = table(run)
+    lines = [title(run), ""]
+    if rows:
+        width = max(len(name) for name, _ in rows)
+        columns = [max(len(x) for x in column) for column in zip(heads, *(v for _, v in rows), strict=True)]
+        lines += [
+            f"  {name:<{width}}  " + "  ".join(f"{x:>{w}}" for x, w in zip(values, columns, strict=True))
+            for name, values in [("mean over steps", heads), *rows]
+        ]
+        lines.append("")
+    lines += sentences(run)
+    troubles = run.troubles()
+    lines += [f"Trouble at step {t.step}: {t.name}: {t.message}" for t in troubles]
+    if run.kind in ("ppo", "ppo_ptx") and not troubles:
+        lines.append("No trouble found.")
+    return "\n".join(lines)
+
+
+def title(run: Run) -> str:
+    """What the run is, in a line."""
+    count = len(run.training)
+    return (
+        f"{run.folder}: {KINDS[run.kind]}, {run.steps} steps, {count} log entr{'y' if count == 1 else 'ies'}"
+    )
+
+
+def short(x: float | None) -> str:
+    """A number in three digits; a dash for none."""
+    if x is None:
+        return "–"
+    return f"{x:.3g}".replace("-", "−")
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None else f"{100 * x:.0f} %"

@@ -1,0 +1,40 @@
+"""What happened in a training run: which term of InstructGPT's Eq. 2 moved the weights when, and what went wrong.
+
+    prefopt explain-run runs/demo/ppo_ptx
+
+Reads the log in a run's folder or in its checkpoints (trainer_state.json), also while the run goes on, and loads no
+model. Prints a summary and writes one page with the plots. Reward models, DPO and SFT are explained as far as their
+logs go.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from prefopt.evaluation.run_page import build_page
+from prefopt.evaluation.training_run import read_run, summary
+from prefopt.recipes.arguments import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Explain the run in one folder."""
+    parser = argparse.ArgumentParser("prefopt explain-run", description="What happened in a training run.")
+    parser.add_argument("run", help="output_dir of the run, or one of its checkpoints")
+    parser.add_argument("--output", type=Path, help="the page; default: explanation.html in the folder")
+    arguments = parser.parse_args(argv)
+    try:
+        run = read_run(arguments.run)
+    except ValueError as error:
+        raise UserError(error) from error
+    output = arguments.output or run.folder / "explanation.html"
+    print(summary(run))
+    try:
+        build_page(run, output)
+    except OSError as error:
+        reason = f"{os.strerror(error.errno)}" if error.errno else str(error)
+        raise UserError(f"cannot write {output}: {reason}; choose another place with --output") from error
+    print(f"page: {output}")
+
+
+if __name__ == "__main__":
+    main()
