@@ -62,6 +62,8 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The complete `checkpoint-N` of the highest N, or None; incomplete ones with a higher N are named in a warning."""
+    for checkpoint in sort_checkpoints(os.path.join(output_dir, UNFINISHED)):
+        logger.warning("%s was left unfinished and is not resumed from", checkpoint)
     for checkpoint in reversed(sort_checkpoints(str(output_dir))):
         missing = what_is_missing(checkpoint)
         if missing is None:

@@ -41,7 +41,7 @@ class CheckpointMixin:
                 "rollout": self._rollout_layout,
                 "metrics": self._metrics["train"],
             }
-            state |= {name: value.state_dict() for name, value in self._stateful()}
+            state |= {name: getattr(self, name).state_dict() for name in STATEFUL}
             with open(os.path.join(folder, STATE_FILE), "w") as file:
                 json.dump(state, file)
         if self._is_inside_rollout and not self.args.save_only_model:
@@ -96,9 +96,8 @@ class CheckpointMixin:
         if self.pretraining is not None:
             self.pretraining.position = state["pretraining_sequences"]
         self._metrics["train"].update(state["metrics"])
-        for name, value in self._stateful():
-            if name in state:
-                value.load_state_dict(state[name])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         # TRL restarts at 0, which would put rollouts out of phase with the prompts
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._buffered_inputs = None
@@ -106,7 +105,9 @@ class CheckpointMixin:
             return
         path = os.path.join(checkpoint, self._rollout_file)
         if state["rollout"] == self._rollout_layout and os.path.isfile(path):
-            self._buffered_inputs = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            device = self.accelerator.device  # with several processes "cpu:0", which torch.load does not know
+            device = "cpu" if device.type == "cpu" else device
+            self._buffered_inputs = torch.load(path, map_location=device, weights_only=True)
         else:
             logger.warning(
                 "%s lies inside a rollout that was divided otherwise (%s; now %s): it is drawn anew by the current "
@@ -115,10 +116,6 @@ class CheckpointMixin:
                 state["rollout"],
                 self._rollout_layout,
             )
-
-    def _stateful(self) -> list[tuple[str, Any]]:
-        named = [(name, getattr(self, name, None)) for name in STATEFUL]
-        return [(name, value) for name, value in named if value is not None]
 
     @property
     def _rollout_file(self) -> str:
