@@ -178,8 +178,7 @@ class Diagnosis:
             "value divergence",
             "value/explained_variance",
             f"the value function is worse than a constant ({seen}), so the advantages are noise: lower "
-            "value_learning_rate, let it learn longer before the policy moves, or start it from the reward model that "
-            "gives the scores",
+            "value_learning_rate, or start it from the reward model that gives the scores",
         )
 
     def _unbalanced_gradients(self) -> tuple[str, str, str] | None:
