@@ -30,12 +30,28 @@ HONOURED = frozenset(
         "num_completions_to_print",
         "log_unique_prompts",
         "log_completions_hub_repo",
+        "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config",
+        "use_vllm",
+        "vllm_mode",
+        "vllm_model_impl",
+        "vllm_enable_sleep_mode",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_group_port",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
+        "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode",
+        "vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_min",
     }
 )
 
 _SAMPLER = "the ratio of PPO needs tokens drawn from the policy itself, so sampling stays unfiltered"
-_VLLM = "generation runs in transformers; vLLM's importance-sampling correction is not part of this loss yet"
-_CONTINUOUS = "continuous batching casts the policy to 16 bit in place while it trains; leave it off"
 _ENTROPY = "InstructGPT's objective (Eq. 2) has no entropy bonus; the entropy is logged as `entropy`"
 _LOSS = "the loss is PPO's clipped surrogate per token; `epsilon` is its clip range"
 _REFERENCE = "the KL reference is the SFT model and does not move"
@@ -61,24 +77,8 @@ FIXED = {
     "vespo_lambda_pos": _LOSS,
     "vespo_k_neg": _LOSS,
     "vespo_lambda_neg": _LOSS,
-    "transformers_continuous_batching_config": _CONTINUOUS,
-    "vllm_mode": _VLLM,
-    "vllm_model_impl": _VLLM,
-    "vllm_enable_sleep_mode": _VLLM,
-    "vllm_structured_outputs_regex": _VLLM,
-    "vllm_server_base_url": _VLLM,
-    "vllm_server_host": _VLLM,
-    "vllm_server_port": _VLLM,
-    "vllm_server_timeout": _VLLM,
-    "vllm_group_port": _VLLM,
-    "vllm_gpu_memory_utilization": _VLLM,
-    "vllm_max_model_length": _VLLM,
-    "vllm_tensor_parallel_size": _VLLM,
-    "vllm_importance_sampling_correction": _VLLM,
-    "vllm_importance_sampling_mode": _VLLM,
-    "vllm_importance_sampling_clip_max": _VLLM,
-    "vllm_importance_sampling_clip_min": _VLLM,
-    "vllm_importance_sampling_cap": _VLLM,
+    "vllm_structured_outputs_regex": _SAMPLER,
+    "vllm_importance_sampling_cap": "it is deprecated in TRL: set `vllm_importance_sampling_clip_max`",
 }
 
 # Features that would change the algorithm: switching one on raises ValueError with this sentence.
@@ -89,7 +89,6 @@ REFUSED = {
     "top_k": _SAMPLER,
     "min_p": _SAMPLER,
     "repetition_penalty": _SAMPLER,
-    "use_vllm": _VLLM,
     "delta": _LOSS,
     "epsilon_high": _LOSS,
     "off_policy_mask_threshold": _LOSS,
@@ -99,8 +98,7 @@ REFUSED = {
     "mask_truncated_completions": "a completion without EOS is real: see `missing_eos_penalty`",
     "sync_ref_model": _REFERENCE,
     "max_tool_calling_iterations": "episodes are a prompt and one response; tools are not supported",
-    "use_transformers_continuous_batching": _CONTINUOUS,
-    "use_transformers_paged": _CONTINUOUS,
+    "use_transformers_paged": "it is deprecated in TRL: set `use_transformers_continuous_batching`",
 }
 
 
@@ -184,6 +182,12 @@ class PPOPtxConfig(GRPOConfig):
             their logits are computed in tiles of 4096 positions x 32768 words, and again in the backward pass.
 
     > [!NOTE]
+    > Rollouts come from transformers, from its continuous batching (with `bf16=False`), or from vLLM, as in
+    > GRPOTrainer. The log-probabilities of PPO's ratio and of the KL are the policy's own in any case; what vLLM
+    > sampled by is corrected for by TRL's importance weights, which multiply the advantages of the policy loss. vLLM
+    > is tested against a stand-in for the engine only: the engine itself needs a GPU.
+
+    > [!NOTE]
     > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first
     > ratio differ from 1), `bf16` only on a GPU that has it, `learning_rate=5e-6` (the paper's runs above 8.05e-6
     > diverged), `adam_beta2=0.95`, constant schedule after the warm-up. The paper batches 512 episodes; here the batch
@@ -263,6 +267,11 @@ class PPOPtxConfig(GRPOConfig):
         if self.fp16:
             raise ValueError(
                 "fp16 loss scaling does not carry over several backward passes: use bf16 or fp32"
+            )
+        if self.use_transformers_continuous_batching and self.bf16:
+            raise ValueError(
+                "use_transformers_continuous_batching with bf16=True: TRL casts the policy's weights to 16 bit in "
+                "place, and they would train so; set bf16=False (a policy may be loaded in 16 bit), or leave it off"
             )
         if self.steps_per_generation % self.gradient_accumulation_steps:
             raise ValueError(

@@ -43,6 +43,8 @@ class OptimisationMixin:
         )
         if self.value_function.is_head:
             value_loss = value_loss_of(self._values(ids, attention_mask, length))
+        if "importance_sampling_ratio" in inputs:  # of the policy to vLLM, never negative
+            advantages = advantages * inputs["importance_sampling_ratio"]
         policy_loss = clipped_policy_loss(
             logps, inputs["old_per_token_logps"], advantages, mask, args.epsilon, num_tokens
         )

@@ -40,6 +40,7 @@ from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.lm_heads import add_untempered_head, fp32_output
 from prefopt.trainers.ppo_ptx_checkpoints import CheckpointMixin
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx_generation import check_vllm
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 from prefopt.trainers.ppo_ptx_optimisation import OptimisationMixin
 from prefopt.trainers.ppo_ptx_prompts import PromptOrder, check_prompts
@@ -152,6 +153,7 @@ class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
         given = trainable_weights(model)
+        check_vllm(args, model, quantization_config, suppressed)
 
         super().__init__(
             model,
@@ -177,6 +179,7 @@ class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
+        check_vllm(args, self.model, None, [])  # what was a path
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)
         if suppressed:  # the saved policy shall not sample it either
@@ -206,7 +209,9 @@ class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin
         self.weight_average = None
         if args.ema_decay is not None:
             values = {id(p) for p in self.value_function.parameters}
-            policy = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values}
+            policy = {
+                n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values
+            }
             self.weight_average = WeightAverage(policy, args.ema_decay)
             self.add_callback(self.weight_average)
         self.pretraining = None
@@ -332,7 +337,11 @@ class PPOPtxTrainer(OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin
 
     # ---- rollout ----------------------------------------------------------------------------------------------
     def _generate(self, prompts: list) -> tuple:
+        was_training = self.model.training
         generated = super()._generate(prompts)
+        self.model.train(was_training)  # TRL leaves training mode behind after continuous batching
+        if len(generated[1]) != len(prompts):
+            raise RuntimeError(f"generation gave {len(generated[1])} completions for {len(prompts)} prompts")
         self._prompt_ids = generated[0]
         return generated
 
