@@ -699,7 +699,9 @@ SCRIPT = """
             per_device_train_batch_size=rows, gradient_accumulation_steps=2, max_steps=3, warmup_steps=0,
             learning_rate=1e-2, value_learning_rate=1e-2, ptx_coef=2.0, ptx_batch_ratio=0.4, ptx_max_length=16,
             save_strategy="no", max_grad_norm=0.7, logging_steps=1, gradient_checkpointing=(kind == "lora"),
-            missing_eos_penalty=0.3, shuffle_dataset=False,
+            missing_eos_penalty=0.3, shuffle_dataset=False, normalize_scores=(kind == "head"),
+            kl_estimator={"network": "k1", "head": "k3", "lora": "full"}[kind],
+            kl_target=0.05 if kind == "lora" else None, kl_horizon=20,
         )
         trainer = Scripted(
             policy, reward, args, Dataset.from_dict({"prompt": ["the cat", "a dog ran", "what is", "red"] * 8}),
@@ -713,7 +715,8 @@ SCRIPT = """
             weights = {n: p.detach() for n, p in trainer.model.named_parameters()}
             weights |= {"value." + n: p.detach() for n, p in trainer.value_function.module.named_parameters()}
             names = ("loss", "loss/ptx", "loss/policy", "loss/value", "grad_norm", "grad_norm/ptx", "grad_norm/ppo",
-                     "grad_norm/value", "objective/scores", "objective/kl", "kl", "entropy", "value/explained_variance")
+                     "grad_norm/value", "objective/scores", "objective/kl", "objective/kl_coef", "kl", "entropy",
+                     "value/explained_variance")
             logs = [[log[name] for name in names] for log in trainer.state.log_history if "loss/policy" in log]
             torch.save({"weights": weights, "logs": logs},
                        folder / f"{kind}{trainer.accelerator.num_processes}.pt")
