@@ -17,7 +17,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefopt.reward_checkpoints import save_reward_model
 
 OPTIONS = {
     "per_device_train_batch_size": 2,
@@ -207,6 +209,10 @@ def files(tmp_path, causal_lm, reward_model, tokenizer):
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
     get_peft_model(base, adapter).save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
+    scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    adapter = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], modules_to_save=["score"])
+    save_reward_model(get_peft_model(scorer, adapter), tmp_path / "reward-adapter")
+    tokenizer.save_pretrained(tmp_path / "reward-adapter")
     words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "to", "the", "red", "house"]
     prompts = [" ".join(words[i % 7 : i % 7 + 1 + i % 4]) for i in range(16)]
     rows = {
@@ -308,11 +314,16 @@ def test_killed_over_and_over_ends_as_if_never_killed(server, files):
         assert f"_unfinished/checkpoint-{step} was left unfinished" in log
 
 
-@pytest.mark.parametrize("newer", ["half-deleted", "half-written"])
-def test_incomplete_checkpoint_is_named_and_passed_over(newer, server, files):
+@pytest.mark.parametrize(
+    ("newer", "reward"), [("half-deleted", "reward"), ("half-written", "reward-adapter")]
+)
+def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, files):
+    """With a LoRA policy; the reward model of its own, or, as the value function, an adapter on the policy's base."""
     options = ppo_options(files, "sft", save_total_limit=5, max_steps=8)
+    options["reward_model_name_or_path"] = str(files / reward)
     assert run(server, "ppo-ptx", files, "run", options) == 0
     whole = end_of(files / "run")
+    assert any("lora" in name for name in whole)
     newest = files / "run" / "checkpoint-8"
     if newer == "half-deleted":
         (newest / "optimizer.pt").unlink()
