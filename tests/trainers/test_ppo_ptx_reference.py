@@ -37,6 +37,16 @@ def bare(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def rows_of(batches):
+    """(prompt, completion) of every episode, without padding."""
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    return [
+        (p[pm.bool()].tolist(), c[cm.bool()].tolist())
+        for batch in batches
+        for p, pm, c, cm in zip(*(batch[name] for name in names), strict=True)
+    ]
+
+
 class Reference:
     """InstructGPT Eq. 2 with loops over rows and tokens, on unpadded sequences, without any prefopt function."""
 
@@ -60,13 +70,7 @@ class Reference:
 
     def begin(self):
         """Quantities of the rollout, under the policy and the value function that sampled it."""
-        self.rows = []
-        for batch in self.trainer._buffered_inputs:
-            for p, pm, c, cm in zip(
-                *(batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
-                strict=True,
-            ):
-                self.rows.append((p[pm.bool()].tolist(), c[cm.bool()].tolist()))
+        self.rows = rows_of(self.trainer._buffered_inputs)
         self.old, self.old_values, self.returns, self.advantages = [], [], [], []
         with torch.no_grad():
             for prompt, completion in self.rows:
@@ -119,16 +123,18 @@ class Compare(TrainerCallback):
     """Before each optimizer step: the gradients held by the parameters against autograd on the reference."""
 
     def __init__(self):
-        self.steps = 0
+        self.steps, self.minibatches = 0, []
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer, reference = self.trainer, self.reference
         if self.steps == 0:
             reference.begin()
-        micro, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        minibatch = self.steps * micro * steps % len(reference.rows)
+        batches, size = trainer._buffered_inputs, args.gradient_accumulation_steps
+        first = self.steps * size % len(batches)
+        minibatch = rows_of(batches[first : first + size])  # divided anew in every inner epoch
+        self.minibatches.append(minibatch)
         policy_loss, value_loss, ptx = reference.step(
-            range(minibatch, minibatch + micro * steps), self.stream.take(3)
+            [reference.rows.index(row) for row in minibatch], self.stream.take(3)
         )
         policy = [p for p in trainer.model.parameters() if p.requires_grad]
         value = [p for p in reference.value.parameters() if p.requires_grad]
@@ -235,6 +241,8 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
     trainer.train()
 
     assert compare.steps == 4  # 2 inner epochs of 2 minibatches
+    first, second = (sorted(sum(compare.minibatches[i : i + 2], [])) for i in (0, 2))  # noqa: RUF017
+    assert first == second == sorted(compare.reference.rows)
     assert len({len(completion) for _, completion in compare.reference.rows}) > 1  # ragged
     history = [log for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
     assert history[0]["clip_ratio/region_mean"] == 0
