@@ -164,6 +164,8 @@ class PPOPtxConfig(GRPOConfig):
         max_grad_norm (`float`, defaults to `1.0`): clips the gradient of the policy and that of the value function,
             each by itself.
         value_learning_rate (`float`, defaults to `9e-6`): of the value function, on the schedule of `learning_rate`.
+        value_warmup_steps (`int`, defaults to `0`): first optimizer steps in which the value function learns and the
+            policy stays (no pretraining text is taken either). Worth having where no reward model gives it a start.
         warmup_start_ratio (`float`, defaults to `0.1`): the warm-up rises from this share of both learning rates.
         warmup_steps (`float`, *optional*): as in `TrainingArguments`; None is the paper's, the optimizer steps of the
             first 10 rollouts.
@@ -246,6 +248,9 @@ class PPOPtxConfig(GRPOConfig):
         default=True, metadata={"help": "Whiten advantages over the whole rollout."}
     )
     value_clip_range: float = field(default=0.2, metadata={"help": "Clip range of the values."})
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "First steps in which only the value function learns."}
+    )
     value_learning_rate: float = field(
         default=9e-6, metadata={"help": "Peak learning rate of the value function."}
     )
@@ -304,6 +309,7 @@ class PPOPtxConfig(GRPOConfig):
             "ptx_batch_ratio": 0,
             "vf_coef": 0,
             "value_learning_rate": 0,
+            "value_warmup_steps": 0,
             "value_clip_range": 0,
             "epsilon": 0,
         }

@@ -77,8 +77,12 @@ class OptimisationMixin:
             metrics = self._metrics["train"]
             metrics["grad_norm/value"].append(_norm(self.value_function.parameters))
             policy_parameters = [p for p in self.model.parameters() if p.requires_grad]
+            is_warming_up = self.state.global_step < self.args.value_warmup_steps
+            if is_warming_up:
+                for parameter in policy_parameters:
+                    parameter.grad = None
             metrics["grad_norm/ppo"].append(_norm(policy_parameters))
-            if self.pretraining is not None:
+            if self.pretraining is not None and not is_warming_up:
                 loss = loss + self._add_pretraining_gradient(model, policy_parameters)
             metrics["step_time"][-1] += time.perf_counter() - start
         return loss

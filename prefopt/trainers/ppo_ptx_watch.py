@@ -178,7 +178,8 @@ class Diagnosis:
             "value divergence",
             "value/explained_variance",
             f"the value function is worse than a constant ({seen}), so the advantages are noise: lower "
-            "value_learning_rate, or start it from the reward model that gives the scores",
+            "value_learning_rate, start it from the reward model that gives the scores, or let it learn alone for "
+            "some value_warmup_steps",
         )
 
     def _unbalanced_gradients(self) -> tuple[str, str, str] | None:

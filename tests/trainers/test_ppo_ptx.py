@@ -106,6 +106,37 @@ def weights_of(trainer):
     }
 
 
+# ---- value warm-up ---
+@pytest.mark.parametrize("value_model", [None, "head"])
+def test_policy_stays_while_the_value_function_warms_up(value_model, make):
+    seen = []
+
+    class Snapshot(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            policy = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+            values = torch.cat([p.detach().flatten() for p in trainer.value_function.parameters])
+            seen.append((policy.clone(), values.clone(), trainer.pretraining.position))
+
+    trainer = make(
+        ptx_coef=1.0,
+        value_warmup_steps=2,
+        max_steps=3,
+        value_model=value_model,
+        callbacks=[Snapshot()],
+    )
+    start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).clone()
+    trainer.train()
+    policies, values, positions = zip(*seen, strict=True)
+    assert torch.equal(policies[0], start)
+    assert torch.equal(policies[1], start)
+    assert not torch.equal(policies[2], start)
+    assert not torch.equal(values[0], values[1])
+    assert positions == (0, 0, 2)  # ratio 0.5 of four episodes, in the third step alone
+    norms = [log["grad_norm/ppo"] for log in trainer.state.log_history if "grad_norm/ppo" in log]
+    assert norms[:2] == [0.0, 0.0]
+    assert norms[2] > 0
+
+
 # ---- the KL reference ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["full", "trained adapter", "new adapter"])
