@@ -314,6 +314,11 @@ def why_not(model: nn.Module) -> str | None:
     return None
 
 
+def has_window(model: nn.Module) -> bool:
+    """Whether a layer of the model attends within a sliding window."""
+    return getattr(_unwrapped(model).config.get_text_config(), "sliding_window", None) is not None
+
+
 def enable(model: nn.Module) -> None:
     """Let the model share prefixes inside `sharing`; everywhere else it stays as it was.
 

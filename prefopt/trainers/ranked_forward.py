@@ -18,6 +18,8 @@ from prefopt.trainers.forward_splits import split_completions
 
 logger = get_logger(__name__)
 
+CHECKED_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -129,15 +131,29 @@ class RankedForwardMixin:
         logger.warning(f"Prefix sharing is off: {reason}. Every completion is forwarded in a row of its own.")
 
     def _sharing_is_equal(self, model: nn.Module, rows: Rows) -> bool:
-        """Forward two completions of one prompt of the first batch both ways, the shortest such pair."""
+        """Forward two completions of one prompt of the first batch both ways, the shortest such pair.
+
+        Of both no more than `CHECKED_TOKENS` of what they share and of what they do not: a layer that mixes tokens in
+        another way does so in any row. Only a sliding window shows in long rows alone.
+        """
         repeated = (rows.prompts[1:] == rows.prompts[:-1]).nonzero().squeeze(1)
         lengths = rows.attention_mask.sum(1)
         first = repeated[(lengths[repeated] + lengths[repeated + 1]).argmin()]
-        width = int(lengths[first : first + 2].max())
+        both = slice(first, first + 2)
+        width = int(lengths[both].max())
+        columns = torch.arange(width, device=lengths.device)
+        if not prefix_sharing.has_window(model):
+            packed = prefix_sharing.pack(rows.input_ids[both], rows.attention_mask[both], rows.prompts[both])
+            shared = packed.layout.prefixes.width
+            columns = columns[
+                (columns < min(shared, CHECKED_TOKENS))
+                | ((columns >= shared) & (columns < shared + CHECKED_TOKENS))
+            ]
         ids, mask, completion = (
-            x[first : first + 2, :width] for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
+            x[both][:, columns[columns < x.shape[1]]]
+            for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
         )
-        pair = Rows(ids, mask, completion, torch.zeros_like(rows.prompts[:2]))
+        pair = self._complete_rows(Rows(ids, mask, completion, rows.prompts[both]))
         packed = prefix_sharing.pack(pair.input_ids, pair.attention_mask, pair.prompts)
         was_training = model.training
         model.eval()
