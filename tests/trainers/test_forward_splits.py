@@ -164,3 +164,10 @@ def test_prompts_of_similar_length_go_together():
     mask, present = (ids > 0).long(), torch.ones(4, 2, dtype=torch.bool)
     masks = split_completions(ids, mask, present, 80, False)
     assert [m.any(1).tolist() for m in masks] == [[False, True, False, True], [True, False, True, False]]
+
+
+def test_completions_of_similar_length_go_together():
+    lengths = [3, 20, 4, 19]
+    ids = torch.tensor([[[5 + k] * n + [0] * (20 - n) for k, n in enumerate(lengths)]])
+    masks = split_completions(ids, (ids > 0).long(), torch.ones(1, 4, dtype=torch.bool), 40, False)
+    assert [m[0].tolist() for m in masks] == [[False, True, False, True], [True, False, True, False]]
