@@ -249,7 +249,7 @@ class RankedForwardMixin:
         values = {name: value.detach() for name, value in values.items()}
         if "prompts" not in inputs:
             self._log_values(values, inputs)
-        elif not inputs.get("is_repeated"):
+        else:
             self._parts_to_log.append((inputs["prompts"], values))
 
     def _joined_parts(self) -> dict[str, Tensor]:
