@@ -20,7 +20,7 @@ from prefopt.evaluation.language_model import (
 )
 from prefopt.evaluation.results import BASELINE, FAILED, GROUPS, MODELS, build_results, measure
 from prefopt.evaluation.reward import gold_accuracy, reward_accuracy, score_completions
-from prefopt.evaluation.summary import summarise
+from prefopt.evaluation.summary import CONTRASTS, summarise
 
 logger = logging.getLogger(__name__)
 Gold = Callable[[Any, str], Any]
@@ -56,6 +56,7 @@ def evaluate(
     reward_model: Any | None = None,
     reward_tokenizer: Any | None = None,
     ranked_rows: Mapping[str, Sequence[Mapping]] | None = None,
+    contrasts: Sequence[tuple[str, str]] = CONTRASTS,
     max_new_tokens: int = 64,
     max_length: int | None = None,
     batch_size: int = 64,
@@ -80,6 +81,7 @@ def evaluate(
         tasks: multiple-choice tasks as in `task_accuracy`.
         reward_model: a sequence classifier; with `ranked_rows` (`train_labelers`, `heldout_labelers` -> rows) its
             accuracy is measured.
+        contrasts: pairs of models whose paired difference is reported besides those to `sft`.
         max_length: window of bits per byte; default: the model's positions.
         folder: where to keep every model's completions and their gold rewards, as `<model>.jsonl`.
         progress: called with a line of text when a part begins.
@@ -189,7 +191,7 @@ def evaluate(
             measures.append(measure(f"{name}.{group}", model, found.get(group), reason=reasons.get("")))
     for name in MODELS:
         scores.setdefault(name, Scores(reasons={"": "no such model in this run"}))
-    summary, samples = summarise(scores, prompts, labels, heldout_use_case, seed)
+    summary, samples = summarise(scores, prompts, labels, heldout_use_case, seed, contrasts)
     return build_results(
         measures + summary, wall_seconds=wall_seconds, settings=settings, samples=samples, curves=curves
     )

@@ -195,6 +195,68 @@ def shares_plot(log: Sequence[Mapping[str, Any]], series: Sequence[tuple[str, st
     return _svg(draw, f"{title} over training steps", height=2.1)
 
 
+def points_plot(
+    series: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    title: str,
+    x_label: str,
+    *,
+    ticks: Sequence[str] | None = None,
+    level: float | None = None,
+) -> str:
+    """Points with their intervals, joined per series: `x`, `y` and, where known, `x_low`, `x_high`, `y_low`, `y_high`.
+
+    A series without any interval is drawn as a line alone. `ticks` name x = 0, 1, 2 ...; a point's `label` is written
+    beside it; `level` is a horizontal line.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(series):
+            drawn = [p for p in points if p["x"] is not None and p["y"] is not None]
+            x, y = _column(drawn, "x"), _column(drawn, "y")
+            errors = {f"{axis}err": _reach(drawn, axis) for axis in "xy"}
+            plain = all(error is None for error in errors.values())
+            colour = _SERIES[i % len(_SERIES)]
+            axes.errorbar(
+                x,
+                y,
+                **errors,
+                color=colour,
+                label=name,
+                elinewidth=0.9,
+                linewidth=1.6 if plain else 0.9,
+                marker="" if plain else "o",
+                markersize=3.5,
+            )
+            for p in drawn:
+                axes.annotate(
+                    p.get("label", ""),
+                    (p["x"], p["y"]),
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
+        if ticks is not None:
+            axes.set_xticks(range(len(ticks)), ticks)
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle="--")
+        axes.set_title(title, loc="left", pad=4)
+        axes.set_xlabel(x_label)
+        if len(series) > 1:
+            figure.legend(loc="outside lower center", ncols=2)
+
+    return _svg(
+        draw, f"{title}; {x_label}", height=2.3 + (0.17 * -(-len(series) // 2) if len(series) > 1 else 0)
+    )
+
+
+def _reach(points: Sequence[Mapping[str, Any]], axis: str) -> np.ndarray | None:
+    """How far the intervals reach below and above the points `[2, N]`; None if no point has one."""
+    low, value, high = (_column(points, axis + end) for end in ("_low", "", "_high"))
+    reach = np.stack([value - low, high - value])
+    return np.nan_to_num(reach).clip(min=0) if np.isfinite(reach).any() else None
+
+
 def _points(log: Sequence[Mapping[str, Any]], key: str, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Steps and numbers of the entries that have one; of a long log, means over neighbours."""
     column = _column(log, key)

@@ -24,6 +24,7 @@ def summarise(
     labels: Sequence[str],
     heldout_use_case: str | None = None,
     seed: int = 0,
+    contrasts: Sequence[tuple[str, str]] = CONTRASTS,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measures of every model and of its differences, and the samples for the report.
 
@@ -81,7 +82,7 @@ def summarise(
             )
         _add_win_rates(add, scores, model, use_case, heldout)
     others = [model for model in scores if model != BASELINE]
-    for model, against in [(m, BASELINE) for m in others] + [c for c in CONTRASTS if set(c) <= set(scores)]:
+    for model, against in [(m, BASELINE) for m in others] + [c for c in contrasts if set(c) <= set(scores)]:
         for name, part in (
             ("gold_reward", "gold"),
             ("gold_reward_greedy", "gold_greedy"),

@@ -14,6 +14,7 @@ COMMANDS = {
         "what moved the weights of a training run when, and its troubles",
     ),
     "pipeline": ("prefopt.recipes.pipeline", "all steps on the sandbox, ending in a report"),
+    "sweep": ("prefopt.recipes.sweep", "PPO-ptx over ptx_coef and kl_coef, from a finished pipeline run"),
 }
 
 

@@ -1,0 +1,249 @@
+"""What a sweep over ptx_coef and kl_coef shows: the two findings of InstructGPT's Figs 33 and 34, by intervals alone.
+
+Also the quantities of Gao et al. 2022 (arXiv:2210.10760): proxy and gold reward against the distance from the start.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prefopt.evaluation.results import BASELINE, find
+from prefopt.evaluation.training_run import thirds
+
+REWARD = "gold_reward"
+TAX = {"pretraining_bits_per_byte": "bits per byte", "heldout_task_accuracy": "task accuracy"}
+SHOWN = {REWARD: "gold reward", **TAX}
+KEYS = {"proxy": "rewards/reward_model", "gold": "rewards/gold"}
+Measures = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training run of the sweep."""
+
+    ptx_coef: float
+    kl_coef: float
+
+    @property
+    def name(self) -> str:
+        return f"ptx{self.ptx_coef:g}_kl{self.kl_coef:g}"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A paired difference with its 95 % interval; positive is better, whatever is measured."""
+
+    low: float
+    value: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a finding of the paper holds here (None: these runs cannot tell), and the numbers that say so."""
+
+    title: str
+    holds: bool | None
+    evidence: list[str]
+
+
+def gain(measures: Measures, name: str, model: str, against: str) -> Gain | None:
+    """How much better `model` is than `against` by one measure; None where that was not measured."""
+    m = find(measures, name, model, against)
+    if m is None or m["value"] is None or m["ci_low"] is None or m["ci_high"] is None:
+        return None
+    if m["higher_is_better"]:
+        return Gain(m["ci_low"], m["value"], m["ci_high"])
+    return Gain(-m["ci_high"], -m["value"], -m["ci_low"])
+
+
+def contrasts(ptx: Sequence[Point], kl: Sequence[Point]) -> list[tuple[str, str]]:
+    """The paired differences that `findings` reads, besides those to SFT."""
+    ppo = plain_ppo(ptx)
+    others = [p for p in dict.fromkeys([*ptx, *kl]) if p != ppo]
+    to_ppo = [(p.name, ppo.name) for p in others]
+    return to_ppo + [(a.name, b.name) for a in ptx if a != ppo for b in kl if b != ppo]
+
+
+def plain_ppo(ptx: Sequence[Point]) -> Point:
+    """The run that both sweeps have in common: no pretraining term, the smallest KL coefficient."""
+    return next(p for p in ptx if p.ptx_coef == 0)
+
+
+def findings(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[Finding]:
+    """The paper's two findings, both judged by one criterion.
+
+    PPO *loses* by a measure if the interval of PPO - SFT lies on the worse side of 0. A run *recovers* what PPO lost if,
+    by every measure that PPO loses by, the interval of run - PPO lies on the better side of 0 and the interval of what
+    is left of the loss (run - SFT) stays below half of PPO's loss; while its gold reward is above SFT's (the whole
+    interval) and not below PPO's (not the whole interval). Finding 1: some ptx_coef > 0 recovers. Finding 2: no larger
+    kl_coef does.
+    """
+    ppo = plain_ppo(ptx)
+    titles = (
+        "The pretraining term recovers what PPO loses (paper, Fig. 33)",
+        "A larger KL coefficient does not recover it (paper, Fig. 34)",
+    )
+    losses = {name: gain(measures, name, ppo.name, BASELINE) for name in TAX}
+    lost = {name: loss for name, loss in losses.items() if loss is not None and loss.high < 0}
+    against_sft = "; ".join(f"{TAX[name]} {loss}" for name, loss in losses.items() if loss is not None)
+    start = f"PPO against SFT, positive is better: {against_sft or 'nothing was measured'}."
+    if not lost:
+        return [Finding(t, None, [start, "PPO loses nothing here that could be recovered."]) for t in titles]
+    tried = [[p for p in points if p != ppo] for points in (ptx, kl)]
+    recovered = [[p for p in points if _recovers(measures, p, ppo, lost)] for points in tried]
+    complete = [all(_is_measured(measures, p, ppo, lost) for p in points) and points for points in tried]
+    first = bool(recovered[0]) or (False if complete[0] else None)
+    second = not recovered[1] if recovered[1] or complete[1] else None
+    said = [
+        [_about(measures, p, ppo, lost, knob) for p in points]
+        for points, knob in zip(tried, ("ptx_coef", "kl_coef"), strict=True)
+    ]
+    why = _why_not(measures, recovered[1], ppo)
+    best = _best_against_best(measures, *recovered)
+    return [
+        Finding(titles[0], first, [start, *said[0]]),
+        Finding(titles[1], second, [*said[1], *why, *best]),
+    ]
+
+
+def _recovers(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool:
+    return _keeps_reward(measures, point, ppo) and all(
+        _regains(measures, point, ppo, name, loss) for name, loss in lost.items()
+    )
+
+
+def _keeps_reward(measures: Measures, point: Point, ppo: Point) -> bool:
+    over_sft = gain(measures, REWARD, point.name, BASELINE)
+    over_ppo = gain(measures, REWARD, point.name, ppo.name)
+    return over_sft is not None and over_ppo is not None and over_sft.low > 0 and over_ppo.high >= 0
+
+
+def _regains(measures: Measures, point: Point, ppo: Point, name: str, loss: Gain) -> bool:
+    over_ppo = gain(measures, name, point.name, ppo.name)
+    left = gain(measures, name, point.name, BASELINE)
+    return over_ppo is not None and left is not None and over_ppo.low > 0 and left.low > loss.value / 2
+
+
+def _is_measured(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool:
+    return all(
+        gain(measures, name, point.name, against) is not None
+        for name in (REWARD, *lost)
+        for against in (BASELINE, ppo.name)
+    )
+
+
+def _about(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain], knob: str) -> str:
+    """One run in one sentence: what of the loss is back, and at what reward."""
+    setting = f"{knob} {getattr(point, knob):g}"
+    if not _is_measured(measures, point, ppo, lost):
+        return f"{setting}: not measured."
+    parts = []
+    for name, loss in lost.items():
+        left = gain(measures, name, point.name, BASELINE)
+        over_ppo = gain(measures, name, point.name, ppo.name)
+        share = 1 - left.value / loss.value
+        parts.append(f"{TAX[name]} {over_ppo} against PPO ({share:.0%} of the loss is back)")
+    parts.append(f"gold reward {gain(measures, REWARD, point.name, ppo.name)} against PPO")
+    verdict = "recovers" if _recovers(measures, point, ppo, lost) else "does not recover"
+    return f"{setting} {verdict}: {', '.join(parts)}."
+
+
+def _why_not(measures: Measures, recovered: Sequence[Point], ppo: Point) -> list[str]:
+    """Why a larger KL coefficient recovers here, where the numbers tell: then PPO's own reward suffers as well."""
+    better = [p for p in recovered if gain(measures, REWARD, p.name, ppo.name).low > 0]
+    if not better:
+        return []
+    settings = ", ".join(f"{p.kl_coef:g}" for p in better)
+    return [
+        f"Why: with kl_coef {ppo.kl_coef:g} PPO over-optimises the reward model, for at kl_coef {settings} the gold "
+        "reward is higher, not lower; up to there a larger coefficient costs nothing."
+    ]
+
+
+def _best_against_best(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[str]:
+    """Of the runs that recover, the one of the highest gold reward of either sweep, compared prompt by prompt."""
+    if not ptx or not kl:
+        return []
+    a, b = (max(points, key=lambda p: gain(measures, REWARD, p.name, BASELINE).value) for points in (ptx, kl))
+    found = [(label, gain(measures, name, a.name, b.name)) for name, label in SHOWN.items()]
+    told = "; ".join(f"{label} {difference}" for label, difference in found if difference is not None)
+    return [
+        f"Of the runs that recover, those of the highest gold reward, ptx_coef {a.ptx_coef:g} against kl_coef "
+        f"{b.kl_coef:g} (positive: ptx is better): {told}."
+    ]
+
+
+def over_optimisation(log: Sequence[Mapping[str, Any]], episodes: int) -> list[dict[str, float]]:
+    """Rewards of the rollouts of one run against their distance from the start.
+
+        distance = sqrt(KL(policy || SFT)), gain = (mean reward of the rollout - that of the first) / sd of the first
+
+    Args:
+        log: entries with `objective/kl`, `rewards/{reward_model, gold}/{mean, std}`; others are passed over. The first
+            is that of the SFT model.
+        episodes: of one rollout; the standard error of a mean is sd / sqrt(episodes).
+
+    Returns:
+        `distance` and, of `proxy` and `gold`, the gain with `_low` and `_high`, the ends of its 95 % interval. An
+        estimate of KL below 0 counts as 0.
+
+    Example:
+        >>> entry = {"objective/kl": 0.0} | {f"rewards/{r}/{k}": v for r in ("reward_model", "gold")
+        ...                                  for k, v in (("mean", 1.0), ("std", 2.0))}
+        >>> later = entry | {"objective/kl": 4.0, "rewards/gold/mean": 3.0}
+        >>> point = over_optimisation([entry, later], episodes=100)[1]
+        >>> point["distance"], point["gold"], point["gold_low"]
+        (2.0, 1.0, 0.804)
+    """
+    needed = ["objective/kl", *(f"{key}/{part}" for key in KEYS.values() for part in ("mean", "std"))]
+    entries = [e for e in log if all(isinstance(e.get(k), float) and math.isfinite(e[k]) for k in needed)]
+    if not entries or any(entries[0][f"{key}/std"] <= 0 for key in KEYS.values()):
+        return []
+    points = []
+    for entry in entries:
+        point = {"distance": math.sqrt(max(entry["objective/kl"], 0.0))}
+        for name, key in KEYS.items():
+            unit = entries[0][f"{key}/std"]
+            value = (entry[f"{key}/mean"] - entries[0][f"{key}/mean"]) / unit
+            half = 1.96 * entry[f"{key}/std"] / math.sqrt(episodes) / unit
+            point |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+        points.append(point)
+    return points
+
+
+def fit_gold(points: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
+    """Least squares for Gao et al.'s form under RL: gain(d) = d * (alpha - beta * log d); None below three points.
+
+    Example:
+        >>> line = [{"distance": d, "gold": d * (2 - 0.5 * math.log(d))} for d in (0.5, 1.0, 2.0, 3.0)]
+        >>> alpha, beta = fit_gold(line)
+        >>> round(alpha, 6), round(beta, 6)
+        (2.0, 0.5)
+    """
+    d = np.array([p["distance"] for p in points if p["distance"] > 0])
+    gold = np.array([p["gold"] for p in points if p["distance"] > 0])
+    if len(d) < 3:
+        return None
+    alpha, beta = np.linalg.lstsq(np.stack([d, -d * np.log(d)], axis=1), gold, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+def last_third(points: Sequence[Mapping[str, float]], name: str) -> Gain | None:
+    """Mean gain of the last third of the rollouts minus that of the second third; the interval is over episodes."""
+    parts = thirds(list(points))
+    if len(parts) < 3:
+        return None
+    value, variance = 0.0, 0.0
+    for sign, part in ((-1, parts[1]), (1, parts[2])):
+        value += sign * sum(p[name] for p in part) / len(part)
+        errors = [(p[f"{name}_high"] - p[f"{name}_low"]) / 2 / 1.96 for p in part]
+        variance += sum(e * e for e in errors) / len(part) ** 2
+    half = 1.96 * math.sqrt(variance)
+    return Gain(value - half, value, value + half)

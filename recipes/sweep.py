@@ -1,0 +1,219 @@
+"""The sweep of InstructGPT's Figs 33 and 34 on the sandbox: what ptx_coef recovers, and what kl_coef does not.
+
+    prefopt sweep --config recipes/tiny/sweep.yaml
+
+Starts from a finished `prefopt pipeline` run (its SFT model, reward model and data), trains PPO-ptx once per
+coefficient, evaluates every policy as the pipeline does, and writes sweep.json and sweep.html. A finished run is kept
+and an interrupted one goes on from its newest checkpoint: run the command again.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt.evaluation.evaluate_models import evaluate
+from prefopt.evaluation.generate import read_jsonl, write_whole
+from prefopt.evaluation.results import BASELINE, write_results
+from prefopt.evaluation.sweep import Point, contrasts, findings, over_optimisation, plain_ppo
+from prefopt.evaluation.sweep_page import VERDICT, build_sweep_page
+from prefopt.evaluation.training_run import read_run
+from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.pipeline import Pipeline, PipelineArguments, load_causal_lm
+from prefopt.recipes.steps import Steps
+from prefopt.reward_checkpoints import load_reward_model
+
+INPUTS = ("data", "reward", "ppo_start")  # steps of the pipeline whose results the sweep uses
+
+
+@dataclass
+class SweepArguments:
+    """Which pipeline run to start from, and the coefficients."""
+
+    run_dir: str = field(
+        default="runs/demo", metadata={"help": "Folder of a finished `prefopt pipeline` run."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the sweep; default: `sweep` in run_dir."}
+    )
+    ppo_config: str = field(
+        default="recipes/tiny/ppo_ptx.yaml",
+        metadata={
+            "help": "Settings of `prefopt ppo-ptx`, the same for every run but for its two coefficients."
+        },
+    )
+    ptx_coefs: list[float] = field(
+        default_factory=lambda: [0, 1, 5, 20, 27.8, 50],
+        metadata={"help": "ptx_coef of Fig. 33, 0 (plain PPO) among them; at the smallest of kl_coefs."},
+    )
+    kl_coefs: list[float] = field(
+        default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1, 2, 5],
+        metadata={"help": "kl_coef of Fig. 34, at ptx_coef 0."},
+    )
+    save_steps: int = field(default=20, metadata={"help": "Steps between checkpoints of a run."})
+    batch_size: int = field(default=256, metadata={"help": "Batch of the evaluation."})
+
+
+class Sweep:
+    """One training run per point, then one evaluation of all of them on the same prompts and documents."""
+
+    def __init__(self, args: SweepArguments) -> None:
+        self.args = args
+        self.run_dir = Path(args.run_dir)
+        self.root = Path(args.output_dir) if args.output_dir else self.run_dir / "sweep"
+        self.pipeline, self.inputs = _finished_pipeline(self.run_dir)
+        self.config = _ppo_config(args.ppo_config)
+        ptx_coefs, kl_coefs = (sorted(set(map(float, c))) for c in (args.ptx_coefs, args.kl_coefs))
+        if not ptx_coefs or ptx_coefs[0] != 0:
+            raise UserError("ptx_coefs: expected numbers from 0 on, with 0 (plain PPO) among them")
+        if not kl_coefs or kl_coefs[0] < 0:
+            raise UserError("kl_coefs: expected one or more numbers, none below 0")
+        self.ptx = [Point(c, kl_coefs[0]) for c in ptx_coefs]
+        self.kl = [Point(0.0, c) for c in kl_coefs]
+        self.points = list(dict.fromkeys([*self.ptx, *self.kl]))
+
+    def run(self) -> None:
+        """Train what is not trained yet, evaluate, and write the page."""
+        steps = Steps(self.root, total=len(self.points) + 1)
+        for point in self.points:
+            title = f"PPO-ptx, ptx_coef {point.ptx_coef:g}, kl_coef {point.kl_coef:g}"
+            steps.run(point.name, title, self.settings(point), lambda p=point: self.train(p))
+        steps.run("evaluate", "evaluate every policy", [self.settings(p) for p in self.points], self.evaluate)
+        found = self.report(steps.seconds)
+        for finding in found:
+            steps.console.print(f"{finding.title}: {VERDICT[finding.holds]}")
+        steps.console.print(f"page: {self.root / 'sweep.html'}\nnumbers: {self.root / 'sweep.json'}")
+
+    def settings(self, point: Point) -> dict[str, Any]:
+        """All that a point's policy depends on."""
+        return {"point": asdict(point), "ppo": self.config, "inputs": self.inputs}
+
+    def train(self, point: Point) -> None:
+        folder, settings = self.root / point.name, json.dumps(self.settings(point), sort_keys=True, indent=1)
+        known = folder / "settings.json"
+        if folder.exists() and (not known.is_file() or known.read_text(encoding="utf-8") != settings):
+            raise UserError(
+                f"{folder} was begun with other settings, so it is not gone on with; choose another output_dir, or "
+                "delete it to train it anew"
+            )
+        write_whole(known, settings)
+        pipeline = self.pipeline
+        keys = {
+            "model_name_or_path": pipeline.root / "sft",
+            "reward_model_name_or_path": pipeline.root / "reward",
+            "dataset_name": pipeline.data / "prompts_rl.jsonl",
+            "output_dir": folder,
+            "seed": pipeline.args.seed,
+            "max_completion_length": pipeline.args.max_new_tokens,
+            "ptx_coef": point.ptx_coef,
+            "kl_coef": point.kl_coef,
+            "save_strategy": "steps",
+            "save_steps": self.args.save_steps,
+            "save_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+        }
+        if point.ptx_coef > 0:
+            keys["pretrain_dataset_name"] = pipeline.data / "corpus_train.jsonl"
+        argv = ["--config", self.args.ppo_config]
+        for key, value in keys.items():
+            argv += [f"--{key}", str(value)]
+        pipeline.train_ppo(argv)
+
+    def evaluate(self) -> None:
+        """As the pipeline evaluates its policies, with every paired difference that the findings need."""
+        pipeline = self.pipeline
+        prompts = read_jsonl(pipeline.data / "prompts_test.jsonl")
+        folders = {BASELINE: pipeline.root / "sft"} | {p.name: self.root / p.name for p in self.points}
+        results = evaluate(
+            {name: load_causal_lm(folder) for name, folder in folders.items()},
+            prompts=[row["prompt"] for row in prompts],
+            use_cases=[row["use_case"] for row in prompts],
+            heldout_use_case=pipeline.world.held_out_use_case,
+            gold=pipeline.world.gold_reward,
+            corpus=[row["text"] for row in read_jsonl(pipeline.data / "corpus_test.jsonl")],
+            tasks=[asdict(task) for task in pipeline.world.knowledge_tasks()],
+            reward_model=load_reward_model(pipeline.root / "reward"),
+            contrasts=contrasts(self.ptx, self.kl),
+            max_new_tokens=pipeline.args.max_new_tokens,
+            batch_size=self.args.batch_size,
+            seed=pipeline.args.seed,
+            folder=self.root / "completions",
+            progress=lambda line: print(f"  {line}", flush=True),
+        )
+        results["measures"] = [m for m in results["measures"] if m["model"] in folders]
+        write_results(results, self.root / "evaluation.json")
+
+    def report(self, wall_seconds: dict[str, float]) -> list:
+        """Write sweep.json and sweep.html; the findings."""
+        evaluation = json.loads((self.root / "evaluation.json").read_text(encoding="utf-8"))
+        measures = evaluation["measures"]
+        found = findings(measures, self.ptx, self.kl)
+        rollouts = {p.name: self.rollouts(p) for p in self.points}
+        settings = evaluation["settings"] | {"run": str(self.run_dir)}
+        results = {
+            "findings": [asdict(f) for f in found],
+            "points": [asdict(p) | {"name": p.name} for p in self.points],
+            "settings": settings | {"ppo": self.config},
+            "wall_seconds": wall_seconds,
+            "rollouts": rollouts,
+            "measures": measures,
+        }
+        write_results(results, self.root / "sweep.json")
+        # A drawing of each would be a wall of plots: plain PPO, the furthest of either sweep.
+        drawn = dict.fromkeys(p.name for p in (plain_ppo(self.ptx), self.ptx[-1], self.kl[-1]))
+        build_sweep_page(
+            self.root / "sweep.html",
+            ptx=self.ptx,
+            kl=self.kl,
+            measures=measures,
+            found=found,
+            rollouts={name: rollouts[name] for name in drawn},
+            settings=settings,
+        )
+        return found
+
+    def rollouts(self, point: Point) -> list[dict[str, float]]:
+        run = read_run(self.root / point.name)
+        return over_optimisation(run.log, run.settings["episodes_per_rollout"])
+
+
+def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:
+    """The pipeline that a folder is of, with its seed and lengths, and which run of its steps made the inputs."""
+    markers = {name: folder / "steps" / f"{name}.json" for name in (*INPUTS, "evaluate")}
+    missing = [path for path in (*markers.values(), folder / "evaluation.json") if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"run_dir: {folder} is not a finished pipeline run ({missing[0]} is missing); run `prefopt pipeline "
+            f"--output_dir {folder}` first"
+        )
+    settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["settings"]
+    args = PipelineArguments(
+        output_dir=str(folder), seed=settings["seed"], max_new_tokens=settings["max_new_tokens"]
+    )
+    inputs = {name: json.loads(markers[name].read_text(encoding="utf-8"))["run"] for name in INPUTS}
+    return Pipeline(args), inputs
+
+
+def _ppo_config(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UserError(f"ppo_config: {path!r} does not exist")
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise UserError(f"ppo_config: {path} has no lines `key: value`")
+    if config.get("kl_target") is not None:
+        raise UserError(
+            f"ppo_config: kl_target of {path} adapts kl_coef, which the sweep holds fixed; drop it"
+        )
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the sweep."""
+    (args,) = parse((SweepArguments,), argv, "prefopt sweep")
+    Sweep(args).run()
+
+
+if __name__ == "__main__":
+    main()

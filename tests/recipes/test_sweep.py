@@ -1,0 +1,288 @@
+"""`prefopt sweep`: the findings are computed from intervals, and the recipe trains, resumes, evaluates and draws."""
+
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+
+from prefopt import cli
+from prefopt.evaluation.generate import write_jsonl
+from prefopt.evaluation.results import measure
+from prefopt.evaluation.sweep import (
+    Gain,
+    Point,
+    contrasts,
+    findings,
+    fit_gold,
+    gain,
+    last_third,
+    over_optimisation,
+)
+from prefopt.metrics import Estimate
+from prefopt.recipes import sweep
+from prefopt.recipes.arguments import UserError
+from prefopt.sandbox import World, build_tokenizer
+
+PTX = [Point(0.0, 0.05), Point(1.0, 0.05), Point(20.0, 0.05)]
+KL = [Point(0.0, 0.05), Point(0.0, 0.5), Point(0.0, 5.0)]
+PPO = PTX[0]
+BITS, TASKS, GOLD = "pretraining_bits_per_byte", "heldout_task_accuracy", "gold_reward"
+
+
+def measures_of(levels, half=0.01):
+    """Measures of a world where run -> (gold, bits, tasks) over SFT is known and every interval is +- `half`."""
+    levels = {"sft": (0.0, 0.0, 0.0), **levels}
+    pairs = [(model, "sft") for model in levels if model != "sft"] + contrasts(PTX, KL)
+    found = []
+    for a, b in pairs:
+        for i, name in enumerate((GOLD, BITS, TASKS)):
+            difference = levels[a][i] - levels[b][i]
+            estimate = Estimate(difference, difference - half, difference + half, 100, 100)
+            found.append(measure(name, a, estimate, against=b))
+    return found
+
+
+# PPO gains 1 gold reward and loses 0.10 bits per byte and 0.06 of the tasks; gold, bits (less is better), tasks.
+PAPER = {
+    PPO.name: (1.0, 0.10, -0.06),
+    PTX[1].name: (1.0, 0.08, -0.05),  # too weak
+    PTX[2].name: (1.0, 0.02, -0.00),  # most of it is back, and the reward stays
+    KL[1].name: (0.8, 0.08, -0.05),
+    KL[2].name: (0.1, 0.01, -0.00),  # all of it is back, and so is the reward
+}
+
+
+def test_the_paper_s_findings_are_found_where_they_hold():
+    first, second = findings(measures_of(PAPER), PTX, KL)
+    assert (first.holds, second.holds) == (True, True)
+    assert "bits per byte −0.100 [−0.110, −0.090]" in first.evidence[0]
+    assert [e.partition(":")[0] for e in first.evidence[1:]] == [
+        "ptx_coef 1 does not recover",
+        "ptx_coef 20 recovers",
+    ]
+    assert "bits per byte +0.080 [+0.070, +0.090] against PPO (80% of the loss is back)" in first.evidence[2]
+    assert "gold reward −0.900 [−0.910, −0.890] against PPO" in second.evidence[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "second"),
+    [
+        ({PTX[2].name: (1.0, 0.06, -0.00)}, False, True),  # less than half of the bits is back
+        ({PTX[2].name: (1.0, 0.02, -0.055)}, False, True),  # the tasks are not
+        ({PTX[2].name: (0.5, 0.02, -0.00)}, False, True),  # bought with reward
+        ({KL[1].name: (1.0, 0.02, -0.00)}, True, False),  # a larger KL coefficient does it too
+        ({PPO.name: (1.0, 0.0, 0.0)}, None, None),  # nothing was lost
+        ({PPO.name: (1.0, 0.009, -0.009)}, None, None),  # nothing that the intervals could tell from 0
+        ({PPO.name: (1.0, 0.10, 0.06)}, True, True),  # tasks are better than SFT's: only bits count
+    ],
+)
+def test_findings_follow_the_numbers(change, first, second):
+    found = findings(measures_of(PAPER | change), PTX, KL)
+    assert [f.holds for f in found] == [first, second]
+
+
+def test_wide_intervals_show_nothing():
+    found = findings(measures_of(PAPER, half=0.2), PTX, KL)
+    assert [f.holds for f in found] == [None, None]
+
+
+def test_the_half_that_must_be_back_is_judged_by_the_interval():
+    barely = PAPER | {PTX[2].name: (1.0, 0.045, 0.0)}  # 0.045 + 0.01 is above 0.10 / 2
+    assert findings(measures_of(barely), PTX, KL)[0].holds is False
+    assert findings(measures_of(barely, half=0.004), PTX, KL)[0].holds is True
+
+
+def test_why_a_larger_kl_coefficient_may_recover_is_said():
+    change = {KL[1].name: (1.4, 0.02, 0.0), PTX[2].name: (1.5, 0.01, 0.0)}
+    second = findings(measures_of(PAPER | change), PTX, KL)[1]
+    assert second.holds is False
+    assert any("over-optimises" in e and "kl_coef 0.5 " in e for e in second.evidence)
+    best = second.evidence[-1]
+    assert "ptx_coef 20 against kl_coef 0.5" in best
+    assert "gold reward +0.100 [+0.090, +0.110]; bits per byte +0.010 [0.000, +0.020]" in best.replace(
+        "+0.000", "0.000"
+    ).replace("−0.000", "0.000")
+
+
+def test_a_run_that_was_not_measured_leaves_open_what_depends_on_it():
+    measures = [m for m in measures_of(PAPER) if m["model"] != KL[1].name]
+    assert [f.holds for f in findings(measures, PTX, KL)] == [True, None]
+    measures = [m for m in measures_of(PAPER) if m["model"] != PTX[2].name]
+    assert [f.holds for f in findings(measures, PTX, KL)] == [None, True]
+
+
+def test_a_gain_is_positive_where_better():
+    measures = measures_of(PAPER)
+    assert gain(measures, BITS, PPO.name, "sft") == Gain(-(0.10 + 0.01), -0.10, -(0.10 - 0.01))
+    assert gain(measures, GOLD, PPO.name, "sft") == Gain(1 - 0.01, 1, 1 + 0.01)
+    assert gain(measures, GOLD, "nobody", "sft") is None
+
+
+def entry(kl, proxy, gold, std=2.0):
+    return {
+        "objective/kl": kl,
+        "rewards/reward_model/mean": proxy,
+        "rewards/reward_model/std": std,
+        "rewards/gold/mean": gold,
+        "rewards/gold/std": std,
+    }
+
+
+def test_gains_over_rollouts_are_in_standard_deviations_of_the_first():
+    log = [entry(0.0, 1.0, 3.0), {"train_loss": 1.0}, entry(9.0, 5.0, 2.0, std=1.0), entry(-0.1, 1.0, 3.0)]
+    first, second, third = over_optimisation(log, episodes=25)
+    assert (first["distance"], first["proxy"], first["gold"]) == (0, 0, 0)
+    assert (second["distance"], second["proxy"], second["gold"]) == (3, (5 - 1) / 2, (2 - 3) / 2)
+    assert second["gold_high"] == pytest.approx(-0.5 + 1.96 * 1 / 5 / 2)
+    assert third["distance"] == 0
+    assert over_optimisation([{"step": 1}], episodes=25) == []
+
+
+def test_the_last_third_against_the_second():
+    log = [entry(float(i), float(i), 10.0 - i, std=2.0) for i in range(6)]
+    points = over_optimisation(log, episodes=100)
+    proxy, gold = last_third(points, "proxy"), last_third(points, "gold")
+    # thirds (2, 3) and (4, 5) of steps of one; in units of sd 2; two rollouts of error sd/10 in each mean
+    assert proxy.value == pytest.approx(((4 + 5) / 2 - (2 + 3) / 2) / 2)
+    assert gold.value == pytest.approx(-proxy.value)
+    assert proxy.high - proxy.value == pytest.approx(1.96 * math.sqrt(4 * (2 / 10 / 2) ** 2 / 2**2))
+    assert last_third(points[:2], "gold") is None
+    assert fit_gold(points[:2]) is None
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What a pipeline run leaves behind and the sweep reads, with random weights."""
+    folder = tmp_path_factory.mktemp("sweep")
+    run, world, tokenizer = folder / "run", World(seed=3), build_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        dtype="float32",
+        **sizes,
+        **special,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(run / "sft")
+    config.num_labels = 1
+    Qwen3ForSequenceClassification(config).save_pretrained(run / "reward")
+    for name in ("sft", "reward"):
+        tokenizer.save_pretrained(run / name)
+    for split, n in (("rl", 40), ("test", 30)):
+        rows = [{"prompt": p, "use_case": world.use_case(p)} for p in world.prompts(split, n)]
+        write_jsonl(run / "data" / f"prompts_{split}.jsonl", rows)
+    for split, n in (("train", 40), ("test", 10)):
+        write_jsonl(run / "data" / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, n)])
+    (run / "steps").mkdir()
+    for step in ("data", "reward", "ppo_start", "evaluate"):
+        (run / "steps" / f"{step}.json").write_text(json.dumps({"run": f"{step} 1"}))
+    (run / "evaluation.json").write_text(json.dumps({"settings": {"seed": 3, "max_new_tokens": 6}}))
+    short = {"max_steps": 2, "generation_batch_size": 8, "per_device_train_batch_size": 8, "logging_steps": 1}
+    short |= {"ptx_batch_ratio": 0.5, "ptx_max_length": 16, "report_to": "none", "learning_rate": 1e-3}
+    (folder / "ppo.yaml").write_text(yaml.safe_dump(short | {"bf16": False}))
+    return folder
+
+
+def command(folder, *extra):
+    argv = ["--run_dir", str(folder / "run"), "--ppo_config", str(folder / "ppo.yaml"), "--save_steps", "1"]
+    return [*argv, "--ptx_coefs", "0", "20", "--kl_coefs", "0.05", "0.5", *extra]
+
+
+NAMES = ["ptx0_kl0.05", "ptx20_kl0.05", "ptx0_kl0.5"]
+
+
+@pytest.fixture(scope="module")
+def swept(finished):
+    with pytest.MonkeyPatch.context() as patch:
+        # random weights earn no gold reward at all; with this one, completions differ
+        patch.setattr(World, "gold_reward", lambda self, prompt, text: SimpleNamespace(total=len(text) % 7))
+        assert cli.main(["sweep", *command(finished)]) == 0
+    return finished / "run" / "sweep"
+
+
+class _References(HTMLParser):
+    found = ()
+
+    def handle_starttag(self, tag, attributes):
+        outside = [v for k, v in attributes if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+        self.found = (*self.found, *outside, *([tag] if tag in ("script", "link") else []))
+
+
+def test_the_sweep_writes_numbers_and_a_page(swept):
+    results = json.loads((swept / "sweep.json").read_text())
+    assert [p["name"] for p in results["points"]] == NAMES
+    differences = {(m["name"], m["model"], m["against"]) for m in results["measures"] if m["status"] == "ok"}
+    for name in (GOLD, BITS, TASKS):
+        assert {(name, n, "sft") for n in NAMES} <= differences
+        assert {(name, n, NAMES[0]) for n in NAMES[1:]} <= differences
+        assert (name, NAMES[1], NAMES[2]) in differences
+    assert {m["model"] for m in results["measures"]} == {"sft", *NAMES}
+    assert all(len(results["rollouts"][name]) == 2 for name in NAMES)
+    assert len(results["findings"]) == 2
+    html = (swept / "sweep.html").read_text()
+    parser = _References()
+    parser.feed(html)
+    assert parser.found == ()
+    assert html.count("<svg") == 3 + 3 + 2 + 3  # ptx, KL, frontier, rollouts of plain PPO and of either end
+    assert "Skipped" not in html
+
+
+def test_the_coefficients_reach_the_trainer(swept):
+    for name, ptx_coef, kl_coef in zip(NAMES, (0, 20, 0), (0.05, 0.05, 0.5), strict=True):
+        state = json.loads((swept / name / "trainer_state.json").read_text())
+        settings = state["stateful_callbacks"]["TrainingWatch"]["attributes"]["settings"]
+        assert (settings["ptx_coef"], settings["kl_coef"]) == (ptx_coef, kl_coef)
+        assert any("loss/ptx" in entry for entry in state["log_history"]) == (ptx_coef > 0)
+
+
+def test_a_second_run_trains_nothing_and_a_broken_off_one_goes_on(swept, finished, capsys):
+    weights = {p: p.read_bytes() for p in swept.glob("*/model.safetensors")}
+    sweep.main(command(finished))
+    assert capsys.readouterr().out.count("done before") == 4
+    copy = finished / "copy"
+    shutil.copytree(swept, copy)
+    for step in (NAMES[-1], "evaluate"):
+        (copy / "steps" / f"{step}.json").unlink()
+    (copy / NAMES[-1] / "model.safetensors").unlink()  # killed after its last checkpoint, before the end
+    sweep.main(command(finished, "--output_dir", str(copy)))
+    assert capsys.readouterr().out.count("done before") == 2
+    for path, content in weights.items():
+        assert (copy / path.relative_to(swept)).read_bytes() == content
+    assert json.loads((copy / "sweep.json").read_text())["findings"]
+
+
+def test_a_run_begun_with_other_settings_is_not_gone_on_with(swept, finished):
+    copy = finished / "other"
+    shutil.copytree(swept, copy)
+    shutil.rmtree(copy / "steps")
+    config = yaml.safe_load((finished / "ppo.yaml").read_text())
+    (finished / "faster.yaml").write_text(yaml.safe_dump(config | {"learning_rate": 1e-2}))
+    argv = command(finished, "--output_dir", str(copy), "--ppo_config", str(finished / "faster.yaml"))
+    with pytest.raises(UserError, match="begun with other settings"):
+        sweep.main(argv)
+
+
+def test_bad_input_stops_before_training(finished, tmp_path):
+    with pytest.raises(UserError, match=r"not a finished pipeline run .*data\.json is missing"):
+        sweep.main(["--run_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="with 0"):
+        sweep.main([*command(finished), "--ptx_coefs", "1", "20"])
+    with pytest.raises(UserError, match="kl_coefs"):
+        sweep.main([*command(finished), "--kl_coefs", "-1"])
+    with pytest.raises(UserError, match="does not exist"):
+        sweep.main([*command(finished), "--ppo_config", str(tmp_path / "none.yaml")])
+    (tmp_path / "adaptive.yaml").write_text("kl_target: 6.0\n")
+    with pytest.raises(UserError, match="kl_target"):
+        sweep.main([*command(finished), "--ppo_config", str(tmp_path / "adaptive.yaml")])
