@@ -309,6 +309,8 @@ def why_not(model: nn.Module) -> str | None:
         return f"equal results are not proved for the architecture {config.model_type!r}"
     if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"its layers of type {', '.join(sorted(unknown))} mix tokens in another way"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it is spread over several devices"
     if config._attn_implementation not in ("sdpa", ATTENTION):
         return f"it was loaded with attn_implementation={config._attn_implementation!r} instead of 'sdpa'"
     return None

@@ -46,7 +46,7 @@ class RankedForwardMixin:
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._shares_prefixes = bool(kwargs["args"].prefix_sharing)
-        self._unchecked = True
+        self._checked: set[int] = set()  # models whose shared forward was compared with that of rows
         self._prompts_in_step: Tensor | int | None = None
         self._parts_to_log: list[tuple[Tensor, dict[str, Tensor]]] = []
         super().__init__(*args, **kwargs)
@@ -112,8 +112,8 @@ class RankedForwardMixin:
         if not self._can_share(model):
             return None
         packed = prefix_sharing.plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
-        if packed is not None and self._unchecked:
-            self._unchecked = False
+        if packed is not None and id(model) not in self._checked:
+            self._checked.add(id(model))
             if not self._sharing_is_equal(model, rows):
                 return self._stop_sharing("the first batch scored differently with it")
         return packed
@@ -212,7 +212,8 @@ class RankedForwardMixin:
         """Batches of whole prompts; of a prompt that does not fit, one for each part of its completions.
 
         The gradient of a ranking loss with respect to some completions depends on the others through their values
-        alone. These are computed first, without gradients, and are `known` in each part.
+        alone. These are computed first, without gradients, and are `known` in each part. (Dropout, off by default,
+        would be drawn anew for the gradient.)
         """
         masks = self._split(model, inputs)
         seen = sum(mask.any(1).int() for mask in masks)

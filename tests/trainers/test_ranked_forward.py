@@ -427,11 +427,13 @@ def test_the_check_leaves_no_trace(kind, training, tokenizer, tmp_path):
     hooks = [len(module._forward_pre_hooks) for module in trainer.model.modules()]
 
     def loss(unchecked):
-        trainer._unchecked = unchecked
+        trainer._checked = (
+            set() if unchecked else {id(trainer.model), id(getattr(trainer, "ref_model", None))}
+        )
         torch.manual_seed(3)
         with torch.set_grad_enabled(training):
             value = trainer.compute_loss(trainer.model, inputs)
-        assert trainer._unchecked is False
+        assert id(trainer.model) in trainer._checked
         return value, torch.get_rng_state()
 
     first, state = loss(True)
