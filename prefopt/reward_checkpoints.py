@@ -1,9 +1,15 @@
 """Reward models on disk and on the Hub: saving, loading, merging a LoRA adapter into its base, going on with one.
 
 A LoRA reward model is an adapter directory whose `modules_to_save` holds the head, with a `config.json` beside it that
-holds what is not a weight: `reward_bias`, `reward_token_id`, how the base was quantised.
+holds what is not a weight: `reward_bias`, `reward_token_id`, `pad_token_id`, how the base was quantised.
+
+transformers' own forward reads the score at the last token that is not the pad token. Where the pad token is EOS, that
+is the token before EOS and another score, so such a model is saved with `config.pad_token_id=None`: transformers then
+scores single rows, at their last token, and refuses batches. Plain peft takes the base model's config instead: set
+`model.config.pad_token_id = None` there too, or use the result of `merge_reward_model`.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +41,8 @@ from prefopt.shared_base import (
     train_reward_token,
 )
 
+logger = logging.getLogger(__name__)
+
 _NO_HEAD = (
     "{} has no trained head, so its scores would be random: it is a language model; give the output of "
     "RankedRewardTrainer"
@@ -53,7 +61,11 @@ _HUB_ARGUMENTS = (
 
 
 def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
-    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`."""
+    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
+
+    A pad token that is EOS is left out of the model's config, with a warning: see the top of this module.
+    """
+    keep_pad_from_eos(model)
     model.save_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
         model.get_base_model().config.save_pretrained(path)
@@ -64,6 +76,7 @@ def push_reward_model(model: PreTrainedModel | PeftModel, repo_id: str, **kwargs
 
     The trainer's own `push_to_hub` does as much, and adds the tokenizer and a model card.
     """
+    keep_pad_from_eos(model)
     model.push_to_hub(repo_id, **kwargs)
     if isinstance(model, PeftModel):
         model.get_base_model().config.push_to_hub(repo_id, **kwargs)
@@ -149,6 +162,33 @@ def merge_reward_model(
     return model.eval().requires_grad_(False)
 
 
+def keep_pad_from_eos(model: PreTrainedModel | PeftModel, eos_token_id: int | None = None) -> None:
+    """Empty the config's `pad_token_id` where transformers would take the closing EOS for padding.
+
+    Nothing of prefopt reads it: padding is known from the attention mask. A reward token ends the row behind EOS, so
+    transformers finds it whatever the pad token is, and the config stays as it is.
+
+    Args:
+        model: reward model, full or PEFT.
+        eos_token_id: the tokenizer's, beside those of the config.
+    """
+    config = model.config
+    text_config = config.get_text_config()
+    ends = text_config.eos_token_id
+    ends = {eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    if text_config.pad_token_id is None or text_config.pad_token_id not in ends:
+        return
+    if getattr(config, "reward_token_id", None) is not None:
+        return
+    logger.warning(
+        "the reward model's pad token %d is an EOS token, at which its scores are read: its config is saved with "
+        "pad_token_id=None, with which plain transformers scores one row at a time, rightly; a tokenizer with a pad "
+        "token of its own keeps padded batches working there",
+        text_config.pad_token_id,
+    )
+    text_config.pad_token_id = None
+
+
 @contextmanager
 def head_loaded_in_fp32() -> Iterator[None]:
     """transformers would round the head to `dtype` on the way in; this is its own switch for such modules."""
@@ -216,6 +256,9 @@ def _on_base(
     model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_arguments)
     set_reward_bias(model, saved.get("reward_bias", 0.0))
     base.config.reward_token_id = saved.get("reward_token_id")
+    if saved:  # the pad token of the tokenizer beside the adapter
+        pad_token_id = type(base.config).from_dict(saved).get_text_config().pad_token_id
+        base.config.get_text_config().pad_token_id = pad_token_id
     return model
 
 

@@ -2,8 +2,9 @@
 
 A reward model is a standard `AutoModelForSequenceClassification` with one label, or a `PeftModel` of one. Its head is
 called `score`. prefopt's score is the head's output at the last token minus `config.reward_bias`, so a plain
-transformers user gets the same number by subtracting that one field. With `config.reward_token_id`, that token is
-appended to every sequence before it is scored.
+transformers user gets the same number by subtracting that one field: in batches if the pad token is not EOS, otherwise
+row by row (see `prefopt.reward_checkpoints`). With `config.reward_token_id`, that token is appended to every sequence
+before it is scored.
 """
 
 import copy

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from prefopt.reward_checkpoints import load_reward_model, save_reward_model
+from prefopt.reward_checkpoints import load_reward_model, merge_reward_model, save_reward_model
 from prefopt.shared_base import (
     get_reward_bias,
     init_score_head,
@@ -196,6 +197,66 @@ def test_lora_loads_with_plain_peft(lora_model, tmp_path):
     logits = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
     bias = json.loads((tmp_path / "rm" / "config.json").read_text())["reward_bias"]
     torch.testing.assert_close(logits - bias, expected, rtol=0, atol=1e-6)
+
+
+def plain_scores(model):
+    """One row at a time through transformers' own forward and pooling."""
+    with torch.no_grad():
+        rows = [model(input_ids=torch.tensor([row])).logits[0, 0] for row in ROWS]
+    return torch.stack(rows) - get_reward_bias(model)
+
+
+@pytest.mark.parametrize("eos", [1, [3, 1]])
+def test_plain_scores_where_the_pad_token_is_eos(eos, reward_model, tmp_path, caplog):
+    reward_model.eval()
+    reward_model.config.pad_token_id, reward_model.config.eos_token_id = 1, eos
+    set_reward_bias(reward_model, 0.5)
+    expected = sequence_scores(reward_model, *padded(ROWS)).detach()
+    assert (plain_scores(reward_model) - expected).abs().max() > 0.1  # what a plain user used to get
+    with caplog.at_level(logging.WARNING, "prefopt"):
+        save_reward_model(reward_model, tmp_path / "rm")
+        save_reward_model(reward_model, tmp_path / "rm")
+    assert caplog.text.count("the reward model's pad token 1 is an EOS token") == 1
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    torch.testing.assert_close(plain_scores(plain), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="no padding token is defined"):
+        plain(input_ids=padded(ROWS)[0])
+    ours = load_reward_model(tmp_path / "rm")
+    torch.testing.assert_close(sequence_scores(ours, *padded(ROWS)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"pad_token_id": 0}, {"reward_token_id": 9}, {"eos_token_id": None}])
+def test_other_pad_tokens_are_kept(change, reward_model, tmp_path, caplog):
+    reward_model.config.update({"pad_token_id": 1, **change})
+    with caplog.at_level(logging.WARNING, "prefopt"):
+        save_reward_model(reward_model.eval(), tmp_path / "rm")
+    assert not caplog.text
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    assert plain.config.pad_token_id == change.get("pad_token_id", 1)
+    if "reward_token_id" in change:  # the token ends every row, so that transformers finds it behind EOS
+        ids = torch.tensor([[5, 1, 9, 1, 1], [5, 6, 7, 1, 9]])
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        ours = sequence_scores(reward_model, ids, mask)
+        torch.testing.assert_close(plain(ids, mask).logits[:, 0], ours, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("pad_of_base", [0, 1])
+def test_plain_scores_of_an_adapter_where_the_pad_token_is_eos(pad_of_base, base_path, lora_model, tmp_path):
+    base_config = lora_model.config.__class__.from_pretrained(base_path)
+    base_config.pad_token_id = pad_of_base
+    base_config.save_pretrained(base_path)
+    lora_model.config.pad_token_id = 1  # the tokenizer's, as TRL sets it
+    expected = sequence_scores(lora_model, *padded(ROWS)).detach()
+    save_reward_model(lora_model, tmp_path / "rm")
+    assert load_reward_model(tmp_path / "rm").config.pad_token_id is None
+    merged = merge_reward_model(tmp_path / "rm")
+    save_reward_model(merged, tmp_path / "merged")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(plain_scores(plain), expected, rtol=0, atol=1e-5)
+    peft = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm", num_labels=1)
+    assert peft.config.pad_token_id == pad_of_base
+    peft.config.pad_token_id = None  # the remedy that the documentation names
+    torch.testing.assert_close(plain_scores(peft), expected, rtol=0, atol=1e-5)
 
 
 def test_lora_head_stays_exact_on_a_bf16_base(base_path, tmp_path):

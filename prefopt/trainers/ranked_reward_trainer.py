@@ -27,7 +27,7 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
-from prefopt.reward_checkpoints import head_loaded_in_fp32
+from prefopt.reward_checkpoints import head_loaded_in_fp32, keep_pad_from_eos
 from prefopt.shared_base import (
     add_reward_token,
     append_reward_token,
@@ -273,6 +273,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
     # ---- saving ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        keep_pad_from_eos(self.model, self.processing_class.eos_token_id)
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):  # the adapter's directory carries the bias
             self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)

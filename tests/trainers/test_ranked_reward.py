@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from prefopt.comparisons import build_ids
@@ -189,6 +189,33 @@ def test_pad_token_may_be_eos(reward_model, tokenizer, tmp_path):
     torch.testing.assert_close(
         first_loss(trainer_on(reward_model, RAGGED, tokenizer, tmp_path)), expected, rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_plain_scores_where_the_pad_token_is_eos(kind, base_path, tokenizer, tmp_path):
+    tokenizer.pad_token = None  # TRL takes EOS
+    trainer = trainer_on(
+        base_path,
+        RAGGED,
+        tokenizer,
+        tmp_path / "rm",
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"]) if kind == "lora" else None,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+    expected = trainer.score([RAGGED[0]["prompt"]] * 3, RAGGED[0]["completions"])
+    for folder in ("rm", "rm/checkpoint-1", "rm/checkpoint-2"):
+        assert AutoConfig.from_pretrained(tmp_path / folder).pad_token_id is None
+    if kind == "full":
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    else:
+        plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm", num_labels=1)
+        plain.config.pad_token_id = None
+    scores = [alone(plain, tokenizer, RAGGED[0]["prompt"], c).item() for c in RAGGED[0]["completions"]]
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_without_a_comparison_are_dropped_and_counted(reward_model, tokenizer, tmp_path, caplog):
