@@ -4,7 +4,7 @@ Also the quantities of Gao et al. 2022 (arXiv:2210.10760): proxy and gold reward
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ class Point:
     @property
     def name(self) -> str:
         return f"ptx{self.ptx_coef:g}_kl{self.kl_coef:g}"
+
+    @property
+    def label(self) -> str:
+        return f"ptx_coef {self.ptx_coef:g}, kl_coef {self.kl_coef:g}"
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,13 @@ def plain_ppo(ptx: Sequence[Point]) -> Point:
 def findings(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[Finding]:
     """The paper's two findings, both judged by one criterion.
 
-    PPO *loses* by a measure if the interval of PPO - SFT lies on the worse side of 0. A run *recovers* what PPO lost if,
-    by every measure that PPO loses by, the interval of run - PPO lies on the better side of 0 and the interval of what
-    is left of the loss (run - SFT) stays below half of PPO's loss; while its gold reward is above SFT's (the whole
-    interval) and not below PPO's (not the whole interval). Finding 1: some ptx_coef > 0 recovers. Finding 2: no larger
-    kl_coef does.
+    PPO *loses* by a measure if the interval of PPO - SFT lies on the worse side of 0. A run *recovers* what PPO lost if
+    each of these holds by its whole interval, and does not if one of them fails by its whole interval; otherwise it is
+    open: by every measure that PPO loses by, run - PPO is better than 0 and run - SFT is less than half of PPO's loss;
+    gold reward is above SFT's. It also does not if its gold reward is below PPO's by the whole interval.
+
+    Finding 1 holds if some ptx_coef > 0 recovers, and does not if none does; finding 2 holds if no larger kl_coef does,
+    and does not if one does. `None` where that hangs on runs that are open or were not measured.
     """
     ppo = plain_ppo(ptx)
     titles = (
@@ -97,62 +103,62 @@ def findings(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> l
     if not lost:
         return [Finding(t, None, [start, "PPO loses nothing here that could be recovered."]) for t in titles]
     tried = [[p for p in points if p != ppo] for points in (ptx, kl)]
-    recovered = [[p for p in points if _recovers(measures, p, ppo, lost)] for points in tried]
-    complete = [all(_is_measured(measures, p, ppo, lost) for p in points) and points for points in tried]
-    first = bool(recovered[0]) or (False if complete[0] else None)
-    second = not recovered[1] if recovered[1] or complete[1] else None
+    verdicts = [{p: recovers(measures, p, ppo, lost) for p in points} for points in tried]
+    some = [_any(v.values()) if v else None for v in verdicts]
     said = [
-        [_about(measures, p, ppo, lost, knob) for p in points]
-        for points, knob in zip(tried, ("ptx_coef", "kl_coef"), strict=True)
+        [_about(measures, p, ppo, lost, knob, v) for p, v in verdict.items()]
+        for verdict, knob in zip(verdicts, ("ptx_coef", "kl_coef"), strict=True)
     ]
-    why = _why_not(measures, recovered[1], ppo)
-    best = _best_against_best(measures, *recovered)
+    winners = [[p for p, v in verdict.items() if v] for verdict in verdicts]
+    why = [*_why_not(measures, winners[1], ppo), *_best_against_best(measures, *winners)]
     return [
-        Finding(titles[0], first, [start, *said[0]]),
-        Finding(titles[1], second, [*said[1], *why, *best]),
+        Finding(titles[0], some[0], [start, *said[0]]),
+        Finding(titles[1], None if some[1] is None else not some[1], [*said[1], *why]),
     ]
 
 
-def _recovers(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool:
-    return _keeps_reward(measures, point, ppo) and all(
-        _regains(measures, point, ppo, name, loss) for name, loss in lost.items()
-    )
+def recovers(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool | None:
+    """Whether a run recovers what PPO lost, in the sense of `findings`; `lost`: measure -> PPO against SFT."""
+    over_ppo, over_sft = (gain(measures, REWARD, point.name, other) for other in (ppo.name, BASELINE))
+    if over_ppo is None or over_sft is None:
+        return None
+    decided = [_is_above(over_sft, 0), over_ppo.high >= 0]
+    for name, loss in lost.items():
+        for other, level in ((ppo.name, 0.0), (BASELINE, loss.value / 2)):
+            decided.append(_is_above(gain(measures, name, point.name, other), level))
+    return False if False in decided else None if None in decided else True
 
 
-def _keeps_reward(measures: Measures, point: Point, ppo: Point) -> bool:
-    over_sft = gain(measures, REWARD, point.name, BASELINE)
-    over_ppo = gain(measures, REWARD, point.name, ppo.name)
-    return over_sft is not None and over_ppo is not None and over_sft.low > 0 and over_ppo.high >= 0
+def _is_above(found: Gain | None, level: float) -> bool | None:
+    """Whether a gain is above a level by its whole interval; False if it is below by all of it, None between."""
+    if found is None or found.low <= level < found.high:
+        return None
+    return found.low > level
 
 
-def _regains(measures: Measures, point: Point, ppo: Point, name: str, loss: Gain) -> bool:
-    over_ppo = gain(measures, name, point.name, ppo.name)
-    left = gain(measures, name, point.name, BASELINE)
-    return over_ppo is not None and left is not None and over_ppo.low > 0 and left.low > loss.value / 2
+def _any(verdicts: Iterable[bool | None]) -> bool | None:
+    """`any` where None is unknown."""
+    known = list(verdicts)
+    return True if True in known else None if None in known else False
 
 
-def _is_measured(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool:
-    return all(
-        gain(measures, name, point.name, against) is not None
-        for name in (REWARD, *lost)
-        for against in (BASELINE, ppo.name)
-    )
-
-
-def _about(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain], knob: str) -> str:
+def _about(
+    measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain], knob: str, verdict: bool | None
+) -> str:
     """One run in one sentence: what of the loss is back, and at what reward."""
-    setting = f"{knob} {getattr(point, knob):g}"
-    if not _is_measured(measures, point, ppo, lost):
-        return f"{setting}: not measured."
     parts = []
     for name, loss in lost.items():
         left = gain(measures, name, point.name, BASELINE)
         over_ppo = gain(measures, name, point.name, ppo.name)
-        share = 1 - left.value / loss.value
-        parts.append(f"{TAX[name]} {over_ppo} against PPO ({share:.0%} of the loss is back)")
-    parts.append(f"gold reward {gain(measures, REWARD, point.name, ppo.name)} against PPO")
-    verdict = "recovers" if _recovers(measures, point, ppo, lost) else "does not recover"
-    return f"{setting} {verdict}: {', '.join(parts)}."
+        if left is None or over_ppo is None:
+            parts.append(f"{TAX[name]} not measured")
+        else:
+            share = 1 - left.value / loss.value
+            parts.append(f"{TAX[name]} {over_ppo} against PPO ({share:.0%} of the loss is back)")
+    over_ppo = gain(measures, REWARD, point.name, ppo.name)
+    parts.append("gold reward not measured" if over_ppo is None else f"gold reward {over_ppo} against PPO")
+    says = {True: "recovers", False: "does not recover", None: "is open"}[verdict]
+    return f"{knob} {getattr(point, knob):g} {says}: {', '.join(parts)}."
 
 
 def _why_not(measures: Measures, recovered: Sequence[Point], ppo: Point) -> list[str]:

@@ -31,7 +31,7 @@ def build_sweep_page(
         ptx, kl: the runs of either sweep, in the order of their coefficient; plain PPO is in both.
         measures: of every run, and its paired differences to SFT and plain PPO (`evaluate`).
         found: what `findings` says of them.
-        rollouts: run -> its rollouts, from `over_optimisation`.
+        rollouts: a run's label -> its rollouts, from `over_optimisation`.
         settings: what is told at the end of the page.
     """
     base = plain_ppo(ptx)
@@ -40,25 +40,18 @@ def build_sweep_page(
         _section(
             "Reward and alignment tax against ptx_coef",
             _curves(measures, ptx, [f"{p.ptx_coef:g}" for p in ptx], f"ptx_coef (kl_coef {base.kl_coef:g})")
-            + f"<p class='note'>As Fig. 33 of InstructGPT. {INTERVALS}",
+            + "<p class='note'>As Fig. 33 of InstructGPT; up is better.</p>",
         ),
         _section(
             "Reward and alignment tax against kl_coef",
             _curves(measures, kl, [f"{p.kl_coef:g}" for p in kl], "kl_coef (ptx_coef 0)")
-            + f"<p class='note'>As Fig. 34 of InstructGPT. {INTERVALS}",
+            + "<p class='note'>As Fig. 34 of InstructGPT; up is better.</p>",
         ),
         _section("Reward against alignment tax", _frontier(measures, ptx, kl)),
         _section("Over-optimisation along training", _rollouts(rollouts)),
         _section("In numbers", _table(measures, list(dict.fromkeys([*ptx, *kl])), settings)),
     ]
     write_whole(path, page("PPO-ptx: what the coefficients buy", "\n".join(sections)))
-
-
-INTERVALS = (
-    "Paired differences to SFT, with 95 % intervals over prompts (gold reward), documents (bits per byte) or tasks; up is "
-    "always better or more. One training run per point: the intervals hold for these runs, and say nothing of how "
-    "another seed of training would fare.</p>"
-)
 
 
 def _verdict(found: Sequence[Finding]) -> str:
@@ -71,10 +64,13 @@ def _verdict(found: Sequence[Finding]) -> str:
     )
     criterion = (
         "<p class='note'>PPO loses by a measure if the 95 % interval of PPO − SFT lies wholly on its worse side. A run "
-        "recovers if, by every measure that PPO loses by, it is better than PPO (whole interval) and what is left of the "
-        "loss is less than half of PPO's (whole interval), while its gold reward is above SFT's (whole interval) and not "
-        "below PPO's (not the whole interval). Finding 1 holds if some ptx_coef above 0 recovers, finding 2 if no larger "
-        "kl_coef does. No correction for the number of coefficients tried.</p>"
+        "recovers if each of these holds by its whole interval, and does not if one of them fails by its whole interval "
+        "(else it is open): by every measure that PPO loses by, it is better than PPO and what is left of the loss is "
+        "less than half of PPO's; its gold reward is above SFT's. Nor does it if its gold reward is below PPO's by the "
+        "whole interval. Finding 1 holds if some ptx_coef above 0 recovers, finding 2 if no larger kl_coef does. No "
+        "correction for the number of coefficients tried.</p><p class='note'>All intervals are of 95 %, of paired differences, "
+        "over prompts (gold reward), documents (bits per byte) or tasks. There is one training run per point: they hold "
+        "for these runs, and say nothing of how another seed of training would fare.</p>"
     )
     return f"<div class='verdict'>{said}</div>{criterion}{_section('Evidence', reasons)}"
 
@@ -91,14 +87,13 @@ def _curves(
         drawn = [
             {"x": x, **_ends(find(measures, name, p.name, BASELINE), "y", name)} for x, p in enumerate(points)
         ]
-        heading = f"{title} − SFT" + (" (reversed: up is better)" if _reversed(name) else "")
-        figures.append(plots.points_plot([(title, drawn)], heading, label, ticks=ticks, level=0))
+        figures.append(plots.points_plot([(title, drawn)], _heading(name), label, ticks=ticks, level=0))
     return _figures(figures)
 
 
 def _frontier(measures: Sequence[Mapping[str, Any]], ptx: Sequence[Point], kl: Sequence[Point]) -> str:
     figures = []
-    for name, title in TAX.items():
+    for name in TAX:
         series = []
         for label, points, knob in (("ptx_coef", ptx, "ptx_coef"), ("kl_coef", kl, "kl_coef")):
             drawn = [
@@ -110,10 +105,10 @@ def _frontier(measures: Sequence[Mapping[str, Any]], ptx: Sequence[Point], kl: S
                 for p in points
             ]
             series.append((label, drawn))
-        reversed_ = " (reversed: right is better)" if _reversed(name) else ""
-        figures.append(plots.points_plot(series, "gold reward − SFT", f"{title} − SFT{reversed_}", level=0))
+        figures.append(plots.points_plot(series, _heading(REWARD), _heading(name), level=0))
     return _figures(figures) + (
-        f"<p class='note'>Upper right is best: reward without tax. The two lines meet at plain PPO. {INTERVALS}"
+        "<p class='note'>Upper right is best: reward without tax. The two lines meet at plain PPO. A number beside a "
+        "point is its coefficient.</p>"
     )
 
 
@@ -189,6 +184,11 @@ def _table(
         "`prefopt explain-run` on a run's folder tells what moved its weights."
     )
     return scroll_table(head, "".join(body)) + f"<p class='note'>{escape(note)} {escape(told)}</p>"
+
+
+def _heading(name: str) -> str:
+    """Of an axis on which more is better."""
+    return f"{SHOWN[name]}, {'SFT − run' if _reversed(name) else 'run − SFT'}"
 
 
 def _reversed(name: str) -> bool:

@@ -17,7 +17,7 @@ import yaml
 from prefopt.evaluation.evaluate_models import evaluate
 from prefopt.evaluation.generate import read_jsonl, write_whole
 from prefopt.evaluation.results import BASELINE, write_results
-from prefopt.evaluation.sweep import Point, contrasts, findings, over_optimisation, plain_ppo
+from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, over_optimisation, plain_ppo
 from prefopt.evaluation.sweep_page import VERDICT, build_sweep_page
 from prefopt.evaluation.training_run import read_run
 from prefopt.recipes.arguments import UserError, parse
@@ -78,8 +78,9 @@ class Sweep:
         """Train what is not trained yet, evaluate, and write the page."""
         steps = Steps(self.root, total=len(self.points) + 1)
         for point in self.points:
-            title = f"PPO-ptx, ptx_coef {point.ptx_coef:g}, kl_coef {point.kl_coef:g}"
-            steps.run(point.name, title, self.settings(point), lambda p=point: self.train(p))
+            steps.run(
+                point.name, f"PPO-ptx, {point.label}", self.settings(point), lambda p=point: self.train(p)
+            )
         steps.run("evaluate", "evaluate every policy", [self.settings(p) for p in self.points], self.evaluate)
         found = self.report(steps.seconds)
         for finding in found:
@@ -145,7 +146,7 @@ class Sweep:
         results["measures"] = [m for m in results["measures"] if m["model"] in folders]
         write_results(results, self.root / "evaluation.json")
 
-    def report(self, wall_seconds: dict[str, float]) -> list:
+    def report(self, wall_seconds: dict[str, float]) -> list[Finding]:
         """Write sweep.json and sweep.html; the findings."""
         evaluation = json.loads((self.root / "evaluation.json").read_text(encoding="utf-8"))
         measures = evaluation["measures"]
@@ -162,14 +163,14 @@ class Sweep:
         }
         write_results(results, self.root / "sweep.json")
         # A drawing of each would be a wall of plots: plain PPO, the furthest of either sweep.
-        drawn = dict.fromkeys(p.name for p in (plain_ppo(self.ptx), self.ptx[-1], self.kl[-1]))
+        drawn = dict.fromkeys((plain_ppo(self.ptx), self.ptx[-1], self.kl[-1]))
         build_sweep_page(
             self.root / "sweep.html",
             ptx=self.ptx,
             kl=self.kl,
             measures=measures,
             found=found,
-            rollouts={name: rollouts[name] for name in drawn},
+            rollouts={p.label: rollouts[p.name] for p in drawn},
             settings=settings,
         )
         return found
