@@ -24,6 +24,7 @@ What is reported (above 1, ours wins):
 - `speedup_vs_trl112`: ratio of the medians of samples per second, over the updates after the warm-up.
   `speedup_without_gc_vs_trl112`: the same without Python's garbage collections, which TRL 1.12 asks for several times an
   update: they cost a fixed time, so they weigh more the smaller the model.
+  `cpu_speedup_vs_trl112`: ratio of processor time instead of time on the clock, for a machine that others use too.
 - `peak_vs_trl112`: theirs / ours, peak memory above what the process held before it loaded a model: weights of all
   roles, gradients, optimizer, activations. CUDA: `torch.cuda.max_memory_allocated`. CPU: resident memory (VmHWM, reset
   when the trainer is built, less VmRSS before). `peak_above_models_vs_trl112`: the same less what was held when the
@@ -359,6 +360,9 @@ def compare(options: argparse.Namespace, results: dict[str, Any], rewards: dict[
         timed = result["updates"][options.warmup :]
         seconds = statistics.median(update["seconds"] for update in timed)
         figures[f"samples_per_second_{name}"] = options.batch / seconds
+        figures[f"cpu_seconds_per_update_{name}"] = statistics.median(
+            update["cpu_seconds"] for update in timed
+        )
         seconds = statistics.median(update["seconds"] - update["gc_seconds"] for update in timed)
         figures[f"samples_per_second_without_gc_{name}"] = options.batch / seconds
         figures[f"seconds_per_update_{name}"] = [round(update["seconds"], 4) for update in timed]
@@ -371,9 +375,13 @@ def compare(options: argparse.Namespace, results: dict[str, Any], rewards: dict[
         figures["peak_above_models_vs_trl112"] = (theirs["peak"] - theirs["models"]) / (
             ours["peak"] - ours["models"]
         )
-        for key, rate in (("speedup", "samples_per_second"),
-                          ("speedup_without_gc", "samples_per_second_without_gc")):  # fmt: skip
+        for key, rate in {
+            "speedup": "samples_per_second",
+            "speedup_without_gc": "samples_per_second_without_gc",
+        }.items():
             figures[f"{key}_vs_trl112"] = figures[f"{rate}_ours"] / figures[f"{rate}_trl112"]
+        cpu = "cpu_seconds_per_update"
+        figures["cpu_speedup_vs_trl112"] = figures[f"{cpu}_trl112"] / figures[f"{cpu}_ours"]
         figures["peak_vs_trl112"] = theirs["peak"] / ours["peak"]
     settings = {name: value for name, value in vars(options).items() if name != "venv"}
     return {

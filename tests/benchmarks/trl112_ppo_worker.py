@@ -95,6 +95,7 @@ class Turns(TrainerCallback):
         answer(
             self.channel,
             seconds=seconds,
+            cpu_seconds=time.process_time() - self.cpu_start,
             gc_seconds=self.gc_seconds,
             score=logs["objective/scores"],
             kl=logs["objective/kl"],
@@ -109,9 +110,10 @@ class Turns(TrainerCallback):
         self.gc_seconds += time.perf_counter() * (1 if phase == "stop" else -1)
 
     def _wait(self) -> None:
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("the benchmark is gone")
         self.optimizer_steps, self.gc_seconds = 0, 0.0
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
 
 def answer(channel: TextIO, **values: Any) -> None:
