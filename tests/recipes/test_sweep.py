@@ -30,6 +30,8 @@ from prefopt.recipes import sweep
 from prefopt.recipes.arguments import UserError
 from prefopt.sandbox import World, build_tokenizer
 
+pytestmark = pytest.mark.timeout(600)  # three trainings and their evaluation on a busy machine
+
 PTX = [Point(0.0, 0.05), Point(1.0, 0.05), Point(20.0, 0.05)]
 KL = [Point(0.0, 0.05), Point(0.0, 0.5), Point(0.0, 5.0)]
 PPO = PTX[0]
