@@ -4,20 +4,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
-from prefopt.ranking_metrics import flatten, ranking_metrics
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
+from prefopt.trainers.ranked_evaluation import RankedEvaluationMixin
 from prefopt.trainers.ranked_forward import RankedForwardMixin
 
 
@@ -29,9 +25,6 @@ def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str
             raise ValueError(
                 f"{type(args).__name__}: {name}={value!r} is not supported: {reason} (leave it at {allowed!r})"
             )
-
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -116,25 +109,18 @@ def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor
     return {name: (total, num_pairs) for name, total in totals.items()}
 
 
-class RankedTrainerMixin(CompleteCheckpointsMixin, RankedForwardMixin):
+class RankedTrainerMixin(CompleteCheckpointsMixin, RankedEvaluationMixin, RankedForwardMixin):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
     `evaluate()` returns `ranking_metrics` of the scores, each with its 95 % interval over prompts (`eval_accuracy`,
     `eval_accuracy_ci_low`, ...), with the accuracy of each `labeler` and of preferring the longer completion beside it;
-    a `compute_metrics` takes their place.
-
-    Metrics are sums over a logging window divided once at its end, so evaluation results do not depend on the batch
-    size. They are logged under the key prefix of the loss they belong to.
+    a `compute_metrics` takes their place. Logged metrics have the key prefix of the loss they belong to.
     """
 
     _row_columns = ("prompt_ids", "completion_ids", "ranks", "ratings", "labeler")
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
-        self._evaluated: Dataset | None = None
         super().__init__(*args, **kwargs)
-        if self.compute_metrics is None:
-            self.compute_metrics = self._ranking_metrics
         if self.args.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 "train_sampling_strategy='group_by_length' is not supported: a row has several lengths; "
@@ -176,74 +162,3 @@ class RankedTrainerMixin(CompleteCheckpointsMixin, RankedForwardMixin):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = list(self._row_columns)
-
-    # ---- evaluation ----
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._sums["eval"].clear()  # `predict` leaves sums behind that no log has taken
-        return super().evaluate(*args, **kwargs)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Predictions are the scores `[B, K]`, labels the ranks `[B, K]`; 0 or -100 marks an absent completion."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, outputs["scores"].detach(), inputs["ranks"]
-
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._evaluated = dataloader.dataset
-        return super().evaluation_loop(dataloader, *args, **kwargs)
-
-    def _ranking_metrics(self, predictions: EvalPrediction) -> dict[str, float]:
-        """The default of `compute_metrics`."""
-        scores, ranks = predictions.predictions, predictions.label_ids
-        rows = self._evaluated
-        lengths = np.zeros(ranks.shape)
-        for row, completions in zip(lengths, rows["completion_ids"][:], strict=True):
-            row[: len(completions)] = [len(ids) for ids in completions]
-        labelers = rows["labeler"][:] if "labeler" in rows.column_names else None
-        return flatten(ranking_metrics(scores, ranks, lengths=lengths, labelers=labelers))
-
-    # ---- metrics ----
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _add_ratios(self, ratios: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add numerators and denominators, each `[B]`, to the sums of the current logging window."""
-        columns = torch.stack([x.detach().float() for pair in ratios.values() for x in pair], dim=1)
-        if (
-            self._mode == "eval"
-        ):  # over prompts, to leave out rows repeated to fill the last distributed batch
-            totals = self.accelerator.gather_for_metrics(columns).double().cpu().sum(0)
-        else:  # the batches of a step are fetched ahead, so accelerate would take each of them for the last
-            totals = self.accelerator.reduce(columns.sum(0), "sum").double().cpu()
-        totals = totals.view(-1, 2)
-        sums = self._sums[self._mode]
-        for name, total in zip(ratios, totals, strict=True):
-            sums[name] = sums.get(name, 0.0) + total
-
-    def _count_tokens(self, attention_mask: Tensor) -> None:
-        if self._mode == "train":
-            tokens = self.accelerator.gather_for_metrics(attention_mask.sum()).sum().item()
-            self._total_train_tokens += tokens // self._tp_size
-        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        prefix = ""
-        if self._mode == "eval":  # "eval_", or "eval_NAME_" for one of several evaluation sets
-            prefix = next((key.removesuffix("loss") for key in logs if key.endswith("_loss")), "eval_")
-        for name, (numerator, denominator) in self._sums[self._mode].items():
-            if denominator > 0:
-                logs[f"{prefix}{name}"] = (numerator / denominator).item()
-        self._sums[self._mode].clear()
-        super().log(logs, start_time)

@@ -210,6 +210,22 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         column = [row[:k] for row, k in zip(ref_logps, num_completions, strict=True)]
         return dataset.add_column("ref_logps", column)
 
+    def _prepare_predicted(self, dataset: Dataset) -> Dataset:
+        dataset = super()._prepare_predicted(dataset)
+        if not self.precompute_ref_logps or "ref_logps" in dataset.column_names:
+            return dataset
+        if self.state.global_step > 0:
+            self._require_reference()
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(dataset, "test", batch_size)
+
+    def _require_reference(self) -> None:
+        if self.ref_model is None and not is_peft_model(self.model):
+            raise ValueError(
+                "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
+                "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
+            )
+
     # ---- loss ----
 
     def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
@@ -317,9 +333,5 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             ValueError: the two sequences differ in length, or the reference is gone (a full model trained with
                 `precompute_ref_log_probs` and without `ref_model`).
         """
-        if self.ref_model is None and not is_peft_model(self.model):
-            raise ValueError(
-                "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
-                "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
-            )
+        self._require_reference()
         return super().score(prompts, completions)
