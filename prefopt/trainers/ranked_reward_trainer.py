@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import find_adapter_config_file
 from trl import RewardTrainer
 from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
-from prefopt.reward_checkpoints import head_loaded_in_fp32, keep_pad_from_eos
+from prefopt.reward_checkpoints import head_loaded_in_fp32, keep_pad_from_eos, saved_config
 from prefopt.shared_base import (
     add_reward_token,
     append_reward_token,
@@ -200,6 +201,10 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
                 )
         return dataset
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        _require_trainable(self.model)  # not earlier: a frozen model may score and be evaluated
+        return super().train(*args, **kwargs)
+
     # ---- loss ----
 
     def _complete_rows(self, rows: Rows) -> Rows:
@@ -270,7 +275,20 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         set_reward_bias(self.model, get_reward_bias(self.model) + sum(scores) / len(scores))
         return get_reward_bias(self.model)
 
-    # ---- saving ----
+    # ---- saving and loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_reward_bias(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_reward_bias(self.state.best_model_checkpoint)
+
+    def _load_reward_bias(self, checkpoint: str) -> None:
+        """Trainer loads weights; the bias is in the `config.json` beside them, which lacks it if it was never set."""
+        if config := saved_config(checkpoint):
+            set_reward_bias(self.model, config.get("reward_bias", 0.0))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         keep_pad_from_eos(self.model, self.processing_class.eos_token_id)
@@ -307,10 +325,21 @@ def _with_score_head(peft_config: PeftConfig) -> PeftConfig:
     return peft_config
 
 
+def _require_trainable(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "`model` has no weight to train: every one has requires_grad=False, as `load_reward_model` freezes a model "
+            "for scoring; to train a full reward model further, give its path or "
+            "`AutoModelForSequenceClassification.from_pretrained(path)`, and for an adapter "
+            "`prefopt.reward_checkpoints.reward_model_from_adapter(path)`"
+        )
+
+
 def _require_trainable_head(model: PeftModel) -> None:
     head = model.get_base_model().score
     if not (isinstance(head, ModulesToSaveWrapper) and any(p.requires_grad for p in head.parameters())):
         raise ValueError(
             "the PeftModel's `score` head is not trainable or would not be saved: make it with "
-            "modules_to_save=['score'] and is_trainable=True, or pass `peft_config` instead"
+            "modules_to_save=['score'] and is_trainable=True (`prefopt.reward_checkpoints.reward_model_from_adapter` "
+            "loads a saved reward model so), or pass `peft_config` instead"
         )

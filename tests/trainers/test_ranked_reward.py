@@ -15,8 +15,8 @@ from trl import RewardConfig, RewardTrainer
 
 from prefopt.comparisons import build_ids
 from prefopt.metrics import pair_accuracy
-from prefopt.reward_checkpoints import load_reward_model
-from prefopt.shared_base import get_reward_bias, init_score_head, sequence_scores
+from prefopt.reward_checkpoints import load_reward_model, reward_model_from_adapter, save_reward_model
+from prefopt.shared_base import get_reward_bias, init_score_head, sequence_scores, set_reward_bias
 from prefopt.trainers.ranked_reward_config import HONOURED, REFUSED, RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 
@@ -370,6 +370,41 @@ def test_resumes_from_a_checkpoint(base_path, tokenizer, tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_bias_comes_back_with_a_checkpoint(kind, base_path, tokenizer, tmp_path):
+    settings = {
+        "peft_config": LoraConfig(r=4, target_modules=["q_proj"]) if kind == "lora" else None,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "eval_strategy": "steps",
+        "eval_rows": PAIRS,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "learning_rate": 1e-2,
+        "metric_for_best_model": "loss",
+    }
+    first = trainer_on(base_path, PAIRS, tokenizer, tmp_path / "run", **settings)
+    set_reward_bias(first.model, 0.75)
+    first.train()
+    resumed = trainer_on(base_path, PAIRS, tokenizer, tmp_path / "run", **settings)
+    assert get_reward_bias(resumed.model) == 0.0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert get_reward_bias(resumed.model) == 0.75
+    best = trainer_on(base_path, PAIRS, tokenizer, tmp_path / "best", load_best_model_at_end=True, **settings)
+
+    class Moves(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            set_reward_bias(best.model, 0.5)
+
+        def on_save(self, args, state, control, **kwargs):  # the checkpoint has the bias at its time
+            set_reward_bias(best.model, get_reward_bias(best.model) + 1)
+
+    best.add_callback(Moves())
+    best.train()
+    step = int(best.state.best_model_checkpoint.rpartition("-")[2])
+    assert get_reward_bias(best.model) == 0.5 + (step - 1)
+
+
 def test_gradient_checkpointing_and_accumulation_change_nothing(base_path, tokenizer, tmp_path):
     def gradients(**overrides):
         trainer = trainer_on(base_path, LEARNABLE[:8], tokenizer, tmp_path, max_steps=1, **overrides)
@@ -445,6 +480,33 @@ def test_peft_model_without_trainable_head_is_refused(reward_model, tokenizer, t
     model = get_peft_model(reward_model, LoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="would not be saved"):
         trainer_on(model, PAIRS, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_model_loaded_for_scoring_is_not_trained_in_vain(
+    kind, base_path, reward_model, tokenizer, tmp_path
+):
+    model = reward_model
+    if kind == "lora":
+        base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
+        model = lora(base)
+    save_reward_model(model, tmp_path / "rm")
+    frozen = load_reward_model(tmp_path / "rm")
+    if kind == "lora":
+        with pytest.raises(ValueError, match="reward_model_from_adapter"):
+            trainer_on(frozen, PAIRS, tokenizer, tmp_path)
+    else:
+        trainer = trainer_on(frozen, PAIRS, tokenizer, tmp_path, eval_rows=PAIRS)
+        assert trainer.evaluate()["eval_loss"] > 0  # it may be evaluated
+        with pytest.raises(ValueError, match=r"no weight to train.* give its path"):
+            trainer.train()
+    # the remedies of the message
+    again = str(tmp_path / "rm") if kind == "full" else reward_model_from_adapter(tmp_path / "rm")
+    trainer = trainer_on(again, PAIRS, tokenizer, tmp_path, max_steps=1, learning_rate=1e-2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert any(not torch.equal(before[name], after[name]) for name in before if "score" in name)
 
 
 def test_adapter_path_is_refused(reward_model, tokenizer, tmp_path):
