@@ -29,6 +29,7 @@ from prefopt.ranked_rows import (
     to_preferences,
     validate_comparisons,
     validate_ratings,
+    validate_tokenized,
 )
 
 __all__ = [
@@ -198,7 +199,7 @@ def prepare_comparisons(
     """A validated dataset of ranked rows, from ranked or TRL preference rows.
 
     Rows in which all completions tie have no gradient under `ties="drop"`: they are dropped and counted in the log.
-    A dataset that already has token ids is returned as it is. With `margins`, the ratings will make margins: they are
+    Of a dataset that already has token ids, lengths and ranks are checked. With `margins`, the ratings will make margins: they are
     checked by `validate_ratings` and rows without are counted in the log.
 
     Raises:
@@ -210,9 +211,12 @@ def prepare_comparisons(
     """
     _check_ties(ties)
     if isinstance(dataset, Dataset) and _is_tokenized(dataset):
+        validate_tokenized(dataset, source)
+        if dataset.features["ranks"] != List(Value("int64")):
+            dataset = dataset.cast_column("ranks", List(Value("int64")))
         if margins:
             _check_margins(dataset, source)
-        return dataset
+        return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # rows as Python objects, not tensors
     validate_comparisons(dataset, source)

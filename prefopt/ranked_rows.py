@@ -173,6 +173,28 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
             raise ValueError(f"{source} row {index}: {problem}")
 
 
+def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
+    """Check the ranks of rows that have token ids already: as many as `completion_ids`, dense, from 1.
+
+    Raises:
+        ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
+    """
+    rows = rows.with_format(None)
+    columns = (rows[name][:] for name in ("prompt_ids", "completion_ids", "ranks"))
+    for index, (prompt_ids, completion_ids, ranks) in enumerate(zip(*columns, strict=True)):
+        problem = None
+        if not prompt_ids:
+            problem = _problem("prompt_ids", "at least one token", prompt_ids, "drop the row")
+        elif not completion_ids or not all(completion_ids):
+            expected = "at least one token in each completion"
+            problem = _problem("completion_ids", expected, completion_ids, "drop the empty completion")
+        elif len(completion_ids) < 2:
+            remedy = "one alone carries no comparison: drop the row"
+            problem = _problem("completion_ids", "at least 2 completions", len(completion_ids), remedy)
+        if problem := problem or _ranks_problem(ranks, len(completion_ids), "completions"):
+            raise ValueError(f"{source} row {index}: {problem}")
+
+
 def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     """Check that the ratings of ranked rows can serve as margins, and count the rows without.
 

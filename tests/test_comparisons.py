@@ -857,6 +857,48 @@ def test_tokenize_refuses_a_prompt_without_tokens(tokenizer):
 # Collator
 
 
+def tokenized_rows(ranks, completion_ids=((2,), (3,))):
+    ids = [[5]] * len(ranks)
+    return Dataset.from_dict(
+        {"prompt_ids": ids, "completion_ids": [list(map(list, completion_ids))] * len(ranks), "ranks": ranks}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([1, 5], r"expected dense ranks, got \[1, 5\]; write \[1, 2\]"),
+        ([0, 1], r"expected integers from 1 .*, got \[0, 1\]; write \[1, 2\]"),
+        ([1, 2, 3], "expected 2 ranks, got 3"),
+        (None, "field 'ranks': expected a list of integers, got None"),
+    ],
+)
+def test_ranks_beside_token_ids_are_checked(ranks, message):
+    with pytest.raises(ValueError, match=f"eval row 1: .*{message}"):
+        prepare_comparisons(tokenized_rows([[2, 1], ranks]), source="eval")
+
+
+def test_token_ids_are_checked():
+    for ids, message in ([((2,), ()), "in each completion"], [((2,),), "at least 2 completions, got 1"]):
+        with pytest.raises(ValueError, match=f"train row 0: field 'completion_ids': .*{message}"):
+            prepare_comparisons(tokenized_rows([[1, 2]], ids))
+    empty = Dataset.from_dict({"prompt_ids": [[]], "completion_ids": [[[1], [2]]], "ranks": [[1, 2]]})
+    with pytest.raises(ValueError, match="row 0: field 'prompt_ids': expected at least one token"):
+        prepare_comparisons(empty)
+
+
+def test_tied_rows_with_token_ids_are_dropped_and_counted(caplog):
+    rows = tokenized_rows([[1, 1], [2.0, 1.0], [1, 1]])
+    with caplog.at_level(logging.WARNING):
+        prepared = prepare_comparisons(rows)
+    assert prepared["ranks"][:] == [[2, 1]]
+    assert "train: dropped 2 rows in which all completions tie; 1 of 3 rows remain" in caplog.text
+    caplog.clear()
+    assert prepare_comparisons(prepared)[:] == prepared[:]
+    assert not caplog.records
+    assert len(prepare_comparisons(rows, ties="half")) == 3
+
+
 def test_collator_against_a_loop():
     rng = random.Random(4)
     for multiple in (None, 8):
