@@ -195,6 +195,40 @@ def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
             raise ValueError(f"{source} row {index}: {problem}")
 
 
+def validate_demonstrations(rows: Sequence[Mapping[str, Any]], source: str = "dataset") -> None:
+    """Check rows of `prompt` and `completion`, texts or chat messages, as `validate_comparisons` checks rankings.
+
+    Raises:
+        ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
+
+    >>> validate_demonstrations([{"prompt": "2 + 2 =", "completion": None}])
+    Traceback (most recent call last):
+    ValueError: dataset row 0: field 'completion': expected a value, got None; fill it or drop the row
+    """
+    for index, row in enumerate(rows):
+        if problem := _demonstration_problem(row):
+            raise ValueError(f"{source} row {index}: {problem}")
+
+
+def _demonstration_problem(row: Any) -> str | None:
+    if not isinstance(row, Mapping):
+        return f"expected a dict with prompt and completion, got {shorten(row)}; write one dict per demonstration"
+    if "completion" not in row and (other := {"completions", "chosen"} & set(row)):
+        remedy = (
+            "give the demonstrations rather than rankings, or make rows of the one completion to centre on"
+        )
+        return _problem("completion", "one completion", f"the field {min(other)!r}", remedy, as_is=True)
+    for name in ("prompt", "completion"):
+        if row.get(name) is None:
+            return f"field {name!r}: expected a value, got {'None' if name in row else 'nothing'}; fill it or drop the row"
+        if problem := _text_problem(row[name], name):
+            return problem
+    if isinstance(row["prompt"], str) and not isinstance(row["completion"], str):
+        remedy = "give both in one format"
+        return _problem("completion", "a string, because the prompt is one", row["completion"], remedy)
+    return None
+
+
 def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     """Check that the ratings of ranked rows can serve as margins, and count the rows without.
 

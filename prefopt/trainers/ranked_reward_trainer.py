@@ -28,6 +28,7 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
+from prefopt.ranked_rows import validate_demonstrations
 from prefopt.reward_checkpoints import head_loaded_in_fp32, keep_pad_from_eos, saved_config
 from prefopt.shared_base import (
     add_reward_token,
@@ -111,7 +112,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         given = trainable_weights(model)
         if peft_config is not None:
             peft_config = _with_score_head(peft_config)
-        self._reward_token_id: int | None = None
+        self._reward_token_id = _reward_token_id(model, args)
         init_kwargs = args.model_init_kwargs
         if args.reward_token is not None:
             model = self._read_at_reward_token(model, args, peft_config, kwargs)
@@ -193,11 +194,12 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             args = copy.copy(args)
             args.max_length -= 1
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        token = args.reward_token or processing_class.convert_ids_to_tokens(self._reward_token_id)
         for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
             if any(self._reward_token_id in ids for ids in (row["prompt_ids"], *row["completion_ids"])):
                 raise ValueError(
-                    f"{dataset_name} row {number}: its text contains the reward token {args.reward_token!r}; "
-                    "take a token that no text has"
+                    f"{dataset_name} row {number}: its text contains the reward token {token!r}; take a token that no "
+                    "text has"
                 )
         return dataset
 
@@ -266,11 +268,12 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             demonstrations: rows with `prompt` and `completion`.
 
         Raises:
-            ValueError: there is no row.
+            ValueError: there is no row, or naming the first row and field that is not as it should be.
         """
         rows = list(demonstrations)
         if not rows:
             raise ValueError("`center_on` needs at least one demonstration")
+        validate_demonstrations(rows, "center_on")
         scores = self.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
         set_reward_bias(self.model, get_reward_bias(self.model) + sum(scores) / len(scores))
         return get_reward_bias(self.model)
@@ -297,17 +300,27 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
 
 
+def _revision(args: RankedRewardConfig) -> dict[str, str | None]:
+    return {"revision": (args.model_init_kwargs or {}).get("revision")}
+
+
 def _has_score_head(path: str, args: RankedRewardConfig) -> bool:
-    kwargs = args.model_init_kwargs or {}
-    if find_adapter_config_file(path, revision=kwargs.get("revision")) is not None:
+    if find_adapter_config_file(path, **_revision(args)) is not None:
         raise ValueError(
             f"{path} is an adapter: merge it into its base first (`merge_and_unload`, then save), or load it as a "
             "trainable PeftModel"
         )
-    config = AutoConfig.from_pretrained(
-        path, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code, **_revision(args))
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _reward_token_id(model: str | PreTrainedModel | PeftModel, args: RankedRewardConfig) -> int | None:
+    """The token at which a model reads its score already; a language model's is another model's."""
+    if not isinstance(model, str):
+        return getattr(model.config, "reward_token_id", None)
+    if not _has_score_head(model, args):
+        return None
+    return saved_config(model, **_revision(args)).get("reward_token_id")
 
 
 def _with_score_head(peft_config: PeftConfig) -> PeftConfig:

@@ -300,6 +300,32 @@ def test_center_on_makes_demonstrations_score_zero_on_average(reward_model, toke
         trainer.center_on([])
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a cat", "expected a dict with prompt and completion, got 'a cat'"),
+        ({"prompt": "a", "completion": None}, "field 'completion': expected a value, got None"),
+        ({"completion": " cat"}, "field 'prompt': expected a value, got nothing"),
+        ({"prompt": "", "completion": " cat"}, "field 'prompt': expected a non-empty string"),
+        (
+            {"prompt": "a", "completion": 3},
+            "field 'completion': expected a string or a list of chat messages",
+        ),
+        ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "give both in one format"),
+        (RAGGED[0], "expected one completion, got the field 'completions'; give the demonstrations"),
+        (PAIRS[0], "expected one completion, got the field 'chosen'"),
+    ],
+)
+def test_center_on_names_a_bad_row(row, message, reward_model, tokenizer, tmp_path):
+    trainer = trainer_on(reward_model, RAGGED, tokenizer, tmp_path)
+    forwards = []
+    reward_model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with pytest.raises(ValueError, match="center_on row 1: .*" + message):
+        trainer.center_on([{"prompt": "a", "completion": " cat"}, row])
+    assert not forwards
+    assert get_reward_bias(reward_model) == 0.0
+
+
 LEARNABLE = [
     {
         "prompt": prompt,

@@ -239,6 +239,28 @@ def test_max_length_leaves_room_for_the_token(base_path, tokenizer, tmp_path):
         trainer_on(base_path, tokenizer, tmp_path, **short)  # every completion is one token too long
 
 
+@pytest.mark.parametrize("given", ["path", "model", "adapter"])
+def test_a_model_with_a_token_is_checked_without_the_option(given, base_path, tokenizer, tmp_path):
+    first = trainer_on(base_path, tokenizer, tmp_path / "rm", peft=given == "adapter")
+    first.save_model()
+    model = str(tmp_path / "rm")
+    if given == "model":
+        model = LlamaForSequenceClassification.from_pretrained(model)
+    elif given == "adapter":
+        model = reward_model_from_adapter(model)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    settings = {"peft": False, "reward_token": None}
+    rows = [ROWS[0], {"prompt": "the", "completions": [f" cat {TOKEN}", " dog"], "ranks": [1, 2]}]
+    with pytest.raises(ValueError, match=r"train row 1: its text contains the reward token '<\|reward\|>'"):
+        trainer_on(model, saved, tmp_path / "again", rows=rows, **settings)
+    row = first.train_dataset[0]
+    longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"]))
+    exact = trainer_on(model, saved, tmp_path, rows=ROWS[:1], max_length=longest + 1, **settings)
+    assert len(exact.train_dataset[0]["completion_ids"]) == 3
+    with pytest.raises(ValueError, match="train"):
+        trainer_on(model, saved, tmp_path, rows=ROWS[:1], max_length=longest, **settings)
+
+
 # ---- a policy on the same base ----
 
 
