@@ -1,6 +1,6 @@
 """What the two trainers on rankings share: data, batches, and metrics over strict pairs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,7 @@ from prefopt.losses import ranking_loss, rating_margins, strict_pairs
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.ranked_evaluation import RankedEvaluationMixin
 from prefopt.trainers.ranked_forward import RankedForwardMixin
-
-
-def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str]]) -> None:
-    """Raise for every inherited option that is not at the only value a ranked trainer can honour."""
-    for name, (allowed, reason) in refused.items():
-        value = getattr(args, name)
-        if value != allowed:
-            raise ValueError(
-                f"{type(args).__name__}: {name}={value!r} is not supported: {reason} (leave it at {allowed!r})"
-            )
+from prefopt.trainers.ranked_options import check_count, check_number, check_switch
 
 
 @dataclass
@@ -57,10 +48,26 @@ class RankedOptions:
 
 def check_ranked_options(args: RankedOptions, losses: Iterable[str]) -> None:
     """Raise for values that make no sense, alone or with one of these `ranking_loss`es."""
-    if args.max_tokens_per_forward is not None and args.max_tokens_per_forward < 1:
+    check_switch(args, "prefix_sharing")
+    check_count(args, "max_tokens_per_forward", "a number of tokens, or none to forward a batch at once")
+    check_count(args, "max_length", "a number of tokens, or none to keep completions of any length")
+    check_number(args, "label_smoothing", "a share of pairs, such as 0.1")
+    check_number(args, "margin_coef", "a finite number from 0; less would invert the ranks")
+    if args.center_rewards_coefficient is not None:
+        check_number(
+            args,
+            "center_rewards_coefficient",
+            "a finite number from 0, or none; less would drive rewards away from 0",
+        )
+    if args.label_smoothing_factor != 0:
         raise ValueError(
-            f"max_tokens_per_forward={args.max_tokens_per_forward!r}: expected a number of tokens, or none to forward "
-            "a batch at once"
+            f"label_smoothing_factor={args.label_smoothing_factor!r} is transformers' option for class labels, which a "
+            "ranking has none of; `label_smoothing` is the share of pairs taken to be ordered wrongly"
+        )
+    if "inputs" in (args.include_for_metrics or ()):
+        raise ValueError(
+            f"include_for_metrics={args.include_for_metrics!r}: 'inputs' is not supported, because batches of token ids "
+            "[B, K, T] differ in two sizes; read the rows of `trainer.eval_dataset`, which are in the same order"
         )
     scores, ranks = torch.zeros(1, 2), torch.tensor([[1, 2]])
     for (

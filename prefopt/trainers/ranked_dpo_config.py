@@ -1,12 +1,12 @@
 """Options of `RankedDPOTrainer`."""
 
-import math
 from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
 from prefopt.trainers.f_divergences import F_DIVERGENCES
-from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options
+from prefopt.trainers.ranked_options import check_number, is_number, refuse_options
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -93,10 +93,7 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
         if isinstance(self.loss_type, str):  # as TRL reads it
             self.loss_type = [self.loss_type]
         refuse_options(self, REFUSED)
-        if not self.beta > 0:
-            raise ValueError(
-                f"beta={self.beta!r}: expected a positive number; 0 teaches nothing, less inverts the ranks"
-            )
+        check_number(self, "beta", "a positive number; 0 teaches nothing, less inverts the ranks", above=0)
         if self.f_divergence_type not in F_DIVERGENCES:
             raise ValueError(
                 f"f_divergence_type={self.f_divergence_type!r}: expected one of {', '.join(F_DIVERGENCES)}"
@@ -115,8 +112,14 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
                 raise ValueError(f"loss_type={name!r} is not supported for rankings: {REFUSED_LOSSES[name]}")
         if not self.loss_type or not set(self.loss_type) <= set(RANKED_LOSSES):
             raise ValueError(f"loss_type={self.loss_type!r}: expected some of {', '.join(RANKED_LOSSES)}")
-        if not all(weight >= 0 and math.isfinite(weight) for weight in self.loss_weights or []):
+        weights = self.loss_weights
+        if weights is not None and not (
+            isinstance(weights, list | tuple)
+            and all(is_number(weight) and weight >= 0 for weight in weights)
+            and (any(weights) or not weights)
+        ):
             raise ValueError(
-                f"loss_weights={self.loss_weights!r}: expected numbers of at least 0; less inverts the ranks"
+                f"loss_weights={weights!r}: expected a list of finite numbers of at least 0, not all of them 0; less "
+                "inverts the ranks"
             )
         check_ranked_options(self, [RANKED_LOSSES[name][0] for name in self.loss_type])

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
-from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options, refuse_options
+from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options
+from prefopt.trainers.ranked_options import refuse_options
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -68,7 +69,9 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.reward_token is not None and self.reward_token in ("", self.eos_token):
+        if self.reward_token is not None and (
+            not isinstance(self.reward_token, str) or self.reward_token in ("", self.eos_token)
+        ):
             raise ValueError(
                 f"reward_token={self.reward_token!r}: take a token of its own, such as '<|reward|>'"
             )
