@@ -236,6 +236,12 @@ def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
     if "margin" not in dataset.column_names:
         return dataset.map(from_preference, remove_columns=["chosen", "rejected"])
     given = dataset.with_format(None)["margin"][:]
+    for index, margin in enumerate(given):
+        if margins and margin is not None and margin < 0:
+            raise ValueError(
+                f"{source} row {index}: field 'margin': expected a number from 0, as it is how much better 'chosen' is, got "
+                f"{margin!r}; swap chosen and rejected, empty the field, or train without margins"
+            )
     if (count := sum(margin is not None for margin in given)) and not margins:
         logger.warning(
             f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
@@ -268,12 +274,17 @@ def tokenize_comparisons(
     A completion that makes prompt + completion longer than `max_length` is dropped and the ranks of the others are
     made dense again; a row goes only if fewer than two completions, or under `ties="drop"` no strict pair, remain.
     One warning gives the counts. The chat template sees the row's `tools` and `chat_template_kwargs`, as in TRL.
-    Applying it to its own result changes nothing.
+    A second warning counts the prompts that the tokenizer ends with EOS: the completion stands behind EOS, in generation
+    too, until the tokenizer stops adding it. Applying it to its own result changes nothing.
 
     Raises:
-        ValueError: as `build_ids`, and when no row is left.
+        ValueError: as `build_ids`, a `max_length` below 1, and when no row is left.
     """
     _check_ties(ties)
+    if max_length is not None and max_length < 1:
+        raise ValueError(
+            f"max_length={max_length!r}: expected a number of tokens from 1, or None to drop nothing for its length"
+        )
     if not _is_tokenized(dataset):
         dataset = dataset.map(
             _tokenize_row,
@@ -282,6 +293,13 @@ def tokenize_comparisons(
             num_proc=num_proc,
             desc=f"Tokenizing {source}",
         )
+        ended = sum(ids[-1] == tokenizer.eos_token_id for ids in dataset.with_format(None)["prompt_ids"][:])
+        if ended and isinstance(dataset[0]["prompt"], str) and _ends_texts(tokenizer):
+            logger.warning(
+                f"{source}: {ended} of {len(dataset)} prompts end with EOS, which the tokenizer adds to every text, so "
+                "completions stand behind EOS, here and in generation; if that is not meant, set "
+                "tokenizer.add_eos_token=False, or take EOS out of its post-processor"
+            )
     if max_length is None:
         return dataset
     fitting = dataset.map(
@@ -290,6 +308,11 @@ def tokenize_comparisons(
     return _keep_rows_with_a_comparison(
         dataset, fitting, ties, source, f" longer than max_length={max_length} tokens"
     )
+
+
+def _ends_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts EOS behind every text by itself."""
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
 def _tokenize_row(row: Mapping[str, Any], index: int, tokenizer: Any, source: str) -> dict[str, Any]:

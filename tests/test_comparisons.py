@@ -474,6 +474,19 @@ def test_tokenizer_that_closes_every_text_with_eos():
     assert build_ids(tok, "the cat", " sat", truncated=True)[1] == completion_ids[:-1]
 
 
+def test_eos_behind_every_prompt_is_counted(caplog):
+    prepared = prepare_comparisons([row(), row()])
+    with caplog.at_level(logging.WARNING, "prefopt"):
+        tokenized = tokenize_comparisons(prepared, metaspace_tokenizer(eos=True), source="eval")
+        message = "eval: 2 of 2 prompts end with EOS, which the tokenizer adds to every text"
+        assert [r.getMessage()[: len(message)] for r in caplog.records] == [message]
+        assert "set tokenizer.add_eos_token=False" in caplog.text
+        caplog.clear()
+        tokenize_comparisons(tokenized, metaspace_tokenizer(eos=True))
+        tokenize_comparisons(prepared, metaspace_tokenizer())
+    assert not caplog.records
+
+
 def test_missing_eos_and_missing_chat_template(tokenizer, chat_tokenizer):
     with pytest.raises(ValueError, match=r"no chat template; set tokenizer.chat_template"):
         build_ids(tokenizer, [user("hi")], "yes")
@@ -704,9 +717,7 @@ def test_ratings_against_the_ranks_are_refused_only_where_they_make_margins(toke
     assert [r.getMessage() for r in caplog.records] == [
         "train: 1 of 3 rows have no ratings: the margin of their pairs is 0"
     ]
-    with pytest.raises(
-        ValueError, match=r"row 0: field 'ratings': .*got \[-0.5, 0.0\] for the ranks \[1, 2\]"
-    ):
+    with pytest.raises(ValueError, match=r"row 0: field 'margin': .*got -0.5; swap"):
         prepare_comparisons([{"prompt": "p", "chosen": "a", "rejected": "b", "margin": -0.5}], margins=True)
 
 
@@ -897,6 +908,25 @@ def test_tied_rows_with_token_ids_are_dropped_and_counted(caplog):
     assert prepare_comparisons(prepared)[:] == prepared[:]
     assert not caplog.records
     assert len(prepare_comparisons(rows, ties="half")) == 3
+
+
+def test_negative_margins_are_named_as_margins():
+    pair = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    rows = Dataset.from_list([{**pair, "margin": 1.0}, {**pair, "margin": -1.0}])
+    with pytest.raises(
+        ValueError, match=r"train row 1: field 'margin': expected a number from 0, .*, got -1.0; swap"
+    ):
+        prepare_comparisons(rows, margins=True)
+    assert prepare_comparisons(rows)["ratings"][:] == [
+        [1.0, 0.0],
+        [-1.0, 0.0],
+    ]  # harmless unless they make margins
+
+
+@pytest.mark.parametrize("max_length", [0, -3])
+def test_max_length_is_a_number_of_tokens(max_length, tokenizer):
+    with pytest.raises(ValueError, match=rf"max_length={max_length}: expected a number of tokens from 1"):
+        tokenize_comparisons(prepare_comparisons([row()]), tokenizer, max_length=max_length)
 
 
 def test_collator_against_a_loop():
