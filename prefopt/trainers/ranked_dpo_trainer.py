@@ -110,6 +110,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        _check_models(model, ref_model)
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")
@@ -335,3 +336,24 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         """
         self._require_reference()
         return super().score(prompts, completions)
+
+
+def _check_models(model: Any, ref_model: Any) -> None:
+    """Raise for what is neither a policy nor its reference."""
+    if isinstance(ref_model, RankedDPOConfig):
+        raise TypeError(
+            "`ref_model` is a RankedDPOConfig: the second place is the reference, as in TRL; pass args=..."
+        )
+    if ref_model is not None and not isinstance(ref_model, PreTrainedModel | PeftModel):
+        raise TypeError(
+            f"`ref_model` is {ref_model!r}: expected a model; load a path with AutoModelForCausalLM.from_pretrained"
+        )
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"`model` is {model!r}: expected a path, a PreTrainedModel or a PeftModel")
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        base = given.get_base_model() if isinstance(given, PeftModel) else given
+        if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None:
+            raise TypeError(
+                f"`{name}` is a {type(base).__name__}, which predicts no tokens: expected a causal language model; "
+                "RankedRewardTrainer trains reward models"
+            )

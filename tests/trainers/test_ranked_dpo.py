@@ -566,3 +566,20 @@ def test_model_card_names_the_paper(causal_lm, tokenizer, tmp_path):
     assert "2305.18290" in card
     assert "- prefopt" in card
     assert "- trl" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lambda lm, rm, args: {"model": rm}, "`model` is a LlamaForSequenceClassification, which predicts no tokens"),
+        (lambda lm, rm, args: {"model": lm, "ref_model": rm}, "`ref_model` is a LlamaForSequenceClassification"),
+        (lambda lm, rm, args: {"model": lm, "ref_model": args}, "the second place is the reference"),
+        (lambda lm, rm, args: {"model": lm, "ref_model": "sft"}, "`ref_model` is 'sft': expected a model; load"),
+        (lambda lm, rm, args: {"model": None}, "`model` is None: expected a path"),
+    ],
+    ids=["reward model", "reward model as reference", "args second", "reference as path", "no model"],
+)  # fmt: skip
+def test_models_of_the_wrong_kind_are_refused(given, expected, causal_lm, reward_model, tmp_path):
+    args = RankedDPOConfig(str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match=expected):
+        RankedDPOTrainer(**{"args": args, **given(causal_lm, reward_model, args)})
