@@ -179,9 +179,9 @@ def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
     Raises:
         ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
     """
-    rows = rows.with_format(None)
-    columns = (rows[name][:] for name in ("prompt_ids", "completion_ids", "ranks"))
-    for index, (prompt_ids, completion_ids, ranks) in enumerate(zip(*columns, strict=True)):
+    names = ["prompt_ids", "completion_ids", "ranks"]
+    for index, row in enumerate(rows.with_format(None).select_columns(names)):  # one at a time: ids are many
+        prompt_ids, completion_ids, ranks = (row[name] for name in names)
         problem = None
         if not prompt_ids:
             problem = _problem("prompt_ids", "at least one token", prompt_ids, "drop the row")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from accelerate.logging import get_logger
+from datasets import Dataset
 from torch import Tensor, nn
 
 from prefopt import prefix_sharing
@@ -36,6 +37,21 @@ class Rows:
     packed: PackedRows | None = None
 
 
+def check_positions(model: nn.Module, dataset: Dataset, max_length: int | None, source: str) -> None:
+    """Raise if a tokenized row, reward token included, is longer than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or (max_length is not None and max_length <= positions):
+        return
+    extra = int(getattr(model.config, "reward_token_id", None) is not None)
+    for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"]).with_format(None)):
+        longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) + extra
+        if longest > positions:
+            raise ValueError(
+                f"{source} row {number} of the prepared rows: {longest} tokens, but the model has {positions} positions "
+                f"(max_length={max_length}); set max_length={positions}, which drops longer completions with a count"
+            )
+
+
 class RankedForwardMixin:
     """Forward passes, training steps and scoring of batches `[B, K, T]`; a part of `RankedTrainerMixin`.
 
@@ -50,6 +66,10 @@ class RankedForwardMixin:
         self._prompts_in_step: Tensor | int | None = None
         self._parts_to_log: list[tuple[Tensor, dict[str, Tensor]]] = []
         super().__init__(*args, **kwargs)
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluation}.items():
+            if dataset is not None:
+                check_positions(self.model, dataset, self.args.max_length, name)
         if self.args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process are not supported: start one process each with `accelerate launch`, or "

@@ -10,7 +10,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    TrainerCallback,
+)
 from trl import RewardConfig, RewardTrainer
 
 from prefopt.comparisons import build_ids
@@ -533,6 +539,30 @@ def test_a_model_loaded_for_scoring_is_not_trained_in_vain(
     trainer.train()
     after = dict(trainer.model.named_parameters())
     assert any(not torch.equal(before[name], after[name]) for name in before if "score" in name)
+
+
+@pytest.mark.parametrize("max_length", [1024, None])
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_rows_longer_than_the_models_positions(which, max_length, tokenizer, tmp_path):
+    row = {"prompt": "a", "completions": [" cat", " the dog" * 12], "ranks": [1, 2]}
+    longest = sum(map(len, build_ids(tokenizer, row["prompt"], row["completions"][1])))
+    rows = {"train": PAIRS[:1], "eval": PAIRS[:1], which: [RAGGED[1], row]}
+
+    def on(positions, max_length=max_length):
+        torch.manual_seed(0)
+        settings = {"vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "num_labels": 1}
+        model = GPT2ForSequenceClassification(GPT2Config(n_positions=positions, pad_token_id=0, **settings))
+        return trainer_on(
+            model, rows["train"], tokenizer, tmp_path, eval_rows=rows["eval"], max_length=max_length
+        )
+
+    with pytest.raises(
+        ValueError,
+        match=f"{which} row 1 of the prepared rows: {longest} tokens, but the model has {longest - 1} positions",
+    ):
+        on(longest - 1)
+    trainer = on(longest)
+    assert len(trainer.score([row["prompt"]] * 2, row["completions"])) == 2
 
 
 def test_adapter_path_is_refused(reward_model, tokenizer, tmp_path):
