@@ -53,13 +53,19 @@ class KwiseAccuracy(evaluate.Metric):
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
+                    # not int64, to which `evaluate` would round a rank of 1.5 before anyone can refuse it
+                    "references": datasets.Sequence(datasets.Value("float64")),
                 }
             ),
             reference_urls=["https://arxiv.org/abs/2203.02155"],
         )
 
-    def _compute(self, predictions: list[list[float]], references: list[list[int]]) -> dict[str, float | int]:
+    def _compute(
+        self, predictions: list[list[float]], references: list[list[float]]
+    ) -> dict[str, float | int]:
+        for prompt, ranks in enumerate(references):
+            if any(rank != int(rank) for rank in ranks):
+                raise ValueError(f"prompt {prompt}: ranks must be whole numbers, got {list(ranks)}")
         estimate = pair_accuracy(predictions, references)
         return {
             "accuracy": estimate.value,

@@ -25,7 +25,7 @@ def ranking_metrics(
     *,
     lengths: Sequence[ArrayLike] | None = None,
     labelers: Sequence[str | None] | None = None,
-    n_resamples: int = 1000,
+    n_resamples: int = 2000,
 ) -> dict[str, Estimate]:
     """How well scores follow rankings: order, calibration, and where they fail.
 

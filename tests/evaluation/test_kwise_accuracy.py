@@ -13,6 +13,7 @@ import torch
 from prefopt.evaluation import kwise_accuracy
 from prefopt.evaluation.kwise_accuracy import KwiseAccuracy
 from prefopt.metrics import pair_accuracy
+from prefopt.ranking_metrics import ranking_metrics
 
 # A > B = C ordered right twice; B > A ordered wrong; equal scores; a tied pair; C absent
 SCORES = [[3.0, 2.0, 1.0], [5.0, 0.0], [1.0, 1.0], [2.0, 7.0], [2.0, 1.0, 9.0]]
@@ -105,3 +106,16 @@ def test_the_example_runs(tmp_path, monkeypatch):
         kwise_accuracy._KWARGS_DESCRIPTION, {}, "KwiseAccuracy", None, None
     )
     assert doctest.DocTestRunner().run(examples) == (0, 3)
+
+
+def test_a_rank_between_two_is_not_rounded(metric):
+    with pytest.raises(ValueError, match="whole number"):
+        metric.compute(predictions=[[2.0, 1.0]], references=[[1.5, 1.2]])
+
+
+def test_its_interval_is_that_of_an_evaluation(metric):
+    found, expected = (
+        metric.compute(predictions=SCORES, references=RANKS),
+        ranking_metrics(SCORES, RANKS)["accuracy"],
+    )
+    assert (found["accuracy_ci_low"], found["accuracy_ci_high"]) == (expected.ci_low, expected.ci_high)

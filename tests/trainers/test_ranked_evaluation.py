@@ -186,7 +186,7 @@ def test_predictions_in_parts_need_measures_of_ones_own(options, make_trainer):
 
 
 def test_a_metric_called_loss_names_nothing_else(make_trainer):
-    found = make_trainer(compute_metrics=lambda p: {"hinge_loss": 1.0}).evaluate()
+    found = make_trainer(compute_metrics=lambda p: {"eval_hinge_loss": 1.0}).evaluate()
     assert found["eval_hinge_loss"] == 1.0
     assert {"eval_loss", "eval_num_tokens"} < set(found)
     assert not any(name.startswith("eval_hinge_") for name in set(found) - {"eval_hinge_loss"})
