@@ -1,6 +1,6 @@
 """How the two trainers on rankings run a model over a batch: prefixes shared, several forwards if it must be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from prefopt import prefix_sharing
 from prefopt.comparisons import RankedCollator, build_ids
 from prefopt.losses import strict_pairs
 from prefopt.prefix_sharing import PackedRows
+from prefopt.ranked_rows import validate_demonstrations
 from prefopt.trainers.forward_splits import split_completions
 
 logger = get_logger(__name__)
@@ -318,10 +319,19 @@ class RankedForwardMixin:
         prompts, `args.max_tokens_per_forward` bounds a forward.
 
         Raises:
-            ValueError: the two sequences differ in length.
+            TypeError: prompts or completions are one text.
+            ValueError: the two sequences differ in length, or an entry is no text.
         """
+        for name, given in (("prompts", prompts), ("completions", completions)):
+            if isinstance(given, str | Mapping):
+                raise TypeError(
+                    f"score: field {name!r}: expected a list of texts or messages, got {given!r}; put it in one"
+                )
+        prompts, completions = list(prompts), list(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
+        pairs = zip(prompts, completions, strict=True)
+        validate_demonstrations([{"prompt": x, "completion": y} for x, y in pairs], "score")
         by_prompt: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             prompt_ids, completion_ids = build_ids(self.processing_class, prompt, completion)

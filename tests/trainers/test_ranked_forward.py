@@ -234,6 +234,23 @@ def test_evaluation_and_scores_do_not_change(kind, base, tokenizer, tmp_path):
         assert len({round(x, 3) for x in scores}) > 10
 
 
+def test_only_texts_are_scored(reward_model, tokenizer, tmp_path):
+    trainer = trainer_on("reward", reward_model, tokenizer, tmp_path)
+    for texts in (("ab", ["cd", "ef"]), (["ab"], {"c": "d"})):
+        with pytest.raises(TypeError, match="expected a list of texts or messages"):
+            trainer.score(*texts)
+    for prompt, completion, field in (
+        (None, " a", "prompt"),
+        ("", " a", "prompt"),
+        ("a", 7, "completion"),
+        ("a", "", "completion"),
+    ):
+        with pytest.raises(ValueError, match=f"score row 1: field '{field}': expected"):
+            trainer.score(["the cat", prompt], [" sat", completion])
+    texts = ["the cat", "a"], [" sat", " dog"]
+    assert trainer.score(*map(iter, texts)) == trainer.score(*texts)
+
+
 @pytest.mark.parametrize(("ties", "expected"), [("drop", [0, 0, 1, 1]), ("half", [0, 1, 1, 1])])
 def test_prompts_that_compare_something_are_counted(ties, expected, reward_model, tokenizer, tmp_path):
     trainer = trainer_on("reward", reward_model, tokenizer, tmp_path, ties=ties)
