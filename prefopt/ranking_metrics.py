@@ -269,7 +269,9 @@ def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str
     groups = defaultdict(list)
     for prompt, name in enumerate(labelers):
         if name is not None:
-            groups[str(name)].append(prompt)
+            # "ann_ci_low" would overwrite the interval of "ann"
+            reserved = str(name).rstrip("_").endswith(("_ci_low", "_ci_high"))
+            groups[f"{name}_" if reserved else str(name)].append(prompt)
     return dict(sorted(groups.items()))
 
 

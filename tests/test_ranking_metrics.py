@@ -359,3 +359,17 @@ def test_every_public_function_has_an_example():
     ]
     assert ranking_metrics in public
     assert all(">>>" in inspect.getdoc(x) for x in public)
+
+
+def test_a_labeler_does_not_overwrite_the_interval_of_another():
+    names = ["ann", "ann", "ann_ci_low", "ann_ci_low_"]
+    found = flatten(ranking_metrics([[1.0, 0.0]] * 4, [[1, 2], [1, 2], [2, 1], [2, 1]], labelers=names))
+    labelers = {name: value for name, value in found.items() if name.startswith("accuracy_labeler_")}
+    prefix = "accuracy_labeler_ann"
+    assert labelers == {
+        prefix: 1.0,
+        f"{prefix}_ci_low": 1.0,
+        f"{prefix}_ci_high": 1.0,
+        f"{prefix}_ci_low_": 0.0,
+        f"{prefix}_ci_low__": 0.0,
+    }
