@@ -111,6 +111,14 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         **kwargs: Any,
     ):
         _check_models(model, ref_model)
+        if (
+            kwargs.get("processing_class") is None
+            and not isinstance(model, str)
+            and not model.config.name_or_path
+        ):
+            raise ValueError(
+                "`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`"
+            )
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")

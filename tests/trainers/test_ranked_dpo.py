@@ -583,3 +583,8 @@ def test_models_of_the_wrong_kind_are_refused(given, expected, causal_lm, reward
     args = RankedDPOConfig(str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(TypeError, match=expected):
         RankedDPOTrainer(**{"args": args, **given(causal_lm, reward_model, args)})
+
+
+def test_a_model_from_memory_needs_its_tokenizer(causal_lm, tmp_path):
+    with pytest.raises(ValueError, match="pass `processing_class`"):
+        RankedDPOTrainer(causal_lm, args=RankedDPOConfig(str(tmp_path), report_to="none", use_cpu=True))
