@@ -128,7 +128,7 @@ IMPORTS = {
         "shuffle_sequence_dict",
         "split_tensor_dict",
         "use_adapter",
-    ]
+    ],
 }
 
 FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").glob("*.py"))
