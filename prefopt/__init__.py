@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "OveroptimisationStop": "prefopt.trainers.ppo_ptx_watch",
+    "OveroptimisationStop": "prefopt.trainers.overoptimisation",
     "PPOPtxConfig": "prefopt.trainers.ppo_ptx_config",
     "PPOPtxTrainer": "prefopt.trainers.ppo_ptx_trainer",
     "RankedCollator": "prefopt.comparisons",
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking
     from prefopt.losses import ranking_loss
     from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
+    from prefopt.trainers.overoptimisation import OveroptimisationStop
     from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
     from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
-    from prefopt.trainers.ppo_ptx_watch import OveroptimisationStop
     from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
     from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
     from prefopt.trainers.ranked_reward_config import RankedRewardConfig

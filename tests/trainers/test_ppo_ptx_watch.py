@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import IntervalStrategy, TrainerControl, TrainerState
 
 from prefopt.trainers import ppo_ptx_watch as watch
+from prefopt.trainers.overoptimisation import OveroptimisationStop
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
-from prefopt.trainers.ppo_ptx_watch import OveroptimisationStop, TrainingWatch, diagnose
+from prefopt.trainers.ppo_ptx_watch import TrainingWatch, diagnose
 
 SETTINGS = {"episodes_per_rollout": 128}
 

@@ -111,10 +111,9 @@ def without_times(metrics):
     return {name: value for name, value in metrics.items() if not name.endswith(TIMES)}
 
 
+@pytest.mark.parametrize("make_trainer", ["reward"], indirect=True)  # TRL's DPO logs no extremes
 def test_the_extremes_are_those_of_the_evaluation(make_trainer):
     trainer = make_trainer(batch_size=1)
-    if isinstance(trainer, RankedDPOTrainer):
-        pytest.skip("TRL's DPO has no min_reward and max_reward")
     scores = [trainer.score([row["prompt"]] * len(row["ranks"]), row["completions"]) for row in ROWS]
     trainer.eval_dataset = {"all": trainer.eval_dataset, "bob": trainer.eval_dataset.select([1])}
     found = trainer.evaluate()
@@ -132,11 +131,13 @@ def test_predicting_leaves_the_next_evaluation_alone(make_trainer):
     assert without_times(trainer.evaluate()) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize(
+    ("make_trainer", "precompute"),
+    [("reward", False), ("dpo", False), ("dpo", True)],
+    indirect=["make_trainer"],
+)
 def test_predict_takes_the_rows_that_evaluate_takes(precompute, make_trainer):
     trainer = make_trainer()
-    if precompute and isinstance(trainer, RankedRewardTrainer):
-        pytest.skip("a reward model has no reference")
     expected = trainer.predict(trainer.eval_dataset)
     if precompute:
         trainer = make_trainer(precompute_ref_log_probs=True)
