@@ -56,8 +56,10 @@ MODEL_TYPES = {
 }
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
-# Below this share of tokens saved, unpacking for attention costs about what the linear layers gain.
+# Below this share of tokens saved, unpacking for attention costs about what the linear layers gain. Below this number,
+# a forward takes the time of reading the weights and starting the kernels, whatever the tokens.
 MIN_SAVING = 0.1
+MIN_SAVED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -167,11 +169,6 @@ class PackedRows:
     index: Tensor
     layout: Layout
     num_row_tokens: int
-
-    @property
-    def saving(self) -> float:
-        """Share of the rows' tokens that need not be forwarded again."""
-        return 1 - self.input_ids.shape[1] / self.num_row_tokens
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows:
@@ -351,7 +348,13 @@ def plan(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompts: T
     if not is_enabled(model):
         return None
     packed = pack(input_ids, attention_mask, prompts)
-    return packed if packed.saving >= MIN_SAVING else None
+    return packed if is_faster(packed.input_ids.shape[1], packed.num_row_tokens) else None
+
+
+def is_faster(num_packed_tokens: int, num_row_tokens: int) -> bool:
+    """Whether so many packed tokens save enough to be forwarded instead of the rows' own tokens."""
+    saved = num_row_tokens - num_packed_tokens
+    return saved >= MIN_SAVED_TOKENS and saved >= MIN_SAVING * num_row_tokens
 
 
 @contextmanager

@@ -15,12 +15,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prefopt import prefix_sharing
+
 collect_ignore = ["benchmarks"]  # scripts, which tests/test_benchmarks.py runs
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of most tests are too short for shared prefixes to pay; they are shared all the same."""
+    monkeypatch.setattr(prefix_sharing, "MIN_SAVED_TOKENS", 0)
 
 
 @pytest.fixture(scope="session")

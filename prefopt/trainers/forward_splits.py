@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt.prefix_sharing import MIN_SAVING, pack
+from prefopt.prefix_sharing import is_faster, pack
 
 Cells = list[tuple[int, int]]  # (prompt, completion)
 
@@ -39,18 +39,18 @@ def split_completions(
         Masks `[B, K]` that partition `present`; each holds several whole prompts, or completions of one.
 
     Example:
-        Two prompts with two completions of three tokens each, two of them shared.
+        Two prompts with two completions of 101 tokens each, 100 of them shared.
 
-        >>> ids = torch.tensor([[[5, 6, 1], [5, 6, 2]], [[7, 8, 3], [7, 8, 4]]])
+        >>> ids = torch.tensor([[[1] * 100 + [7], [1] * 100 + [8]], [[2] * 100 + [7], [2] * 100 + [8]]])
         >>> split = lambda n, s: [
         ...     m.int().tolist()
         ...     for m in split_completions(ids, torch.ones_like(ids), torch.ones(2, 2, dtype=torch.bool), n, s)
         ... ]
-        >>> split(8, True)
+        >>> split(204, True)
         [[[1, 1], [1, 1]]]
-        >>> split(6, False)
+        >>> split(202, False)
         [[[1, 1], [0, 0]], [[0, 0], [1, 1]]]
-        >>> split(3, True)
+        >>> split(101, True)
         [[[1, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [1, 0]], [[0, 0], [0, 1]]]
     """
     ids, real, present = input_ids.cpu(), attention_mask.cpu(), present.cpu()
@@ -63,7 +63,7 @@ def split_completions(
 
     def fits(sizes: list[Size]) -> bool:
         packed, row_tokens = sum(s.packed for s in sizes), sum(s.row_tokens for s in sizes)
-        if shares_prefixes and 1 - packed / row_tokens >= MIN_SAVING:
+        if shares_prefixes and is_faster(packed, row_tokens):
             return packed <= max_tokens
         return sum(s.rows for s in sizes) * max(s.longest for s in sizes) <= max_tokens
 

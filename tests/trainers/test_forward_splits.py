@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from prefopt.prefix_sharing import MIN_SAVING
+from prefopt.prefix_sharing import is_faster
 from prefopt.trainers.forward_splits import split_completions
 
 
@@ -50,7 +50,7 @@ def size_by_hand(ids, mask, cells, shares_prefixes):
         packed += shared + sum(len(row) - shared for row in some)
     padded = len(every) * max(map(len, every))
     total = sum(map(len, every))
-    return packed if shares_prefixes and 1 - packed / total >= MIN_SAVING else padded
+    return packed if shares_prefixes and is_faster(packed, total) else padded
 
 
 def cells_of(mask):
@@ -134,7 +134,7 @@ def test_the_budget_is_met_exactly():
 
 
 def test_rows_that_share_too_little_count_as_padded():
-    """One shared token in twenty saves less than `MIN_SAVING`, so they are forwarded as rows, padding included."""
+    """One shared token in twenty saves less than a tenth, so they are forwarded as rows, padding included."""
     ids = torch.tensor([[[9] + [1] * 19, [9] + [2] * 9 + [0] * 10]])
     mask = (ids > 0).long()
     present = torch.ones(1, 2, dtype=torch.bool)

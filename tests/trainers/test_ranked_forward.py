@@ -502,7 +502,9 @@ SCRIPT = """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-    from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
+    from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer, prefix_sharing
+
+    prefix_sharing.MIN_SAVED_TOKENS = 0
 
     def run(folder, batch_size, rows):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")

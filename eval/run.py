@@ -1,0 +1,84 @@
+"""The folder of one evaluation: what its stages read and write."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
+from prefopt.evaluation.results import jsonable
+
+
+@dataclass
+class EvaluationArguments:
+    """What all stages need to know. Each has a dataclass of its own besides, whose keys stand in the same file."""
+
+    output_dir: str = field(
+        metadata={"help": "Folder of the evaluation; every stage reads and writes there."}
+    )
+    models: dict[str, str] | str = field(
+        default_factory=dict,
+        metadata={"help": "Name of each model and its folder or Hub id; on the command line as JSON."},
+    )
+    baseline: str = field(default="sft", metadata={"help": "The model that win rates and KL compare with."})
+    base: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model whose benchmark results the alignment tax is measured from; default: baseline."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantize the weights of whole models to nf4."}
+    )
+    dtype: str | None = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
+    seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.models, str):
+            self.models = json.loads(self.models)
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """`completions/<model>.jsonl` from `generate`, `stages/<stage>.json` from every other stage.
+
+    A row of completions: `id` (number of the prompt), `prompt`, the prompt's own columns (`use_case`, ...),
+    `decoding` ("sampled" or "greedy"), `sample` (0, 1, ... of a prompt), `completion`, `ids`, `truncated`.
+    """
+
+    folder: Path
+
+    def completions_path(self, model: str) -> Path:
+        return self.folder / "completions" / f"{model}.jsonl"
+
+    def completions(self, model: str, decoding: str = "sampled") -> list[dict[str, Any]]:
+        """Rows of a model, by prompt and sample.
+
+        Raises:
+            FileNotFoundError: nothing was generated for the model.
+        """
+        path = self.completions_path(model)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no completions of {model!r} at {path}; run `prefopt eval generate` first"
+            )
+        rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
+        return sorted(rows, key=lambda row: (row["id"], row["sample"]))
+
+    def write_completions(self, model: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        write_jsonl(self.completions_path(model), rows)
+
+    def write_stage(
+        self, stage: str, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Keep what a stage found: its measures (`results.measure`) and what its plots and tables need besides."""
+        content = {"measures": list(measures), "data": dict(data or {})}
+        text = json.dumps(jsonable(content), ensure_ascii=False, indent=1, allow_nan=False)
+        write_whole(self.folder / "stages" / f"{stage}.json", text + "\n")
+
+    def stage(self, stage: str) -> dict[str, Any] | None:
+        """What `write_stage` kept, or None if the stage has not run."""
+        path = self.folder / "stages" / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
