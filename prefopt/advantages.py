@@ -1,12 +1,11 @@
 """From scores to advantages: KL estimates, KL-shaped rewards, GAE, masked mean and whitening, as pure functions on
-tensors; and the two quantities that live as long as a run: the KL coefficient and the running scale of the scores.
+tensors.
 
 Letters in the shapes: B sequences, T completion tokens, V vocabulary. Masks: True counts; a 0/1 mask of another dtype
 is read as bool. Half-precision inputs are computed in fp32. What a mask excludes is 0 in the result, be it NaN.
 Rewards, advantages and returns are targets: no gradient flows through them.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -32,7 +31,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
         >>> masked_mean(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
         tensor(2.)
     """
-    _require_same_shape(x=x, mask=mask)
+    require_same_shape(x=x, mask=mask)
     mask = mask.bool()
     return torch.where(mask, _at_least_fp32(x), 0.0).sum() / mask.sum().clamp(min=1)
 
@@ -61,7 +60,7 @@ def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
         >>> k1(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]))
         tensor([ 2., -1.])
     """
-    _require_same_shape(logps=logps, ref_logps=ref_logps)
+    require_same_shape(logps=logps, ref_logps=ref_logps)
     return _at_least_fp32(logps.detach()) - _at_least_fp32(ref_logps.detach())
 
 
@@ -106,7 +105,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
         >>> full_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())  # log(2) / 2 + log(2/3) / 2
         tensor([0.1438])
     """
-    _require_same_shape(logits=logits, ref_logits=ref_logits)
+    require_same_shape(logits=logits, ref_logits=ref_logits)
     rows = [x.detach().reshape(-1, x.size(-1)).split(256) for x in (logits, ref_logits)]
     parts = []
     for chunk in zip(*rows, strict=True):
@@ -145,7 +144,7 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) 
         ... )
         tensor([[-0.2000,  1.1000,  0.0000]])
     """
-    _require_same_shape(kl=kl, mask=mask)
+    require_same_shape(kl=kl, mask=mask)
     if mask.dim() != 2 or scores.shape != mask.shape[:1]:
         raise ValueError(
             f"expected scores [B] and mask [B, T], got {tuple(scores.shape)}, {tuple(mask.shape)}"
@@ -191,7 +190,7 @@ def gae(
         >>> returns
         tensor([[0.7500, 1.0000]])
     """
-    _require_same_shape(rewards=rewards, values=values, mask=mask)
+    require_same_shape(rewards=rewards, values=values, mask=mask)
     if mask.dim() != 2:
         raise ValueError(f"expected [B, T], got {tuple(mask.shape)}")
     mask = mask.bool()
@@ -231,7 +230,7 @@ def masked_whiten(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | 
         >>> masked_whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    _require_same_shape(x=x, mask=mask)
+    require_same_shape(x=x, mask=mask)
     mask = mask.bool()
     x = _at_least_fp32(x.detach())
     counted = torch.where(mask, x, 0.0).double()
@@ -265,141 +264,18 @@ def clip_scores(scores: Tensor, score_clip: float | None) -> Tensor:
     return scores.clamp(-score_clip, score_clip)
 
 
-class KLController:
-    """The coefficient of the KL penalty: fixed, or adapted so that the KL divergence nears a target.
-
-    Ziegler et al. 2019 (arXiv:1909.08593), section 2.2, after each batch of episodes:
-
-        e = clip(KL / target - 1, -0.2, 0.2)
-        kl_coef <- kl_coef * (1 + K_beta * e),  K_beta = episodes / horizon
-
-    K_beta is that of the authors' code (`openai/lm-human-preferences`): the same drift per episode at any batch size.
-
-    Args:
-        kl_coef: the first coefficient; above 0 with a target, as 0 times anything is 0.
-        target: KL per episode (nats), or None for a fixed coefficient.
-        horizon: episodes in which an error at its limit changes the coefficient by about a fifth.
-
-    Attributes:
-        kl_coef: the coefficient now.
-
-    Raises:
-        ValueError: a number out of range; more episodes in a batch than the horizon has.
-
-    Example:
-        >>> controller = KLController(0.02, target=6.0, horizon=1000)
-        >>> print(f"{controller.update(kl=9.0, episodes=500):.4f}")  # 0.02 * (1 + 500 / 1000 * 0.2)
-        0.0220
-        >>> print(f"{controller.update(kl=5.4, episodes=500):.4f}")  # 0.022 * (1 + 500 / 1000 * -0.1)
-        0.0209
-        >>> KLController(0.02).update(kl=9.0, episodes=500)
-        0.02
-    """
-
-    def __init__(self, kl_coef: float, target: float | None = None, horizon: float = 10_000) -> None:
-        if target is not None and not (target > 0 and kl_coef > 0 and horizon > 0):
-            raise ValueError(
-                f"a KL target needs a positive target, kl_coef and horizon, got {target}, {kl_coef}, {horizon}"
-            )
-        self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
-
-    def update(self, kl: float, episodes: float) -> float:
-        """Take notice of the mean KL per episode (nats) of a batch; returns the coefficient for the next one.
-
-        A KL that is not finite, or that of no episode, changes nothing.
-        """
-        if self.target is not None and episodes > 0 and math.isfinite(kl):
-            if episodes > self.horizon:
-                raise ValueError(
-                    f"a batch of {episodes} episodes is longer than the horizon ({self.horizon})"
-                )
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.kl_coef *= 1 + episodes / self.horizon * error
-        return self.kl_coef
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold: `{"kl_coef"}`."""
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved state. A fixed coefficient stays the one that was configured."""
-        if self.target is not None:
-            self.kl_coef = state["kl_coef"]
-
-
-class RunningStatistics:
-    """Mean and variance of all values seen so far, over all batches and processes.
-
-    Welford's algorithm, for batches (n', mean', m2') as in Chan, Golub and LeVeque (1979):
-
-        mean <- mean + (mean' - mean) * n' / (n + n')
-        m2   <- m2 + m2' + (mean' - mean)^2 * n * n' / (n + n')
-        variance = m2 / (n - 1)
-
-    Attributes:
-        count, mean, m2: values, their mean, their summed squared deviations; float64 numbers.
-
-    Example:
-        >>> statistics = RunningStatistics()
-        >>> statistics.update(torch.tensor([1.0, 2.0]), torch.tensor([True, True]))
-        >>> statistics.update(torch.tensor([6.0, 99.0]), torch.tensor([True, False]))
-        >>> statistics.mean, statistics.variance  # of 1, 2, 6
-        (3.0, 7.0)
-        >>> statistics.normalize(torch.tensor([3.0]))
-        tensor([0.])
-    """
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.m2 = 0.0, 0.0, 0.0
-
-    @property
-    def variance(self) -> float:
-        """m2 / (n - 1); 0 before the second value."""
-        return self.m2 / (self.count - 1) if self.count > 1 else 0.0
-
-    def update(self, x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Take in the values that count.
-
-        Args:
-            x: any shape.
-            mask: the same shape, True on the values that count.
-            reduce: as in `masked_whiten`; every process must call `update` alike.
-
-        Raises:
-            ValueError: if the shapes differ.
-        """
-        _require_same_shape(x=x, mask=mask)
-        mask = mask.bool()
-        deviations = torch.where(mask, x.detach().double() - self.mean, 0.0)  # from one mean on all processes
-        sums = torch.stack([mask.sum().double(), deviations.sum(), deviations.square().sum()])
-        count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
-        if count == 0:
-            return
-        shift = total / count
-        self.m2 += max(squares - count * shift**2, 0.0) + shift**2 * self.count * count / (self.count + count)
-        self.mean += shift * count / (self.count + count)
-        self.count += count
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """`(x - mean) / sqrt(variance + 1e-8)`; unchanged before the first value."""
-        if self.count == 0:
-            return x
-        return (x - self.mean) / math.sqrt(self.variance + 1e-8)
-
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint must hold: `{"count", "mean", "m2"}`."""
-        return {"count": self.count, "mean": self.mean, "m2": self.m2}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved state."""
-        self.count, self.mean, self.m2 = state["count"], state["mean"], state["m2"]
-
-
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _require_same_shape(**tensors: Tensor) -> None:
+def require_same_shape(**tensors: Tensor) -> None:
+    """Raise unless all have one shape.
+
+    Example:
+        >>> require_same_shape(values=torch.zeros(2), rewards=torch.zeros(3))
+        Traceback (most recent call last):
+        ValueError: shapes differ: values (2,), rewards (3,)
+    """
     if len({tuple(x.shape) for x in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"shapes differ: {shapes}")

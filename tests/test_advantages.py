@@ -9,8 +9,6 @@ import torch
 
 from prefopt import advantages as module
 from prefopt.advantages import (
-    KLController,
-    RunningStatistics,
     clip_scores,
     full_kl,
     gae,
@@ -20,6 +18,7 @@ from prefopt.advantages import (
     masked_mean,
     masked_whiten,
 )
+from prefopt.rollout_statistics import KLController, RunningStatistics
 
 NAN = float("nan")
 

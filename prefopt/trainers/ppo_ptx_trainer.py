@@ -23,8 +23,6 @@ from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, s
 
 from prefopt.adapter_roles import AdapterScorer, trainable_copy
 from prefopt.advantages import (
-    KLController,
-    RunningStatistics,
     clip_scores,
     full_kl,
     gae,
@@ -34,6 +32,7 @@ from prefopt.advantages import (
     masked_whiten,
 )
 from prefopt.reward_checkpoints import check_reward_model, load_reward_model
+from prefopt.rollout_statistics import KLController, RunningStatistics
 from prefopt.shared_base import keep_4bit_gradients, value_model_from
 from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin

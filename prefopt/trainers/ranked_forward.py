@@ -15,7 +15,7 @@ from prefopt import prefix_sharing
 from prefopt.comparisons import RankedCollator, build_ids
 from prefopt.losses import strict_pairs
 from prefopt.prefix_sharing import PackedRows
-from prefopt.ranked_rows import validate_demonstrations
+from prefopt.row_checks import validate_demonstrations
 from prefopt.trainers.forward_splits import split_completions
 
 logger = get_logger(__name__)

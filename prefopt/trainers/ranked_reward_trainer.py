@@ -28,8 +28,8 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.comparisons import RankedCollator
 from prefopt.losses import centring_loss, ranking_loss, rating_margins
-from prefopt.ranked_rows import validate_demonstrations
 from prefopt.reward_checkpoints import head_loaded_in_fp32, keep_pad_from_eos, saved_config
+from prefopt.row_checks import validate_demonstrations
 from prefopt.shared_base import (
     add_reward_token,
     append_reward_token,
