@@ -10,6 +10,10 @@ from prefopt.evaluation.style import CSS
 LABELS = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward_model": "reward model"}
 
 
+class Missing(Exception):
+    """A section has nothing to show; the message says why, and how to get it."""
+
+
 def model_names(results: Mapping[str, Any]) -> list[str]:
     """The four of the paper, then any other that was compared."""
     found = [m["model"] for m in results.get("measures") or [] if m["name"] in ("winrate", "gold_reward")]

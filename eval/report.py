@@ -9,6 +9,7 @@ from typing import Any
 from prefopt.evaluation import plots
 from prefopt.evaluation.generate import write_whole
 from prefopt.evaluation.markup import (
+    Missing,
     better_or_worse,
     cell,
     interval,
@@ -26,10 +27,6 @@ from prefopt.evaluation.results import BASELINE, MODELS, find, jsonable
 
 logger = logging.getLogger(__name__)
 Results = Mapping[str, Any]
-
-
-class Missing(Exception):
-    """A section has nothing to show; the message says why."""
 
 
 def build_report(results: Results, path: str | os.PathLike) -> None:

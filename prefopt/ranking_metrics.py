@@ -181,8 +181,10 @@ def calibration_gaps(leads: NDArray) -> tuple[NDArray, NDArray]:
         (Guo et al. 2017, arXiv:1706.04599, Eq. 3), confidence = sigmoid(|s_w - s_l|)
 
     The prediction of a pair is the completion with the higher score, so its confidence lies in [1/2, 1]: ten bins of
-    equal width, the last one closed. Oriented by the labels instead, every outcome would be "w won" and every doubt an
-    error, even a justified one; oriented by the order in the row, the value would change with that order.
+    equal mass, which hold as many pairs each (equal confidences stay together). With bins of equal width most pairs of
+    an unsure model would fall into the first one, whose mean hides their errors. Oriented by the labels instead, every
+    outcome would be "w won" and every doubt an error, even a justified one; oriented by the order in the row, the value
+    would change with that order.
 
     With finite data the ECE of a perfectly calibrated model is above 0, and resampling adds to that: its interval holds
     the truth in 95 of 100 cases where the error is clear, and lies too high where it is close to 0.
@@ -193,10 +195,13 @@ def calibration_gaps(leads: NDArray) -> tuple[NDArray, NDArray]:
     Example:
         >>> bins, gaps = calibration_gaps(np.log([4.0, 0.25, 1.0]))  # sure by 4 to 1, rightly and wrongly; undecided
         >>> bins.tolist(), gaps.round(6).tolist()
-        ([6, 6, 0], [0.2, -0.8, 0.0])
+        ([9, 9, 3], [0.2, -0.8, 0.0])
     """
     confidences = expit(np.abs(leads))
-    bins = np.floor((confidences - 0.5) * 2 * CALIBRATION_BINS).astype(int).clip(0, CALIBRATION_BINS - 1)
+    if not len(confidences):
+        return np.zeros(0, dtype=int), confidences
+    first_of_bins = len(confidences) * np.arange(1, CALIBRATION_BINS) // CALIBRATION_BINS
+    bins = np.searchsorted(np.sort(confidences)[first_of_bins], confidences, side="right")
     return bins, pairs_right(leads) - confidences
 
 

@@ -52,11 +52,18 @@ def tau_b(s: list[float], r: list[int]) -> float:
     return (concordant - discordant) / math.sqrt(untied) if untied else math.nan
 
 
-def by_loops(scores: list, ranks: list, lengths: list, labelers: list) -> dict[str, tuple[float, int, int]]:
-    """Name -> value, n, n_clusters."""
+def bin_edges(confidences: list[float]) -> list[float]:
+    """The lowest confidence of each bin but the first, of ten with as many pairs each."""
+    return [sorted(confidences)[len(confidences) * b // 10] for b in range(1, 10)]
+
+
+def by_loops(
+    scores: list, ranks: list, lengths: list, labelers: list, edges: list[float] | None = None
+) -> dict[str, tuple[float, int, int]]:
+    """Name -> value, n, n_clusters. `edges`: where the bins of calibration begin, if not by these rows."""
     over_pairs: dict[str, list[tuple[int, float]]] = {}
     over_prompts: dict[str, list[float]] = {"accuracy_per_prompt": [], "top1": [], "kendall_tau": []}
-    bins: dict[int, list[tuple[float, float]]] = {}
+    predictions: list[tuple[float, float]] = []
     for prompt, (s, r, length) in enumerate(zip(scores, ranks, lengths, strict=True)):
         present = [i for i in range(len(r)) if r[i] >= 1]
         pairs = [(w, loser) for w in present for loser in present if r[w] < r[loser]]
@@ -74,9 +81,7 @@ def by_loops(scores: list, ranks: list, lengths: list, labelers: list) -> dict[s
                 names[f"accuracy_labeler_{labelers[prompt]}"] = hit
             for name, value in names.items():
                 over_pairs.setdefault(name, []).append((prompt, value))
-            confidence = max(sigmoid(lead), sigmoid(-lead))
-            at = next((b for b in range(9) if confidence < 0.5 + 0.05 * (b + 1)), 9)
-            bins.setdefault(at, []).append((hit, confidence))
+            predictions.append((hit, float(expit(abs(lead)))))
         if pairs:
             over_prompts["accuracy_per_prompt"].append(mean([right(s[w], s[loser]) for w, loser in pairs]))
             highest = [i for i in present if s[i] == max(s[j] for j in present)]
@@ -88,6 +93,10 @@ def by_loops(scores: list, ranks: list, lengths: list, labelers: list) -> dict[s
     for name, x in over_pairs.items():
         found[name] = (mean([v for _, v in x]), len(x), len({prompt for prompt, _ in x}))
     num_pairs, num_prompts = found["accuracy"][1:]
+    edges = bin_edges([confidence for _, confidence in predictions]) if edges is None else edges
+    bins: dict[int, list[tuple[float, float]]] = {}
+    for hit, confidence in predictions:
+        bins.setdefault(sum(edge <= confidence for edge in edges), []).append((hit, confidence))
     found["ece"] = (
         sum(
             len(b) / num_pairs * abs(mean([h for h, _ in b]) - mean([c for _, c in b])) for b in bins.values()
@@ -154,7 +163,7 @@ def test_measures_of_four_rows_by_hand():
         "kendall_tau": (1 - 1) / 2,  # undefined in the third row, whose scores are equal
         "brier": ((1 / 5) ** 2 + (1 / 3) ** 2 + (1 / 3) ** 2 + (9 / 10) ** 2 + (1 / 2) ** 2) / 5,
         "nll": (math.log(5 / 4) + 2 * math.log(3 / 2) + math.log(10) + math.log(2)) / 5,
-        # bins [.8, .85): right once at 4/5; [.65, .7): right twice at 2/3; [.9, .95): wrong at 9/10; [.5, .55): undecided
+        # each confidence has a bin of its own: right once at 4/5, right twice at 2/3, wrong at 9/10, undecided
         "ece": ((1 - 4 / 5) + 2 * (1 - 2 / 3) + 9 / 10 + 0) / 5,
         "accuracy_gap_1": (1 + 1 + 0 + 0.5) / 4,
         "accuracy_gap_2": 1 / 1,
@@ -236,14 +245,19 @@ def test_calibration_error_is_small_for_the_true_model_and_measures_the_distance
         assert found.ci_low < distance < found.ci_high
 
 
-def test_calibration_bins_are_ten_of_equal_width_and_the_last_one_is_closed():
-    confidences = np.array([0.5, 0.549, 0.551, 0.749, 0.751, 0.949, 0.951])
-    leads = np.append(np.log(confidences / (1 - confidences)), 1000.0)
+def test_calibration_bins_are_ten_of_equal_mass_and_equal_confidences_stay_together():
+    leads = np.random.default_rng(3).exponential(0.1, size=57)  # an unsure model: equal widths would use one bin
     bins, gaps = calibration_gaps(leads)
-    assert bins.tolist() == [0, 0, 1, 4, 5, 8, 9, 9]
-    assert gaps[0] == gaps[-1] == 0
+    sizes = np.bincount(bins)
+    assert len(sizes) == 10
+    assert set(sizes.tolist()) == {5, 6}
+    assert (np.diff(bins[np.argsort(leads)]) >= 0).all()
     assert calibration_gaps(-leads)[0].tolist() == bins.tolist()
-    assert calibration_gaps(-leads[1:])[1] == pytest.approx(gaps[1:] - 1, abs=1e-12)
+    assert calibration_gaps(-leads)[1] == pytest.approx(gaps - 1, abs=1e-12)
+    order = np.random.default_rng(4).permutation(57)
+    assert calibration_gaps(leads[order])[0].tolist() == bins[order].tolist()
+    together, _ = calibration_gaps(np.array([0.1] * 7 + [2.0] * 3))
+    assert together.tolist() == [6] * 7 + [9] * 3
 
 
 # Intervals
@@ -254,8 +268,16 @@ def test_intervals_equal_a_loop_over_resampled_prompts():
     ranked = [i for i, r in enumerate(ranks) if len({x for x in r if x >= 1}) > 1]
     scores, ranks, lengths = ([rows[i] for i in ranked] for rows in (scores, ranks, lengths))
     resamples = np.random.default_rng(0).integers(0, len(ranks), size=(200, len(ranks)))
+    leads = [
+        abs(s[i] - s[j])
+        for s, r in zip(scores, ranks, strict=True)
+        for i in range(len(r))
+        for j in range(i)
+        if min(r[i], r[j]) >= 1 and r[i] != r[j]
+    ]
+    edges = bin_edges(expit(leads).tolist())  # of the data: resampling moves the pairs, not the bins
     loops = [
-        by_loops(*([rows[i] for i in drawn] for rows in (scores, ranks, lengths)), [None] * len(ranks))
+        by_loops(*([rows[i] for i in drawn] for rows in (scores, ranks, lengths)), [None] * len(ranks), edges)
         for drawn in resamples
     ]
     found = ranking_metrics(scores, ranks, lengths=lengths, n_resamples=200)
