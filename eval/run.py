@@ -17,7 +17,8 @@ class EvaluationArguments:
     output_dir: str = field(
         metadata={"help": "Folder of the evaluation; every stage reads and writes there."}
     )
-    models: dict[str, str] | str = field(
+    # With `| None` in this place the command line passes on the text as it is, and __post_init__ reads the JSON in it.
+    models: dict[str, str] | str | None = field(
         default_factory=dict,
         metadata={"help": "Name of each model and its folder or Hub id; on the command line as JSON."},
     )
@@ -35,9 +36,29 @@ class EvaluationArguments:
     batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
 
+    heldout_use_case: str | None = field(
+        default=None,
+        metadata={
+            "help": "Use case kept out of training: its prompts are reported apart and in no other number."
+        },
+    )
+
     def __post_init__(self) -> None:
-        if isinstance(self.models, str):
-            self.models = json.loads(self.models)
+        self.models = parsed_mapping("models", self.models)
+
+
+def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping from YAML as it is, one from the command line from its JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'{key}: expected JSON like {{"name": ...}}, got {value!r} ({error.msg})'
+            ) from error
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{key}: expected `name: ...` pairs, got {value!r}")
+    return dict(value or {})
 
 
 @dataclass(frozen=True)

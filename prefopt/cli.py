@@ -13,6 +13,7 @@ COMMANDS = {
         "prefopt.recipes.explain_run",
         "what moved the weights of a training run when, and its troubles",
     ),
+    "eval": ("prefopt.recipes.evaluate", "is it better, by how much, how sure: `prefopt eval <stage>`"),
     "pipeline": ("prefopt.recipes.pipeline", "all steps on the sandbox, ending in a report"),
     "sweep": ("prefopt.recipes.sweep", "PPO-ptx over ptx_coef and kl_coef, from a finished pipeline run"),
 }

@@ -1,0 +1,133 @@
+"""Stage `generate`: every model draws completions of the same prompts."""
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefopt.evaluation.generate import generate
+from prefopt.evaluation.kept import kept_rows, source_state
+from prefopt.evaluation.models import load_language_model
+from prefopt.evaluation.results import FAILED
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+
+@dataclass
+class GenerateArguments:
+    """Which prompts, and how they are answered."""
+
+    prompts: str | None = field(
+        default=None, metadata={"help": "Held-out prompts: .jsonl file, folder or Hub id; column `prompt`."}
+    )
+    prompts_split: str = field(
+        default="test", metadata={"help": "Split of a prompt dataset that has several."}
+    )
+    max_prompts: int | None = field(
+        default=None, metadata={"help": "Use the first so many prompts; default: all."}
+    )
+    samples_per_prompt: int = field(
+        default=1, metadata={"help": "Samples of every prompt; diversity and best-of-n want several."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the samples."})
+    greedy: bool = field(default=True, metadata={"help": "Draw a greedy completion of every prompt besides."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
+
+
+def run(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: GenerateArguments,
+    prompts: Sequence[Mapping[str, Any]],
+    *,
+    progress: Progress = logger.info,
+) -> None:
+    """Write `completions/<model>.jsonl` for every model of `args.models`, one model in memory at a time.
+
+    A model whose completions are there, drawn with the same settings from the same files, is not loaded again. One
+    that breaks costs its own completions; `stages/generate.json` says why.
+
+    Args:
+        prompts: rows with `prompt` and any columns of their own (`use_case`, ...), which the completions keep.
+    """
+    rows = list(prompts)[: own.max_prompts]
+    if not rows:
+        raise ValueError("prompts: expected at least one, got none")
+    settings = {
+        "prompts": rows,
+        "samples_per_prompt": own.samples_per_prompt,
+        "temperature": own.temperature,
+        "greedy": own.greedy,
+        "max_new_tokens": own.max_new_tokens,
+        "batch_size": args.batch_size,
+        "load_in_4bit": args.load_in_4bit,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    done: dict[str, str] = {}
+    for name, source in args.models.items():
+        inputs = {**settings, "model": source_state(source)}
+        try:
+            kept_rows(
+                run.completions_path(name),
+                inputs,
+                lambda n=name, s=source: _draw(n, s, rows, args, own, progress),
+            )
+            done[name] = "ok"
+        except Exception as error:  # any trouble of one model is that model's
+            logger.exception("generate: %s failed", name)
+            run.completions_path(name).unlink(missing_ok=True)  # of other settings
+            done[name] = f"{FAILED}{type(error).__name__}: {error}"
+    run.write_stage(
+        "generate",
+        [],
+        {"models": done, "settings": {**settings, "prompts": len(rows)}, "sources": args.models},
+    )
+    if all(status != "ok" for status in done.values()):
+        raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in done.items()))
+
+
+def _draw(
+    name: str,
+    source: str,
+    rows: Sequence[Mapping[str, Any]],
+    args: EvaluationArguments,
+    own: GenerateArguments,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    progress(f"{name}: loading {source}")
+    model, tokenizer = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+    prompts = [row["prompt"] for row in rows]
+    # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
+    seed = random.Random(f"{args.seed}/{name}").getrandbits(32)
+    ways = [("sampled", own.temperature, own.samples_per_prompt)] + [("greedy", 0.0, 1)] * own.greedy
+    found = []
+    for decoding, temperature, count in ways:
+        drawn = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=own.max_new_tokens,
+            temperature=temperature,
+            num_return=count,
+            batch_size=args.batch_size,
+            seed=seed,
+            progress=lambda n, total, d=decoding: progress(f"{name}: {d} completions {n}/{total}"),
+        )
+        found += [
+            {
+                **row,
+                "id": number,
+                "decoding": decoding,
+                "sample": sample,
+                "completion": completion.text,
+                "ids": completion.ids,
+                "truncated": completion.truncated,
+            }
+            for number, (row, completions) in enumerate(zip(rows, drawn, strict=True))
+            for sample, completion in enumerate(completions)
+        ]
+    return found
