@@ -1,14 +1,9 @@
-"""What a sweep over ptx_coef and kl_coef shows: the two findings of InstructGPT's Figs 33 and 34, by intervals alone.
-
-Also the quantities of Gao et al. 2022 (arXiv:2210.10760): proxy and gold reward against the distance from the start.
-"""
+"""What a sweep over ptx_coef and kl_coef shows: the two findings of InstructGPT's Figs 33 and 34, by intervals alone."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from prefopt.evaluation.results import BASELINE, find
 from prefopt.evaluation.training_run import thirds
@@ -16,7 +11,6 @@ from prefopt.evaluation.training_run import thirds
 REWARD = "gold_reward"
 TAX = {"pretraining_bits_per_byte": "bits per byte", "heldout_task_accuracy": "task accuracy"}
 SHOWN = {REWARD: "gold reward", **TAX}
-KEYS = {"proxy": "rewards/reward_model", "gold": "rewards/gold"}
 Measures = Sequence[Mapping[str, Any]]
 
 
@@ -184,61 +178,6 @@ def _best_against_best(measures: Measures, ptx: Sequence[Point], kl: Sequence[Po
         f"Of the runs that recover, those of the highest gold reward, ptx_coef {a.ptx_coef:g} against kl_coef "
         f"{b.kl_coef:g} (positive: ptx is better): {told}."
     ]
-
-
-def over_optimisation(log: Sequence[Mapping[str, Any]], episodes: int) -> list[dict[str, float]]:
-    """Rewards of the rollouts of one run against their distance from the start.
-
-        distance = sqrt(KL(policy || SFT)), gain = (mean reward of the rollout - that of the first) / sd of the first
-
-    Args:
-        log: entries with `objective/kl`, `rewards/{reward_model, gold}/{mean, std}`; others are passed over. The first
-            is that of the SFT model.
-        episodes: of one rollout; the standard error of a mean is sd / sqrt(episodes).
-
-    Returns:
-        `distance` and, of `proxy` and `gold`, the gain with `_low` and `_high`, the ends of its 95 % interval. An
-        estimate of KL below 0 counts as 0.
-
-    Example:
-        >>> entry = {"objective/kl": 0.0} | {f"rewards/{r}/{k}": v for r in ("reward_model", "gold")
-        ...                                  for k, v in (("mean", 1.0), ("std", 2.0))}
-        >>> later = entry | {"objective/kl": 4.0, "rewards/gold/mean": 3.0}
-        >>> point = over_optimisation([entry, later], episodes=100)[1]
-        >>> point["distance"], point["gold"], point["gold_low"]
-        (2.0, 1.0, 0.804)
-    """
-    needed = ["objective/kl", *(f"{key}/{part}" for key in KEYS.values() for part in ("mean", "std"))]
-    entries = [e for e in log if all(isinstance(e.get(k), float) and math.isfinite(e[k]) for k in needed)]
-    if not entries or any(entries[0][f"{key}/std"] <= 0 for key in KEYS.values()):
-        return []
-    points = []
-    for entry in entries:
-        point = {"distance": math.sqrt(max(entry["objective/kl"], 0.0))}
-        for name, key in KEYS.items():
-            unit = entries[0][f"{key}/std"]
-            value = (entry[f"{key}/mean"] - entries[0][f"{key}/mean"]) / unit
-            half = 1.96 * entry[f"{key}/std"] / math.sqrt(episodes) / unit
-            point |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
-        points.append(point)
-    return points
-
-
-def fit_gold(points: Sequence[Mapping[str, float]]) -> tuple[float, float] | None:
-    """Least squares for Gao et al.'s form under RL: gain(d) = d * (alpha - beta * log d); None below three points.
-
-    Example:
-        >>> line = [{"distance": d, "gold": d * (2 - 0.5 * math.log(d))} for d in (0.5, 1.0, 2.0, 3.0)]
-        >>> alpha, beta = fit_gold(line)
-        >>> round(alpha, 6), round(beta, 6)
-        (2.0, 0.5)
-    """
-    d = np.array([p["distance"] for p in points if p["distance"] > 0])
-    gold = np.array([p["gold"] for p in points if p["distance"] > 0])
-    if len(d) < 3:
-        return None
-    alpha, beta = np.linalg.lstsq(np.stack([d, -d * np.log(d)], axis=1), gold, rcond=None)[0]
-    return float(alpha), float(beta)
 
 
 def last_third(points: Sequence[Mapping[str, float]], name: str) -> Gain | None:

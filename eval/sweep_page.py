@@ -1,6 +1,5 @@
 """One self-contained page about a sweep over ptx_coef and kl_coef: findings, curves and every number."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,8 +8,10 @@ from typing import Any
 from prefopt.evaluation import plots
 from prefopt.evaluation.generate import write_whole
 from prefopt.evaluation.markup import cell, page, scroll_table
+from prefopt.evaluation.overoptimisation import fit_rl, peak, rl_design
 from prefopt.evaluation.results import BASELINE, find
-from prefopt.evaluation.sweep import REWARD, SHOWN, TAX, Finding, Point, fit_gold, last_third, plain_ppo
+from prefopt.evaluation.sweep import REWARD, SHOWN, TAX, Finding, Point, last_third, plain_ppo
+from prefopt.metrics import Estimate
 
 VERDICT = {True: "holds here", False: "does not hold here", None: "cannot be told from these runs"}
 
@@ -31,7 +32,7 @@ def build_sweep_page(
         ptx, kl: the runs of either sweep, in the order of their coefficient; plain PPO is in both.
         measures: of every run, and its paired differences to SFT and plain PPO (`evaluate`).
         found: what `findings` says of them.
-        rollouts: a run's label -> its rollouts, from `over_optimisation`.
+        rollouts: a run's label -> its rollouts, from `rollout_gains`.
         settings: what is told at the end of the page.
     """
     base = plain_ppo(ptx)
@@ -127,11 +128,12 @@ def _rollouts(rollouts: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
             )
             for key, label in (("proxy", "reward model"), ("gold", "gold reward"))
         ]
-        fit = fit_gold(points)
+        fit = fit_rl(points)
         if fit is not None:
             far = max(p["distance"] for p in points)
             line = [far * i / 60 for i in range(1, 61)]
-            series.append(("fit of gold", [{"x": d, "y": d * (fit[0] - fit[1] * math.log(d))} for d in line]))
+            gold = rl_design(line) @ [coefficient.value for coefficient in fit]
+            series.append(("fit of gold", [{"x": d, "y": y} for d, y in zip(line, gold, strict=True)]))
         figures.append(
             plots.points_plot(series, f"{run}: gain, sd of SFT's samples", "√KL from SFT, √nats", level=0)
         )
@@ -146,17 +148,17 @@ def _rollouts(rollouts: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     )
 
 
-def _told(points: Sequence[Mapping[str, float]], fit: tuple[float, float] | None) -> str:
+def _told(points: Sequence[Mapping[str, float]], fit: tuple[Estimate, Estimate] | None) -> str:
     proxy, gold = last_third(points, "proxy"), last_third(points, "gold")
     if proxy is None or gold is None:
         return "too few rollouts to say."
     over = proxy.low > 0 and gold.high < 0
     told = f"from the second to the last third of the run the reward model gives {proxy}, the gold reward {gold}: "
     told += "over-optimisation" if over else "no over-optimisation by these intervals"
-    if fit is not None and fit[1] > 0:
-        peak = math.exp(fit[0] / fit[1] - 1)
+    highest = None if fit is None else peak(fit[0].value, fit[1].value, rl_design)
+    if highest is not None:
         far = max(p["distance"] for p in points)
-        told += f"; the fit peaks at √KL = {peak:.1f}, the run reached {far:.1f}"
+        told += f"; the fit peaks at √KL = {highest:.1f}, the run reached {far:.1f}"
     return told + "."
 
 

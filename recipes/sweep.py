@@ -16,8 +16,9 @@ import yaml
 
 from prefopt.evaluation.evaluate_models import evaluate
 from prefopt.evaluation.generate import read_jsonl, write_whole
+from prefopt.evaluation.overoptimisation import rollout_gains
 from prefopt.evaluation.results import BASELINE, write_results
-from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, over_optimisation, plain_ppo
+from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.sweep_page import VERDICT, build_sweep_page
 from prefopt.evaluation.training_run import read_run
 from prefopt.recipes.arguments import UserError, parse
@@ -177,7 +178,7 @@ class Sweep:
 
     def rollouts(self, point: Point) -> list[dict[str, float]]:
         run = read_run(self.root / point.name)
-        return over_optimisation(run.log, run.settings["episodes_per_rollout"])
+        return rollout_gains(run.log, run.settings["episodes_per_rollout"])
 
 
 def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:

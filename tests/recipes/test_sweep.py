@@ -13,16 +13,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from prefopt import cli
 from prefopt.evaluation.generate import write_jsonl
+from prefopt.evaluation.overoptimisation import fit_rl, rollout_gains
 from prefopt.evaluation.results import measure
 from prefopt.evaluation.sweep import (
     Gain,
     Point,
     contrasts,
     findings,
-    fit_gold,
     gain,
     last_third,
-    over_optimisation,
 )
 from prefopt.evaluation.sweep_page import VERDICT
 from prefopt.metrics import Estimate
@@ -142,24 +141,24 @@ def entry(kl, proxy, gold, std=2.0):
 
 def test_gains_over_rollouts_are_in_standard_deviations_of_the_first():
     log = [entry(0.0, 1.0, 3.0), {"train_loss": 1.0}, entry(9.0, 5.0, 2.0, std=1.0), entry(-0.1, 1.0, 3.0)]
-    first, second, third = over_optimisation(log, episodes=25)
+    first, second, third = rollout_gains(log, episodes=25)
     assert (first["distance"], first["proxy"], first["gold"]) == (0, 0, 0)
     assert (second["distance"], second["proxy"], second["gold"]) == (3, (5 - 1) / 2, (2 - 3) / 2)
     assert second["gold_high"] == pytest.approx(-0.5 + 1.96 * 1 / 5 / 2)
     assert third["distance"] == 0
-    assert over_optimisation([{"step": 1}], episodes=25) == []
+    assert rollout_gains([{"step": 1}], episodes=25) == []
 
 
 def test_the_last_third_against_the_second():
     log = [entry(float(i), float(i), 10.0 - i, std=2.0) for i in range(6)]
-    points = over_optimisation(log, episodes=100)
+    points = rollout_gains(log, episodes=100)
     proxy, gold = last_third(points, "proxy"), last_third(points, "gold")
     # thirds (2, 3) and (4, 5) of steps of one; in units of sd 2; two rollouts of error sd/10 in each mean
     assert proxy.value == pytest.approx(((4 + 5) / 2 - (2 + 3) / 2) / 2)
     assert gold.value == pytest.approx(-proxy.value)
     assert proxy.high - proxy.value == pytest.approx(1.96 * math.sqrt(4 * (2 / 10 / 2) ** 2 / 2**2))
     assert last_third(points[:2], "gold") is None
-    assert fit_gold(points[:2]) is None
+    assert fit_rl(points[:2]) is None
 
 
 # ---- the recipe --------------------------------------------------------------------------------------------------
