@@ -18,7 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.prefix_sharing import PackedRows, sharing
+from prefopt.prefix_layout import PackedRows
+from prefopt.prefix_sharing import sharing
 
 logger = logging.getLogger(__name__)
 

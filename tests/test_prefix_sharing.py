@@ -18,7 +18,9 @@ from trl.trainer import add_fused_lm_head
 
 from prefopt import prefix_sharing
 from prefopt.losses import ranking_loss
-from prefopt.prefix_sharing import Layout, PackedRows, pack, prefix_sharing_attention, sharing
+from prefopt.prefix_attention import prefix_sharing_attention
+from prefopt.prefix_layout import Layout, PackedRows, pack
+from prefopt.prefix_sharing import sharing
 from prefopt.shared_base import keep_4bit_gradients, sequence_scores
 from prefopt.trainers.completion_logps import completion_logps
 from prefopt.trainers.ranked_forward import Rows

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt.prefix_sharing import is_faster, pack
+from prefopt.prefix_layout import pack
+from prefopt.prefix_sharing import is_faster
 
 Cells = list[tuple[int, int]]  # (prompt, completion)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefopt import prefix_sharing
 from prefopt.comparisons import RankedCollator, build_ids
 from prefopt.losses import strict_pairs
-from prefopt.prefix_sharing import PackedRows
+from prefopt.prefix_layout import PackedRows, pack
 from prefopt.row_checks import validate_demonstrations
 from prefopt.trainers.forward_splits import split_completions
 
@@ -164,7 +164,7 @@ class RankedForwardMixin:
         width = int(lengths[both].max())
         columns = torch.arange(width, device=lengths.device)
         if not prefix_sharing.has_window(model):
-            packed = prefix_sharing.pack(rows.input_ids[both], rows.attention_mask[both], rows.prompts[both])
+            packed = pack(rows.input_ids[both], rows.attention_mask[both], rows.prompts[both])
             shared = packed.layout.prefixes.width
             columns = columns[
                 (columns < min(shared, CHECKED_TOKENS))
@@ -175,7 +175,7 @@ class RankedForwardMixin:
             for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
         )
         pair = self._complete_rows(Rows(ids, mask, completion, rows.prompts[both]))
-        packed = prefix_sharing.pack(pair.input_ids, pair.attention_mask, pair.prompts)
+        packed = pack(pair.input_ids, pair.attention_mask, pair.prompts)
         was_training = model.training
         model.eval()
         try:
