@@ -1,5 +1,7 @@
 """What every number of the evaluation means and where its definition comes from."""
 
+from prefopt.evaluation.bench_tasks import BENCH_DEFINITIONS
+
 # name: (higher is better, definition, source). A name before the first dot covers the names below it.
 DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
     "rm.accuracy": (
@@ -69,3 +71,5 @@ DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
         "prefopt",
     ),
 }
+
+DEFINITIONS |= BENCH_DEFINITIONS
