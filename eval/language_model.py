@@ -1,7 +1,7 @@
 """What a causal language model still knows: bits per byte, tasks by likelihood, KL to a reference model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.evaluation.batching import batches_by_length, pad
 from prefopt.evaluation.generate import Completion, prompt_ids
 from prefopt.metrics import Estimate, bootstrap_over_prompts, mean_estimate
+
+TOKENS_AT_ONCE = 1024  # of which the probabilities of a whole vocabulary are in memory
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,6 @@ class KL:
         return KL(self.per_completion[rows], self.tokens[rows])
 
 
-@torch.no_grad()
 def kl_to_reference(
     model: PreTrainedModel,
     reference: PreTrainedModel,
@@ -181,28 +182,75 @@ def kl_to_reference(
         >>> kl_to_reference(model, model, tokenizer, prompts, completions).estimate.value  # doctest: +SKIP
         0.0
     """
+    ids = [list(completion.ids) for completion in completions]
+    found = token_divergence(model, reference, tokenizer, prompts, ids, batch_size)
+    return KL(np.array([d.kl.sum() for d in found]), np.array([len(y) for y in ids], dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """Of one completion, at each of its tokens `[T]`, in nats."""
+
+    kl: np.ndarray  # sum_v pi(v) * (log pi(v) - log ref(v))
+    k1: np.ndarray  # log pi(y_t) - log ref(y_t), of the token that was sampled
+    entropy: np.ndarray  # -sum_v pi(v) * log pi(v)
+
+
+@torch.no_grad()
+def token_divergence(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    completion_ids: Sequence[list[int]],
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TokenDivergence]:
+    """KL to the reference over the whole vocabulary, its one-sample estimate k1, and the model's entropy.
+
+    Args:
+        completion_ids: a temperature-1 sample of `model` for each of the prompts, as it was sampled.
+        progress: called with (completions done, completions in all) after every batch.
+    """
     rows = [
-        (prompt_ids(tokenizer, prompt), list(completion.ids))
-        for prompt, completion in zip(prompts, completions, strict=True)
+        (prompt_ids(tokenizer, prompt), list(ids))
+        for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
-    sums = np.zeros(len(rows))
+    found: list[TokenDivergence | None] = [None] * len(rows)
+    done = 0
     for batch in batches_by_length([len(x) + len(y) for x, y in rows], batch_size):
-        lengths = [len(rows[i][1]) for i in batch]
         input_ids, attention_mask = pad([rows[i][0] + rows[i][1] for i in batch], 0, model.device)
         predicts = torch.zeros_like(attention_mask, dtype=torch.bool)
         for row, i in enumerate(batch):
             x, y = rows[i]
             predicts[row, len(x) - 1 : len(x) + len(y) - 1] = True
-        logps = _logits(model, input_ids, attention_mask)[predicts].log_softmax(-1)
-        ref_logits = _logits(reference, input_ids.to(reference.device), attention_mask.to(reference.device))
-        ref_logps = ref_logits.to(logps.device)[predicts].log_softmax(-1)
-        if logps.shape != ref_logps.shape:
-            raise ValueError(f"model and reference have {logps.shape[-1]} and {ref_logps.shape[-1]} tokens")
-        p = logps.exp()
-        terms = torch.where(p > 0, p * (logps - ref_logps), 0.0)
-        per_token = terms.sum(-1).double().cpu().numpy()
-        sums[batch] = [part.sum() for part in np.split(per_token, np.cumsum(lengths)[:-1])]
-    return KL(sums, np.array([len(y) for _, y in rows], dtype=np.float64))
+        logits = _logits(model, input_ids, attention_mask, predicts)
+        ref_logits = _logits(reference, input_ids, attention_mask, predicts).to(logits.device)
+        if logits.shape != ref_logits.shape:
+            raise ValueError(f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens")
+        sampled = torch.tensor([token for i in batch for token in rows[i][1]], device=logits.device)
+        parts = [
+            _divergence(*part)
+            for part in zip(*(x.split(TOKENS_AT_ONCE) for x in (logits, ref_logits, sampled)), strict=True)
+        ]
+        per_token = torch.cat(parts, dim=1).double().cpu().numpy()
+        cuts = np.cumsum([len(rows[i][1]) for i in batch])[:-1]
+        for i, values in zip(batch, np.split(per_token, cuts, axis=1), strict=True):
+            found[i] = TokenDivergence(*values)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+    return found
+
+
+def _divergence(logits: torch.Tensor, ref_logits: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """`[3, N]`: KL, k1 and entropy at each of the tokens, from logits `[N, V]`."""
+    logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    p = logps.exp()
+    kl = torch.where(p > 0, p * (logps - ref_logps), 0.0).sum(-1)
+    entropy = -torch.where(p > 0, p * logps, 0.0).sum(-1)
+    k1 = (logps - ref_logps).gather(-1, sampled[:, None]).squeeze(-1)
+    return torch.stack([kl, k1, entropy])
 
 
 def _split_ids(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
@@ -261,10 +309,21 @@ def _scored_nats(
     return nats
 
 
-def _logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def _logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    where: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 logits `[N, T, V]`; at the positions `where` `[N, T]` only, `[positions, V]` as the model gives them."""
     training = model.training
     model.eval()
     try:
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits.float()
+        logits = model(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            use_cache=False,
+        ).logits
+        return logits.float() if where is None else logits[where.to(logits.device)]
     finally:
         model.train(training)

@@ -27,12 +27,13 @@ def measure(
     """One measured number, or why it is missing.
 
     Args:
-        name: a key of `DEFINITIONS`, possibly followed by `.something`.
+        name: a key of `DEFINITIONS`, possibly followed by `.something`; the longest that fits defines it.
         model: what was measured; with `against` and not a win rate, the value is the paired difference model - against.
         estimate: None means skipped, or failed where `reason` begins with "failed: "; a reason is then required. A
             value that is not finite is a failure, never a number.
     """
-    key = next(k for k in (name, name.rpartition(".")[0]) if k in DEFINITIONS)
+    parts = name.split(".")
+    key = next(k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in DEFINITIONS)
     higher_is_better, definition, source = DEFINITIONS[key]
     if against is not None and not name.startswith("winrate"):
         definition = f"paired difference {model} - {against} of: {definition}"
@@ -70,6 +71,15 @@ def find(
     )
 
 
+def families(measures: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """Measures by (definition, source), differences beside the values that they are differences of."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for m in measures:
+        definition = m["definition"].removeprefix(f"paired difference {m['model']} - {m['against']} of: ")
+        found.setdefault((definition, m["source"]), []).append(m)
+    return found
+
+
 def build_results(
     measures: list[dict[str, Any]],
     *,
@@ -77,8 +87,9 @@ def build_results(
     settings: Mapping[str, Any] | None = None,
     samples: list[dict] | None = None,
     curves: Mapping[str, Any] | None = None,
+    stages: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json: the scalar keys below, then `measures`, `samples`, `curves` and `settings`.
+    """The content of results.json: the scalar keys below, then `measures`, `samples`, `curves`, `settings`, `stages`.
 
     `rm.accuracy.{train_labelers, heldout_labelers, gold_ceiling}`, `winrate.<model>.{value, ci_low, ci_high, n}`,
     `pretraining_bits_per_byte.<model>`, `heldout_task_accuracy.<model>`, `kl_to_sft.<model>`, `gold_reward.<model>`,
@@ -111,6 +122,7 @@ def build_results(
         "measures": measures,
         "samples": list(samples or []),
         "curves": dict(curves or {}),
+        "stages": dict(stages or {}),
     }
 
 
