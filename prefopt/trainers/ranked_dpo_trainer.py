@@ -26,6 +26,7 @@ from prefopt.trainers.f_divergences import divergence_scores
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_dpo_config import RANKED_LOSSES, RankedDPOConfig
 from prefopt.trainers.ranked_forward import Rows
+from prefopt.trainers.ranked_options import check_model
 
 
 @dataclass
@@ -111,14 +112,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         **kwargs: Any,
     ):
         _check_models(model, ref_model)
-        if (
-            kwargs.get("processing_class") is None
-            and not isinstance(model, str)
-            and not model.config.name_or_path
-        ):
-            raise ValueError(
-                "`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`"
-            )
+        check_model(model, kwargs.get("processing_class"))
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")
@@ -356,8 +350,6 @@ def _check_models(model: Any, ref_model: Any) -> None:
         raise TypeError(
             f"`ref_model` is {ref_model!r}: expected a model; load a path with AutoModelForCausalLM.from_pretrained"
         )
-    if not isinstance(model, str | PreTrainedModel | PeftModel):
-        raise TypeError(f"`model` is {model!r}: expected a path, a PreTrainedModel or a PeftModel")
     for name, given in (("model", model), ("ref_model", ref_model)):
         base = given.get_base_model() if isinstance(given, PeftModel) else given
         if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None:

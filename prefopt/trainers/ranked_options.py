@@ -1,11 +1,12 @@
-"""Checks of options that name the field, what it may be and what it was."""
+"""Checks of arguments that name the field, what it may be and what it was."""
 
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 
 
 def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str]]) -> None:
@@ -42,3 +43,13 @@ def check_switch(args: Any, name: str) -> None:
     value = getattr(args, name)
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected True or False")
+
+
+def check_model(model: Any, processing_class: Any) -> None:
+    """Raise for what is no model, or has no tokenizer."""
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise TypeError(f"`model` is {model!r}: expected a path, a PreTrainedModel or a PeftModel")
+    if processing_class is None and not isinstance(model, str) and not model.config.name_or_path:
+        raise ValueError(
+            "`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`"
+        )

@@ -44,6 +44,7 @@ from prefopt.shared_base import (
 from prefopt.trainers.adapter_precision import trainable_weights, undo_rounding
 from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_forward import Rows
+from prefopt.trainers.ranked_options import check_model
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 logger = get_logger(__name__)
@@ -101,6 +102,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        check_model(model, kwargs.get("processing_class"))
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedRewardConfig(f"{path.split('/')[-1] or 'model'}-RankedReward")

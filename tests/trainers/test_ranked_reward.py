@@ -619,3 +619,16 @@ def test_scores_are_computed_from_the_trainers_ids(reward_model, tokenizer, tmp_
     direct = sequence_scores(reward_model, batch["input_ids"][present], batch["attention_mask"][present])
     texts = [(row["prompt"], completion) for row in RAGGED for completion in row["completions"]]
     assert direct.tolist() == pytest.approx(trainer.score(*zip(*texts, strict=True)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "expected"),
+    [
+        ("reward_model", ValueError, "pass `processing_class`"),
+        (None, TypeError, "`model` is None: expected a path"),
+    ],
+)
+def test_what_is_no_model_or_has_no_tokenizer_is_refused(model, error, expected, request, tmp_path):
+    model = model and request.getfixturevalue(model)
+    with pytest.raises(error, match=expected):
+        RankedRewardTrainer(model, RankedRewardConfig(str(tmp_path), report_to="none", use_cpu=True))
