@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prefopt.prefix_sharing import backbone, sharing
+from prefopt.prefix_sharing import sharing
+from prefopt.trainers.lm_heads import reading_positions
 from prefopt.trainers.ranked_forward import Rows
 
 TOKEN_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -35,22 +36,12 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
         read = row * rows.input_ids.shape[1] + position
         inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
     else:
-        read = rows.packed.index[row, position]
+        read = rows.packed.index[row, position]  # the packed row is the only one
         inputs = {"input_ids": rows.packed.input_ids, "position_ids": rows.packed.position_ids}
 
-    def select(module: nn.Module, args: tuple, output: Any) -> Any:
-        hidden_states = output.last_hidden_state
-        output.last_hidden_state = hidden_states.flatten(0, 1).index_select(0, read.to(hidden_states.device))[
-            None
-        ]
-        return output
-
-    handle = backbone(model).register_forward_hook(select)
-    try:
-        with nullcontext() if rows.packed is None else sharing(model, rows.packed):
-            output = model(**inputs, shift_labels=labels[None], fused_lm_head=True, use_cache=False, **kwargs)
-    finally:
-        handle.remove()
+    shared = nullcontext() if rows.packed is None else sharing(model, rows.packed)
+    with reading_positions(model, read), shared:
+        output = model(**inputs, shift_labels=labels[None], fused_lm_head=True, use_cache=False, **kwargs)
 
     def sums(per_token: Tensor) -> Tensor:
         # In rows, whose `sum` adds in a tree: one token after the other would lose digits of long completions.

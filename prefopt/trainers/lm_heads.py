@@ -1,4 +1,4 @@
-"""Three ways to read a policy's LM head beside TRL's: at temperature 1, in fp32, and as the pretraining loss."""
+"""Ways to read a policy's LM head beside TRL's: at few positions, at temperature 1, in fp32, as the pretraining loss."""
 
 import functools
 import types
@@ -7,11 +7,91 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
+
+from prefopt.prefix_sharing import backbone
+
+DENSE_LOGITS = (
+    2**22
+)  # up to so many logits of the scored positions, which fit 16 MiB in fp32, are kept for a backward
+
+
+@contextmanager
+def reading_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
+    """Inside, the LM head of a causal language model sees the positions `index` alone, as one row `[1, N]`.
+
+    `index` `[N]` counts the positions of the model's input `[B, T]` row by row.
+    """
+
+    def select(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden_states = output.last_hidden_state
+        rows = hidden_states.flatten(0, 1).index_select(0, index.to(hidden_states.device))
+        output.last_hidden_state = rows.unsqueeze(0)
+        return output
+
+    handle = backbone(model).register_forward_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def token_logps(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    length: int,
+    *,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    compute_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the last `length` tokens of each row, and the entropies they were drawn with.
+
+        logps[t] = log pi(y_t | x, y_<t),  entropies[t] = -sum over v of pi(v | x, y_<t) log pi(v | x, y_<t)
+
+    The LM head reads the positions that predict a real one of these tokens and no others. Where their logits are few
+    (`DENSE_LOGITS`) they are computed once; else TRL's fused head computes them in tiles, and again in the backward
+    pass.
+
+    Args:
+        model: a causal language model with TRL's `add_fused_lm_head`, wrapped or not.
+        input_ids, attention_mask: `[B, T]`; 0 = padding.
+        length: below T: the first token has no prediction.
+        temperature, cast_lm_head_to_fp32: as the fused head was added with.
+        compute_entropy: for the log: there is no gradient.
+
+    Returns:
+        Both `[B, length]` in fp32, 0 at padding; None for entropies that were not asked for.
+    """
+    row, column = attention_mask[:, -length:].nonzero(as_tuple=True)
+    position = column + input_ids.shape[1] - length
+    labels, index = input_ids[row, position], row * input_ids.shape[1] + position - 1
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    policy = extract_model_from_parallel(model)
+    with reading_positions(model, index):
+        if len(index) * policy.config.get_text_config().vocab_size <= DENSE_LOGITS:
+            with fp32_output(policy.get_output_embeddings(), cast_lm_head_to_fp32):
+                logits = model(**inputs).logits[0].float()
+            log_softmax = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
+            logps = log_softmax.gather(-1, labels.to(logits.device).unsqueeze(-1)).squeeze(-1)
+            log_softmax = log_softmax.detach()
+            entropies = -(log_softmax.exp() * log_softmax).sum(-1) if compute_entropy else None
+        else:
+            output = model(**inputs, shift_labels=labels.unsqueeze(0), fused_lm_head=True)
+            logps = output.log_probs[0]
+            entropies = output.entropy[0].detach() if compute_entropy else None
+
+    def in_rows(per_token: Tensor) -> Tensor:
+        where = row.to(per_token.device), column.to(per_token.device)
+        return per_token.new_zeros(input_ids.shape[0], length).index_put(where, per_token)
+
+    return in_rows(logps), None if entropies is None else in_rows(entropies)
 
 
 def add_untempered_head(policy: PreTrainedModel | PeftModel, cast_lm_head_to_fp32: bool) -> None:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.losses import lm_loss
-from prefopt.trainers import ppo_ptx_trainer as module
+from prefopt.trainers import lm_heads
+from prefopt.trainers import ppo_ptx_rollout as module
 from prefopt.trainers.lm_heads import add_untempered_head, fp32_output, pretraining_loss
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
@@ -330,6 +331,7 @@ def test_no_tensor_of_batch_time_vocabulary(estimator, make, causal_lm, monkeypa
     """Of all operations of a rollout, a policy step and a pretraining step; tiles are of eight positions."""
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 8)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 100)
+    monkeypatch.setattr(lm_heads, "DENSE_LOGITS", 8 * VOCABULARY)
     monkeypatch.setattr(module, "KL_POSITIONS", 8)
     trainer = make(
         ptx_coef=1.0, max_steps=1, temperature=0.9, kl_estimator=estimator, ptx_per_device_batch_size=2
