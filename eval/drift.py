@@ -13,6 +13,7 @@ from prefopt.evaluation.language_model import TokenDivergence, token_divergence
 from prefopt.evaluation.models import load_language_model
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.samples import measured_samples
 from prefopt.metrics import Estimate, bootstrap_over_prompts, ratio_of_sums
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,7 @@ def _token_rows(
 ) -> list[dict[str, Any]]:
     if args.baseline not in args.models:
         raise FileNotFoundError(f"no model called {args.baseline!r}, the baseline, in models")
-    samples = run.completions(name)
-    if not samples:
-        raise FileNotFoundError(f"no samples of {name!r}; run `prefopt eval generate` first")
+    samples = measured_samples(run, args, name)
     if own.drift_prompts is not None:
         samples = [row for row in samples if row["id"] < own.drift_prompts]
 
