@@ -1,5 +1,6 @@
 """Pieces of the report: numbers, table cells and names as text and HTML."""
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -7,7 +8,19 @@ from typing import Any
 from prefopt.evaluation.results import BASELINE, MODELS
 from prefopt.evaluation.style import CSS
 
-LABELS = {"sft": "SFT", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward_model": "reward model"}
+# Characters that a browser or an editor obeys instead of showing: control codes, changes of the writing direction,
+# halves of characters.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+LABELS = {
+    "base": "base",
+    "sft": "SFT",
+    "ppo": "PPO",
+    "ppo_ptx": "PPO-ptx",
+    "dpo": "DPO",
+    "reward_model": "reward model",
+}
 
 
 class Missing(Exception):
@@ -15,17 +28,46 @@ class Missing(Exception):
 
 
 def model_names(results: Mapping[str, Any]) -> list[str]:
-    """The four of the paper, then any other that was compared."""
+    """The models of the evaluation (`settings.models`), else the four of the paper and any other that was compared."""
+    if named := (results.get("settings") or {}).get("models"):
+        return list(named)
     found = [m["model"] for m in results.get("measures") or [] if m["name"] in ("winrate", "gold_reward")]
     return list(dict.fromkeys([*MODELS, *found]))
+
+
+def baseline_name(results: Mapping[str, Any]) -> str:
+    """The model that the others are compared with."""
+    return (results.get("settings") or {}).get("baseline") or BASELINE
 
 
 def label(model: str) -> str:
     return LABELS.get(model, model)
 
 
+def visible(text: str) -> str:
+    """Text in which nothing acts: control codes and changes of the writing direction are written out.
+
+    >>> visible("a\\u202eb")
+    'a⟨U+202E⟩b'
+    """
+    return _OBEYED.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text.replace("\r\n", "\n"))
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """At most so many characters, and how many more there were.
+
+    >>> shortened("abcdef", 4)
+    'abcd … and 2 more characters'
+    """
+    return text if len(text) <= most else f"{text[:most]} … and {len(text) - most:,} more characters"
+
+
 def page(title: str, body: str) -> str:
     """A whole page without scripts or external references; `body` is HTML, `title` text."""
+    return visible(_page(title, body))
+
+
+def _page(title: str, body: str) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -52,7 +94,7 @@ def scroll_table(head: str, body: str) -> str:
 
 def cell(m: Mapping[str, Any] | None, decimals: int, difference: bool, model: str) -> str:
     """One number of a table; `difference` marks it when its interval excludes no difference."""
-    if m is None or (difference and model == BASELINE):
+    if m is None or (difference and model == m["against"]):
         return "<td class='none'>–</td>"
     if m["value"] is None:
         return f"<td class='none' title='{escape(m['reason'] or '', quote=True)}'>{escape(m['status'])}</td>"

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 # Stand-ins that become CSS values in the SVG, so that one plot serves the light and the dark page.
-_INK, _FAINT = "#010203", "#040506"
+_INK, _FAINT, _SOFT = "#010203", "#040506", "#070809"
 _SERIES = ["#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"]
-_CSS = {_INK: "currentColor", _FAINT: "var(--line)"} | {c: f"var(--series{i})" for i, c in enumerate(_SERIES)}
+_CSS = {_INK: "currentColor", _FAINT: "var(--line)", _SOFT: "var(--soft)"} | {
+    c: f"var(--series{i})" for i, c in enumerate(_SERIES)
+}
 _RC = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
@@ -39,7 +41,10 @@ _RC = {
 
 
 def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) -> str:
-    """Win rates with their intervals, one row each, against the line of no difference at .5."""
+    """Win rates with their intervals, one row each, against the line of no difference at .5.
+
+    A row's `paper` (a value or None) is drawn beside it as a hollow diamond.
+    """
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -48,6 +53,8 @@ def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) ->
             high = m["value"] if m["ci_high"] is None else m["ci_high"]
             axes.plot([low, high], [y, y], color=_SERIES[0], linewidth=2)
             axes.plot(m["value"], y, "o", color=_SERIES[0], markersize=5)
+            if m.get("paper") is not None:
+                axes.plot(m["paper"], y, "D", color=_SOFT, markersize=6, markerfacecolor="none")
             axes.annotate(
                 f"{m['value']:.3f}",
                 (1, y),
@@ -58,14 +65,14 @@ def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) ->
                 fontsize=8,
             )
         axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_yticks(range(len(rows)), [_shortened(label, 30) for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(f"win rate against {baseline} (.5 = equal)")
         axes.grid(axis="y", visible=False)
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, 0.45), max(high, 0.55))
 
-    return _svg(draw, "win rates with their intervals", height=0.55 + 0.3 * max(2, len(rows)))
+    return _svg(draw, "win rates with their intervals", height=0.55 + 0.25 * max(2, len(rows)))
 
 
 def epochs_plot(epochs: Sequence[Mapping[str, Any]], chosen: int | None = None) -> str:

@@ -2,11 +2,11 @@
 
 CSS = """
 :root { --page: #ffffff; --ink: #1b1f24; --soft: #5b6570; --line: #d5dae0; --panel: #f4f6f8;
-  --good: #005a8c; --bad: #a34700;
+  --good: #005a8c; --bad: #a34700; --unclear: #7a5c00;
   --series0: #0072b2; --series1: #d55e00; --series2: #009e73; --series3: #cc79a7; --series4: #8a6d00; --series5: #56b4e9; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #14171b; --ink: #e6e9ec; --soft: #9ba5af; --line: #363d45; --panel: #1d2228;
-    --good: #6cc3f5; --bad: #ffa05c;
+    --good: #6cc3f5; --bad: #ffa05c; --unclear: #e0c240;
     --series0: #56b4e9; --series1: #ff8c42; --series2: #2fc99b; --series3: #e39ac4; --series4: #e0c240; --series5: #9ecbff; }
 }
 * { box-sizing: border-box; }
@@ -36,6 +36,12 @@ td small, th small { display: block; font-size: .72rem; font-weight: 400; white-
 td.good { color: var(--good); font-weight: 600; } td.bad { color: var(--bad); font-weight: 600; }
 td.good small, td.bad small { font-weight: 400; }
 td.none { color: var(--soft); }
+.light { display: inline-block; border-radius: 4px; padding: 0 .45rem; font-size: .85rem; font-weight: 600; border: 1px solid transparent; }
+.light.better { background: var(--good); color: var(--page); } .light.worse { background: var(--bad); color: var(--page); }
+.light.unclear { border-color: var(--unclear); color: var(--unclear); }
+.light.baseline, .light.skipped { color: var(--soft); font-weight: 400; } .light.failed { border-color: var(--bad); color: var(--bad); }
+.lights td.paper { white-space: normal; min-width: 8rem; }
+td.why, .every tr.group th { white-space: normal; } td.why { text-align: left; min-width: 8rem; } td.why small { white-space: normal; }
 figure { margin: .5rem 0; max-width: 560px; }
 svg { display: block; width: 100%; height: auto; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .5rem 1rem; }

@@ -144,12 +144,13 @@ def pick_samples(
     labels: Sequence[str],
     heldout: np.ndarray,
     seed: int = 0,
-    at_random: int = 5,
-    worst: int = 5,
+    worst: int = 20,
     best: int = 2,
+    at_random: int = 5,
 ) -> list[dict[str, Any]]:
-    """Prompts with all models' samples side by side: some drawn at random, the ones where the main model (PPO-ptx, or
-    the last one) loses most gold reward against the baseline, a few where it gains most, and two held-out ones."""
+    """Prompts with all models' samples side by side: the ones where the main model (PPO-ptx, or the last one) loses
+    most against the baseline by the gold reward, or where there is none by the reward model, a few where it gains
+    most, some drawn at random, and two of the held-out use case."""
     drawn = {name: one for name, one in scores.items() if one.sampled is not None}
     if not drawn:
         return []
@@ -157,19 +158,21 @@ def pick_samples(
     shuffled = generator.sample(range(len(prompts)), len(prompts))  # breaks ties between equal gains
     picked: dict[int, str] = {}
 
-    def take(candidates: Sequence[int], count: int, why: str) -> None:
-        for i in [i for i in candidates if i not in picked][:count]:
-            picked[i] = why
+    def take(candidates: Sequence[int], count: int, why: Callable[[int, int], str]) -> None:
+        for n, i in enumerate([i for i in candidates if i not in picked][:count], start=1):
+            picked[i] = why(n, i)
 
-    take([i for i in shuffled if not heldout[i]], at_random, "drawn at random")
-    take([i for i in shuffled if heldout[i]], 2, "held-out use case, drawn at random")
-    judged = [name for name, one in drawn.items() if one.gold is not None and name != BASELINE]
-    if judged and BASELINE in drawn and drawn[BASELINE].gold is not None:
-        main = "ppo_ptx" if "ppo_ptx" in judged else judged[-1]
-        gain = np.nan_to_num(drawn[main].gold - drawn[BASELINE].gold, nan=-np.inf)
+    main, gain = _gain(drawn)
+    if gain is not None:
         by_gain = sorted(shuffled, key=lambda i: gain[i])
-        take([i for i in by_gain if gain[i] < 0], worst, f"where {main} loses most against {BASELINE}")
-        take([i for i in by_gain[::-1] if gain[i] > 0], best, f"where {main} gains most over {BASELINE}")
+        take(by_gain, worst, lambda n, i: f"{n}. worst for {main} against {BASELINE} ({gain[i]:+.2f})")
+        take(
+            [i for i in by_gain[::-1] if gain[i] > 0],
+            best,
+            lambda n, i: f"{n}. best for {main} against {BASELINE} ({gain[i]:+.2f})",
+        )
+    take([i for i in shuffled if not heldout[i]], at_random, lambda n, i: "drawn at random")
+    take([i for i in shuffled if heldout[i]], 2, lambda n, i: "held-out use case, drawn at random")
     return [
         {
             "prompt": prompts[i],
@@ -180,9 +183,23 @@ def pick_samples(
                     "text": one.sampled[i].text,
                     "truncated": one.sampled[i].truncated,
                     "gold": None if one.gold is None else float(one.gold[i]),
+                    "reward": None if one.reward is None else float(one.reward[i]),
                 }
                 for name, one in drawn.items()
             },
         }
         for i, why in picked.items()
     ]
+
+
+def _gain(drawn: Mapping[str, Scores]) -> tuple[str, np.ndarray | None]:
+    """The main model, and by how much its samples score more than the baseline's; scores that are not finite count as
+    the worst."""
+    for part in ("gold", "reward"):
+        judged = [n for n, one in drawn.items() if getattr(one, part) is not None]
+        others = [n for n in judged if n != BASELINE]
+        if BASELINE in judged and others:
+            main = "ppo_ptx" if "ppo_ptx" in others else others[-1]
+            gain = getattr(drawn[main], part) - getattr(drawn[BASELINE], part)
+            return main, np.nan_to_num(gain, nan=-np.inf)
+    return "", None

@@ -107,7 +107,10 @@ def test_everything_is_measured(models, settings, tmp_path):
         )
     )
     assert results["wall_seconds"] == {"sft": 1.5}
-    assert {s["why"] for s in results["samples"]} >= {"drawn at random", "held-out use case, drawn at random"}
+    gains = [s["completions"]["ppo_ptx"]["gold"] - s["completions"]["sft"]["gold"] for s in results["samples"]]
+    assert len(gains) == len(PROMPTS) < 20
+    assert gains == sorted(gains)  # the worst first
+    assert results["samples"][0]["why"] == f"1. worst for ppo_ptx against sft ({gains[0]:+.2f})"
     write_results(results, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["winrate"] == results["winrate"]
     build_report(results, tmp_path / "report.html")

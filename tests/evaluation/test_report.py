@@ -4,23 +4,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from prefopt.evaluation.report import build_report, verdict
+from prefopt.evaluation.report import SECTIONS, build_report
 from prefopt.evaluation.results import MODELS, build_results, measure
+from prefopt.evaluation.verdict import lights, verdict
 from prefopt.metrics import Estimate
 
 ATTACK = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
 )
-TITLES = [
-    "The models",
-    "Win rates against SFT",
-    "Reward model",
-    "Choosing the SFT epoch",
-    "RL training",
-    "Samples side by side",
-    "Wall time",
-    "Every number with its definition",
-]
+TITLES = [title for title, _ in SECTIONS]
 
 
 def estimate(value, half=0.02):
@@ -108,8 +100,8 @@ def test_the_whole_report(results, tmp_path):
     assert html.startswith("<!DOCTYPE html>")
     for title in TITLES:
         assert title in page.text
-    assert "Skipped" not in html
-    assert "Failed" not in html
+    assert "Skipped: " not in html
+    assert "Failed: " not in html
     assert page.tags.count("svg") == 1 + 1 + 3  # win rates, epochs, three training curves
     for number in ("0.610 ▲", "0.440 ▼", "0.66", "0.75", "0.88", "0.724", "0.696", "70.2 s", "2.5 min"):
         assert number in page.text
