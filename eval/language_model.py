@@ -56,7 +56,7 @@ def bits_per_byte(
             rows.append(([context, *ids[first : first + max_length]], 1))
             owner.append(number)
     nats = np.zeros(len(texts))
-    np.add.at(nats, owner, _scored_nats(model, rows, batch_size))
+    np.add.at(nats, owner, scored_nats(model, rows, batch_size))
     sizes = np.array([len(text.encode("utf-8")) for text in texts], dtype=np.float64)
     return BitsPerByte(nats, sizes, bootstrap_over_prompts(_bits_of, nats, sizes))
 
@@ -110,7 +110,7 @@ def task_accuracy(
                     f"the model has {longest} positions; shorten the task"
                 )
             rows.append(([start, *context_ids, *choice_ids], 1 + len(context_ids)))
-    log_likelihoods = -_scored_nats(model, rows, batch_size)
+    log_likelihoods = -scored_nats(model, rows, batch_size)
     correct, position = [], 0
     for task in tasks:
         scores = log_likelihoods[position : position + len(task["choices"])]
@@ -291,7 +291,7 @@ def _positions(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray:
+def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray:
     """-sum log pi(ids[t] | ids[:t]) over t >= first, for rows (ids, first) -> [N] float64."""
     nats = np.zeros(len(rows))
     for batch in batches_by_length([len(ids) for ids, _ in rows], batch_size):

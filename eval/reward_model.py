@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.comparisons import build_ids, from_preference, validate_comparisons
 from prefopt.evaluation.generate import read_jsonl
 from prefopt.evaluation.kept import fingerprint_of, kept_rows, source_state
-from prefopt.evaluation.language_model import _scored_nats
+from prefopt.evaluation.language_model import scored_nats
 from prefopt.evaluation.models import load_classifier, load_language_model
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.reward import score_rows, score_texts
@@ -152,7 +152,7 @@ def implicit_rewards(
         if not x:
             raise ValueError("an implicit reward needs a prompt: one of the rows has none")
         ids.append((x + y, len(x)))
-    nats, ref_nats = (_scored_nats(m, ids, batch_size) for m in (model, reference))
+    nats, ref_nats = (scored_nats(m, ids, batch_size) for m in (model, reference))
     flat = iter((beta * (ref_nats - nats)).tolist())
     return [[next(flat) for _ in row["completions"]] for row in rows]
 
