@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -317,7 +318,10 @@ def _svg(draw: Callable[[Figure], None], label: str, height: float, width: float
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)  # inside HTML the parser knows the namespaces
     svg = re.sub(
-        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{label}" \1>', svg, count=1
+        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>',
+        lambda found: f'<svg role="img" aria-label="{escape(label, quote=True)}" {found[1]}>',
+        svg,
+        count=1,
     )
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
