@@ -1,9 +1,10 @@
 """lm-eval asks a model: rows in, one record per row out."""
 
 import copy
+import io
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def load_rows(name: str, files: str | Mapping[str, str] | None = None) -> Any:
 
     Args:
         files: a .jsonl, .json, .parquet or .csv file in the format of the Hub's rows, or two, `{"test": ..., "train":
-            ...}`; None: the Hub.
+            ...}`; None: the Hub. Without a train file, few-shot examples are other rows of the same file, which for
+            SQuADv2, DROP and QuAC may be about the same text.
 
     Raises:
         ValueError: a file of another kind, without rows, or whose rows lack a field.
@@ -86,10 +88,11 @@ def build_task(
         "fewshot_split": "train" if "train" in rows else "test",
         "num_fewshot": shots,
         "repeats": repeats,
+        **copy.deepcopy(benchmark.changes),
     }
     if prefix:
         changes["description"] = prefix
-    with _quiet():
+    with _quiet(), redirect_stdout(io.StringIO()):  # one of its modules prints what is not installed
         # The way to load a task with changes: as the only member of a group.
         loaded = _task_manager().load([{"group": f"bench_{name}", "task": [changes]}])["tasks"]
         (task,) = loaded.values()

@@ -171,6 +171,14 @@ def truthfulqa_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[s
     }
 
 
+def rouge_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1 and ROUGE-L F-measures with stemming (Lin 2004)."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scores = RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(doc["highlights"], results[0])
+    return {name: score.fmeasure for name, score in scores.items()}
+
+
 def no_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Texts that are scored later."""
     return {}

@@ -1,5 +1,6 @@
 """The public benchmarks: which lm-eval task each is, where its rows come from, which of its scores count."""
 
+from prefopt.evaluation.bench_scores import rouge_results
 from prefopt.evaluation.benchmark import STYLES, TRUTHFULQA_STYLES, Benchmark, Score
 
 
@@ -184,6 +185,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             Score("f1", "f1", f"greedy answer, numbers must agree {_WORDS}", scale=100, paper="drop/f1"),
         ),
         cluster="passage",
+        # The bundled answer of a few-shot example is the names of the fields of `answer`.
+        changes={"doc_to_target": "{{answers[0]|join(', ')}}", "target_delimiter": " "},
         source="Dua et al. 2019, arXiv:1903.00161",
     ),
     "hellaswag": Benchmark(
@@ -301,6 +304,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             Score("rouge1", "rouge1", "ROUGE-1 F-measure with stemming"),
         ),
         conditions={"0-shot": ""},
+        changes={
+            "process_results": rouge_results
+        },  # the bundled one fetches a BERT where bert_score is installed
         source="See et al. 2017, arXiv:1704.04368",
     ),
     "lambada": Benchmark(
@@ -321,6 +327,7 @@ BENCHMARKS: dict[str, Benchmark] = {
                 statistic="perplexity",
             ),
         ),
+        changes={"target_delimiter": ""},  # the answer of an example brings its space along
         source="Paperno et al. 2016, arXiv:1606.06031; Brown et al. 2020, arXiv:2005.14165",
     ),
     "naturalqs": Benchmark(
@@ -343,6 +350,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         shots_from="train",
         fields=("question", "answers"),
         scores=_exact_match("share of questions for which an accepted answer is the greedy continuation"),
+        # The bundled task has no answer for few-shot examples, and stops at the first.
+        changes={"fewshot_config": {"doc_to_target": "{{answers[0]}}"}},
         source="Berant et al. 2013",
     ),
     "triviaqa": Benchmark(

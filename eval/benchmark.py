@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 STYLES = {
     "basic": "",
@@ -58,6 +59,7 @@ class Benchmark:
     conditions: Mapping[str, str] = field(default_factory=lambda: SHOTS)  # name -> text before every prompt
     cluster: str | None = None  # rows that share this field are resampled together
     revision: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the bundled task, each with its reason
     hub_verified: bool = True  # False: the id was never seen to load with today's `datasets`
 
 
