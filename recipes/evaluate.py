@@ -13,13 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation import generation
+from prefopt.evaluation import compare, generation, judges, metadata
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.data import check_fields, load_rows
 
 # Every stage's keys may stand in the one file, whichever stage is run.
-ARGUMENTS = (EvaluationArguments, generation.GenerateArguments)
+ARGUMENTS = (
+    EvaluationArguments,
+    generation.GenerateArguments,
+    judges.JudgeArguments,
+    compare.CompareArguments,
+    metadata.MetadataArguments,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +53,27 @@ def generate(run: EvaluationRun, args: EvaluationArguments, given: dict[type, An
     generation.run(run, args, own, list(rows), progress=print)
 
 
+def judge(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+    """judges say which of two models' completions is better"""
+    judges.run(run, args, given[judges.JudgeArguments], progress=print)
+
+
+def compare_models(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+    """win rates and strengths from the judgements"""
+    compare.run(run, args, given[compare.CompareArguments])
+
+
+def people(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+    """ratings and flags that people gave"""
+    labels = given[judges.JudgeArguments].human_judgements
+    metadata.run(run, args, given[metadata.MetadataArguments], labels)
+
+
 STAGES: dict[str, Callable[[EvaluationRun, EvaluationArguments, dict[type, Any]], None]] = {
     "generate": generate,
+    "judge": judge,
+    "compare": compare_models,
+    "metadata": people,
 }
 
 
