@@ -58,6 +58,11 @@ def bits_per_byte(
     nats = np.zeros(len(texts))
     np.add.at(nats, owner, scored_nats(model, rows, batch_size))
     sizes = np.array([len(text.encode("utf-8")) for text in texts], dtype=np.float64)
+    return bits_per_byte_of(nats, sizes)
+
+
+def bits_per_byte_of(nats: np.ndarray, sizes: np.ndarray) -> BitsPerByte:
+    """From the nats and the UTF-8 bytes of every text `[N]`; the interval resamples texts."""
     return BitsPerByte(nats, sizes, bootstrap_over_prompts(_bits_of, nats, sizes))
 
 

@@ -106,6 +106,10 @@ def build_results(
 
     def interval(model: str) -> dict[str, Any]:
         found = find(measures, "winrate", model, BASELINE)
+        if model == BASELINE and (found is None or found["value"] is None):
+            compared = [m["n"] for m in measures if m["name"] == "winrate" and m["value"] is not None]
+            if compared:  # with itself, every prompt is a tie
+                return {"value": 0.5, "ci_low": 0.5, "ci_high": 0.5, "n": max(compared)}
         return (
             {key: found[key] for key in interval_keys} if found else dict.fromkeys(interval_keys) | {"n": 0}
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from prefopt.evaluation.language_model import bits_per_byte_difference
 from prefopt.evaluation.results import BASELINE, FAILED, measure
+from prefopt.evaluation.worst import main_model, pick_samples
 from prefopt.metrics import Estimate, mean_estimate, paired_difference, win_rate
 
 if TYPE_CHECKING:
@@ -105,7 +105,33 @@ def summarise(
             lambda m=model, a=against: bits_per_byte_difference(scores[m].bits, scores[a].bits),
             against,
         )
-    return measures, pick_samples(scores, prompts, labels, heldout, seed)
+    drawn = {
+        name: [
+            {
+                "text": completion.text,
+                "truncated": completion.truncated,
+                "gold": None if one.gold is None else float(one.gold[i]),
+                "reward": None if one.reward is None else float(one.reward[i]),
+            }
+            for i, completion in enumerate(one.sampled)
+        ]
+        for name, one in scores.items()
+        if one.sampled is not None
+    }
+    main, gain = _gain(scores)
+    samples = pick_samples(prompts, labels, drawn, gain, main, heldout=heldout, seed=seed)
+    return measures, samples
+
+
+def _gain(scores: Mapping[str, Scores]) -> tuple[str, np.ndarray | None]:
+    """The main model, and by how much its samples score more than the baseline's, by the gold reward, or else by the
+    reward model."""
+    for part in ("gold", "reward"):
+        judged = [name for name, one in scores.items() if getattr(one, part) is not None]
+        main = main_model(judged, BASELINE)
+        if BASELINE in judged and main is not None:
+            return main, getattr(scores[main], part) - getattr(scores[BASELINE], part)
+    return "", None
 
 
 def _add_win_rates(
@@ -136,70 +162,3 @@ def _add_win_rates(
         )
     for label in sorted({label for label in use_case if label}):
         against_baseline(f"winrate_use_case.{label}", "gold", use_case == label)
-
-
-def pick_samples(
-    scores: Mapping[str, Scores],
-    prompts: Sequence[Any],
-    labels: Sequence[str],
-    heldout: np.ndarray,
-    seed: int = 0,
-    worst: int = 20,
-    best: int = 2,
-    at_random: int = 5,
-) -> list[dict[str, Any]]:
-    """Prompts with all models' samples side by side: the ones where the main model (PPO-ptx, or the last one) loses
-    most against the baseline by the gold reward, or where there is none by the reward model, a few where it gains
-    most, some drawn at random, and two of the held-out use case."""
-    drawn = {name: one for name, one in scores.items() if one.sampled is not None}
-    if not drawn:
-        return []
-    generator = random.Random(seed)
-    shuffled = generator.sample(range(len(prompts)), len(prompts))  # breaks ties between equal gains
-    picked: dict[int, str] = {}
-
-    def take(candidates: Sequence[int], count: int, why: Callable[[int, int], str]) -> None:
-        for n, i in enumerate([i for i in candidates if i not in picked][:count], start=1):
-            picked[i] = why(n, i)
-
-    main, gain = _gain(drawn)
-    if gain is not None:
-        by_gain = sorted(shuffled, key=lambda i: gain[i])
-        take(by_gain, worst, lambda n, i: f"{n}. worst for {main} against {BASELINE} ({gain[i]:+.2f})")
-        take(
-            [i for i in by_gain[::-1] if gain[i] > 0],
-            best,
-            lambda n, i: f"{n}. best for {main} against {BASELINE} ({gain[i]:+.2f})",
-        )
-    take([i for i in shuffled if not heldout[i]], at_random, lambda n, i: "drawn at random")
-    take([i for i in shuffled if heldout[i]], 2, lambda n, i: "held-out use case, drawn at random")
-    return [
-        {
-            "prompt": prompts[i],
-            "use_case": labels[i],
-            "why": why,
-            "completions": {
-                name: {
-                    "text": one.sampled[i].text,
-                    "truncated": one.sampled[i].truncated,
-                    "gold": None if one.gold is None else float(one.gold[i]),
-                    "reward": None if one.reward is None else float(one.reward[i]),
-                }
-                for name, one in drawn.items()
-            },
-        }
-        for i, why in picked.items()
-    ]
-
-
-def _gain(drawn: Mapping[str, Scores]) -> tuple[str, np.ndarray | None]:
-    """The main model, and by how much its samples score more than the baseline's; scores that are not finite count as
-    the worst."""
-    for part in ("gold", "reward"):
-        judged = [n for n, one in drawn.items() if getattr(one, part) is not None]
-        others = [n for n in judged if n != BASELINE]
-        if BASELINE in judged and others:
-            main = "ppo_ptx" if "ppo_ptx" in others else others[-1]
-            gain = getattr(drawn[main], part) - getattr(drawn[BASELINE], part)
-            return main, np.nan_to_num(gain, nan=-np.inf)
-    return "", None
