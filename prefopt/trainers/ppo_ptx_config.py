@@ -1,5 +1,6 @@
 """Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
 
+import os
 from dataclasses import dataclass, field, fields
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -99,6 +100,21 @@ REFUSED = {
     "sync_ref_model": _REFERENCE,
     "max_tool_calling_iterations": "episodes are a prompt and one response; tools are not supported",
     "use_transformers_paged": "it is deprecated in TRL: set `use_transformers_continuous_batching`",
+}
+
+
+# What shards parameters: (how `accelerate launch` says it, the argument that does) -> why not.
+SHARDING = {
+    (
+        "ACCELERATE_USE_DEEPSPEED",
+        "deepspeed",
+    ): "DeepSpeed takes an optimizer step with each backward pass, of which a "
+    "step of PPO-ptx has three (policy, value function, pretraining)",
+    (
+        "ACCELERATE_USE_FSDP",
+        "fsdp",
+    ): "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx "
+    "need whole parameters, and FSDP leaves a process a part of each",
 }
 
 
@@ -293,6 +309,12 @@ class PPOPtxConfig(GRPOConfig):
             )
 
     def _refuse_options(self) -> None:
+        for (variable, name), sentence in SHARDING.items():
+            if os.environ.get(variable, "false").lower() == "true" or getattr(self, name):
+                raise ValueError(
+                    f"{sentence}: launch with recipes/accelerate/ddp.yaml; a model too large for one GPU as a whole fits "
+                    "with load_in_4bit and use_peft, its four roles on one base"
+                )
         defaults = {f.name: f.default for f in fields(self)}
         for name, sentence in {**FIXED, **REFUSED}.items():
             value = getattr(self, name)

@@ -21,6 +21,7 @@ from prefopt.trainers.forward_splits import split_completions
 logger = get_logger(__name__)
 
 CHECKED_TOKENS = 32
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ class RankedForwardMixin:
             raise ValueError(
                 "torch_compile=True is not supported: every batch has another shape, and would be compiled anew"
             )
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if self.args.max_tokens_per_forward is not None and self.accelerator.distributed_type in sharded:
+        if self.args.max_tokens_per_forward is not None and self.accelerator.distributed_type in SHARDED:
             raise ValueError(
                 "max_tokens_per_forward is not supported with sharded parameters (FSDP, DeepSpeed): all processes must "
                 "forward equally often; lower per_device_train_batch_size instead"
@@ -133,11 +133,18 @@ class RankedForwardMixin:
         if not self._can_share(model):
             return None
         packed = prefix_sharing.plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
-        if packed is not None and id(model) not in self._checked:
+        if id(model) not in self._checked and self._on_any_process(packed is not None):
             self._checked.add(id(model))
-            if not self._sharing_is_equal(model, rows):
+            if self._on_any_process(not self._sharing_is_equal(model, rows)):
                 return self._stop_sharing("the first batch scored differently with it")
         return packed
+
+    def _on_any_process(self, is_so: bool) -> bool:
+        """Of this process; with sharded parameters of any, because these take part in each other's forwards."""
+        if self.accelerator.distributed_type in SHARDED:
+            count = torch.tensor(float(is_so), device=self.accelerator.device)
+            return self.accelerator.reduce(count, "sum").item() > 0
+        return is_so
 
     def _can_share(self, model: nn.Module) -> bool:
         if self._shares_prefixes and not prefix_sharing.is_enabled(model):

@@ -1,0 +1,174 @@
+"""`accelerate launch` with the files of recipes/accelerate: two processes give what one gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config import load_config_from_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from prefopt.reward_checkpoints import save_reward_model
+from prefopt.shared_base import keep_head_fp32, set_reward_bias
+from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("scale_worker.py")
+CONFIGS = ROOT / "recipes" / "accelerate"
+ROWS = [{"prompt": "the cat", "completions": [" sat", " ran to the", " a dog"], "ranks": [1, 2, 2]}] * 4
+
+
+@pytest.fixture
+def models(causal_lm, reward_model, tokenizer, tmp_path):
+    """A folder with a policy, a reward model, and both as adapters on one base."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    causal_lm.save_pretrained(tmp_path / "policy")
+    reward_model.save_pretrained(tmp_path / "reward")
+    base = type(reward_model).from_pretrained(tmp_path / "policy", num_labels=1, dtype=torch.float32)
+    causal_lm = type(causal_lm).from_pretrained(tmp_path / "policy", dtype=torch.float32)
+    for seed, (name, model, options) in enumerate(
+        (
+            ("sft", causal_lm, {"task_type": "CAUSAL_LM"}),
+            ("reward", base, {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}),
+        )
+    ):
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **options))
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.2 * torch.randn(parameter.shape)
+        if name == "reward":
+            keep_head_fp32(model)
+            set_reward_bias(model, 0.5)
+            save_reward_model(model, tmp_path / "reward_adapter")
+        else:
+            model.save_pretrained(tmp_path / "sft_adapter")
+    return tmp_path
+
+
+def run(*command, **environment):
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done
+
+
+def launch(config, *command):
+    """`accelerate launch` with one of our files, which says how many processes there are."""
+    options = ["launch", "--config_file", CONFIGS / config]
+    return run(sys.executable, "-m", "accelerate.commands.accelerate_cli", *options, *command)
+
+
+def results(models, config, kinds):
+    """What one process, and what the processes of a configuration, write for each kind of training."""
+    one, two = models / "one", models / "two"
+    one.mkdir(), two.mkdir()
+    run(sys.executable, WORKER, models, 4, one, *kinds)
+    launch(config, WORKER, models, 2, two, *kinds)
+    return [(kind, *(torch.load(folder / f"{kind}.pt") for folder in (one, two))) for kind in kinds]
+
+
+def assert_equal(kind, one, two):
+    assert (one["state"]["processes"], two["state"]["processes"]) == (1, 2)
+    assert len(one["logs"]) == len(two["logs"]) > 2
+    for expected, result in zip(one["logs"], two["logs"], strict=True):
+        assert result == pytest.approx(expected, abs=1e-5, rel=1e-4), kind
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, weight in one["weights"].items():
+        difference = (two["weights"][name] - weight).abs().max().item()
+        assert difference < 1e-5, (kind, name)
+
+
+def test_ddp_equals_one_process(models):
+    """Reward model, DPO and PPO-ptx, whose four roles are adapters on one base, the value function's included."""
+    for kind, one, two in results(models, "ddp.yaml", ["reward-lora", "dpo-full", "ppo-shared"]):
+        assert two["state"]["type"] == "MULTI_CPU"
+        assert_equal(kind, one, two)
+        if kind == "ppo-shared":
+            names = [name for name in one["weights"] if name.startswith("value.")]
+            assert len(names) == 2 * 2 * 2 + 1  # factors, projections, layers; the head
+            assert all(log["grad_norm/value"] > 0 for log in one["logs"] if "grad_norm/value" in log)
+
+
+def test_fsdp2_equals_one_process_and_saves_whole_models(models):
+    """Also where one process shares prefixes from its first batch on and the other does not; and resumed."""
+    kinds = ["reward-full-resumed", "reward-lora", "dpo-full", "dpo-lora"]
+    for kind, one, two in results(models, "fsdp2.yaml", kinds):
+        assert two["state"]["type"] == "FSDP"
+        assert two["state"]["sharded"] == len(one["weights"])
+        assert_equal(kind, one, two)
+        saved, is_reward = models / "two" / kind, kind.startswith("reward")
+        if "lora" in kind:
+            whole = load_file(saved / "adapter_model.safetensors")
+            expected = load_file(models / "one" / kind / "adapter_model.safetensors")
+        else:
+            model_class = LlamaForSequenceClassification if is_reward else LlamaForCausalLM
+            model, loading = model_class.from_pretrained(saved, output_loading_info=True)
+            assert not any(loading.values())
+            whole, expected = dict(model.named_parameters()), one["weights"]
+        assert whole.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert (whole[name] - weight).abs().max().item() < 1e-5, (kind, name)
+
+
+def test_recipes_run_under_accelerate_launch(models):
+    """As the README says it, on CPUs."""
+    with open(models / "rows.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    PreTrainedTokenizerFast.from_pretrained(models / "tokenizer").save_pretrained(models / "reward")
+    options = {
+        "model_name_or_path": models / "reward",
+        "dataset_name": models / "rows.jsonl",
+        "output_dir": models / "rm",
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "report_to": "none",
+    }
+    options = [part for name, value in options.items() for part in (f"--{name}", value)]
+    launch("ddp.yaml", "-m", "prefopt.recipes.reward", "--use_cpu", *options)
+    assert json.loads((models / "rm" / "trainer_state.json").read_text())["global_step"] == 1
+    assert (models / "rm" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [("ddp.yaml", "MULTI_GPU"), ("fsdp2.yaml", "FSDP"), ("deepspeed_zero3.yaml", "DEEPSPEED")],
+)
+def test_configs_are_read_by_accelerate(file, kind):
+    """It raises for keys that it does not know."""
+    config = load_config_from_file(str(CONFIGS / file))
+    assert config.distributed_type == kind
+    assert config.num_processes == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "option", "sentence"),
+    [
+        ("ACCELERATE_USE_FSDP", {"fsdp": True}, "need whole parameters.*ddp.yaml"),
+        (
+            "ACCELERATE_USE_DEEPSPEED",
+            {"deepspeed": {}},
+            "an optimizer step with each backward pass.*ddp.yaml",
+        ),
+    ],
+)
+def test_ppo_refuses_sharding_before_anything_is_loaded(variable, option, sentence, monkeypatch, tmp_path):
+    if "fsdp" in option:
+        with pytest.raises(ValueError, match=sentence):
+            PPOPtxConfig(str(tmp_path), use_cpu=True, **option)
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=sentence):
+        PPOPtxConfig(str(tmp_path), use_cpu=True)
+    monkeypatch.setenv(variable, "false")
+    PPOPtxConfig(str(tmp_path), use_cpu=True)
