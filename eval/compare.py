@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prefopt.evaluation import bradley_terry
 from prefopt.evaluation.generate import read_jsonl
-from prefopt.evaluation.judges import JUDGES, judgements_path, scores_path
+from prefopt.evaluation.judges import JUDGES, scores_path
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
 from prefopt.metrics import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
@@ -90,8 +90,11 @@ def length_controlled_win_rate(preferences: ArrayLike, length_differences: Array
         True
     """
     differences = np.asarray(length_differences, dtype=float)
-    spread = differences.std() or 1.0
-    return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, np.tanh(differences / spread))
+    spread = differences.std()
+    controlled = (
+        np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
+    )  # nothing to control for
+    return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, controlled)
 
 
 def _win_rate_at_equal_length(preferences: NDArray, x: NDArray, axis: int) -> NDArray:
@@ -173,21 +176,18 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
 
     def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = models) -> None:
         rows = [row for row in every.get(judge or "", []) if keep(row)]
+        itself = {row["id"]: [0.5] for row in rows if args.baseline in (row["a"], row["b"])}
         for model in of:
-            add(
-                name,
-                model,
-                lambda m=model: win_rate(preferences_by_prompt(rows, m, args.baseline)),
-                judge,
-                args.baseline,
+            by_prompt = (
+                itself if model == args.baseline else preferences_by_prompt(rows, model, args.baseline)
             )
+            add(name, model, lambda p=by_prompt: win_rate(p), judge, args.baseline)
 
     def sampled(row: Row) -> bool:
         return row.get("decoding", "sampled") == "sampled" and row["id"] not in heldout
 
     others = [model for model in models if model != args.baseline]
-    rates("winrate", main, sampled)  # the baseline against itself is skipped, with its reason
-    _explain_baseline(measures, args.baseline)
+    rates("winrate", main, sampled)
     rates("winrate_greedy", main, lambda r: r.get("decoding") == "greedy" and r["id"] not in heldout, others)
     if heldout:
         rates(
@@ -239,12 +239,6 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
             "matrix": matrix,
         },
     )
-
-
-def _explain_baseline(measures: list[dict[str, Any]], baseline: str) -> None:
-    for m in measures:
-        if m["model"] == baseline and m["value"] is None:
-            m["reason"] = "the baseline is not compared with itself"
 
 
 def _length_controlled(
