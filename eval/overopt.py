@@ -185,7 +185,7 @@ def _rollout_measures(model: str, folder: str) -> tuple[list[dict[str, Any]], di
         training = read_run(folder)
         if training.kind not in ("ppo", "ppo_ptx"):
             return [], data
-        points = rollout_gains(training.log, training.settings["episodes_per_rollout"])
+        points = rollout_gains(training.log, training.settings.get("episodes_per_rollout", math.nan))
         data["points"] = points
         measures = []
         for name in ("gold", "proxy"):
