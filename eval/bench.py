@@ -29,6 +29,7 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_ma
 from prefopt.metrics import Estimate
 
 logger = logging.getLogger(__name__)
+Progress = Callable[[str], None]
 
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}  # Gehman et al. 2020, section 3
 PROMPTED = "_prompted"  # after the name of the base: the same model behind INSTRUCTION
@@ -120,7 +121,13 @@ class BenchArguments:
                 raise ValueError(f"{key}: expected 1 or more, got {getattr(self, key)}")
 
 
-def run(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) -> None:
+def run(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: BenchArguments,
+    *,
+    progress: Progress = logger.info,
+) -> None:
     """Ask every model every benchmark, and write `stages/bench.json`.
 
     Measures are `bench.<benchmark>.<score>.<condition>`: a condition is a number of shots ("0-shot") or a prompt style
@@ -145,7 +152,7 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) -> N
     too_long: dict[str, int] = {}
     for source in dict.fromkeys(args.models.values()):
         named = {m: text for m, text in instructions.items() if _source(args, m) == source}
-        for key, (records, count) in _ask(run.folder, args, own, source, named, rows):
+        for key, (records, count) in _ask(run.folder, args, own, source, named, rows, progress):
             answers[key] = records
             if count:
                 too_long["/".join(key)] = count
@@ -190,6 +197,7 @@ def _ask(
     source: str,
     named: Mapping[str, str],
     rows: Mapping[str, Any],
+    progress: Progress,
 ) -> Iterator[tuple[Key, tuple[list[dict[str, Any]] | str, int]]]:
     """Answers of one model, under each of its names, with the number of rows that were too long for it."""
     lm, broken = None, None
@@ -212,7 +220,7 @@ def _ask(
             if broken is not None:
                 yield key, (broken, 0)
                 continue
-            logger.info("bench: %s, %s, %s", *key)
+            progress(f"bench: {', '.join(key)}")
             try:
                 sampled = name == "realtoxicityprompts_sampled"
                 task = build_task(

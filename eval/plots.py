@@ -76,6 +76,39 @@ def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) ->
     return _svg(draw, "win rates with their intervals", height=0.55 + 0.25 * max(2, len(rows)))
 
 
+def differences_plot(
+    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], title: str, x_label: str
+) -> str:
+    """Differences with their intervals against the line of none: per row (label) the measures of several series (name)."""
+    names = list(dict.fromkeys(name for _, measures in rows for name in measures))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, name in enumerate(names):
+            colour = _SERIES[i % len(_SERIES)]
+            label = name
+            for row, (_, measures) in enumerate(rows):
+                if name not in measures:
+                    continue
+                m = measures[name]
+                y = row + 0.7 * ((i + 0.5) / len(names) - 0.5)
+                low = m["value"] if m["ci_low"] is None else m["ci_low"]
+                high = m["value"] if m["ci_high"] is None else m["ci_high"]
+                axes.plot([low, high], [y, y], color=colour, linewidth=1.4)
+                axes.plot(m["value"], y, "osD^v"[i % 5], color=colour, markersize=4, label=label)
+                label = None
+        axes.axvline(0, color=_INK, linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(rows)), [_shortened(label, 24) for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(title, loc="left", pad=4)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside lower center", ncols=min(len(names), 3))
+
+    height = 0.9 + max(0.25, 0.13 * len(names)) * len(rows)
+    return _svg(draw, title, height=height)
+
+
 def epochs_plot(epochs: Sequence[Mapping[str, Any]], chosen: int | None = None) -> str:
     """Validation loss against reward-model score by SFT epoch: the loss overfits while the score still rises."""
 

@@ -17,8 +17,10 @@ from prefopt.evaluation.bench_engine import TASKS, ask, build_task, load_rows, w
 from prefopt.evaluation.bench_tasks import BENCHMARKS
 from prefopt.evaluation.benchmark import conditions
 from prefopt.evaluation.definitions import DEFINITIONS
+from prefopt.evaluation.markup import Missing
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.sections import bench as bench_section
 from tests.conftest import tiny_config
 
 ROWS = Path(__file__).parent / "bench_rows"
@@ -403,3 +405,41 @@ def test_hub_ids_are_those_of_the_task_files():
         assert benchmark.shots_from is None or benchmark.shots_from in shots, name
         assert all(f"bench.{name}.{score.name}" in DEFINITIONS for score in benchmark.scores)
     assert set(TASKS.glob("*.yaml")) <= used
+
+
+def shown(stage):
+    return bench_section.section({"measures": stage["measures"], "stages": {"bench": stage}})
+
+
+def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
+    named = {"sft": folders / "sft", "<b>ppo": folders / "ppo"}
+    keys = {"bench_tasks": [*few, "squadv2", "hellaswag"], "bench_limit": 2, "toxicity_scorer": "a<b:c"}
+    files = {name: path for name, path in FILES.items() if name != "hellaswag"}
+    stage = evaluate(tmp_path, named, **keys, bench_shots=[0], bench_data_files=files)
+    html = shown(stage)
+    assert "<b>" not in html
+    assert "&lt;b&gt;ppo" in html
+    assert html.count("<svg") == 1
+    rte = find(stage["measures"], "bench.rte.acc.0-shot", "sft")
+    assert f"acc, 0-shot <small>n = 2</small></th><td class=''>{rte['value']:.3f}" in html
+    assert "64.3 / 57.7 / 43.7 / 59.9" in html  # SQuADv2 zero-shot, Table 14
+    assert "Only the first 2 rows" in html
+    assert "HellaSwag: skipped: the rows of Rowan/hellaswag are not to be had from here" in html
+    assert "RealToxicityPrompts: failed: cannot import &#x27;a&lt;b:c&#x27;" in html
+    assert "TruthfulQA, answers: skipped: no judge of truthfulness" in html
+
+
+def test_the_section_without_numbers_says_why(tmp_path, folders):
+    with pytest.raises(Missing, match="prefopt eval bench"):
+        bench_section.section({"measures": [], "stages": {}})
+    stage = evaluate(tmp_path, {"sft": folders / "sft"}, bench_tasks=["hellaswag"], bench_data_files={})
+    with pytest.raises(Missing, match="bench_data_files"):
+        shown(stage)
+
+
+def test_unverified_hub_ids_are_marked(whole):
+    _, stage = whole
+    stage = json.loads(json.dumps(stage))
+    assert "unverified" not in shown(stage)
+    stage["data"]["benchmarks"]["quac"] |= {"from_hub": True, "rows": "allenai/quac"}
+    assert "allenai/quac (this id is unverified)" in shown(stage)
