@@ -8,12 +8,18 @@ from typing import Any
 
 from prefopt.evaluation.generate import write_whole
 from prefopt.evaluation.markup import Missing, page
-from prefopt.evaluation.results import jsonable
+from prefopt.evaluation.results import FAILED, jsonable
 from prefopt.evaluation.sections import (
+    bench,
+    compare,
+    diversity,
+    drift,
+    metadata,
     models,
     numbers,
+    overopt,
     overview,
-    reward_accuracy,
+    reward_model,
     samples,
     training,
     winrates,
@@ -23,16 +29,23 @@ from prefopt.evaluation.verdict import verdict
 logger = logging.getLogger(__name__)
 Results = Mapping[str, Any]
 
-SECTIONS: tuple[tuple[str, Callable[[Results], str]], ...] = (
-    ("At a glance", overview.section),
-    ("The models in numbers", models.section),
-    ("Win rates by use case", winrates.section),
-    ("Reward model", reward_accuracy.section),
-    ("Choosing the SFT epoch", training.epochs_section),
-    ("RL training", training.rl_section),
-    ("The worst samples, side by side", samples.section),
-    ("Wall time", numbers.time_section),
-    ("Every number with its definition", numbers.section),
+# Title, the stage whose data it shows (None: the measures alone), and what builds it.
+SECTIONS: tuple[tuple[str, str | None, Callable[[Results], str]], ...] = (
+    ("At a glance", None, overview.section),
+    ("The models in numbers", None, models.section),
+    ("Who wins: judges, use cases, strengths", "compare", compare.section),
+    ("Win rates by use case", None, winrates.section),
+    ("What people said: ratings and flags", "metadata", metadata.section),
+    ("Reward model", "reward_model", reward_model.section),
+    ("Public benchmarks: NLP and safety", "bench", bench.section),
+    ("Drift from the baseline", "drift", drift.section),
+    ("Diversity", "diversity", diversity.section),
+    ("Over-optimisation", "overopt", overopt.section),
+    ("Choosing the SFT epoch", None, training.epochs_section),
+    ("RL training", None, training.rl_section),
+    ("The worst samples, side by side", None, samples.section),
+    ("Wall time", None, numbers.time_section),
+    ("Every number with its definition", None, numbers.section),
 )
 
 
@@ -52,16 +65,24 @@ def build_report(results: Results, path: str | os.PathLike) -> None:
         True
     """
     results = jsonable(results)
-    body = "\n".join(_section(title, build, results) for title, build in SECTIONS)
+    body = "\n".join(_section(title, stage, build, results) for title, stage, build in SECTIONS)
     summary = f'<p class="verdict">{escape(verdict(results))}</p>'
     write_whole(path, page("prefopt report", f"{summary}\n{body}"))
 
 
-def _section(title: str, build: Callable[[Results], str], results: Results) -> str:
+def _section(title: str, stage: str | None, build: Callable[[Results], str], results: Results) -> str:
+    note = (results.get("notes") or {}).get(stage)
     try:
+        if note is not None:
+            raise Missing(note)
         content = build(results)
     except Missing as missing:
-        content = f"<p class='skipped'>Skipped: {escape(str(missing))}.</p>"
+        word, reason = (
+            ("Failed", str(missing).removeprefix(FAILED))
+            if str(missing).startswith(FAILED)
+            else ("Skipped", str(missing))
+        )
+        content = f"<p class='skipped'>{word}: {escape(reason)}.</p>"
     except Exception as error:  # one broken section must not cost the reader the others
         logger.exception("report section %r failed", title)
         content = f"<p class='skipped'>Failed: {escape(f'{type(error).__name__}: {error}')}</p>"

@@ -70,9 +70,14 @@ def run(
     own: ReportArguments,
     *,
     wall_seconds: Mapping[str, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write results.json, report.html and report.md into the folder, and return the content of results.json."""
-    results = collect(run, args, own, wall_seconds=wall_seconds)
+    """Write results.json, report.html and report.md into the folder, and return the content of results.json.
+
+    Args:
+        notes: why a stage was left out, or "failed: " and how it broke.
+    """
+    results = collect(run, args, own, wall_seconds=wall_seconds, notes=notes)
     write_reports(results, run.folder)
     return results
 
@@ -90,6 +95,7 @@ def collect(
     own: ReportArguments,
     *,
     wall_seconds: Mapping[str, float] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of results.json from the files of all stages that ran."""
     measures: list[dict[str, Any]] = []
@@ -120,6 +126,7 @@ def collect(
         samples=_samples(run, args, own, completions, judge),
         curves=_curves(args, own),
         stages=stages,
+        notes=notes,
     )
 
 

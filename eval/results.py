@@ -88,8 +88,10 @@ def build_results(
     samples: list[dict] | None = None,
     curves: Mapping[str, Any] | None = None,
     stages: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json: the scalar keys below, then `measures`, `samples`, `curves`, `settings`, `stages`.
+    """The content of results.json: the scalar keys below, then `measures`, `samples`, `curves`, `settings`, and of every
+    stage what it kept for the report (`stages`) or why it did not run (`notes`).
 
     `rm.accuracy.{train_labelers, heldout_labelers, gold_ceiling}`, `winrate.<model>.{value, ci_low, ci_high, n}`,
     `pretraining_bits_per_byte.<model>`, `heldout_task_accuracy.<model>`, `kl_to_sft.<model>`, `gold_reward.<model>`,
@@ -127,6 +129,7 @@ def build_results(
         "samples": list(samples or []),
         "curves": dict(curves or {}),
         "stages": dict(stages or {}),
+        "notes": {stage.replace("-", "_"): note for stage, note in (notes or {}).items()},
     }
 
 

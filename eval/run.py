@@ -97,9 +97,16 @@ class EvaluationRun:
         """Keep what a stage found: its measures (`results.measure`) and what its plots and tables need besides."""
         content = {"measures": list(measures), "data": dict(data or {})}
         text = json.dumps(jsonable(content), ensure_ascii=False, indent=1, allow_nan=False)
-        write_whole(self.folder / "stages" / f"{stage}.json", text + "\n")
+        write_whole(self._stage_path(stage), text + "\n")
 
     def stage(self, stage: str) -> dict[str, Any] | None:
         """What `write_stage` kept, or None if the stage has not run."""
-        path = self.folder / "stages" / f"{stage}.json"
+        path = self._stage_path(stage)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def forget_stage(self, stage: str) -> None:
+        """Delete what an earlier run of the stage kept, because it no longer holds."""
+        self._stage_path(stage).unlink(missing_ok=True)
+
+    def _stage_path(self, stage: str) -> Path:
+        return self.folder / "stages" / f"{stage.replace('-', '_')}.json"

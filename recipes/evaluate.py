@@ -1,22 +1,40 @@
 """Is it better, by how much, how sure are we, what did it cost, and where is it bad?
 
-    prefopt eval generate --config evaluation.yaml
-    prefopt eval judge --config evaluation.yaml
-    prefopt eval compare --config evaluation.yaml
+    prefopt eval all --config evaluation.yaml
 
-One YAML file has the keys of all stages. A stage reads and writes files in `output_dir` only, so each can run on
-another machine, and a second run of a stage does what is missing.
+runs the stages below in their order, as far as their data are given, and writes results.json, report.html and
+report.md into `output_dir`. Each stage also runs alone (`prefopt eval judge --config evaluation.yaml`). One YAML file
+has the keys of all. A stage reads and writes files in `output_dir` only, so each can run on another machine, and a
+second run of a stage does what is missing.
 """
 
+import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation import compare, generation, judges, metadata
+from prefopt.evaluation import (
+    bench,
+    compare,
+    diversity,
+    drift,
+    generation,
+    judges,
+    metadata,
+    overopt,
+    report_stage,
+    reward_model,
+    tax,
+)
+from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.data import check_fields, load_rows
+
+logger = logging.getLogger(__name__)
+Given = dict[type, Any]
 
 # Every stage's keys may stand in the one file, whichever stage is run.
 ARGUMENTS = (
@@ -25,56 +43,175 @@ ARGUMENTS = (
     judges.JudgeArguments,
     compare.CompareArguments,
     metadata.MetadataArguments,
+    reward_model.RewardModelArguments,
+    bench.BenchArguments,
+    tax.TaxArguments,
+    drift.DriftArguments,
+    diversity.DiversityArguments,
+    overopt.OveroptArguments,
+    report_stage.ReportArguments,
 )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run one stage."""
+def main(
+    argv: list[str] | None = None,
+    *,
+    gold: judges.Gold | None = None,
+    wall_seconds: dict[str, float] | None = None,
+) -> None:
+    """Run one stage, or all.
+
+    Args:
+        gold: from Python, a gold reward that has no importable name; in place of `gold_judge`.
+        wall_seconds: from Python, the seconds of the steps before, for the report.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in STAGES:
+    if not argv or argv[0] not in (*STAGES, "report", "all"):
         named = f", got {argv[0]!r}" if argv and argv[0] not in ("-h", "--help") else ""
-        lines = "\n".join(f"  {name:<14} {work.__doc__}" for name, work in STAGES.items())
+        told = {
+            **{name: work.__doc__ for name, work in STAGES.items()},
+            "report": report.__doc__,
+            "all": everything.__doc__,
+        }
+        lines = "\n".join(f"  {name:<14} {text}" for name, text in told.items())
         raise UserError(f"expected a stage{named}: prefopt eval <stage> --config evaluation.yaml\n{lines}")
     stage, *rest = argv
     given = {type(arguments): arguments for arguments in parse(ARGUMENTS, rest, f"prefopt eval {stage}")}
     args = given[EvaluationArguments]
     if not args.models:
         raise UserError("models is required: the name of each model and its folder or Hub id")
+    if gold is not None:
+        given[judges.JudgeArguments].gold_judge = gold
+    run = EvaluationRun(Path(args.output_dir))
     try:
-        STAGES[stage](EvaluationRun(Path(args.output_dir)), args, given)
+        if stage == "all":
+            everything(run, args, given, wall_seconds)
+        elif stage == "report":
+            report(run, args, given, wall_seconds)
+        else:
+            STAGES[stage](run, args, given)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(error) from error
 
 
-def generate(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+def generate(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """every model draws completions of the same prompts"""
     own = given[generation.GenerateArguments]
     rows = load_rows(own.prompts, split=own.prompts_split, check=check_fields("prompt"), key="prompts")
     generation.run(run, args, own, list(rows), progress=print)
 
 
-def judge(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+def judge(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """judges say which of two models' completions is better"""
     judges.run(run, args, given[judges.JudgeArguments], progress=print)
 
 
-def compare_models(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+def compare_models(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """win rates and strengths from the judgements"""
     compare.run(run, args, given[compare.CompareArguments])
 
 
-def people(run: EvaluationRun, args: EvaluationArguments, given: dict[type, Any]) -> None:
+def people(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """ratings and flags that people gave"""
     labels = given[judges.JudgeArguments].human_judgements
     metadata.run(run, args, given[metadata.MetadataArguments], labels)
 
 
-STAGES: dict[str, Callable[[EvaluationRun, EvaluationArguments, dict[type, Any]], None]] = {
+def reward_models(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """how well reward models follow rankings they were not trained on"""
+    gold = given[judges.JudgeArguments].gold_judge
+    gold = judges.load_callable(gold) if isinstance(gold, str) else gold
+    own = given[reward_model.RewardModelArguments]
+    reward_model.run(run, args, own, gold=gold, progress=print)
+
+
+def benchmarks(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """public NLP and safety benchmarks through lm-eval; the alignment tax"""
+    bench.run(run, args, given[bench.BenchArguments])
+
+
+def alignment_tax(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """bits per byte and tasks of your own held-out data; the alignment tax"""
+    tax.run(run, args, given[tax.TaxArguments], progress=print)
+
+
+def drifts(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """KL to the baseline and entropy"""
+    drift.run(run, args, given[drift.DriftArguments], progress=print)
+
+
+def diversities(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """mode collapse: distinct n-grams, unique answers, self-BLEU"""
+    diversity.run(run, args, given[diversity.DiversityArguments], progress=print)
+
+
+def overoptimisation(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+    """gold and proxy reward against the KL, best of n"""
+    overopt.run(run, args, given[overopt.OveroptArguments], given[judges.JudgeArguments], progress=print)
+
+
+STAGES: dict[str, Callable[[EvaluationRun, EvaluationArguments, Given], None]] = {
     "generate": generate,
     "judge": judge,
     "compare": compare_models,
     "metadata": people,
+    "reward-model": reward_models,
+    "bench": benchmarks,
+    "tax": alignment_tax,
+    "drift": drifts,
+    "diversity": diversities,
+    "overopt": overoptimisation,
 }
+
+
+def report(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    given: Given,
+    wall_seconds: dict[str, float] | None = None,
+    notes: dict[str, str] | None = None,
+) -> None:
+    """results.json, report.html and report.md from what the other stages found"""
+    report_stage.run(run, args, given[report_stage.ReportArguments], wall_seconds=wall_seconds, notes=notes)
+    print(f"report: {run.folder / 'report.html'}")
+
+
+def everything(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    given: Given,
+    wall_seconds: dict[str, float] | None = None,
+) -> None:
+    """all stages whose data are given, then the report"""
+    seconds, notes = {}, {}
+    for name, work in STAGES.items():
+        if name == "bench" and not _benchmarks_are_named(given[bench.BenchArguments]):
+            notes[name] = (
+                "no benchmarks were asked for; name some in `bench_tasks` (rows from the Hub) or in "
+                "`bench_data_files` (local files), or run `prefopt eval bench` for all"
+            )
+            run.forget_stage(name)
+            continue
+        print(f"{name}: {work.__doc__}", flush=True)
+        start = time.monotonic()
+        try:
+            work(run, args, given)
+        except Exception as error:  # one stage must not cost the reader the others
+            logger.exception("stage %s failed", name)
+            notes[name] = f"{FAILED}{type(error).__name__}: {error}"
+            run.forget_stage(name)
+        seconds[name] = round(time.monotonic() - start, 2)
+    report(run, args, given, seconds if wall_seconds is None else wall_seconds, notes)
+    broken = [
+        f"{name}: {note.removeprefix(FAILED)}" for name, note in notes.items() if note.startswith(FAILED)
+    ]
+    if broken:
+        raise RuntimeError("stages that failed: " + "; ".join(broken))
+
+
+def _benchmarks_are_named(own: bench.BenchArguments) -> bool:
+    """Not by default: all of them would be fetched from the Hub."""
+    return bool(own.bench_tasks or own.bench_data_files)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any
 
 from prefopt.evaluation import plots
 from prefopt.evaluation.markup import Missing, cell, label, number, scroll_table
+from prefopt.evaluation.paper import MARK, paper_value
 from prefopt.evaluation.results import find
 from prefopt.evaluation.sections.stage_tables import figures, measure_table, note, stage_data
 
@@ -59,6 +60,7 @@ def _accuracies(
     """Accuracy by labeler group: reward models, baselines, ceilings, and their ratio for the first reward model."""
     head = "".join(f"<th>{escape(label(s))}</th>" for s in scorers)
     head += "<th>longer wins</th><th>majority</th><th>labelers agree</th><th>gold reward</th><th>of the ceiling</th>"
+    head += f"<th class='paper'>paper <small>{MARK}</small></th>"
     body = []
     for group in groups:
         found = [find(measures, f"rm.accuracy.{group}", s) for s in (*scorers, "longer_wins", "majority")]
@@ -72,7 +74,9 @@ def _accuracies(
         about = data["groups"][group]
         title = f"{escape(_group(group))} <small>{about['pairs']:,} pairs, {about['rows']:,} prompts</small>"
         cells = "".join(cell(m, 3, False, "") for m in (*found, agreement, gold))
-        body.append(f"<tr><th>{title}</th>{cells}<td>{ratio}</td></tr>")
+        known = paper_value(f"rm.accuracy.{group}", "reward_model")
+        paper = f"{known[0]}<small>± {known[1]}</small>" if known else "–"
+        body.append(f"<tr><th>{title}</th>{cells}<td>{ratio}</td><td class='paper'>{paper}</td></tr>")
     rows = [(f"{label(s)} minus {label(scorers[0])}", "rm.accuracy", 3, scorers[0]) for s in scorers[1:]]
     differences = "".join(
         measure_table(measures, [row], [(_group(g), s, f".{g}") for g in groups])

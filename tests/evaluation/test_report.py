@@ -12,7 +12,7 @@ from prefopt.metrics import Estimate
 ATTACK = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
 )
-TITLES = [title for title, _ in SECTIONS]
+TITLES = [title for title, *_ in SECTIONS]
 
 
 def estimate(value, half=0.02):
