@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
@@ -71,11 +72,16 @@ def score_ids(
 ) -> list[float]:
     """The reward model's score of each sequence of token ids, `batch_size` at a time."""
     scores: list[float] = []
-    for start in range(0, len(sequences), batch_size):
-        rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
-        ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
-        scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
+    with _active(model):  # switched once for all batches
+        for start in range(0, len(sequences), batch_size):
+            rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
+            ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
+            scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
     return scores
+
+
+def _active(model: nn.Module) -> AbstractContextManager:
+    return model.active() if isinstance(model, AdapterScorer) else nullcontext()
 
 
 def suppress_reward_tokens(args: PPOPtxConfig, models: list[str | PreTrainedModel | PeftModel]) -> list[int]:
@@ -156,7 +162,7 @@ class ValueFunction:
 
     def active(self) -> AbstractContextManager:
         """To be entered around forward and backward: an adapter must stay the active one until both are over."""
-        return self.module.active() if isinstance(self.module, AdapterScorer) else nullcontext()
+        return _active(self.module)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -190,10 +196,13 @@ class ValueFunction:
     def __call__(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Values `[B, length]` of the states before the last `length` tokens of `ids` (`[B, T]`).
 
-        With a head they are those of the policy forwards in the last `reading()`, which must have been of these ids.
+        With a head they are those of the policy forwards in the last `reading()`, which must have been of these ids, up to
+        padding at the end of the rows.
         """
         if self.is_head:
-            values, self._trunk_values = torch.cat(self._trunk_values), []
+            width = ids.size(1)
+            values = torch.cat([F.pad(v, (0, width - v.size(1))) for v in self._trunk_values])
+            self._trunk_values = []
         else:
             values = token_scores(self.module, ids, attention_mask)
         return values[:, -length - 1 : -1]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from prefopt.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewards, masked_whiten
@@ -29,25 +30,42 @@ class RolloutMixin:
         compute_entropy: bool = False,
         **not_of_text: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """TRL's, for text, and without the LM head's work on prompts and padding."""
+        """TRL's, for text, without the LM head's work on prompts and without the padding that ends all rows."""
         size, logps, entropies = batch_size or len(input_ids), [], []
         with self.value_function.reading(), self.accelerator.autocast():
             for batch in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+                padding = self._common_padding(batch[1])
                 of_batch = token_logps(
                     model,
-                    *batch,
-                    logits_to_keep,
+                    *(x[:, : x.size(1) - padding] for x in batch),
+                    logits_to_keep - padding,
                     temperature=self.temperature,
                     cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
                     compute_entropy=compute_entropy,
                 )
-                logps.append(of_batch[0])
-                entropies.append(of_batch[1])
+                logps.append(F.pad(of_batch[0], (0, padding)))
+                if compute_entropy:
+                    entropies.append(F.pad(of_batch[1], (0, padding)))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    def _values(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        with self.accelerator.autocast():
+    def _values(self, ids: Tensor, attention_mask: Tensor, length: int, size: int | None = None) -> Tensor:
+        """Values `[B, length]`, with a head those of the last forward passes; else `size` rows are forwarded at a time."""
+        if self.value_function.is_head:
             return self.value_function(ids, attention_mask, length)
+        values = []
+        with self.accelerator.autocast(), self.value_function.active():
+            for batch in zip(
+                ids.split(size or len(ids)), attention_mask.split(size or len(ids)), strict=True
+            ):
+                padding = self._common_padding(batch[1])
+                batch = (x[:, : x.size(1) - padding] for x in batch)
+                values.append(F.pad(self.value_function(*batch, length - padding), (0, padding)))
+        return torch.cat(values)
+
+    def _common_padding(self, attention_mask: Tensor) -> int:
+        """Columns at the end that are padding in every row: a rollout is padded to its longest episode."""
+        padding = attention_mask.size(1) - 1 - int(attention_mask.any(0).nonzero().max())
+        return padding - padding % (self.pad_to_multiple_of or 1)
 
     @contextmanager
     def _reference(self) -> Iterator[nn.Module]:
@@ -107,11 +125,7 @@ class RolloutMixin:
         with torch.no_grad():
             if "old_per_token_logps" not in rollout:
                 rollout["old_per_token_logps"] = logps_of(self.model)
-            if self.value_function.is_head:
-                values = self._values(ids, attention_mask, length)
-            else:
-                batches = zip(ids.split(size), attention_mask.split(size), strict=True)
-                values = torch.cat([self._values(*batch, length) for batch in batches])
+            values = self._values(ids, attention_mask, length, size)
             with self._reference() as reference:
                 ref_logps = logps_of(reference)
             logps = rollout["old_per_token_logps"]
