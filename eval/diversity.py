@@ -69,6 +69,9 @@ def across_prompts(
         of_all = statistic(answers)
         if of_all is not None:
             estimate = jackknife(of_all.value, of_all.without, len(answers))
+            estimate = replace(  # of a share
+                estimate, ci_low=np.maximum(estimate.ci_low, 0.0), ci_high=np.minimum(estimate.ci_high, 1.0)
+            )
             found[name] = Found(estimate, of_all, prompts)
     if bleu is not None:
         groups = _groups(prompts, own, seed)
@@ -167,10 +170,13 @@ def run(
         for scope in ("across_prompts", "per_prompt"):
             for name in NAMES:
                 one = found.get((model, scope), {}).get(name)
-                reason = reasons.get((model, scope)) or (no_bleu if name == "self_bleu" else None)
+                reason = None
+                if one is None:
+                    reason = reasons.get((model, scope)) or (no_bleu if name == "self_bleu" else None)
+                    reason = reason or "no answer is long enough"
                 key = f"diversity.{name}.{scope}"
                 estimate = None if one is None else one.estimate
-                measures.append(measure(key, model, estimate, reason=reason or "no answer is long enough"))
+                measures.append(measure(key, model, estimate, reason=reason))
                 other = found.get((args.baseline, scope), {}).get(name)
                 if one is not None and other is not None and model != args.baseline:
                     paired = difference(one, other)

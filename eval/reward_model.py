@@ -4,6 +4,7 @@ A policy trained by DPO is a reward model too: r(x, y) = beta * (log pi(y|x) - l
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,9 +98,12 @@ def run(
         measures.append(measure("rm.accuracy", "reward_model", None, reason=reason))
     for scorer in scorers:
         loaded: list[Any] = []
+        known: dict[
+            str, list[dict[str, Any]]
+        ] = {}  # groups that ranked the same completions share their scores
         for group, rows in groups.items():
             try:
-                found = _scores(run, args, own, scorer, group, rows, loaded, progress)
+                found = _scores(run, args, own, scorer, group, rows, loaded, known, progress)
                 scored[scorer, group] = scores = [row["scores"] for row in found]
                 add = _of_scorer(scorer, group, rows, scores, [row["lengths"] for row in found], data)
                 measures += add
@@ -173,6 +177,7 @@ def _scores(
     group: str,
     rows: Sequence[Row],
     loaded: list[Any],
+    known: dict[str, list[dict[str, Any]]],
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Rows of `scores` and `lengths` in tokens, one per ranked row."""
@@ -185,7 +190,12 @@ def _scores(
                 raise ValueError(f"implicit_rewards: no model called {name!r} in models")
         sources = [args.models[scorer], args.models[args.baseline], own.implicit_rewards[scorer]]
 
+    labels = [{k: row.get(k) for k in ("prompt", "completions", "truncated")} for row in rows]
+    content = fingerprint_of(labels)
+
     def compute() -> list[dict[str, Any]]:
+        if content in known:
+            return known[content]
         progress(f"reward-model: {scorer} on {group}")
         _load(loaded, sources, settings)
         if len(sources) == 1:
@@ -198,9 +208,9 @@ def _scores(
         return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
 
     state = [source_state(source) if isinstance(source, str) else source for source in sources]
-    labels = [{k: row.get(k) for k in ("prompt", "completions", "truncated")} for row in rows]
-    inputs = [state, settings, fingerprint_of(labels)]
-    return kept_rows(run.folder / "reward_model" / f"{scorer}.{group}.jsonl", inputs, compute)
+    path = run.folder / "reward_model" / f"{scorer}.{group}.jsonl"
+    known[content] = kept_rows(path, [state, settings, content], compute)
+    return known[content]
 
 
 def _load(loaded: list[Any], sources: Sequence[Any], settings: Mapping[str, Any]) -> None:
@@ -235,11 +245,17 @@ def _of_scorer(
     pairs = Pairs.of(ranks)
     data["reliability"].setdefault(scorer, {})[group] = reliability(pairs, scores)
     data["tie_width"].setdefault(scorer, {})[group] = tie_calibrated(pairs, scores, n_resamples=2)[1]
-    nothing = "nothing of the kind in these rankings"
-    return [
-        measure(name, scorer, estimate if estimate.n else None, reason=nothing)
-        for name, estimate in found.items()
-    ]
+    return [_measured(name, scorer, estimate) for name, estimate in found.items()]
+
+
+def _measured(name: str, scorer: str, estimate: Estimate) -> dict[str, Any]:
+    if not estimate.n:
+        return measure(name, scorer, None, reason="there is nothing of the kind in these rankings")
+    if name.startswith("rm.calibration_slope") and not math.isfinite(estimate.value):
+        return measure(
+            name, scorer, None, reason="the scores have all pairs right, or all wrong: any slope fits"
+        )
+    return measure(name, scorer, estimate)
 
 
 def _of_labels(

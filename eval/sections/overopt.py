@@ -11,6 +11,7 @@ from prefopt.evaluation.sections.stage_tables import figures, measure_table, not
 
 NAMES = {"proxy": "reward model", "gold": "gold reward"}
 X = "√KL, √nats"
+FAR = 3  # times the distance reached: what a fit says beyond is not told
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -89,8 +90,8 @@ def _told(found: Mapping[str, Any], far: str) -> str:
     reached = max(p["distance"] for p in found["points"])
     if fit is None:
         return f"{far} reached √KL = {number(reached, 1)}; too few points for a fit."
-    if fit["peak"] is None:
-        return f"the fitted gold reward never falls; {far} reached √KL = {number(reached, 1)}."
+    if fit["peak"] is None or fit["peak"] > FAR * reached:
+        return f"{far} reached √KL = {number(reached, 1)}; up to there the fitted gold reward does not turn."
     sure = "" if fit["falls"] else ", though the interval of β holds 0"
     where = "beyond it" if fit["peak"] > reached else "before it"
     return (
