@@ -52,9 +52,13 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "reward_checkpoints": ({"shared_base"}, MODELS),
     "adapter_roles": ({"prefix_sharing", "shared_base", "reward_checkpoints"}, MODELS | {"safetensors"}),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
-    "sandbox": ({"ranked_rows", "comparisons"}, MODELS | {"numpy"}),
-    "evaluation": (LIBRARY | {"sandbox"}, None),
-    "recipes": (LIBRARY | {"sandbox", "evaluation"}, None),
+    "labeling": (
+        {"row_checks", "ranked_rows", "metrics"},
+        {"numpy", "scipy", "krippendorff", "markdown_it"},
+    ),
+    "sandbox": ({"ranked_rows", "comparisons", "labeling"}, MODELS | {"numpy"}),
+    "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }

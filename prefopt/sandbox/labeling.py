@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from prefopt.labeling.flags import FLAGS
 from prefopt.sandbox.gold import WEIGHTS, GoldScore
 from prefopt.sandbox.world import World
 
@@ -19,22 +20,6 @@ _GROUP_WEIGHTS = {
     "heldout": {"follow": 1.0, "constraint": 0.9, "truth": 1.25, "polite": 0.8},
 }
 
-# Table 3 of the paper. The world knows no sexual or violent content, protected classes or dangerous advice, so these
-# stay False; they are kept so that rows look like the paper's.
-FLAGS = (
-    "fails_to_follow_instruction",
-    "inappropriate_for_customer_assistant",
-    "hallucination",
-    "satisfies_constraint",
-    "sexual_content",
-    "violent_content",
-    "encourages_harm",
-    "denigrates_protected_class",
-    "harmful_advice",
-    "expresses_opinion",
-    "expresses_moral_judgement",
-)
-
 
 class Labeler:
     """One labeler of a world. The noise belongs to the text: identical completions get identical labels."""
@@ -50,7 +35,8 @@ class Labeler:
         """A ranked-comparison row: prompt, completions, ranks (1 = best), labeler, ratings (1-7), flags.
 
         `ranks`: by impression (weighted gold components plus noise), best first; a completion within TIE_WIDTH of the
-        best one of its group ties with it. `flags`: one {name: bool} over FLAGS per completion.
+        best one of its group ties with it. `flags`: one {name: bool} over FLAGS per completion;
+        those on what the world does not know (sex, violence, protected classes, dangerous advice) stay False.
         """
         scores = [self.world.gold_reward(prompt, c) for c in completions]
         impressions = [self._impression(prompt, c, s) for c, s in zip(completions, scores, strict=True)]

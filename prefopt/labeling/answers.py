@@ -1,0 +1,335 @@
+"""From the answers of labelers back to ranked rows: checked, unblinded and counted.
+
+An answer file is what a sheet's "Download answers" gives: JSON lines, first one about the file, then one per task.
+
+    {"format": "prefopt-answers", "version": 1, "sheet": "5f0c...", "labeler": "ann", "downloaded": "2026-..."}
+    {"task": "1", "status": "done", "seconds": 41.5, "started": "2026-...", "finished": "2026-...",
+     "saved": "2026-...", "ratings": [6, 2, 6], "flags": [[], ["hallucination"], []], "ranks": [1, 3, 1],
+     "notes": "", "skipped": null}
+
+Lists run over the outputs in the order shown. `ranks`: 1 = best, equal = tie, gaps allowed; null in a task that is not
+done. `status` is "done", "skipped" (`skipped` is then {"reason": ..., "detail": ...}) or "started". `seconds` is the
+time with the page in view and in use. Times are ISO 8601 in UTC. Files may be joined: a line with `format` starts anew.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from prefopt.labeling.flags import FLAGS
+from prefopt.labeling.key import Key, Shown, Task, read_lines
+from prefopt.row_checks import dense_ranks, shorten
+
+ANSWERS_FORMAT = "prefopt-answers"
+STATUSES = ("done", "skipped", "started")
+MIN_RATING, MAX_RATING = 1, 7
+
+# Brysbaert (2019, doi:10.1016/j.jml.2019.104047): adults read 238 words of English a minute in silence, about 24
+# characters a second. Three times that is skimming at best; East Asian characters carry more, so the bound is mild.
+CHARACTERS_PER_SECOND = 72.0
+
+# Fields of a sample's row that speak of an earlier labelling.
+_OF_EARLIER_LABELS = {"ranks", "ratings", "flags", "labeler", "group", "seconds", "notes", "sheet", "task"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one labeler said of one task; lists run over the outputs in the order shown."""
+
+    sheet: str
+    task: str
+    labeler: str
+    status: str
+    ranks: Sequence[int | None]
+    ratings: Sequence[int | None] | None = None
+    flags: Sequence[Sequence[str]] | None = None
+    notes: str = ""
+    seconds: float | None = None
+    started: str | None = None
+    finished: str | None = None
+    saved: str | None = None
+    skipped: Mapping[str, str] | None = None
+    source: str = "answers"
+
+
+@dataclass
+class ImportReport:
+    """What came of the answers: `answers` = done + skipped + unfinished + repeated + revised."""
+
+    answers: int = 0
+    done: int = 0
+    skipped: int = 0
+    unfinished: int = 0
+    repeated: int = 0  # the same answer again, e.g. downloaded twice
+    revised: int = 0  # an older answer of the same labeler to the same task; the newest counts
+    rows: int = 0
+    screening: int = 0
+    all_tied: int = 0
+    too_fast: int = 0
+    contradictory: int = 0  # answers with a pair ranked against its ratings
+    pairs: int = 0  # pairs that were ranked strictly and have ratings
+    contradictory_pairs: int = 0
+    labelers: dict[str, int] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(
+        default_factory=dict
+    )  # tasks of a sheet that a labeler of it has not done
+    skip_reasons: dict[str, int] = field(default_factory=dict)
+    too_fast_answers: list[str] = field(default_factory=list)
+    contradictory_answers: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report in words, one finding a line."""
+        per_labeler = ", ".join(f"{name} {n}" for name, n in sorted(self.labelers.items()))
+        found = [f"{self.answers} answers: {self.done} done, of them {self.rows} rows to train on and "
+                 f"{self.screening} to screening tasks ({per_labeler or 'no labeler'})"]  # fmt: skip
+        if self.skipped:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.skip_reasons.items()))
+            found.append(f"{self.skipped} skipped ({reasons})")
+        for n, words in (
+            (self.unfinished, "unfinished: no row"),
+            (self.repeated, "the same again: counted once"),
+            (self.revised, "older answers to a task that the labeler answered again: the newest counts"),
+            (self.all_tied, "with all outputs tied: kept, but no pair to learn from"),
+        ):
+            if n:
+                found.append(f"{n} {words}")
+        if self.too_fast:
+            found.append(f"{self.too_fast} faster than one can read, kept: {_some(self.too_fast_answers)}")
+        if self.contradictory:
+            found.append(
+                f"{self.contradictory} rank against their own ratings ({self.contradictory_pairs} of {self.pairs} "
+                f"pairs), kept: {_some(self.contradictory_answers)}"
+            )
+        for name, n in sorted(self.unanswered.items()):
+            found.append(f"{n} tasks not done: {name}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Ranked rows to train on, the rows of screening tasks (with `expected_ranks`), and what was found on the way."""
+
+    rows: list[dict[str, Any]]
+    screening: list[dict[str, Any]]
+    report: ImportReport
+
+
+def read_answers(path: str | Path) -> list[Answer]:
+    """The answers in a file that a sheet gave; what they say of tasks is checked by `import_answers`.
+
+    Raises:
+        ValueError: "FILE line 3: field 'ranks': expected ..., got ...; remedy".
+    """
+    head, found = None, []
+    for number, line in enumerate(read_lines(path), start=1):
+        where = f"{path} line {number}"
+        if "format" in line:
+            if line["format"] != ANSWERS_FORMAT or line.get("version") != 1:
+                raise ValueError(
+                    f"{where}: expected format {ANSWERS_FORMAT!r}, version 1, got {shorten(line['format'])}, "
+                    f"version {line.get('version')!r}; give the file that the sheet's download wrote"
+                )
+            for name in ("sheet", "labeler"):
+                if not isinstance(line.get(name), str) or not line[name].strip():
+                    raise ValueError(
+                        f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}"
+                    )
+            head = line
+            continue
+        if head is None:
+            raise ValueError(
+                f"{where}: expected a first line with 'format', 'sheet' and 'labeler'; give the file that the "
+                "sheet's download wrote, whole"
+            )
+        if not isinstance(line.get("task"), str):
+            raise ValueError(f"{where}: field 'task': expected its number, got {shorten(line.get('task'))}")
+        found.append(
+            Answer(
+                sheet=head["sheet"],
+                labeler=head["labeler"].strip(),
+                source=where,
+                status=line.get("status", ""),
+                **{
+                    name: line.get(name)
+                    for name in (
+                        "task", "ranks", "ratings", "flags", "seconds", "started", "finished", "saved", "skipped",
+                    )
+                },
+                notes=line.get("notes") or "",
+            )
+        )  # fmt: skip
+    if head is None:
+        raise ValueError(f"{path}: no answers; give the file that the sheet's download wrote")
+    return found
+
+
+def import_answers(
+    answers: Iterable[Answer], keys: Iterable[Key], *, characters_per_second: float = CHARACTERS_PER_SECOND
+) -> Imported:
+    """Ranked rows from answers: one row per labeler and task, the completions in the order of the samples again.
+
+    A row has every field of its sample, and `ranks`, `labeler`, `group`, `ratings`, `flags` (one {name: bool} per
+    completion), `seconds`, `notes`, `sheet` and `task`. Only answers that are not done, and all but the newest of one
+    labeler to one task, give no row; the report counts these and what looks doubtful.
+
+    Args:
+        answers: from `read_answers`, of any number of labelers and sheets.
+        keys: of their sheets.
+        characters_per_second: an answer given in less time than prompt and outputs take at this pace is too fast.
+
+    Raises:
+        ValueError: an answer to a sheet without a key or that does not fit its task, naming the line.
+    """
+    by_sheet = {key.sheet: key for key in keys}
+    report = ImportReport()
+    newest: dict[tuple[str, str, str], Answer] = {}
+    for answer in answers:
+        if answer.sheet not in by_sheet:
+            raise ValueError(
+                f"{answer.source}: no key for sheet {answer.sheet!r}, have {', '.join(sorted(by_sheet)) or 'none'}; "
+                "give the .key.jsonl file that was written beside that sheet"
+            )
+        task = by_sheet[answer.sheet].tasks.get(answer.task)
+        if task is None:
+            raise ValueError(
+                f"{answer.source}: field 'task': sheet {answer.sheet} has no task {answer.task!r}"
+            )
+        if problem := _problem_of(answer, len(task.shows)):
+            raise ValueError(f"{answer.source}: {problem}")
+        report.answers += 1
+        name = (answer.labeler, answer.sheet, answer.task)
+        if name in newest:
+            if _content(newest[name]) == _content(answer):
+                report.repeated += 1
+                continue
+            report.revised += 1
+            if _age(answer) < _age(newest[name]):
+                continue
+        newest[name] = answer
+    rows, screening = [], []
+    for answer in newest.values():
+        key = by_sheet[answer.sheet]
+        task = key.tasks[answer.task]
+        if answer.status == "skipped":
+            report.skipped += 1
+            _count(report.skip_reasons, (answer.skipped or {}).get("reason") or "no reason")
+        elif answer.status == "started":
+            report.unfinished += 1
+        else:
+            _inspect(answer, task, characters_per_second, report)
+            (screening if task.is_screening else rows).append(_row(answer, task, key.group))
+    report.rows, report.screening = len(rows), len(screening)
+    done = Counter((a.labeler, a.sheet) for a in newest.values() if a.status != "started")
+    for labeler, sheet in sorted({(a.labeler, a.sheet) for a in newest.values()}):
+        if missing := len(by_sheet[sheet].tasks) - done[labeler, sheet]:
+            report.unanswered[f"{labeler} (sheet {sheet})"] = missing
+    return Imported(rows, screening, report)
+
+
+def _row(answer: Answer, task: Task, group: str | None) -> dict[str, Any]:
+    row = {name: value for name, value in task.row.items() if name not in _OF_EARLIER_LABELS}
+    row["ranks"] = dense_ranks(task.per_completion(answer.ranks))
+    row["labeler"] = answer.labeler
+    row["group"] = group
+    row["ratings"] = None if answer.ratings is None else task.per_completion(answer.ratings)
+    row["flags"] = None
+    if answer.flags is not None:
+        row["flags"] = [{flag: flag in said for flag in FLAGS} for said in task.per_completion(answer.flags)]
+    row |= {"seconds": answer.seconds, "notes": answer.notes, "sheet": answer.sheet, "task": answer.task}
+    if task.is_screening:
+        row["expected_ranks"] = list(task.expected)
+    return row
+
+
+def _inspect(answer: Answer, task: Task, characters_per_second: float, report: ImportReport) -> None:
+    name = f"{answer.labeler} task {answer.task}"
+    report.done += 1
+    _count(report.labelers, answer.labeler)
+    report.all_tied += len(set(answer.ranks)) == 1
+    if answer.seconds is not None and answer.seconds < characters(task) / characters_per_second:
+        report.too_fast += 1
+        report.too_fast_answers.append(name)
+    if answer.ratings is not None:
+        strict = [
+            (a[1] - b[1]) * (a[0] - b[0])  # > 0: the one with the larger (worse) rank has the higher rating
+            for a, b in combinations(zip(answer.ranks, answer.ratings, strict=True), 2)
+            if a[0] != b[0]
+        ]
+        against = sum(product > 0 for product in strict)
+        report.pairs += len(strict)
+        report.contradictory_pairs += against
+        if against:
+            report.contradictory += 1
+            report.contradictory_answers.append(name)
+
+
+def characters(task: Task) -> int:
+    """What a labeler has to read: the characters of the prompt and of every output."""
+
+    def length(text: Shown) -> int:
+        return len(text) if isinstance(text, str) else sum(len(said) for _, said in text)
+
+    return length(task.prompt) + sum(map(length, task.outputs))
+
+
+def _problem_of(answer: Answer, k: int) -> str | None:
+    def wrong(name: str, expected: str) -> str:
+        return f"field {name!r}: expected {expected}, got {shorten(getattr(answer, name))}"
+
+    def is_whole(value: Any, least: int, most: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+    if answer.status not in STATUSES:
+        return wrong("status", f"one of {', '.join(STATUSES)}")
+    is_done = answer.status == "done"
+    for name, least, most in (("ranks", 1, k), ("ratings", MIN_RATING, MAX_RATING)):
+        values = getattr(answer, name)
+        if name == "ratings" and values is None:
+            continue
+        if not isinstance(values, list | tuple) or len(values) != k:
+            return wrong(name, f"{k}, one for each output shown")
+        if not all(is_whole(v, least, most) or (v is None and not is_done) for v in values):
+            return wrong(name, f"whole numbers from {least} to {most}")
+    if answer.flags is not None:
+        if not isinstance(answer.flags, list | tuple) or len(answer.flags) != k:
+            return wrong("flags", f"{k} lists, one for each output shown")
+        if not all(
+            isinstance(one, list | tuple) and all(flag in FLAGS for flag in one) for one in answer.flags
+        ):
+            return wrong("flags", f"lists of names among {', '.join(FLAGS)}")
+    if not isinstance(answer.notes, str):
+        return wrong("notes", "a text")
+    if answer.skipped is not None and not isinstance(answer.skipped, Mapping):
+        return wrong("skipped", "an object with 'reason'")
+    if answer.seconds is not None and not (
+        isinstance(answer.seconds, int | float)
+        and not isinstance(answer.seconds, bool)
+        and answer.seconds >= 0
+    ):
+        return wrong("seconds", "a number from 0 on")
+    for name in ("started", "finished", "saved"):
+        if not isinstance(getattr(answer, name), str | None):
+            return wrong(name, "a time as text")
+    return None
+
+
+def _content(answer: Answer) -> dict[str, Any]:
+    return {name: value for name, value in asdict(answer).items() if name not in ("source", "saved")}
+
+
+def _age(answer: Answer) -> str:
+    return answer.saved or answer.finished or answer.started or ""
+
+
+def _count(counts: dict[str, int], name: str) -> None:
+    counts[name] = counts.get(name, 0) + 1
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
