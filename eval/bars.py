@@ -40,9 +40,10 @@ def bars_plot(panels: Sequence[tuple[str, Bars]], name: str, *, percent: bool = 
                 ha="center" if len(bars) < 4 else "right",
                 fontsize=8,
             )
-            axes.set_title(textwrap.fill(title, 30), loc="left", pad=4)
+            axes.set_title(textwrap.fill(title, 26), loc="left", pad=4)
             axes.axhline(0, color=_INK, linewidth=0.8)
             axes.grid(axis="x", visible=False)
+            axes.set_axisbelow(True)
             if percent:
                 axes.set_ylabel("%")
         for axes in list(every):

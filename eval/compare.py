@@ -68,7 +68,9 @@ def win_rate(by_prompt: Mapping[Any, Sequence[float]]) -> Estimate:
     return replace(estimate, n=sum(len(p) for p in by_prompt.values()))
 
 
-def length_controlled_win_rate(preferences: ArrayLike, length_differences: ArrayLike) -> Estimate:
+def length_controlled_win_rate(
+    preferences: ArrayLike, length_differences: ArrayLike, *, n_resamples: int = 2000
+) -> Estimate:
     """Win rate at equal length (after Dubois et al. 2024, arXiv:2404.04475, without their prompt-difficulty term).
 
         logit P(model preferred) = theta + phi * tanh(dlen / sd(dlen)),    value = sigmoid(theta)
@@ -79,6 +81,7 @@ def length_controlled_win_rate(preferences: ArrayLike, length_differences: Array
     Args:
         preferences: one number in [0, 1] per prompt.
         length_differences: the model's length minus the other's, same unit throughout.
+        n_resamples: of the bootstrap over prompts.
 
     Raises:
         ValueError: lengths of the two differ, or a number is not finite.
@@ -94,7 +97,7 @@ def length_controlled_win_rate(preferences: ArrayLike, length_differences: Array
     controlled = (
         np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
     )  # nothing to control for
-    return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, controlled)
+    return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, controlled, n_resamples=n_resamples)
 
 
 def _win_rate_at_equal_length(preferences: NDArray, x: NDArray, axis: int) -> NDArray:

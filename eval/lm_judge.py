@@ -99,7 +99,7 @@ class LanguageModelJudge:
             if fits[i // 2]
             for letter in letters
         ]
-        nats = iter(scored_nats(model, rows, self.batch_size).reshape(-1, 2, 2) if rows else [])
+        nats = iter(scored_nats(model, rows, self.batch_size).reshape(-1, 2, 2).tolist() if rows else [])
         found = []
         for (ours, _), is_fit in zip(shared, fits, strict=True):
             if not is_fit:

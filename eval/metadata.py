@@ -1,13 +1,14 @@
 """Stage `metadata`: what people said of single completions: ratings from 1 to 7 and the flags of Table 3."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 from prefopt.evaluation.generate import read_jsonl
 from prefopt.evaluation.labels import check_labels
@@ -52,6 +53,10 @@ class MetadataArguments:
 def share(flags: Sequence[bool], n_clusters: int | None = None) -> Estimate:
     """How often a flag was set, with Wilson's interval (Wilson 1927, without continuity correction).
 
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),    z = 1.96
+
+    Here n counts prompts: labels that several people gave to one completion are not independent.
+
     Args:
         flags: one per label that counts.
         n_clusters: prompts they are of; default: one prompt per label.
@@ -62,9 +67,12 @@ def share(flags: Sequence[bool], n_clusters: int | None = None) -> Estimate:
     """
     if len(flags) == 0:
         return Estimate(np.nan, np.nan, np.nan, 0, 0)
-    interval = binomtest(int(sum(flags)), len(flags)).proportion_ci(0.95, method="wilson")
-    return Estimate(sum(flags) / len(flags), float(interval.low), float(interval.high), len(flags),
-                    len(flags) if n_clusters is None else n_clusters)  # fmt: skip
+    n = len(flags) if n_clusters is None else n_clusters
+    p, z = sum(flags) / len(flags), float(norm.ppf(0.975))
+    middle = p + z**2 / (2 * n)
+    reach = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * reach) / (1 + z**2 / n) for sign in (-1, 1))
+    return Estimate(p, max(0.0, low), min(1.0, high), len(flags), n)
 
 
 def counts_for(flag: str, prompt: Row, closed_domain: Sequence[str] = CLOSED_DOMAIN) -> bool:

@@ -41,12 +41,12 @@ def section(results: Mapping[str, Any]) -> str:
 
 def _strengths(measures: list[Mapping[str, Any]], data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     found = [(m, find(measures, "bradley_terry", m)) for m in model_names(results)]
-    found = sorted([(m, x) for m, x in found if x and x["value"] is not None], key=lambda f: -f[1]["value"])
+    found = [(m, x) for m, x in found if x and x["value"] is not None]
     if not found:
         return ""
-    models = [model for model, _ in found]
     plot = bars_plot([("strength (log-odds)", [(label(m), x) for m, x in found])], "strengths", percent=False)
-    matrix = data["matrix"]
+    found.sort(key=lambda model_and_strength: -model_and_strength[1]["value"])
+    models, matrix = [model for model, _ in found], data["matrix"]
     observed = {(p["model"], p["against"]): p for p in data["pairs"] if p["judge"] == data["main_judge"]}
     rows = ""
     for model, strength in found:

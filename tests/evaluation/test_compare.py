@@ -121,10 +121,10 @@ def test_length_controlled_win_rate_recovers_theta():
     theta, phi, covered, plain, controlled = 0.4, 1.5, 0, [], []
     for trial in range(200):
         rng = np.random.default_rng(trial)
-        difference = rng.normal(30, 40, size=250)
+        difference = rng.normal(30, 40, size=150)
         p = sigmoid(theta + phi * np.tanh(difference / difference.std()))
-        preferences = (rng.random(250) < p).astype(float)
-        estimate = length_controlled_win_rate(preferences, difference)
+        preferences = (rng.random(150) < p).astype(float)
+        estimate = length_controlled_win_rate(preferences, difference, n_resamples=400)
         covered += estimate.ci_low <= sigmoid(theta) <= estimate.ci_high
         plain.append(preferences.mean())
         controlled.append(estimate.value)

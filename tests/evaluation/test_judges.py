@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import binomtest
 from transformers import LlamaForCausalLM
 
 from prefopt.evaluation import judges, metadata
@@ -198,15 +199,19 @@ def test_the_template_is_checked_and_filled_once(tmp_path: Path):
 
 
 # ---- ratings and flags ----------------------------------------------------------------------------------------------
-def test_wilsons_interval():
-    """Wilson 1927, the formula as it stands."""
-    n, k, z = 25, 4, 1.959963984540054
-    p = k / n
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+@pytest.mark.parametrize(("k", "n"), [(4, 25), (0, 30), (30, 30), (1, 1)])
+def test_wilsons_interval_is_scipys(k, n):
+    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
     found = share([True] * k + [False] * (n - k))
-    assert (found.value, found.n) == (k / n, n)
-    assert (found.ci_low, found.ci_high) == pytest.approx((middle - reach, middle + reach), abs=1e-12)
+    assert (found.value, found.n, found.n_clusters) == (k / n, n, n)
+    assert (found.ci_low, found.ci_high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_two_labels_of_a_prompt_are_no_two_prompts():
+    expected = binomtest(4, 25).proportion_ci(0.95, method="wilson")
+    found = share([True] * 8 + [False] * 42, n_clusters=25)
+    assert (found.value, found.n, found.n_clusters) == (8 / 50, 50, 25)
+    assert (found.ci_low, found.ci_high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_denominators_are_the_papers():
