@@ -55,6 +55,10 @@ class ReportArguments:
             "help": "Name of an RL run and its folder with trainer_state.json, for the curves; default: models that have one."
         },
     )
+    report_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of results.json, report.html and report.md; default: output_dir."},
+    )
     sft_selection: str | None = field(
         default=None,
         metadata={"help": "JSON file of the SFT epochs and the chosen one, as `prefopt pipeline` writes it."},
@@ -70,23 +74,18 @@ def run(
     own: ReportArguments,
     *,
     wall_seconds: Mapping[str, float] | None = None,
-    notes: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Write results.json, report.html and report.md into the folder, and return the content of results.json.
+) -> Path:
+    """Write results.json, report.html and report.md, and return their folder.
 
     Args:
-        notes: why a stage was left out, or "failed: " and how it broke.
+        wall_seconds: of steps that the report shows instead of those of the evaluation.
     """
-    results = collect(run, args, own, wall_seconds=wall_seconds, notes=notes)
-    write_reports(results, run.folder)
-    return results
-
-
-def write_reports(results: Mapping[str, Any], folder: Path) -> None:
-    """results.json, report.html and report.md."""
+    folder = Path(own.report_dir) if own.report_dir else run.folder
+    results = collect(run, args, own, wall_seconds=wall_seconds)
     write_results(results, folder / "results.json")
     build_report(results, folder / "report.html")
     build_markdown(results, folder / "report.md")
+    return folder
 
 
 def collect(
@@ -95,9 +94,12 @@ def collect(
     own: ReportArguments,
     *,
     wall_seconds: Mapping[str, float] | None = None,
-    notes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json from the files of all stages that ran."""
+    """The content of results.json from the files of all stages that ran.
+
+    What `prefopt eval all` knows of them stands in stages/all.json: `seconds`, and `notes` on why one did not run.
+    """
+    every = (run.stage("all") or {"data": {}})["data"]
     measures: list[dict[str, Any]] = []
     stages: dict[str, Any] = {}
     for name in STAGES:
@@ -116,17 +118,20 @@ def collect(
         "models": list(args.models),
         "heldout_use_case": args.heldout_use_case,
         "prompts": max((len(rows) for rows in completions.values()), default=0),
+        "max_new_tokens": (stages.get("generate") or {}).get("settings", {}).get("max_new_tokens"),
+        "documents": (stages.get("tax") or {}).get("documents"),
+        "tasks": (stages.get("tax") or {}).get("tasks"),
         "seed": args.seed,
         "load_in_4bit": args.load_in_4bit,
     }
     return build_results(
         measures,
-        wall_seconds=wall_seconds,
+        wall_seconds=every.get("seconds") if wall_seconds is None else wall_seconds,
         settings=settings,
         samples=_samples(run, args, own, completions, judge),
         curves=_curves(args, own),
         stages=stages,
-        notes=notes,
+        notes={name: note for name, note in every.get("notes", {}).items() if run.stage(name) is None},
     )
 
 

@@ -169,11 +169,11 @@ def report(
     args: EvaluationArguments,
     given: Given,
     wall_seconds: dict[str, float] | None = None,
-    notes: dict[str, str] | None = None,
 ) -> None:
     """results.json, report.html and report.md from what the other stages found"""
-    report_stage.run(run, args, given[report_stage.ReportArguments], wall_seconds=wall_seconds, notes=notes)
-    print(f"report: {run.folder / 'report.html'}")
+    own = given[report_stage.ReportArguments]
+    folder = report_stage.run(run, args, own, wall_seconds=wall_seconds)
+    print(f"report: {folder / 'report.html'}")
 
 
 def everything(
@@ -185,12 +185,12 @@ def everything(
     """all stages whose data are given, then the report"""
     seconds, notes = {}, {}
     for name, work in STAGES.items():
+        run.forget_stage(name)  # an earlier result of a stage that does not run or breaks now would mislead
         if name == "bench" and not _benchmarks_are_named(given[bench.BenchArguments]):
             notes[name] = (
                 "no benchmarks were asked for; name some in `bench_tasks` (rows from the Hub) or in "
                 "`bench_data_files` (local files), or run `prefopt eval bench` for all"
             )
-            run.forget_stage(name)
             continue
         print(f"{name}: {work.__doc__}", flush=True)
         start = time.monotonic()
@@ -199,9 +199,9 @@ def everything(
         except Exception as error:  # one stage must not cost the reader the others
             logger.exception("stage %s failed", name)
             notes[name] = f"{FAILED}{type(error).__name__}: {error}"
-            run.forget_stage(name)
         seconds[name] = round(time.monotonic() - start, 2)
-    report(run, args, given, seconds if wall_seconds is None else wall_seconds, notes)
+        run.write_stage("all", [], {"seconds": seconds, "notes": notes})
+    report(run, args, given, wall_seconds)
     broken = [
         f"{name}: {note.removeprefix(FAILED)}" for name, note in notes.items() if note.startswith(FAILED)
     ]

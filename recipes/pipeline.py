@@ -16,12 +16,10 @@ from pathlib import Path
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.evaluation.evaluate_models import evaluate
 from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl, write_whole
-from prefopt.evaluation.report import build_report
-from prefopt.evaluation.results import write_results
 from prefopt.evaluation.reward import score_completions
-from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.evaluation.run import EvaluationRun
+from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.steps import Steps
 from prefopt.reward_checkpoints import load_reward_model
@@ -103,6 +101,7 @@ class Pipeline:
             prompts = world.prompts(split, getattr(args, f"{split}_prompts"))
             rows = [{"prompt": prompt, "use_case": world.use_case(prompt)} for prompt in prompts]
             write_jsonl(self.data / f"prompts_{split}.jsonl", rows)
+        write_jsonl(self.data / "tasks.jsonl", [asdict(task) for task in world.knowledge_tasks()])
         for split in ("sft", "tuning"):
             rows = world.demonstrations(split, getattr(args, f"{split}_prompts"))
             write_jsonl(self.data / f"demonstrations_{split}.jsonl", rows)
@@ -133,7 +132,8 @@ class Pipeline:
             rng = random.Random(f"{self.args.seed} {split} {group}")
             people = labelers(self.world, group)
             rows = [
-                rng.choice(people).label(row["prompt"], row["completions"]) | {"truncated": row["truncated"]}
+                rng.choice(people).label(row["prompt"], row["completions"])
+                | {"truncated": row["truncated"], "use_case": row["use_case"]}
                 for row in read_jsonl(self.data / f"samples_{split}.jsonl")
             ]
             write_jsonl(self.data / f"rankings_{split}_{group}_labelers.jsonl", rows)
@@ -203,53 +203,62 @@ class Pipeline:
 
     # ---- what came of it ----------------------------------------------------------------------------------------
     def evaluate(self) -> None:
-        prompts = read_jsonl(self.data / "prompts_test.jsonl")
-        rankings = {
-            f"{group}_labelers": [
-                row
-                for row in read_jsonl(self.data / f"rankings_test_{group}_labelers.jsonl")
-                if self.world.use_case(row["prompt"]) != self.world.held_out_use_case
-            ]
-            for group in ("train", "heldout")
-        }
-        results = evaluate(
-            {name: load_causal_lm(self.root / name) for name in MODELS},
-            prompts=[row["prompt"] for row in prompts],
-            use_cases=[row["use_case"] for row in prompts],
-            heldout_use_case=self.world.held_out_use_case,
-            gold=self.world.gold_reward,
-            corpus=[row["text"] for row in read_jsonl(self.data / "corpus_test.jsonl")],
-            tasks=[asdict(task) for task in self.world.knowledge_tasks()],
-            reward_model=load_reward_model(self.root / "reward"),
-            ranked_rows=rankings,
-            max_new_tokens=self.args.max_new_tokens,
-            batch_size=256,
-            seed=self.args.seed,
-            curves=self.curves(),
-            folder=self.root / "completions",
-            progress=lambda line: print(f"  {line}", flush=True),
-        )
-        write_results(results, self.root / "evaluation.json")
+        """Every stage of `prefopt eval`, between whose first two simulated labelers label what was generated."""
+        self.evaluation("generate")
+        self.label_completions()
+        self.evaluation("all")
 
-    def curves(self) -> dict:
-        """Training curves for the report: SFT epochs, and score and KL over the PPO steps."""
-        selection = json.loads((self.root / "sft_selection.json").read_text())
-        curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
-        for name in ("ppo", "ppo_ptx"):
-            history = json.loads((self.root / name / "trainer_state.json").read_text())["log_history"]
-            curves[name] = [
-                {**entry, "gold": entry["rewards/gold/mean"]}
-                for entry in history
-                if "rewards/gold/mean" in entry
-            ]
-        return curves
+    def evaluation(self, stage: str, wall_seconds: dict[str, float] | None = None) -> None:
+        """One stage, the gold reward being the world's."""
+        root, data = self.root, self.data
+        groups = ("train", "heldout")
+        keys = {
+            "output_dir": root / "evaluation",
+            "report_dir": root,
+            "models": json.dumps({name: str(root / name) for name in MODELS}),
+            "prompts": data / "prompts_test.jsonl",
+            "heldout_use_case": self.world.held_out_use_case,
+            "max_new_tokens": self.args.max_new_tokens,
+            "human_judgements": root / "evaluation" / "labels.jsonl",
+            "labeler_groups": json.dumps(
+                {
+                    f"{group}_labelers": [person.name for person in labelers(self.world, group)]
+                    for group in groups
+                }
+            ),
+            "reward_judge": root / "reward",
+            "reward_models": json.dumps({"reward_model": str(root / "reward")}),
+            "rankings": json.dumps(
+                {f"{g}_labelers": str(data / f"rankings_test_{g}_labelers.jsonl") for g in groups}
+            ),
+            "reward_demonstrations": data / "demonstrations_sft.jsonl",
+            "pretraining_text": data / "corpus_test.jsonl",
+            "heldout_tasks": data / "tasks.jsonl",
+            "sft_selection": root / "sft_selection.json",
+        }
+
+        def run(argv: list[str]) -> None:
+            evaluate.main([stage, *argv], gold=self.world.gold_reward, wall_seconds=wall_seconds)
+
+        self.step(run, "evaluate", **keys)
+
+    def label_completions(self) -> None:
+        """A labeler of each group ranks, rates and flags the models' samples of every held-out prompt."""
+        run = EvaluationRun(self.root / "evaluation")
+        drawn = {name: [row for row in run.completions(name) if row["sample"] == 0] for name in MODELS}
+        rng = random.Random(f"{self.args.seed} evaluation")
+        people = [labelers(self.world, group) for group in ("train", "heldout")]
+        rows = []
+        for answers in zip(*drawn.values(), strict=True):
+            prompt, texts = answers[0]["prompt"], [answer["completion"] for answer in answers]
+            for group in people:
+                label = rng.choice(group).label(prompt, texts)
+                rows.append({"id": answers[0]["id"], "models": list(drawn), **label})
+        write_jsonl(run.folder / "labels.jsonl", rows)
 
     def report(self, wall_seconds: dict[str, float]) -> None:
         """Written on every run, so that the wall time of the evaluation itself is in it."""
-        results = json.loads((self.root / "evaluation.json").read_text())
-        results["wall_seconds"] = wall_seconds
-        write_results(results, self.root / "results.json")
-        build_report(results, self.root / "report.html")
+        self.evaluation("report", wall_seconds)
 
 
 def load_causal_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

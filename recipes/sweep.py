@@ -184,13 +184,13 @@ class Sweep:
 def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:
     """The pipeline that a folder is of, with its seed and lengths, and which run of its steps made the inputs."""
     markers = {name: folder / "steps" / f"{name}.json" for name in (*INPUTS, "evaluate")}
-    missing = [path for path in (*markers.values(), folder / "evaluation.json") if not path.is_file()]
+    missing = [path for path in (*markers.values(), folder / "results.json") if not path.is_file()]
     if missing:
         raise UserError(
             f"run_dir: {folder} is not a finished pipeline run ({missing[0]} is missing); run `prefopt pipeline "
             f"--output_dir {folder}` first"
         )
-    settings = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["settings"]
+    settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
     args = PipelineArguments(
         output_dir=str(folder), seed=settings["seed"], max_new_tokens=settings["max_new_tokens"]
     )
