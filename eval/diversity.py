@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.samples import measured_samples
