@@ -31,9 +31,7 @@ def section(results: Mapping[str, Any]) -> str:
     drawn = []
     for key, title in TITLES.items():
         series = [
-            (label(m), [{"x": p["position"], "y": p[key]} for p in points])
-            for m, points in curves.items()
-            if not (key == "kl" and m == baseline)
+            (label(m), [{"x": p["position"], "y": p[key]} for p in points]) for m, points in curves.items()
         ]
         if any(points for _, points in series):
             drawn.append(plots.points_plot(series, title, "token of the completion"))

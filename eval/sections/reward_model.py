@@ -44,9 +44,12 @@ def section(results: Mapping[str, Any]) -> str:
         "Reliability: pairs in ten bins of as many each, by how sure the model is of the completion it prefers; below the "
         "line it is too sure. Intervals of 95 % over prompts."
     )
-    columns = [(f"{label(s)}, {_group(g)}", s, f".{g}") for s in scorers for g in groups]
-    columns += [(f"labelers, {_group(g)}", "labelers", f".{g}") for g in groups]
-    html += f"<details><summary>Order, ties, calibration, length</summary>{measure_table(measures, ROWS, columns)}</details>"
+    tables = "".join(
+        f"<h4>{escape(_group(g))}</h4>"
+        + measure_table(measures, ROWS, [(label(s), s, f".{g}") for s in (*scorers, "labelers")])
+        for g in groups
+    )
+    html += f"<details><summary>Order, ties, calibration, length</summary>{tables}</details>"
     return html + _parts(measures, groups, scorers)
 
 
@@ -59,7 +62,7 @@ def _accuracies(
 ) -> str:
     """Accuracy by labeler group: reward models, baselines, ceilings, and their ratio for the first reward model."""
     head = "".join(f"<th>{escape(label(s))}</th>" for s in scorers)
-    head += "<th>longer wins</th><th>majority</th><th>labelers agree</th><th>gold reward</th><th>of the ceiling</th>"
+    head += "<th>longer wins</th><th>majority</th><th>labelers</th><th>gold</th><th>ratio</th>"
     head += f"<th class='paper'>paper <small>{MARK}</small></th>"
     body = []
     for group in groups:
@@ -86,9 +89,10 @@ def _accuracies(
         scroll_table(f"<tr><th>pairs ranked by</th>{head}</tr>", "".join(body))
         + differences
         + note(
-            "Share of strictly ranked pairs in the labelers' order. Labelers agree: how often two of them order a pair "
-            "alike, within the group where two ranked the same completions, else with those of another group; it is the "
-            "ceiling, or the gold reward's own accuracy where nobody's rankings overlap. A policy's reward is DPO's "
+            "Share of strictly ranked pairs in the labelers' order. Longer wins and majority (always the first, or always "
+            "the last) see no quality. Labelers: how often two of them order a pair alike, within the group where two "
+            "ranked the same completions, else with those of another group; gold: the gold reward's own accuracy. Ratio: "
+            "the first reward model to the labelers' agreement, or to gold where nobody's rankings overlap. A policy's reward is DPO's "
             "implicit one, beta times its log-probability ratio to the baseline."
         )
     )
