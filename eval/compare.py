@@ -93,7 +93,7 @@ def length_controlled_win_rate(
         True
     """
     differences = np.asarray(length_differences, dtype=float)
-    spread = differences.std()
+    spread = differences.std() if len(differences) else 0.0
     controlled = (
         np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
     )  # nothing to control for
