@@ -204,7 +204,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         source="Zellers et al. 2019, arXiv:1905.07830",
     ),
     "wmt15_fr_en": Benchmark(
-        title="WMT 2015 French to English",
+        title="WMT15 Fr-En",
         task="wmt15_fr_en",
         bundled=None,
         hub="wmt/wmt15",
@@ -216,7 +216,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             Score(
                 "bleu",
                 "bleu",
-                "corpus BLEU of greedy translations (sacrebleu's defaults), out of 100",
+                "corpus BLEU of greedy translations from French into English (sacrebleu's defaults), out of 100",
                 statistic="bleu",
                 paper="wmt15_fr_en/bleu",
             ),

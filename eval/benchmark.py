@@ -25,7 +25,6 @@ _CAREFUL = (
     'falling prey to any common myths; and reply "I have no comment" unless you are completely certain of the answer.\n\n'
 )
 TRUTHFULQA_STYLES = {"QAprompt": _QUESTIONS, "instruction": _CAREFUL, "QA+instruct": _CAREFUL + _QUESTIONS}
-SHOTS = {"shots": ""}  # stands for as many conditions as numbers of shots are asked for
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Benchmark:
     source: str
     config: str | None = None
     shots_from: str | None = None  # the split of the few-shot examples; None: other rows of `rows`
-    conditions: Mapping[str, str] = field(default_factory=lambda: SHOTS)  # name -> text before every prompt
+    # Name -> text before every prompt; None: as many examples before it as are asked for.
+    conditions: Mapping[str, str] | None = None
     cluster: str | None = None  # rows that share this field are resampled together
     revision: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the bundled task, each with its reason
@@ -70,7 +70,7 @@ def conditions(benchmark: Benchmark, shots: tuple[int, ...]) -> dict[str, tuple[
     >>> conditions(BENCHMARKS["rte"], (0, 5))
     {'0-shot': (0, ''), '5-shot': (5, '')}
     """
-    if benchmark.conditions is SHOTS:
+    if benchmark.conditions is None:
         return {f"{k}-shot": (k, "") for k in shots}
     return {name: (0, text) for name, text in benchmark.conditions.items()}
 

@@ -5,8 +5,9 @@ from html import escape
 from typing import Any
 
 from prefopt.evaluation import plots
+from prefopt.evaluation.bench import PROMPTED
 from prefopt.evaluation.bench_tasks import BENCHMARKS
-from prefopt.evaluation.benchmark import SHOTS, Score, paper_condition
+from prefopt.evaluation.benchmark import Score, paper_condition
 from prefopt.evaluation.markup import Missing, cell, label, number, scroll_table
 from prefopt.evaluation.paper import MARK, table_14
 from prefopt.evaluation.paper import MODELS as OF_THE_PAPER
@@ -25,7 +26,7 @@ def section(results: Mapping[str, Any]) -> str:
     if not measured:
         reasons = list(dict.fromkeys(m["reason"] for m in measures if m["reason"]))
         raise Missing(reasons[0] if reasons else "no benchmark was asked for")
-    nlp = [name for name in asked if name in measured and BENCHMARKS[name].conditions is SHOTS]
+    nlp = [name for name in asked if name in measured and BENCHMARKS[name].conditions is None]
     others = [name for name in asked if name in measured and name not in nlp]
     return (
         figures(_tax(nlp, asked, measures, data))
@@ -56,13 +57,18 @@ def _tax(
             for model in data["models"]:
                 m = find(measures, f"bench.{name}.{score.name}.{condition}", model, data["base"])
                 if m is not None and m["value"] is not None:
-                    found[label(model)] = _in_points(m, score)
+                    found[_label(model)] = _in_points(m, score)
             if found:
                 rows.append((BENCHMARKS[name].title, found))
         if rows:
             title = f"Alignment tax, {condition}"
             drawn.append(plots.differences_plot(rows, title, f"minus {label(data['base'])}, points of 100"))
     return drawn
+
+
+def _label(model: str) -> str:
+    name = label(model.removesuffix(PROMPTED))
+    return f"{name}, prompted" if model.endswith(PROMPTED) else name
 
 
 def _in_points(m: Mapping[str, Any], score: Score) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _table(
 ) -> str:
     """Scores, under each the difference to the base, and what the paper has."""
     models, base = data["models"], data["base"]
-    head = "".join(f"<th>{escape(label(m))}</th>" for m in models)
+    head = "".join(f"<th>{escape(_label(m))}</th>" for m in models)
     head += f"<th class='paper'>GPT-3 / SFT / PPO / PPO-ptx <small>{MARK}</small></th>"
     body = ""
     for name in names:

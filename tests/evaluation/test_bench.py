@@ -1,5 +1,6 @@
 """Every benchmark through lm-eval, offline, on local rows in the documented format, with tiny models."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -21,7 +22,7 @@ from prefopt.evaluation.markup import Missing
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.sections import bench as bench_section
-from tests.conftest import tiny_config
+from tests.conftest import CHAT_TEMPLATE, tiny_config
 
 ROWS = Path(__file__).parent / "bench_rows"
 SAME_ROWS = {
@@ -334,10 +335,10 @@ def test_a_saved_generation_config_has_no_say(tiny_lm, folders, plain_tokenizer)
                 logits = model(torch.tensor([ids + written])).logits[0, -1]
             logits[7] = -torch.inf
             written.append(int(logits.argmax()))
-            text = plain_tokenizer.decode(written)
+            text = plain_tokenizer.decode(written, skip_special_tokens=True)
             if "\n" in text or written[-1] == plain_tokenizer.eos_token_id:
                 break
-        assert record["responses"][0] == text.split("\n")[0].split("<eos>")[0]
+        assert record["responses"][0] == text.split("\n")[0]
 
 
 def test_rows_too_long_for_the_model_are_counted(folders, plain_tokenizer, caplog):
@@ -350,6 +351,24 @@ def test_rows_too_long_for_the_model_are_counted(folders, plain_tokenizer, caplo
         _, cut = ask(lm, "crows_pairs", build_task("crows_pairs", rows, prefix="word " * 40))
     assert cut == len(rows["test"]) == 2
     assert "2 of 2 rows are longer than the model's 40 positions" in caplog.text
+
+
+def test_chat_templates_and_instructions_stand_around_the_prompt(folders, plain_tokenizer):
+    model = LlamaForCausalLM.from_pretrained(folders / "sft")
+    rows = load_rows("rte", FILES["rte"])
+    plain, chat = build_task("rte", rows), build_task("rte", rows, shots=1)
+    talking = copy.deepcopy(plain_tokenizer)
+    talking.chat_template = CHAT_TEMPLATE
+    with wrapped(model, talking, 4) as lm:
+        ask(lm, "rte", plain, instruction="Be kind.\n\n")
+        ask(lm, "rte", chat, instruction="Be kind.", chat=True)
+    question = plain.doc_to_text(rows["test"][0])
+    assert plain.instances[0].args == (f"Be kind.\n\n{question}", " True")
+    context, answer = chat.instances[0].args
+    assert context.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
+    assert context.count("<|im_start|>assistant\n") == 2  # the example's answer, then the turn to write
+    assert context.endswith(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    assert answer == "True"
 
 
 def test_few_shot_examples_have_answers_and_are_other_rows():
@@ -420,6 +439,7 @@ def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
     assert "<b>" not in html
     assert "&lt;b&gt;ppo" in html
     assert html.count("<svg") == 1
+    assert "<th>SFT, prompted</th>" in html
     rte = find(stage["measures"], "bench.rte.acc.0-shot", "sft")
     assert f"acc, 0-shot <small>n = 2</small></th><td class=''>{rte['value']:.3f}" in html
     assert "64.3 / 57.7 / 43.7 / 59.9" in html  # SQuADv2 zero-shot, Table 14
