@@ -76,7 +76,12 @@ def _models(points: Mapping[str, Mapping[str, Any]]) -> str | None:
     series: list[tuple[str, Sequence[Mapping[str, Any]]]] = []
     for name, title in NAMES.items():
         drawn = sorted(
-            ({**_point(p, name), "label": label(m)} for m, p in known.items() if p.get(name) is not None),
+            (
+                # one label serves both points of a model, which stand above one another
+                {**_point(p, name), "label": label(m) if name == "proxy" else ""}
+                for m, p in known.items()
+                if p.get(name) is not None
+            ),
             key=lambda p: p["x"],
         )
         if len(drawn) > 1:
