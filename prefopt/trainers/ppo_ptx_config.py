@@ -1,10 +1,11 @@
 """Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
 
-import os
 from dataclasses import dataclass, field, fields
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
+
+from prefopt.trainers.sharding import is_asked_for
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
 HONOURED = frozenset(
@@ -103,7 +104,7 @@ REFUSED = {
 }
 
 
-# What shards parameters: (how `accelerate launch` says it, the argument that does) -> why not.
+# Why parameters cannot be sharded over processes.
 SHARDING = {
     (
         "ACCELERATE_USE_DEEPSPEED",
@@ -309,8 +310,8 @@ class PPOPtxConfig(GRPOConfig):
             )
 
     def _refuse_options(self) -> None:
-        for (variable, name), sentence in SHARDING.items():
-            if os.environ.get(variable, "false").lower() == "true" or getattr(self, name):
+        for engine, sentence in SHARDING.items():
+            if is_asked_for(engine, self):
                 raise ValueError(
                     f"{sentence}: launch with recipes/accelerate/ddp.yaml; a model too large for one GPU as a whole fits "
                     "with load_in_4bit and use_peft, its four roles on one base"

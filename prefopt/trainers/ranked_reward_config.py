@@ -6,6 +6,7 @@ from trl import RewardConfig
 
 from prefopt.trainers.ranked import RankedOptions, bf16_by_default, check_ranked_options
 from prefopt.trainers.ranked_options import refuse_options
+from prefopt.trainers.sharding import is_asked_for
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONOURED = {
@@ -78,5 +79,11 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)
+        if is_asked_for("deepspeed", self):
+            raise ValueError(
+                "DeepSpeed is not supported for reward models: it keeps all weights in one dtype and leaves a process a "
+                "part of each, where the head is to be drawn whole and kept in fp32; launch with "
+                "recipes/accelerate/fsdp2.yaml, which shards as much"
+            )
         check_ranked_options(self, [self.loss_type])
         super().__post_init__()

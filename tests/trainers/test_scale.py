@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -16,6 +18,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTr
 from prefopt.reward_checkpoints import save_reward_model
 from prefopt.shared_base import keep_head_fp32, set_reward_bias
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("scale_worker.py")
@@ -153,22 +156,39 @@ def test_configs_are_read_by_accelerate(file, kind):
 
 
 @pytest.mark.parametrize(
-    ("variable", "option", "sentence"),
+    ("config", "variable", "options", "sentence"),
     [
-        ("ACCELERATE_USE_FSDP", {"fsdp": True}, "need whole parameters.*ddp.yaml"),
+        (PPOPtxConfig, "ACCELERATE_USE_FSDP", {"fsdp": "full_shard"}, "need whole parameters.*ddp.yaml"),
         (
+            PPOPtxConfig,
             "ACCELERATE_USE_DEEPSPEED",
-            {"deepspeed": {}},
-            "an optimizer step with each backward pass.*ddp.yaml",
+            {"deepspeed": "zero3.json"},
+            "each backward pass.*ddp.yaml",
+        ),
+        (
+            RankedRewardConfig,
+            "ACCELERATE_USE_DEEPSPEED",
+            {"deepspeed": "zero3.json"},
+            "one dtype.*fsdp2.yaml",
         ),
     ],
 )
-def test_ppo_refuses_sharding_before_anything_is_loaded(variable, option, sentence, monkeypatch, tmp_path):
-    if "fsdp" in option:
-        with pytest.raises(ValueError, match=sentence):
-            PPOPtxConfig(str(tmp_path), use_cpu=True, **option)
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
+    config, variable, options, sentence, monkeypatch, tmp_path
+):
+    with pytest.raises(ValueError, match=sentence):
+        config(str(tmp_path), use_cpu=True, **options)
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=sentence):
-        PPOPtxConfig(str(tmp_path), use_cpu=True)
+        config(str(tmp_path), use_cpu=True)
     monkeypatch.setenv(variable, "false")
-    PPOPtxConfig(str(tmp_path), use_cpu=True)
+    config(str(tmp_path), use_cpu=True)
+
+
+def test_deepspeed_takes_an_optimizer_step_with_each_backward_pass():
+    """Accelerate's wrapper of its engine does; PPO-ptx has a backward pass each for policy, values and pretraining."""
+    engine = Mock()
+    wrapper = DeepSpeedEngineWrapper(engine)
+    for _ in range(3):
+        wrapper.backward(torch.zeros(()))
+    assert engine.step.call_count == 3
