@@ -106,16 +106,10 @@ REFUSED = {
 
 # Why parameters cannot be sharded over processes.
 SHARDING = {
-    (
-        "ACCELERATE_USE_DEEPSPEED",
-        "deepspeed",
-    ): "DeepSpeed takes an optimizer step with each backward pass, of which a "
-    "step of PPO-ptx has three (policy, value function, pretraining)",
-    (
-        "ACCELERATE_USE_FSDP",
-        "fsdp",
-    ): "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx "
-    "need whole parameters, and FSDP leaves a process a part of each",
+    "deepspeed": "DeepSpeed takes an optimizer step with each backward pass, of which a step of PPO-ptx has three (policy, "
+    "value function, pretraining)",
+    "fsdp": "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx need whole parameters, and "
+    "FSDP leaves a process a part of each",
 }
 
 
