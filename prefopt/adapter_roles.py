@@ -60,6 +60,11 @@ class AdapterScorer(nn.Module):
         self._model = [model]  # in a list: the base is not part of this module
         self.adapter, self.score, self.config, self.peft_config = adapter, score.float(), config, peft_config
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The transformer below the head, which is the shared one."""
+        return backbone(self._model[0])
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make this role's adapter the active one, and its weights the ones that take gradients."""
@@ -83,7 +88,7 @@ class AdapterScorer(nn.Module):
     ) -> SequenceClassifierOutputWithPast:
         """Logits `[N, T, 1]`: the head's output at every position, no pooling."""
         with self.active():
-            hidden_states = backbone(self._model[0])(
+            hidden_states = self.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,

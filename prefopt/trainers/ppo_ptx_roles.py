@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 from prefopt.adapter_roles import AdapterScorer, load_scorer, why_not_shared
 from prefopt.reward_checkpoints import is_adapter, load_reward_model, saved_config
 from prefopt.shared_base import sequence_scores, token_scores
+from prefopt.trainers.last_layer import last_mlp_at
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ def score_ids(
         for start in range(0, len(sequences), batch_size):
             rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
             ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
-            scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
+            shortest = min(map(len, rows))  # a reward token may be appended to all of them
+            with last_mlp_at(model, shortest - 1, ids.size(1) + 1):
+                scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
     return scores
 
 

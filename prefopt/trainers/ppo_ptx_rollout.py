@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from prefopt.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewards, masked_whiten
+from prefopt.trainers.last_layer import last_mlp_at
 from prefopt.trainers.lm_heads import fp32_output, token_logps
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
 
@@ -35,14 +36,18 @@ class RolloutMixin:
         with self.value_function.reading(), self.accelerator.autocast():
             for batch in zip(input_ids.split(size), attention_mask.split(size), strict=True):
                 padding = self._common_padding(batch[1])
-                of_batch = token_logps(
-                    model,
-                    *(x[:, : x.size(1) - padding] for x in batch),
-                    logits_to_keep - padding,
-                    temperature=self.temperature,
-                    cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
-                    compute_entropy=compute_entropy,
-                )
+                ids, mask = (x[:, : x.size(1) - padding] for x in batch)
+                length = logits_to_keep - padding
+                with last_mlp_at(model, ids.size(1) - length - 1, ids.size(1) - 1):
+                    of_batch = token_logps(
+                        model,
+                        ids,
+                        mask,
+                        length,
+                        temperature=self.temperature,
+                        cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32,
+                        compute_entropy=compute_entropy,
+                    )
                 logps.append(F.pad(of_batch[0], (0, padding)))
                 if compute_entropy:
                     entropies.append(F.pad(of_batch[1], (0, padding)))
@@ -58,8 +63,10 @@ class RolloutMixin:
                 ids.split(size or len(ids)), attention_mask.split(size or len(ids)), strict=True
             ):
                 padding = self._common_padding(batch[1])
-                batch = (x[:, : x.size(1) - padding] for x in batch)
-                values.append(F.pad(self.value_function(*batch, length - padding), (0, padding)))
+                x, mask = (x[:, : x.size(1) - padding] for x in batch)
+                with last_mlp_at(self.value_function.module, x.size(1) - length + padding - 1, x.size(1) - 1):
+                    of_batch = self.value_function(x, mask, length - padding)
+                values.append(F.pad(of_batch, (0, padding)))
         return torch.cat(values)
 
     def _common_padding(self, attention_mask: Tensor) -> int:

@@ -125,7 +125,7 @@ def answer(channel: TextIO, **values: Any) -> None:
 
 
 def common_settings(options: dict[str, Any], folder: Path, side: str) -> dict[str, Any]:
-    """Arguments that mean the same in both configurations.
+    """Arguments that mean the same in both configurations; the optimizer is the default of both, AdamW (fused).
 
     A minibatch is one micro-batch: with gradient accumulation TRL 1.12 takes one optimizer step per inner epoch,
     whatever `num_mini_batches` says.
@@ -138,7 +138,6 @@ def common_settings(options: dict[str, Any], folder: Path, side: str) -> dict[st
         "temperature": 1.0,
         "learning_rate": options["learning_rate"],
         "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
         "adam_beta2": 0.95,
         "weight_decay": 0.0,
         "kl_coef": options["kl_coef"],

@@ -1,0 +1,55 @@
+"""The last decoder layer's MLP at the positions that are read, and at no others."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn import functional as F
+
+from prefopt.prefix_sharing import backbone
+
+
+@contextmanager
+def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
+    """Inside, a forward whose hidden states are read at the positions `first` to `end - 1` alone does no more MLP.
+
+    No attention follows the last layer's MLP: what it gives at one position reaches the last hidden state of that
+    position and no other. At the other positions, prompts above all, it gives 0 here, so that their last hidden states
+    are wrong and those that are read are the same. One MLP of one layer is little in a deep model, much in a small one.
+
+    Nothing happens where the last layer is not `layers[-1]` of the backbone or has no `mlp`, nor with gradient
+    checkpointing, whose second forward comes after this context.
+
+    Args:
+        model: a causal language model or a sequence classifier, wrapped or not.
+        first, end: columns of the model's input `[B, T]`; `end` may lie beyond it.
+    """
+    trunk = backbone(model)
+    layers = getattr(trunk, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
+    if not isinstance(mlp, nn.Module) or getattr(trunk, "is_activation_checkpointing", False):
+        yield
+        return
+    widths: list[int] = []  # of the input that is under way
+
+    def cut(module: nn.Module, args: tuple) -> tuple | None:
+        if not args:
+            return None
+        widths.append(args[0].size(1))
+        return args[0][:, first:end], *args[1:]
+
+    def pad(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not widths:
+            return output
+        padding = (0, 0, first, max(0, widths.pop() - end))
+        if isinstance(output, tuple):  # of experts, with what their router said
+            return F.pad(output[0], padding), *output[1:]
+        return F.pad(output, padding)
+
+    handles = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(pad)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
