@@ -190,7 +190,8 @@ def ask(
     samples = found["samples"][task.task_name]
     samples = [s for s in samples if s["filter"] == samples[0]["filter"]]
     samples.sort(key=lambda sample: sample["doc_id"])
-    room = lm.max_length - (min(wanted, lm.max_length // 2) if generates else 0)
+    # Of a likelihood the last token is predicted only; a generation needs room for what is to come.
+    room = lm.max_length - min(wanted, lm.max_length // 2) if generates else lm.max_length + 1
     cut = sum(_tokens(lm, sample, generates) > room for sample in samples)
     if cut:
         logger.warning(
@@ -224,9 +225,9 @@ def _record(benchmark: Benchmark, sample: Mapping[str, Any], generates: bool) ->
 
 
 def _tokens(lm: Any, sample: Mapping[str, Any], generates: bool) -> int:
-    """Tokens of the longest text that the model has to read for a row."""
+    """Tokens of the longest text of a row; a likelihood without a context has a start token in its place."""
     longest = max((c if generates else c + t for c, t in sample["arguments"]), key=len)
-    return len(lm.tok_encode(longest))
+    return len(lm.tok_encode(longest)) + (not generates and not sample["arguments"][0][0])
 
 
 @contextmanager
