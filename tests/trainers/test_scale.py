@@ -93,6 +93,7 @@ def assert_equal(kind, one, two):
         assert difference < 1e-5, (kind, name)
 
 
+@pytest.mark.timeout(900)
 def test_ddp_equals_one_process(models):
     """Reward model, DPO and PPO-ptx, whose four roles are adapters on one base, the value function's included."""
     for kind, one, two in results(models, "ddp.yaml", ["reward-lora", "dpo-full", "ppo-shared"]):
@@ -104,8 +105,9 @@ def test_ddp_equals_one_process(models):
             assert all(log["grad_norm/value"] > 0 for log in one["logs"] if "grad_norm/value" in log)
 
 
+@pytest.mark.timeout(900)
 def test_fsdp2_equals_one_process_and_saves_whole_models(models):
-    """Also where one process shares prefixes from its first batch on and the other does not; and resumed."""
+    """Reward model and DPO, full and LoRA; a reward model also resumed."""
     kinds = ["reward-full-resumed", "reward-lora", "dpo-full", "dpo-lora"]
     for kind, one, two in results(models, "fsdp2.yaml", kinds):
         assert two["state"]["type"] == "FSDP"
@@ -125,6 +127,7 @@ def test_fsdp2_equals_one_process_and_saves_whole_models(models):
             assert (whole[name] - weight).abs().max().item() < 1e-5, (kind, name)
 
 
+@pytest.mark.timeout(900)
 def test_recipes_run_under_accelerate_launch(models):
     """As the README says it, on CPUs."""
     with open(models / "rows.jsonl", "w") as file:
