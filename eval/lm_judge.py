@@ -35,7 +35,7 @@ class LanguageModelJudge:
         state: what the verdicts depend on besides the question and the completions: the model.
 
     Raises:
-        ValueError: the template lacks one of the three places.
+        ValueError: the template lacks one of the three places, or the tokenizer writes A and B alike.
     """
 
     def __init__(
@@ -84,6 +84,10 @@ class LanguageModelJudge:
             tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"]
             for letter in "AB"
         ]
+        if not all(letters) or letters[0] == letters[1]:
+            raise ValueError(
+                "the judge's tokenizer does not tell A from B; choose a model that knows letters"
+            )
         questions = []
         for ours, theirs in shared:
             for first, second in ((ours, theirs), (theirs, ours)):

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import binomtest
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.evaluation import judges, metadata
 from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
@@ -190,6 +192,15 @@ def test_a_question_beyond_the_context_is_left_out_and_counted(tokenizer, tmp_pa
     rows = {"sft": answers("a", "the cat sat on the mat " * 20), "ppo": answers("b", "b")}
     assert [r["id"] for r in judge.judgements(rows, [("ppo", "sft")])] == [0]
     assert judge.too_long == 1
+
+
+def test_a_judge_that_cannot_write_its_verdict_is_refused(tokenizer, tmp_path: Path):
+    judge, _ = lm_judge(tokenizer, tmp_path, lambda text: "A")
+    model, _ = judge.load()
+    words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
+    judge.load = lambda: (model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="does not tell A from B"):
+        judge.judgements({"sft": answers("a"), "ppo": answers("b")}, [("ppo", "sft")])
 
 
 def test_the_template_is_checked_and_filled_once(tmp_path: Path):
