@@ -66,6 +66,8 @@ def _lights(results: Results) -> list[str]:
 
 
 def _light(answer: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    if answer.get("tally"):
+        return answer["tally"]
     if answer["value"] is None:
         return f"({answer['reason']})" if answer["reason"] else ""
     signed = answer["state"] != "baseline" and not row["measure"].startswith("winrate")

@@ -54,6 +54,8 @@ def _cell(light: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         if light.get("ci_low") is not None and light.get("ci_high") is not None:
             small += f"<br>{number(light['ci_low'], decimals)} to {number(light['ci_high'], decimals)}"
         small = f"<small>{small}</small>"
+    elif light.get("tally"):
+        small = f"<small>{escape(light['tally'])}</small>"
     return f"<td{title}><span class='light {state}'>{SIGNS[state]}</span>{small}</td>"
 
 

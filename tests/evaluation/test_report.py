@@ -215,3 +215,54 @@ def test_verdict(results):
         if m["against"] == "ppo":
             m.update(ci_low=-0.2, ci_high=0.1)
     assert "whether PPO-ptx or PPO forgets more of the pretraining text cannot be told" in verdict(results)
+
+
+def row(results, question):
+    return next(light for light in lights(results) if light["question"].startswith(question))
+
+
+def test_lights_follow_the_intervals(results):
+    found = row(results, "Preferred to SFT?")
+    states = {model: light["state"] for model, light in found["models"].items()}
+    assert states == {"sft": "baseline", "ppo": "unclear", "ppo_ptx": "better", "dpo": "worse"}
+    assert found["models"]["dpo"]["value"] == 0.44
+    assert found["paper"] == "PPO 0.69, PPO-ptx 0.71"
+    for value, state in ((-0.1, "better"), (0.1, "worse"), (0.01, "unclear")):  # fewer bits are better
+        tax = measure("pretraining_bits_per_byte", "ppo", estimate(value), against="sft")
+        light = row({"measures": [tax]}, "Still predicts")["models"]["ppo"]
+        assert (light["state"], light["value"]) == (state, value)
+
+
+def test_lights_tell_why_there_is_no_number(results):
+    light = row(results, "Still predicts")["models"]["ppo"]
+    assert (light["state"], light["value"]) == ("skipped", None)
+    assert "prefopt eval tax" in light["reason"]
+    results["notes"] = {"tax": "failed: it broke"}
+    assert row(results, "Still predicts")["models"]["ppo"]["state"] == "failed"
+    reason = "no held-out text"
+    results["measures"].append(
+        measure("pretraining_bits_per_byte", "ppo", None, against="sft", reason=reason)
+    )
+    assert row(results, "Still predicts")["models"]["ppo"]["reason"] == reason
+
+
+def test_of_several_benchmarks_one_that_is_worse_makes_the_light(results, tmp_path):
+    results["stages"] = {"bench": {"base": "base"}}
+    results["settings"] |= {"models": ["base", "sft", "ppo"], "baseline": "sft"}
+    for task, value in (("rte", 0.1), ("sst", 0.0), ("squadv2", 0.3), ("drop", -0.1)):
+        m = measure("bench.rte.acc.0-shot", "sft", estimate(value), against="base")
+        results["measures"].append({**m, "name": f"bench.{task}.acc.0-shot"})
+    found = row(results, "Public benchmarks")["models"]
+    assert found["sft"]["state"] == "worse"
+    assert found["sft"]["tally"] == "of 4: 2 better, 1 worse"
+    assert found["base"]["state"] == "baseline"
+    results["measures"] = [m for m in results["measures"] if "drop" not in m["name"]]
+    assert row(results, "Public benchmarks")["models"]["sft"]["state"] == "better"
+    assert "of 3: 2 better, 0 worse" in page_of(results, tmp_path)[1].text
+
+
+def test_the_papers_values_are_marked_as_such(results, tmp_path):
+    html, page = page_of(results, tmp_path)
+    assert "175B, different data" in page.text
+    assert "PPO 0.69, PPO-ptx 0.71" in page.text
+    assert "<td class='paper'>" in html
