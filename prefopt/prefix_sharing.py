@@ -149,7 +149,9 @@ def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The transformer below the head, inside wrappers (data parallel, PEFT)."""
-    return _unwrapped(model).base_model
+    transformer = _unwrapped(model).base_model
+    # OPT's language model calls the decoder inside it, which is all there is.
+    return transformer.decoder if transformer.config.model_type == "opt" else transformer
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:

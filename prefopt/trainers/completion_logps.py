@@ -3,10 +3,11 @@
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prefopt.prefix_sharing import sharing
-from prefopt.trainers.lm_heads import reading_positions
+from prefopt.trainers.lm_heads import has_many_logits, reading_positions
 from prefopt.trainers.ranked_forward import Rows
 
 TOKEN_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -19,7 +20,8 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
 
     The head sees the positions that predict a completion's token and no others, so neither the logits `[N, T, V]`
     exist nor is a prompt's token projected. The first token of a completion is predicted by the last of its prompt,
-    which may stand in the shared prefix.
+    which may stand in the shared prefix. Few logits (`DENSE_LOGITS`) are computed once; of more, the fused head computes
+    tiles, and again in the backward pass.
 
     Args:
         model: a causal language model with TRL's `add_fused_lm_head`, wrapped or not.
@@ -40,8 +42,11 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
         inputs = {"input_ids": rows.packed.input_ids, "position_ids": rows.packed.position_ids}
 
     shared = nullcontext() if rows.packed is None else sharing(model, rows.packed)
+    is_fused = has_many_logits(model, len(read))
+    head = {"shift_labels": labels[None], "fused_lm_head": True} if is_fused else {}
     with reading_positions(model, read), shared:
-        output = model(**inputs, shift_labels=labels[None], fused_lm_head=True, use_cache=False, **kwargs)
+        output = model(**inputs, **head, use_cache=False, **kwargs)
+    found = output if is_fused else _statistics(output.logits, labels[None])
 
     def sums(per_token: Tensor) -> Tensor:
         # In rows, whose `sum` adds in a tree: one token after the other would lose digits of long completions.
@@ -50,5 +55,19 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
         where = (row.to(per_token.device), position.to(per_token.device))
         return in_rows.index_put(where, per_token).sum(1)
 
-    statistics = {name: output[name] for name in TOKEN_STATISTICS if output.get(name) is not None}
+    statistics = {name: found[name] for name in TOKEN_STATISTICS if found.get(name) is not None}
     return {name: sums(values) for name, values in statistics.items()}, output
+
+
+def _statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The fused head's `TOKEN_STATISTICS` from logits; only log-probabilities have a gradient."""
+    labels = labels.to(logits.device)
+    log_probs = logits.float().log_softmax(-1)
+    of_labels = log_probs.gather(-1, labels[..., None]).squeeze(-1)
+    with torch.no_grad():
+        return {
+            "log_probs": of_labels,
+            "entropy": -(log_probs.exp() * log_probs).sum(-1),
+            "mean_logits": logits.float().mean(-1),
+            "is_top1": logits.argmax(-1) == labels,
+        }

@@ -16,9 +16,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.prefix_sharing import backbone
 
-DENSE_LOGITS = (
-    2**22
-)  # up to so many logits of the scored positions, which fit 16 MiB in fp32, are kept for a backward
+# Up to so many logits of the positions that are read, 16 MiB in fp32, are kept for the backward pass.
+DENSE_LOGITS = 2**22
+
+
+def has_many_logits(model: nn.Module, num_positions: int) -> bool:
+    """Whether to leave the logits of so many positions to the fused head."""
+    vocab_size = extract_model_from_parallel(model).config.get_text_config().vocab_size
+    return num_positions * vocab_size > DENSE_LOGITS
 
 
 @contextmanager
@@ -75,7 +80,7 @@ def token_logps(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     policy = extract_model_from_parallel(model)
     with reading_positions(model, index):
-        if len(index) * policy.config.get_text_config().vocab_size <= DENSE_LOGITS:
+        if not has_many_logits(model, len(index)):
             with fp32_output(policy.get_output_embeddings(), cast_lm_head_to_fp32):
                 logits = model(**inputs).logits[0].float()
             log_softmax = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
