@@ -60,6 +60,8 @@ def folders(tmp_path_factory, plain_tokenizer):
         model = LlamaForCausalLM(
             tiny_config(hidden_size=64, intermediate_size=64, max_position_embeddings=1024)
         )
+        with torch.no_grad():
+            model.lm_head.weight[plain_tokenizer.eos_token_id] *= 4  # answers soon end
         model.save_pretrained(root / name)
         plain_tokenizer.save_pretrained(root / name)
     base = LlamaForCausalLM.from_pretrained(root / "sft")
