@@ -75,8 +75,8 @@ def across_prompts(
                 estimate, ci_low=np.maximum(estimate.ci_low, 0.0), ci_high=np.minimum(estimate.ci_high, 1.0)
             )
             found[name] = Found(estimate, of_all, prompts)
-    if bleu is not None:
-        groups = _groups(prompts, own, seed)
+    groups = _groups(prompts, own, seed)
+    if bleu is not None and groups:
         scores = {tuple(g): self_bleu(bleu, [texts[i] for i in g]) for g in groups}
         estimate = mean_estimate([*scores.values()])
         found["self_bleu"] = Found(replace(estimate, n=sum(map(len, groups))), scores, prompts)
@@ -175,6 +175,8 @@ def run(
                 reason = None
                 if one is None:
                     reason = reasons.get((model, scope)) or (no_bleu if name == "self_bleu" else None)
+                    if scope == "across_prompts" and name == "self_bleu":
+                        reason = reason or f"fewer prompts than self_bleu_group, {own.self_bleu_group}"
                     reason = reason or "no answer is long enough"
                 key = f"diversity.{name}.{scope}"
                 estimate = None if one is None else one.estimate
