@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,8 +19,8 @@ def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
     position and no other. At the other positions, prompts above all, it gives 0 here, so that their last hidden states
     are wrong and those that are read are the same. One MLP of one layer is little in a deep model, much in a small one.
 
-    Nothing happens where the last layer is not `layers[-1]` of the backbone or has no `mlp`, nor with gradient
-    checkpointing, whose second forward comes after this context.
+    Nothing happens where the last layer is not `layers[-1]` of the backbone or has no `mlp`, nor where gradient
+    checkpointing is to run the forward a second time, after this context.
 
     Args:
         model: a causal language model or a sequence classifier, wrapped or not.
@@ -28,7 +29,8 @@ def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
     trunk = backbone(model)
     layers = getattr(trunk, "layers", None)
     mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
-    if not isinstance(mlp, nn.Module) or getattr(trunk, "is_activation_checkpointing", False):
+    runs_again = torch.is_grad_enabled() and getattr(trunk, "is_activation_checkpointing", False)
+    if not isinstance(mlp, nn.Module) or runs_again:
         yield
         return
     widths: list[int] = []  # of the input that is under way

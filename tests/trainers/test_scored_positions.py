@@ -141,12 +141,14 @@ def test_scores_of_ids_equal_those_of_single_rows(reward_token, reward_model, ep
         assert score == pytest.approx(expected, abs=1e-6)
 
 
-def test_nothing_is_cut_with_gradient_checkpointing(reward_model, episodes):
+def test_nothing_is_cut_where_checkpointing_runs_the_forward_again(reward_model, episodes):
     reward_model.activation_checkpointing_enable()
     tokens = watch_mlp(reward_model)
     with last_mlp_at(reward_model, 4, 6):
         token_scores(reward_model, *episodes)
-    assert tokens == [[3 * WIDTH], [3 * WIDTH]]
+    with torch.no_grad(), last_mlp_at(reward_model, 4, 6):
+        token_scores(reward_model, *episodes)
+    assert tokens == [[3 * WIDTH] * 2, [3 * WIDTH, 3 * 2]]  # without a backward pass no forward is run again
 
 
 # ---- padding that all rows share ----------------------------------------------------------------------------------
@@ -163,6 +165,7 @@ def test_forwards_end_with_the_longest_episode(
         ptx_coef=0.0,
         pad_to_multiple_of=multiple,
         disable_tqdm=True,
+        activation_checkpointing=False,
     )
     trainer = PPOPtxTrainer(
         causal_lm,
