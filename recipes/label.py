@@ -8,12 +8,12 @@ The sheet is one file that opens from disk, also on a phone and offline. Labeler
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from prefopt.comparisons import validate_comparisons
-from prefopt.evaluation.generate import write_jsonl
+from prefopt.evaluation.generate import read_jsonl, write_jsonl
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
 from prefopt.labeling.key import read_key
 from prefopt.labeling.sheet import export_sheet
@@ -86,10 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 def export(argv: list[str]) -> None:
     """samples.jsonl --out sheet.html: one HTML file for labelers, and the key to its answers"""
     (args,) = parse((ExportArguments,), named(argv, "samples"), "prefopt label export")
-    rows = load_rows(args.samples, key="samples", check=check_fields("prompt"))
-    known = []
-    if args.screening:
-        known = load_rows(args.screening, key="screening", check=validate_comparisons)
+    rows = _rows(args.samples, "samples")
+    known = _rows(args.screening, "screening") if args.screening else []
     try:
         text = Path(args.instructions).read_text(encoding="utf-8-sig") if args.instructions else None
     except UnicodeDecodeError as error:
@@ -139,6 +137,13 @@ def import_(argv: list[str]) -> None:
         screening = out.with_suffix(".screening.jsonl")
         write_jsonl(screening, imported.screening)
         print(f"answers to screening tasks: {screening} ({len(imported.screening)} rows)")
+
+
+def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
+    """As written where that is JSON lines: a table would give every row the fields of all. Checked when blinded."""
+    if name and name.endswith(".jsonl") and Path(name).is_file():
+        return read_jsonl(name)
+    return load_rows(name, key=key, check=check_fields("prompt"))
 
 
 def named(argv: Sequence[str], name: str) -> list[str]:

@@ -196,7 +196,7 @@ const plain = (value) => typeof value === "string" ? value : value.map(([, text]
 
 // ---- one task -----------------------------------------------------------------------------------------------------
 
-let flagsOpen = (keep.get("flags-open") ?? "yes") === "yes";
+let flagsOpen = (keep.get("flags-open") ?? (innerWidth > 640 ? "yes" : "no")) === "yes";
 function card(i) {
   const letter = LETTERS[i], name = `Output ${letter}`;
   const scale = h("div", { className: "scale" }, h("span", { className: "hint", "aria-hidden": "true" }, "bad"));
@@ -205,7 +205,7 @@ function card(i) {
       onchange: () => { current.ratings[i] = n; changed(); contradictions(); } });
     scale.append(h("label", {}, input, h("span", { className: "point", "aria-hidden": "true" }, String(n))));
   }
-  scale.append(h("span", { className: "hint", "aria-hidden": "true" }, "very good"));
+  scale.append(h("span", { className: "hint", "aria-hidden": "true" }, "good"));
   const said = h("span", { className: "said" });
   const words = () => { said.textContent = current.flags[i].length ? `: ${current.flags[i].length} ticked` : ": none ticked"; };
   const boxes = SHEET.flags.map(([flag, text]) => h("label", { className: "check" }, h("input", { type: "checkbox", value: flag, checked: current.flags[i].includes(flag),
@@ -339,7 +339,9 @@ function follow() {
 }
 function scrollAtEdge() {
   if (!drag?.ghost) return;
-  const by = drag.py < 60 ? -12 : drag.py > innerHeight - 60 ? 12 : 0;
+  // Not where it was picked up near an edge: only once it has been carried towards that edge.
+  const up = drag.py < 60 && drag.py < drag.y - 24, down = drag.py > innerHeight - 60 && drag.py > drag.y + 24;
+  const by = up ? -12 : down ? 12 : 0;
   if (by) { window.scrollBy(0, by); document.querySelector(".side").scrollBy(0, by); follow(); }
   requestAnimationFrame(scrollAtEdge);
 }
@@ -537,6 +539,10 @@ document.addEventListener("keydown", (event) => {
     const rank = Number(event.key) || null;
     if (rank === null || rank <= chips.length) { event.preventDefault(); place(Number(chip.dataset.output), rank); }
     return;
+  }
+  if (chip && (event.key === "ArrowLeft" || event.key === "ArrowRight")) { // a list would change its value
+    event.preventDefault();
+    return chips[Number(chip.dataset.output) + (event.key === "ArrowLeft" ? -1 : 1)]?.querySelector("select").focus();
   }
   if (["text", "number", "textarea"].includes(event.target.type) || !$("single-keys").checked) return;
   const here = event.target.closest?.(".output");
