@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
@@ -82,8 +83,13 @@ def _section(title: str, stage: str | None, build: Callable[[Results], str], res
             if str(missing).startswith(FAILED)
             else ("Skipped", str(missing))
         )
-        content = f"<p class='skipped'>{word}: {escape(reason)}.</p>"
+        content = f"<p class='skipped'>{word}: {_coded(reason)}.</p>"
     except Exception as error:  # one broken section must not cost the reader the others
         logger.exception("report section %r failed", title)
         content = f"<p class='skipped'>Failed: {escape(f'{type(error).__name__}: {error}')}</p>"
     return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def _coded(text: str) -> str:
+    """Text whose `words` are set as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))

@@ -11,7 +11,7 @@ CSS = """
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1000px; margin: 0 auto; padding: 1rem; }
+main { max-width: 1100px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; margin: .5rem 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
@@ -60,6 +60,7 @@ ul { padding-left: 1.1rem; font-size: .85rem; overflow-wrap: anywhere; }
   main { padding: .7rem; }
   table { font-size: .8rem; } th, td { padding: .25rem .3rem; } thead th { white-space: normal; vertical-align: bottom; }
   th:first-child { min-width: 5.5rem; }
+  .light { font-size: .68rem; padding: 0 .2rem; } .lights th:first-child { min-width: 5rem; }
   td small, thead small { white-space: normal; max-width: 4.2rem; margin-left: auto; font-size: .68rem; }
 }
 """

@@ -5,7 +5,8 @@ from html import escape
 from typing import Any
 
 from prefopt.evaluation.bars import bars_plot
-from prefopt.evaluation.markup import Missing, cell, label, model_names, scroll_table
+from prefopt.evaluation.markup import Missing, cell, label, model_names, number, scroll_table
+from prefopt.evaluation.paper import FIG_4, FIG_5, MARK
 from prefopt.evaluation.results import find
 from prefopt.evaluation.sections.stage_tables import figures, note, stage_data
 
@@ -38,6 +39,7 @@ def section(results: Mapping[str, Any]) -> str:
     head = "".join(f"<th>{escape(label(m))}</th>" for m in models)
     rows = [_row("mean rating, 1 to 7", "rating", 2, measures, models)]
     rows += [_row(words, f"flag.{flag}", 3, measures, models) for flag, words in data["flags"].items()]
+    head += f"<th class='paper'>SFT / PPO / PPO-ptx <small>{MARK}</small></th>"
     html += scroll_table(f"<tr><th></th>{head}</tr>", "".join(rows)) + _distribution(data["ratings"], models)
     text = (
         "Shares of labels with Wilson's 95 % interval; a model's mean rating with its interval over prompts."
@@ -51,7 +53,29 @@ def _row(title: str, name: str, decimals: int, measures: list[Mapping[str, Any]]
     found = [find(measures, name, m) for m in models]
     count = max((m["n"] for m in found if m), default=0)
     cells = "".join(cell(m, decimals, False, model) for m, model in zip(found, models, strict=True))
-    return f"<tr><th>{escape(title)} <small>n = {count}</small></th>{cells}</tr>"
+    return f"<tr><th>{escape(title)} <small>n = {count}</small></th>{cells}{_paper(name)}</tr>"
+
+
+# Flag: the bar of the paper's Fig. 4, and whether that is its opposite.
+_PAPER = {
+    "flag.fails_to_follow_instruction": ("attempts_correct_instruction", True),
+    "flag.satisfies_constraint": ("follows_explicit_constraints", False),
+    "flag.hallucination": ("hallucination", False),
+    "flag.inappropriate_for_customer_assistant": ("appropriate_for_customer_assistant", True),
+}
+
+
+def _paper(name: str) -> str:
+    models = ("sft", "ppo", "ppo_ptx")
+    if name == "rating":
+        values, decimals = [FIG_5.get(m) for m in models], 2
+    elif name in _PAPER:
+        bar, opposite = _PAPER[name]
+        shares = [FIG_4[bar][m][0] for m in models]
+        values, decimals = [1 - x if opposite else x for x in shares], 3
+    else:
+        return "<td class='paper'>–</td>"
+    return f"<td class='paper'>{' / '.join(number(value, decimals) for value in values)}</td>"
 
 
 def _distribution(ratings: Mapping[str, Mapping[str, int]], models: list[str]) -> str:

@@ -126,7 +126,7 @@ def test_sections_that_did_not_run_say_why_and_how(done):
     html = (done[0].folder / "report.html").read_text(encoding="utf-8")
     assert "Failed: &lt;u&gt;broke&lt;/u&gt;." in html
     assert "Skipped: not asked for." in html
-    assert "Skipped: the stage has not run; `prefopt eval drift` runs it." in html
+    assert "Skipped: the stage has not run; <code>prefopt eval drift</code> runs it." in html
     assert "human_judgements" in html
     assert html.count("Failed: ") == 1
 
