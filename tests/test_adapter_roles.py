@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -198,3 +199,30 @@ def test_an_adapter_without_a_head_is_no_reward_model(base, tmp_path):
     policy_on(base).save_pretrained(tmp_path / "sft")
     with pytest.raises(ValueError, match="no trained head"):
         load_scorer(policy_on(base), tmp_path / "sft")
+
+
+def test_only_the_active_role_takes_gradients(base, tmp_path):
+    policy = policy_on(base)
+    own = trainable(policy)
+    scorer = load_scorer(policy, reward_adapter(base, tmp_path / "rm"))
+    assert trainable(policy) == own
+    value = trainable_copy(scorer)
+    assert trainable(policy) == own
+    with value.active():
+        assert set(trainable(policy)) == set(value.adapter_parameters())
+    assert trainable(policy) == own
+
+
+@pytest.mark.parametrize(("rename", "expected"), [(None, "1 weights missing"), ("q_proj", "too many")])
+def test_an_adapter_with_other_weights_is_refused(rename, expected, base, tmp_path):
+    policy, path = policy_on(base), reward_adapter(base, tmp_path / "rm")
+    file = tmp_path / "rm" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "q_proj" in name)
+    weight = weights.pop(name)
+    if rename is not None:
+        weights[name] = weight
+        weights[name.replace(rename, "gate_proj")] = weight.clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=expected):
+        load_scorer(policy, path)
