@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from prefopt.evaluation.markup import label
+
 
 def main_model(models: Sequence[str], baseline: str) -> str | None:
     """The model whose worst samples are looked for: PPO-ptx, or else the last that is not the baseline."""
@@ -40,7 +42,7 @@ def pick_samples(
         >>> drawn = {"sft": [{"text": "a"}, {"text": "b"}], "ppo": [{"text": "c"}, {"text": "d"}]}
         >>> picked = pick_samples(["x", "y"], ["", ""], drawn, [1.0, -2.0], "ppo")
         >>> [(sample["prompt"], sample["why"]) for sample in picked]
-        [('y', '1. worst for ppo against sft (-2.00)'), ('x', '2. worst for ppo against sft (+1.00)')]
+        [('y', '1. worst for PPO against SFT (-2.00)'), ('x', '2. worst for PPO against SFT (+1.00)')]
     """
     if not drawn:
         return []
@@ -55,11 +57,15 @@ def pick_samples(
     if gain is not None:
         by = np.asarray(gain, dtype=float)
         order = sorted(shuffled, key=lambda i: by[i] if np.isfinite(by[i]) else -np.inf)
-        take(order, worst, lambda n, i: f"{n}. worst for {main} against {baseline} ({by[i]:+.2f})")
+        take(
+            order,
+            worst,
+            lambda n, i: f"{n}. worst for {label(main)} against {label(baseline)} ({by[i]:+.2f})",
+        )
         take(
             [i for i in order[::-1] if by[i] > 0],
             best,
-            lambda n, i: f"{n}. best for {main} against {baseline} ({by[i]:+.2f})",
+            lambda n, i: f"{n}. best for {label(main)} against {label(baseline)} ({by[i]:+.2f})",
         )
     apart = list(heldout) if heldout is not None else [False] * len(prompts)
     take([i for i in shuffled if not apart[i]], at_random, lambda n, i: "drawn at random")

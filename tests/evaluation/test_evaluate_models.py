@@ -110,7 +110,7 @@ def test_everything_is_measured(models, settings, tmp_path):
     gains = [s["completions"]["ppo_ptx"]["gold"] - s["completions"]["sft"]["gold"] for s in results["samples"]]
     assert len(gains) == len(PROMPTS) < 20
     assert gains == sorted(gains)  # the worst first
-    assert results["samples"][0]["why"] == f"1. worst for ppo_ptx against sft ({gains[0]:+.2f})"
+    assert results["samples"][0]["why"] == f"1. worst for PPO-ptx against SFT ({gains[0]:+.2f})"
     write_results(results, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["winrate"] == results["winrate"]
     build_report(results, tmp_path / "report.html")
