@@ -193,7 +193,7 @@ def finished(tmp_path_factory):
     (run / "steps").mkdir()
     for step in ("data", "reward", "ppo_start", "evaluate"):
         (run / "steps" / f"{step}.json").write_text(json.dumps({"run": f"{step} 1"}))
-    (run / "evaluation.json").write_text(json.dumps({"settings": {"seed": 3, "max_new_tokens": 6}}))
+    (run / "results.json").write_text(json.dumps({"settings": {"seed": 3, "max_new_tokens": 6}}))
     short = {"max_steps": 2, "generation_batch_size": 8, "per_device_train_batch_size": 8, "logging_steps": 1}
     short |= {"ptx_batch_ratio": 0.5, "ptx_max_length": 16, "report_to": "none", "learning_rate": 1e-3}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(short | {"bf16": False}))
