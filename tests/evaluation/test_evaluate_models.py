@@ -107,7 +107,9 @@ def test_everything_is_measured(models, settings, tmp_path):
         )
     )
     assert results["wall_seconds"] == {"sft": 1.5}
-    gains = [s["completions"]["ppo_ptx"]["gold"] - s["completions"]["sft"]["gold"] for s in results["samples"]]
+    gains = [
+        s["completions"]["ppo_ptx"]["gold"] - s["completions"]["sft"]["gold"] for s in results["samples"]
+    ]
     assert len(gains) == len(PROMPTS) < 20
     assert gains == sorted(gains)  # the worst first
     assert results["samples"][0]["why"] == f"1. worst for PPO-ptx against SFT ({gains[0]:+.2f})"
