@@ -61,7 +61,7 @@ def section(results: Mapping[str, Any]) -> str:
         if name in ("gold_reward", "gold_reward_greedy") and difference:
             rows += _component_rows(measures, models, "_greedy" if name.endswith("greedy") else "")
     if not rows:
-        raise Missing("none of its numbers were measured; `prefopt eval score` does")
+        raise Missing("none of its numbers were measured; `prefopt eval compare`, `tax` and `drift` do")
     head = "".join(f"<th>{escape(label(m))}</th>" for m in models)
     html = scroll_table(f"<tr><th></th>{head}</tr>", "".join(rows))
     paired = [

@@ -11,7 +11,7 @@ def section(results: Mapping[str, Any]) -> str:
     """HTML of the samples; all texts are escaped and cut at a length that a reader can bear."""
     samples = results.get("samples")
     if not samples:
-        raise Missing("no samples were given; `prefopt eval score` picks them by a judge's scores")
+        raise Missing("no samples were given; `prefopt eval generate` draws them")
     cards = "".join(_card(sample) for sample in samples)
     return f"<p class='note'>One sample each at temperature 1, on the same prompts.</p>{cards}"
 

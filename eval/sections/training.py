@@ -11,7 +11,7 @@ def epochs_section(results: Mapping[str, Any]) -> str:
     """HTML of the curve by which the SFT epoch was chosen."""
     curves = results.get("curves") or {}
     if not curves.get("sft_epochs"):
-        raise Missing("no curve of the SFT epochs was given (`curves.sft_epochs`)")
+        raise Missing("no curve of the SFT epochs was given; set `sft_selection`")
     return f"<figure>{plots.epochs_plot(curves['sft_epochs'], curves.get('sft_chosen_epoch'))}</figure>" + (
         "<p class='note'>The epoch is chosen by reward-model score, as in the paper, where validation loss overfits "
         "after one epoch while the score, and people's preference, still rise.</p>"
@@ -31,7 +31,7 @@ def rl_section(results: Mapping[str, Any]) -> str:
     }
     drawn = [key for key in titles if any(plots.drawable(log, key) for log in runs.values())]
     if not drawn:
-        raise Missing("no training curves were given; name the runs in `training_runs`")
+        raise Missing("no training curves were given; set `rl_runs`")
     figures = "".join(f"<figure>{plots.training_plot(runs, key, titles[key])}</figure>" for key in drawn)
     note = (
         "<p class='note'>A reward-model score that rises while the gold reward falls is over-optimisation.</p>"
