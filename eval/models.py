@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefopt.reward_checkpoints import is_adapter, load_reward_model
+from prefopt.reward_checkpoints import is_adapter, load_reward_model, remember_reward_token
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -59,6 +59,7 @@ def load_language_model(
             tokenizer = load_tokenizer(source)
             base = AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path, **kwargs)
             model = _on_base(source, base, len(tokenizer), merge)
+            remember_reward_token(model, source)
     except OSError as error:
         raise ValueError(f"cannot load a language model from {source!r}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer

@@ -207,6 +207,11 @@ def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any
     return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
 
 
+def remember_reward_token(policy: PreTrainedModel | PeftModel, path: str | os.PathLike) -> None:
+    """Give a policy loaded from an adapter the `reward_token_id` kept beside it, which it must never sample."""
+    policy.config.reward_token_id = saved_config(path).get("reward_token_id")
+
+
 def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
     """Whether a directory or Hub repository holds an adapter rather than a whole model."""
     return find_adapter_config_file(os.fspath(path), **hub_arguments) is not None

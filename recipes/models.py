@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError
-from prefopt.reward_checkpoints import reward_model_from_adapter
+from prefopt.reward_checkpoints import remember_reward_token, reward_model_from_adapter
 from prefopt.shared_base import keep_4bit_gradients
 
 
@@ -65,6 +65,7 @@ def load_policy(
         **init_kwargs,
     )
     keep_4bit_gradients(model)
+    remember_reward_token(model, path)
     return model
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch import nn
 
 logger = get_logger(__name__)
@@ -64,6 +65,13 @@ class CheckpointMixin:
             elif self.args.should_save:
                 self.weight_average.save(folder)
         super().save_model(output_dir, _internal_call)
+        config = self.model.config
+        if (
+            self.args.should_save
+            and is_peft_model(self.model)
+            and getattr(config, "reward_token_id", None) is not None
+        ):
+            config.save_pretrained(folder)  # beside the adapter: the policy must never sample that token
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside this context the policy has its averaged weights: `with trainer.averaged_weights(): ...evaluate()`.

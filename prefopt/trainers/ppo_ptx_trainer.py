@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -167,8 +166,6 @@ class PPOPtxTrainer(RolloutMixin, OptimisationMixin, CompleteCheckpointsMixin, C
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
-        if self.accelerator.device.type == "cpu":
-            _keep_freed_memory()
         check_vllm(args, self.model, None, [])  # what was a path
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)
@@ -290,15 +287,6 @@ class PPOPtxTrainer(RolloutMixin, OptimisationMixin, CompleteCheckpointsMixin, C
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
         return self._prompt_order.sampler
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 62 MiB of what a step frees for the next one, which page faults would slow by a tenth.
-
-    Its threshold for returning memory to the system becomes twice the largest block of at most 32 MiB freed so far.
-    """
-    block = torch.empty(31 * 2**20, dtype=torch.uint8)  # never written, so never resident
-    del block
 
 
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:

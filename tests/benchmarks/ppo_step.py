@@ -3,11 +3,11 @@ r"""One PPO update (a rollout and all optimizer steps on it): TRL 1.12's PPOTrai
     python tests/benchmarks/ppo_step.py
     python tests/benchmarks/ppo_step.py --lora
 
-The default sizes are for the time: batches of 16 of a vocabulary of 4096 teach neither policy a random reward model's
-taste in 60 updates. For the reward reached, a small vocabulary and larger batches:
+With the default sizes a policy learns a random reward model's taste within the run, so that the rewards say something.
+For the time alone, a larger model whose rewards do not move in so few updates:
 
-    python tests/benchmarks/ppo_step.py --vocab 64 --prompt 16 --response 16 --layers 2 --hidden 64 --batch 128 \
-        --updates 60 --learning-rate 3e-4 --eval-prompts 1024
+    python tests/benchmarks/ppo_step.py --vocab 4096 --prompt 64 --response 32 --layers 4 --hidden 128 --batch 16 \
+        --updates 10 --learning-rate 2e-4 --eval-prompts 256
 
 TRL 1.12 lives in a virtual environment that the first run makes (`--venv`; it needs a package index once) with the
 versions of `constraints.txt`, TRL aside. Each trainer runs in a process of its own on the same saved model, reward
@@ -83,20 +83,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--lora", action="store_true", help="rank 16 on all linear layers")
-    parser.add_argument("--batch", type=int, default=16, help="prompts of a rollout, one response each")
+    parser.add_argument("--batch", type=int, default=128, help="prompts of a rollout, one response each")
     parser.add_argument("--minibatches", type=int, default=4, help="optimizer steps of an inner epoch")
     parser.add_argument("--epochs", type=int, default=4, help="inner epochs")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--response", type=int, default=32, help="tokens of a response")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--learning-rate", type=float, help="default: 2e-4, with LoRA 1e-3")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("--response", type=int, default=16, help="tokens of a response")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--vocab", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, help="default: 3e-4, with LoRA 1e-3")
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--warmup", type=int, default=2, help="updates that are not timed")
-    parser.add_argument("--updates", type=int, default=10, help="updates that are timed")
+    parser.add_argument("--updates", type=int, default=40, help="updates that are timed")
     parser.add_argument(
-        "--eval-prompts", type=int, default=256, help="held-out prompts for the reward reached"
+        "--eval-prompts", type=int, default=1024, help="held-out prompts for the reward reached"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"])
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.updates < 1 or options.prompt < 1 or options.hidden % 64:
         parser.error("expected --updates and --prompt of at least 1 and --hidden a multiple of 64")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.learning_rate = options.learning_rate or (1e-3 if options.lora else 2e-4)
+    options.learning_rate = options.learning_rate or (1e-3 if options.lora else 3e-4)
     return options
 
 

@@ -5,10 +5,13 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
+from trl import ModelConfig
 
 from prefopt.evaluation.generate import generate
+from prefopt.evaluation.models import load_language_model
 from prefopt.evaluation.reward import score_texts
+from prefopt.recipes.models import load_policy
 from prefopt.reward_checkpoints import (
     load_reward_model,
     merge_reward_model,
@@ -331,3 +334,40 @@ def test_ppo_accepts_a_reward_model_whose_tokenizer_has_one_token_more(
     tokenizer.add_tokens(["other"])
     with pytest.raises(ValueError, match="has another tokenizer"):
         check_same_tokenizer(reward_model, causal_lm, tokenizer, "reward model")
+
+
+def test_an_adapter_policy_remembers_the_token(causal_lm, tokenizer, tmp_path):
+    """It has no weights of the token, so nothing but the note beside it keeps `generate` from sampling it."""
+    token_id = 310
+    causal_lm.lm_head = nn.Linear(16, 320)
+    causal_lm.lm_head.bias.data[token_id] = 50.0
+    causal_lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    base.lm_head = causal_lm.lm_head
+    reward_model = LlamaForSequenceClassification(
+        causal_lm.config.from_dict(
+            {**causal_lm.config.to_dict(), "num_labels": 1, "reward_token_id": token_id}
+        )
+    )
+    args = PPOPtxConfig(
+        str(tmp_path / "policy"), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=2, max_steps=1,
+        max_completion_length=4, ptx_coef=0, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "the cat"}, {"prompt": "a dog"}])
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = PPOPtxTrainer(
+        base, reward_model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora
+    )
+    trainer.save_model()
+    for load in (
+        lambda path: load_language_model(path)[0],
+        lambda path: load_policy(ModelConfig(path), {}, is_trainable=False),
+    ):
+        policy = load(str(tmp_path / "policy"))
+        policy.get_base_model().lm_head = causal_lm.lm_head
+        drawn = generate(policy, tokenizer, ["the cat"], max_new_tokens=8, num_return=4)[0]
+        assert not any(token_id in completion.ids for completion in drawn)
+        policy.config.reward_token_id = None
+        drawn = generate(policy, tokenizer, ["the cat"], max_new_tokens=8, num_return=4)[0]
+        assert all(token_id in completion.ids for completion in drawn)
