@@ -69,7 +69,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 def why_not(model: nn.Module) -> str | None:
     """The reason why this model must forward whole rows, or None when it can share prefixes."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     config = model.config.get_text_config()
     if config.model_type not in MODEL_TYPES:
         return f"equal results are not proved for the architecture {config.model_type!r}"
@@ -84,7 +84,7 @@ def why_not(model: nn.Module) -> str | None:
 
 def has_window(model: nn.Module) -> bool:
     """Whether a layer of the model attends within a sliding window."""
-    return getattr(_unwrapped(model).config.get_text_config(), "sliding_window", None) is not None
+    return getattr(unwrapped(model).config.get_text_config(), "sliding_window", None) is not None
 
 
 def enable(model: nn.Module) -> None:
@@ -95,18 +95,18 @@ def enable(model: nn.Module) -> None:
     """
     if reason := why_not(model):
         raise ValueError(f"this model cannot share prefixes: {reason}")
-    _unwrapped(model).set_attn_implementation(ATTENTION)
+    unwrapped(model).set_attn_implementation(ATTENTION)
 
 
 def disable(model: nn.Module) -> None:
     """Undo `enable`."""
     if is_enabled(model):
-        _unwrapped(model).set_attn_implementation("sdpa")
+        unwrapped(model).set_attn_implementation("sdpa")
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether `enable` was called on the model."""
-    return _unwrapped(model).config.get_text_config()._attn_implementation == ATTENTION
+    return unwrapped(model).config.get_text_config()._attn_implementation == ATTENTION
 
 
 def plan(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows | None:
@@ -149,12 +149,13 @@ def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The transformer below the head, inside wrappers (data parallel, PEFT)."""
-    transformer = _unwrapped(model).base_model
+    transformer = unwrapped(model).base_model
     # OPT's language model calls the decoder inside it, which is all there is.
     return transformer.decoder if transformer.config.model_type == "opt" else transformer
 
 
-def _unwrapped(model: nn.Module) -> PreTrainedModel:
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (data parallel, PEFT); accelerate's own search walks all modules."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model.get_base_model() if isinstance(model, PeftModel) else model

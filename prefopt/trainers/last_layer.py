@@ -26,10 +26,10 @@ def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
         model: a causal language model or a sequence classifier, wrapped or not.
         first, end: columns of the model's input `[B, T]`; `end` may lie beyond it.
     """
-    trunk = backbone(model)
-    layers = getattr(trunk, "layers", None)
-    mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
-    runs_again = torch.is_grad_enabled() and getattr(trunk, "is_activation_checkpointing", False)
+    layers = getattr(backbone(model), "layers", None)
+    last = layers[-1] if layers else None
+    mlp = getattr(last, "mlp", None)
+    runs_again = torch.is_grad_enabled() and getattr(last, "gradient_checkpointing", False)
     if not isinstance(mlp, nn.Module) or runs_again:
         yield
         return

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from prefopt.prefix_sharing import backbone
+from prefopt.prefix_sharing import backbone, unwrapped
 
 # Up to so many logits of the positions that are read, 16 MiB in fp32, are kept for the backward pass.
 DENSE_LOGITS = 2**22
@@ -22,8 +21,7 @@ DENSE_LOGITS = 2**22
 
 def has_many_logits(model: nn.Module, num_positions: int) -> bool:
     """Whether to leave the logits of so many positions to the fused head."""
-    vocab_size = extract_model_from_parallel(model).config.get_text_config().vocab_size
-    return num_positions * vocab_size > DENSE_LOGITS
+    return num_positions * unwrapped(model).config.get_text_config().vocab_size > DENSE_LOGITS
 
 
 @contextmanager
@@ -78,7 +76,7 @@ def token_logps(
     position = column + input_ids.shape[1] - length
     labels, index = input_ids[row, position], row * input_ids.shape[1] + position - 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    policy = extract_model_from_parallel(model)
+    policy = unwrapped(model)
     with reading_positions(model, index):
         if not has_many_logits(model, len(index)):
             with fp32_output(policy.get_output_embeddings(), cast_lm_head_to_fp32):
