@@ -22,6 +22,7 @@ from scipy.stats import rankdata
 from prefopt.metrics import Estimate, bootstrap_over_prompts, ratio_of_sums
 from prefopt.row_checks import row_problem
 
+ALPHA_RESAMPLES = 500  # each is a call of the library, tens of milliseconds with thousands of completions
 NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0)
 
 
@@ -147,6 +148,7 @@ def agreement(
     between = sorted(
         {tuple(sorted((groups[a], groups[b]))) for a, b in by_labelers if groups.get(a) and groups.get(b)}
     )
+    alpha_resamples = min(n_resamples, ALPHA_RESAMPLES)
     ratings = [[r for r in item.ratings.values() if r is not None] for item in shared]
     names = sorted({row["labeler"] for row in [*rows, *screening]} | set(skipped or {}))
     return Agreement(
@@ -166,9 +168,9 @@ def agreement(
         },
         kendall_w=_mean_w(shared, n_resamples),
         alpha_ranks=alpha(
-            [[rankdata(r) for r in item.ranks.values()] for item in shared], n_resamples=n_resamples
+            [[rankdata(r) for r in item.ranks.values()] for item in shared], n_resamples=alpha_resamples
         ),
-        alpha_ratings=alpha([rated for rated in ratings if len(rated) > 1], n_resamples=n_resamples),
+        alpha_ratings=alpha([rated for rated in ratings if len(rated) > 1], n_resamples=alpha_resamples),
         labelers={
             name: _statistics(
                 name, rows, items, screening, screening_source, over, groups, skipped or {}, n_resamples
@@ -203,7 +205,7 @@ def kendall_w(ranks: ArrayLike) -> float:
     return float(12 * ((sums - sums.mean()) ** 2).sum() / total) if total else float("nan")
 
 
-def alpha(prompts: Sequence[Sequence[Sequence[float]]], *, n_resamples: int = 2000) -> Estimate:
+def alpha(prompts: Sequence[Sequence[Sequence[float]]], *, n_resamples: int = ALPHA_RESAMPLES) -> Estimate:
     """Krippendorff's alpha at the ordinal level (Krippendorff 2018, Content Analysis, chapter 12).
 
         alpha = 1 - observed / expected disagreement: 1 is perfect, 0 is chance, below 0 is worse than chance
