@@ -246,7 +246,9 @@ def test_calibration_error_is_small_for_the_true_model_and_measures_the_distance
 
 
 def test_calibration_bins_are_ten_of_equal_mass_and_equal_confidences_stay_together():
-    leads = np.random.default_rng(3).exponential(0.1, size=57)  # an unsure model: equal widths would use one bin
+    leads = np.random.default_rng(3).exponential(
+        0.1, size=57
+    )  # an unsure model: equal widths would use one bin
     bins, gaps = calibration_gaps(leads)
     sizes = np.bincount(bins)
     assert len(sizes) == 10

@@ -148,6 +148,15 @@ def shown(value: Any) -> Shown:
     return value if isinstance(value, str) else [[message["role"], _said(message)] for message in value]
 
 
+def as_text(value: Shown) -> str:
+    """What `shown` gives as one text, for tools that show nothing else.
+
+    >>> as_text([["user", "Hi"], ["assistant", "Hello"]])
+    'user:\\nHi\\n\\nassistant:\\nHello'
+    """
+    return value if isinstance(value, str) else "\n\n".join(f"{role}:\n{said}" for role, said in value)
+
+
 def _said(message: Mapping[str, Any]) -> str:
     content = message.get("content") or []
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
