@@ -6,7 +6,10 @@ from importlib import import_module
 COMMANDS = {
     "sft": ("prefopt.recipes.sft", "step 1: supervised fine-tuning on demonstrations or text"),
     "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
-    "label": ("prefopt.recipes.label", "people rank samples in a browser: `prefopt label export`, `import`"),
+    "label": (
+        "prefopt.recipes.label",
+        "people rank samples in a browser: `prefopt label export`, `import`, ...",
+    ),
     "reward": ("prefopt.recipes.reward", "step 2: reward model from rankings of K completions"),
     "ppo-ptx": ("prefopt.recipes.ppo_ptx", "step 3: PPO with a KL penalty and pretraining gradients"),
     "dpo": ("prefopt.recipes.dpo", "alternative to step 3: DPO from rankings"),

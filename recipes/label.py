@@ -2,25 +2,41 @@
 
     prefopt label export samples.jsonl --out sheet.html      # send sheet.html to labelers, keep sheet.key.jsonl
     prefopt label import answers*.jsonl --out rankings.jsonl
+    prefopt label agreement rankings.jsonl                   # how far labelers agree, and each beside the others
+    prefopt label next samples.jsonl --reward_model rm --labeled rankings.jsonl --out next.jsonl
 
 The sheet is one file that opens from disk, also on a phone and offline. Labelers send back what its download gives.
+`--format label-studio` and `--format argilla` write for these tools instead, and read what they give back.
 """
 
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from prefopt.evaluation.generate import read_jsonl, write_jsonl
+from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
+from prefopt.evaluation.models import load_classifier
+from prefopt.evaluation.reward import score_rows
+from prefopt.labeling.agreement import agreement
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
-from prefopt.labeling.key import read_key
-from prefopt.labeling.sheet import export_sheet
+from prefopt.labeling.argilla import read_argilla, write_argilla
+from prefopt.labeling.key import Key, blind, read_key, write_key
+from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
+from prefopt.labeling.next_tasks import choose_next
+from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.data import check_fields, load_rows
+from prefopt.row_checks import row_problem
 
 logger = logging.getLogger(__name__)
+
+Format = Literal["sheet", "label-studio", "argilla"]
+READERS = {"sheet": read_answers, "label-studio": read_label_studio, "argilla": read_argilla}
+OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json", "argilla": "argilla"}
 
 
 @dataclass
@@ -31,7 +47,15 @@ class ExportArguments:
         default=None,
         metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
     )
-    out: str = field(default="sheet.html", metadata={"help": "The sheet; its key is written beside it."})
+    format: Format = field(
+        default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio or Argilla."}
+    )
+    out: str | None = field(
+        default=None,
+        metadata={
+            "help": "The sheet (sheet.html), tasks (label-studio.json) or folder (argilla); its key is written beside it."
+        },
+    )
     instructions: str | None = field(
         default=None, metadata={"help": "Markdown file for labelers; default: prefopt's own instructions."}
     )
@@ -54,6 +78,9 @@ class ImportArguments:
     """Answers and what reads them."""
 
     answers: list[str] = field(default_factory=list, metadata={"help": "Files that labelers sent back."})
+    format: Format = field(
+        default="sheet", metadata={"help": "Where the answers come from; as they were exported."}
+    )
     key: list[str] = field(
         default_factory=list,
         metadata={
@@ -62,12 +89,59 @@ class ImportArguments:
     )
     out: str = field(
         default="rankings.jsonl",
-        metadata={"help": "Ranked comparisons; answers to screening tasks go into NAME.screening.jsonl."},
+        metadata={
+            "help": "Ranked comparisons; answers to screening tasks go into NAME.screening.jsonl, counts into "
+            "NAME.report.json."
+        },
     )
     characters_per_second: float = field(
         default=CHARACTERS_PER_SECOND,
         metadata={"help": "Reading pace above which an answer is reported as too fast."},
     )
+
+
+@dataclass
+class AgreementArguments:
+    """Whose rankings to compare."""
+
+    rankings: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Ranked comparisons with `labeler`, of `prefopt label import`."},
+    )
+    screening: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Answers to screening tasks; default: NAME.screening.jsonl beside the rankings."},
+    )
+    out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
+
+
+@dataclass
+class NextArguments:
+    """What to choose from, and by which reward model."""
+
+    samples: str | None = field(
+        default=None,
+        metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
+    )
+    reward_model: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reward models, e.g. checkpoints of one or of several seeds."},
+    )
+    labeled: list[str] = field(
+        default_factory=list, metadata={"help": "Rankings whose prompts are not to be shown again."}
+    )
+    out: str = field(default="next.jsonl", metadata={"help": "Rows for `prefopt label export`."})
+    n: int = field(default=100, metadata={"help": "Prompts to choose."})
+    k: int = field(default=4, metadata={"help": "Most outputs per prompt (paper: 4 to 9)."})
+    by: Literal["margin", "disagreement"] = field(
+        default="margin",
+        metadata={"help": "Margins near 0, or (two reward models or more) disagreement between them."},
+    )
+    random_share: float = field(
+        default=0.1, metadata={"help": "Share of the prompts drawn at random, for an unbiased estimate."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Completions scored at once."})
+    seed: int = field(default=42, metadata={"help": "Seed of what is drawn at random."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,51 +166,140 @@ def export(argv: list[str]) -> None:
         text = Path(args.instructions).read_text(encoding="utf-8-sig") if args.instructions else None
     except UnicodeDecodeError as error:
         raise UserError(f"instructions {args.instructions}: not UTF-8 text ({error})") from error
-    written = export_sheet(
-        rows,
-        args.out,
-        seed=args.seed,
-        instructions=text,
-        screening=known,
-        group=args.group,
-        source=str(args.samples),
-        screening_source=str(args.screening),
-    )
-    if written.left_out:
+    named_rows = {"source": str(args.samples), "screening_source": str(args.screening)}
+    out = Path(args.out or OUTPUTS[args.format])
+    options = {"seed": args.seed, "screening": known, "group": args.group, **named_rows}
+    if args.format == "sheet":
+        written = export_sheet(rows, out, instructions=text, **options)
+        left_out, tasks, screening = written.left_out, written.tasks, written.screening
+        files, key_path = [written.sheet], written.key
+    else:
+        key, left_out = blind(rows, **options)
+        tasks, screening = len(key.tasks), sum(task.is_screening for task in key.tasks.values())
+        files, key_path = _export_to(args.format, key, out, text or default_instructions())
+    if left_out:
         logger.warning(
-            "left out %d of %d rows, whose completions are all one text: nothing to rank",
-            written.left_out,
-            len(rows),
+            "left out %d of %d rows, whose completions are all one text: nothing to rank", left_out, len(rows)
         )
-    print(
-        f"sheet for labelers: {written.sheet} ({written.tasks} tasks, {written.screening} of them screening)"
-    )
-    print(f"key, to keep: {written.key}")
+    what = {"sheet": "sheet for labelers", "label-studio": "for Label Studio", "argilla": "for Argilla"}
+    print(f"{what[args.format]}: {', '.join(map(str, files))} ({tasks} tasks, {screening} of them screening)")
+    print(f"key, to keep: {key_path}")
+
+
+def _export_to(tool: str, key: Key, out: Path, instructions: str) -> tuple[list[Path], Path]:
+    """The key first, as for a sheet: tasks without it would be labour lost."""
+    if tool == "argilla":
+        key_path = out.with_name(f"{out.name}.key.jsonl")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_key(key, key_path)
+        return write_argilla(key, out, instructions), key_path
+    if out.suffix != ".json":
+        raise ValueError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
+    key_path = out.with_suffix(".key.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_key(key, key_path)
+    contents = {
+        out: json.dumps(to_label_studio(key)),
+        out.with_suffix(".xml"): labeling_config(key),
+        out.with_suffix(".instructions.html"): render_instructions(instructions),
+    }
+    for path, content in contents.items():
+        write_whole(path, content)
+    return list(contents), key_path
 
 
 def import_(argv: list[str]) -> None:
     """answers*.jsonl --out rankings.jsonl: ranked comparisons from what labelers sent back, with a report"""
     (args,) = parse((ImportArguments,), named(argv, "answers"), "prefopt label import")
     if not args.answers:
-        raise UserError("answers is required: the .jsonl files that labelers sent back")
+        raise UserError("answers is required: the files that labelers sent back")
     if args.characters_per_second <= 0:
         raise UserError(f"characters_per_second is {args.characters_per_second}; expected more than 0")
     folders = dict.fromkeys([*(Path(name).parent for name in args.answers), Path()])
     keys = args.key or sorted({path.resolve() for folder in folders for path in folder.glob("*.key.jsonl")})
     if not keys:
         raise UserError("no .key.jsonl beside the answers or in this folder; name it with --key")
-    answers = [answer for name in args.answers for answer in read_answers(name)]
+    answers = [answer for name in args.answers for answer in READERS[args.format](name)]
     imported = import_answers(
         answers, [read_key(path) for path in keys], characters_per_second=args.characters_per_second
     )
     out = Path(args.out)
     write_jsonl(out, imported.rows)
+    write_whole(out.with_suffix(".report.json"), json.dumps(imported.report.to_dict(), indent=1) + "\n")
     print("\n".join(imported.report.lines()))
     print(f"ranked comparisons: {out} ({len(imported.rows)} rows)")
     if imported.screening:
         screening = out.with_suffix(".screening.jsonl")
         write_jsonl(screening, imported.screening)
         print(f"answers to screening tasks: {screening} ({len(imported.screening)} rows)")
+
+
+def agreement_(argv: list[str]) -> None:
+    """rankings.jsonl: how far labelers agree with each other, and each with known answers"""
+    (args,) = parse((AgreementArguments,), named(argv, "rankings"), "prefopt label agreement")
+    if not args.rankings:
+        raise UserError("rankings is required: ranked comparisons with `labeler`")
+    files = [Path(name) for name in args.rankings]
+    beside = [path.with_suffix(".screening.jsonl") for path in files]
+    screening = [Path(name) for name in args.screening] or [path for path in beside if path.is_file()]
+    skipped: dict[str, int] = {}
+    for path in files:
+        report = path.with_suffix(".report.json")
+        if report.is_file():
+            for name, n in json.loads(report.read_text(encoding="utf-8")).get("skipped_by", {}).items():
+                skipped[name] = skipped.get(name, 0) + n
+    found = agreement(
+        [row for path in files for row in read_jsonl(path)],
+        screening=[row for path in screening for row in read_jsonl(path)],
+        skipped=skipped,
+        source=" + ".join(map(str, files)),
+        screening_source=" + ".join(map(str, screening)),
+    )
+    print("\n".join(found.lines()))
+    if args.out:
+        write_whole(args.out, json.dumps(_finite(found.to_dict()), indent=1) + "\n")
+
+
+def next_(argv: list[str]) -> None:
+    """samples.jsonl --reward_model rm: which prompts and outputs to show next, by the reward model's doubt"""
+    (args,) = parse((NextArguments,), named(argv, "samples"), "prefopt label next")
+    if not args.reward_model:
+        raise UserError("reward_model is required: what `prefopt reward` saved, once or several times")
+    if args.by == "disagreement" and len(args.reward_model) < 2:
+        raise UserError("by is 'disagreement': give two reward models or more, or choose 'margin'")
+    if args.batch_size < 1:
+        raise UserError(f"batch_size is {args.batch_size}; expected at least 1")
+    rows = list(_rows(args.samples, "samples"))
+    for number, row in enumerate(rows):
+        if problem := row_problem(row, ("prompt", "completions")):
+            raise UserError(f"{args.samples} row {number}: {problem}")
+    labeled = {
+        json.dumps(row.get("prompt"), sort_keys=True) for name in args.labeled for row in read_jsonl(name)
+    }
+    left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
+    options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
+    choose_next([], [], **options)  # the arguments are checked before models are loaded
+    scores = []
+    for name in args.reward_model:
+        model, tokenizer = load_classifier(name)
+        scores.append(score_rows(model, tokenizer, left, args.batch_size))
+    chosen = choose_next(left, list(zip(*scores, strict=True)), **options, source=str(args.samples))
+    if not chosen:
+        raise UserError(f"{args.samples}: no prompt with two different outputs is left to label")
+    write_jsonl(args.out, chosen)
+    at_random = sum(row["chosen"] == "random" for row in chosen)
+    print(
+        f"{len(rows)} prompts, {len(rows) - len(left)} of them labeled already; chose {len(chosen)}: "
+        f"{len(chosen) - at_random} by {args.by}, {at_random} at random"
+    )
+    print(f"to export: {args.out}")
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that JSON does not have (an interval of one prompt) as null."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
@@ -159,6 +322,8 @@ def named(argv: Sequence[str], name: str) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "import": import_,
+    "agreement": agreement_,
+    "next": next_,
 }
 
 

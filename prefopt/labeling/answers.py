@@ -77,6 +77,7 @@ class ImportReport:
         default_factory=dict
     )  # tasks of a sheet that a labeler of it has not done
     skip_reasons: dict[str, int] = field(default_factory=dict)
+    skipped_by: dict[str, int] = field(default_factory=dict)
     too_fast_answers: list[str] = field(default_factory=list)
     contradictory_answers: list[str] = field(default_factory=list)
 
@@ -218,6 +219,7 @@ def import_answers(
         task = key.tasks[answer.task]
         if answer.status == "skipped":
             report.skipped += 1
+            _count(report.skipped_by, answer.labeler)
             _count(report.skip_reasons, (answer.skipped or {}).get("reason") or "no reason")
         elif answer.status == "started":
             report.unfinished += 1
