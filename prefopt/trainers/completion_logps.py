@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.prefix_sharing import sharing
-from prefopt.trainers.lm_heads import has_many_logits, reading_positions
+from prefopt.trainers.lm_heads import read_head
 from prefopt.trainers.ranked_forward import Rows
 
 TOKEN_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
@@ -42,10 +42,8 @@ def completion_logps(model: nn.Module, rows: Rows, **kwargs: Any) -> tuple[dict[
         inputs = {"input_ids": rows.packed.input_ids, "position_ids": rows.packed.position_ids}
 
     shared = nullcontext() if rows.packed is None else sharing(model, rows.packed)
-    is_fused = has_many_logits(model, len(read))
-    head = {"shift_labels": labels[None], "fused_lm_head": True} if is_fused else {}
-    with reading_positions(model, read), shared:
-        output = model(**inputs, **head, use_cache=False, **kwargs)
+    with shared:
+        output, is_fused = read_head(model, read, labels, **inputs, use_cache=False, **kwargs)
     found = output if is_fused else _statistics(output.logits, labels[None])
 
     def sums(per_token: Tensor) -> Tensor:

@@ -25,13 +25,15 @@ def has_many_logits(model: nn.Module, num_positions: int) -> bool:
 
 
 @contextmanager
-def reading_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
+def reading_positions(model: nn.Module, index: Tensor) -> Iterator[list[int]]:
     """Inside, the LM head of a causal language model sees the positions `index` alone, as one row `[1, N]`.
 
-    `index` `[N]` counts the positions of the model's input `[B, T]` row by row.
+    `index` `[N]` counts the positions of the model's input `[B, T]` row by row. What is given lists the forwards so far.
     """
+    forwards: list[int] = []
 
     def select(module: nn.Module, args: tuple, output: Any) -> Any:
+        forwards.append(len(index))
         hidden_states = output.last_hidden_state
         rows = hidden_states.flatten(0, 1).index_select(0, index.to(hidden_states.device))
         output.last_hidden_state = rows.unsqueeze(0)
@@ -39,9 +41,27 @@ def reading_positions(model: nn.Module, index: Tensor) -> Iterator[None]:
 
     handle = backbone(model).register_forward_hook(select)
     try:
-        yield
+        yield forwards
     finally:
         handle.remove()
+
+
+def read_head(
+    model: nn.Module, index: Tensor, labels: Tensor, cast_lm_head_to_fp32: bool = False, **inputs: Any
+) -> tuple[Any, bool]:
+    """One forward with the LM head at the positions `index [N]`: the model's output, and whether the head was fused.
+
+    Few logits are computed once, by the model's own head: `output.logits [1, N, V]`. More are left to TRL's fused head,
+    which computes tiles, and again in the backward pass. So are those of a copy of a model that had the fused head
+    already, whose own forward would run the model that it is a copy of.
+    """
+    with reading_positions(model, index) as forwards:
+        if not has_many_logits(model, len(index)):
+            with fp32_output(unwrapped(model).get_output_embeddings(), cast_lm_head_to_fp32):
+                output = model(**inputs)
+            if forwards:
+                return output, False
+        return model(**inputs, shift_labels=labels[None], fused_lm_head=True), True
 
 
 def token_logps(
@@ -75,20 +95,23 @@ def token_logps(
     row, column = attention_mask[:, -length:].nonzero(as_tuple=True)
     position = column + input_ids.shape[1] - length
     labels, index = input_ids[row, position], row * input_ids.shape[1] + position - 1
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    policy = unwrapped(model)
-    with reading_positions(model, index):
-        if not has_many_logits(model, len(index)):
-            with fp32_output(policy.get_output_embeddings(), cast_lm_head_to_fp32):
-                logits = model(**inputs).logits[0].float()
-            log_softmax = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
-            logps = log_softmax.gather(-1, labels.to(logits.device).unsqueeze(-1)).squeeze(-1)
-            log_softmax = log_softmax.detach()
-            entropies = -(log_softmax.exp() * log_softmax).sum(-1) if compute_entropy else None
-        else:
-            output = model(**inputs, shift_labels=labels.unsqueeze(0), fused_lm_head=True)
-            logps = output.log_probs[0]
-            entropies = output.entropy[0].detach() if compute_entropy else None
+    output, is_fused = read_head(
+        model,
+        index,
+        labels,
+        cast_lm_head_to_fp32,
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+    )
+    if is_fused:
+        logps = output.log_probs[0]
+        entropies = output.entropy[0].detach() if compute_entropy else None
+    else:
+        log_softmax = (output.logits[0].float() / temperature).log_softmax(-1)
+        logps = log_softmax.gather(-1, labels.to(log_softmax.device).unsqueeze(-1)).squeeze(-1)
+        log_softmax = log_softmax.detach()
+        entropies = -(log_softmax.exp() * log_softmax).sum(-1) if compute_entropy else None
 
     def in_rows(per_token: Tensor) -> Tensor:
         where = row.to(per_token.device), column.to(per_token.device)

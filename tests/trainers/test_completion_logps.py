@@ -1,5 +1,7 @@
 """Log-probabilities of completions: logits at once, TRL's fused head and a loop over tokens agree."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Cohere2Config, LlamaConfig, OPTConfig
@@ -71,3 +73,20 @@ def test_statistics_equal_a_loop(kind, shared, monkeypatch):
         for name, parameter in model.named_parameters():
             if name in gradients:
                 torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_copy_of_a_model_with_the_fused_head_is_read_itself():
+    """Its own forward is that of the model it was copied from: a reference made so would follow the policy."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]()).eval()
+    add_fused_lm_head(model, outputs=TOKEN_STATISTICS)
+    reference = copy.deepcopy(model)
+    rows = Rows(IDS, MASK, COMPLETIONS, PROMPTS)
+    before = completion_logps(model, rows)[0]["log_probs"]
+    tokens = lm_heads.token_logps(model, IDS, MASK, 3)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert not torch.allclose(completion_logps(model, rows)[0]["log_probs"], before, atol=0.1)
+    torch.testing.assert_close(completion_logps(reference, rows)[0]["log_probs"], before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lm_heads.token_logps(reference, IDS, MASK, 3)[0], tokens, rtol=0, atol=1e-5)
