@@ -11,6 +11,7 @@ import numpy as np
 
 from prefopt.evaluation.bench_tasks import BENCHMARKS
 from prefopt.evaluation.generate import write_whole
+from prefopt.evaluation.kept import function_state
 from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.toxicity import ScorerError, load_function, load_scorer, over_samples, toxicity_scores
 
@@ -29,7 +30,7 @@ def score_toxicity(folder: Path, answers: Answers, name: str | None, label: str)
     for key in keys:
         texts = [text for record in answers[key] for text in record["responses"]]
         path = folder / "bench" / key[0] / f"{key[1]}.{key[2]}.scores.json"
-        settings = digest([name, label, texts])
+        settings = digest([function_state(name), label, texts])
         kept = kept_file(path, settings)
         try:
             if kept is None:

@@ -141,6 +141,10 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
             completions[model] = {}
     use_cases = {i: r.get("use_case") for one in completions.values() for i, r in one.items()}
     heldout = {i for i, use_case in use_cases.items() if use_case and use_case == args.heldout_use_case}
+    if run.is_stale("judge"):
+        raise ValueError(
+            "the completions are others than those that were judged; run `prefopt eval judge` again"
+        )
     every = {path.stem: read_jsonl(path) for path in sorted((run.folder / "judgements").glob("*.jsonl"))}
     broken = {
         judge: status

@@ -36,6 +36,17 @@ class GenerateArguments:
     greedy: bool = field(default=True, metadata={"help": "Draw a greedy completion of every prompt besides."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
 
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("max_prompts", 1),
+            ("samples_per_prompt", 1),
+            ("max_new_tokens", 1),
+            ("temperature", 0),
+        ):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ValueError(f"{key} is {value}; expected at least {least}")
+
 
 def run(
     run: EvaluationRun,
@@ -56,6 +67,8 @@ def run(
     rows = list(prompts)[: own.max_prompts]
     if not rows:
         raise ValueError("prompts: expected at least one, got none")
+    if any("id" in row for row in rows):
+        raise ValueError("prompts: the column 'id' is taken by the number of the row; rename it")
     settings = {
         "prompts": rows,
         "samples_per_prompt": own.samples_per_prompt,

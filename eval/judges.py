@@ -12,6 +12,7 @@ reward model.
 
 import importlib
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import combinations
@@ -194,6 +195,7 @@ def run(
         path = judgements_path(run, name)
         if wanted is None:
             path.unlink(missing_ok=True)
+            shutil.rmtree(run.folder / "scores" / name, ignore_errors=True)
             continue
         progress(f"judge {name}")
         try:
@@ -215,6 +217,9 @@ def run(
             path.unlink(missing_ok=True)
             statuses[name] = f"{FAILED}{type(error).__name__}: {error}"
     run.write_stage("judge", measures, {"judges": statuses, "counts": counts})
+    if statuses and "ok" not in statuses.values():
+        said = "; ".join(f"{name}: {status.removeprefix(FAILED)}" for name, status in statuses.items())
+        raise ValueError(f"no judge gave a verdict ({said})")
 
 
 def _consistency(judge: str, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Rows on disk that are computed once: a second run with the same inputs reads them."""
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -41,9 +42,28 @@ def fingerprint_of(inputs: Any) -> str:
 
 
 def source_state(source: str) -> list[Any]:
-    """A model by what would change if it were trained again: its name, and the size and time of its files."""
+    """A model by what would change if it were trained again: its name, and the size and time of its files; those of its
+    base too if it is an adapter."""
     folder = Path(source)
     if folder.is_file():
         return [source, folder.stat().st_size, folder.stat().st_mtime_ns]
-    files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json", ".model"))
-    return [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
+    suffixes = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken")
+    files = sorted(f for f in folder.glob("*") if f.suffix in suffixes and f.name != "trainer_state.json")
+    state = [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
+    adapter = folder / "adapter_config.json"
+    base = (
+        json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if adapter.is_file()
+        else None
+    )
+    return state if base is None else [*state, source_state(base)]
+
+
+def function_state(name: str) -> list[Any]:
+    """A function `package.module:name` by its module's file, whose edit may change what it says; else as a model."""
+    module = name.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module) if ":" in name else None
+    except (ImportError, ValueError):
+        found = None
+    return [name, source_state(found.origin if found is not None and found.origin else name)]

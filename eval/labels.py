@@ -31,6 +31,7 @@ def check_labels(
     """
     ids = {prompt_key(row["prompt"]): row["id"] for one in completions.values() for row in one}
     texts = {(model, row["id"]): row["completion"] for model, one in completions.items() for row in one}
+    known = set(ids.values())
     kept, stale = [], 0
     for number, row in enumerate(rows):
 
@@ -40,6 +41,8 @@ def check_labels(
             )
 
         if "id" in row:
+            if not isinstance(row["id"], (int, str)):
+                raise wrong("id", "the number of a prompt")
             label = dict(row)
         elif prompt_key(row.get("prompt")) in ids:
             label = {**row, "id": ids[prompt_key(row["prompt"])]}
@@ -52,7 +55,10 @@ def check_labels(
                 )
             if not _is_number(row["preference"]) or not 0 <= row["preference"] <= 1:
                 raise wrong("preference", "1 (a is better), .5 (a tie) or 0 (b is better)")
-            kept.append(label)
+            if label["id"] in known:
+                kept.append(label)
+            else:
+                stale += 1
             continue
         models = row.get("models")
         if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
@@ -71,6 +77,9 @@ def check_labels(
                 raise wrong(field, f"numbers from {least}" + (f" to {most}" if most else " on"))
         if any(not isinstance(flags, Mapping) for flags in row.get("flags") or []):
             raise wrong("flags", "one object of name: true, false or null per completion")
+        if label["id"] not in known:
+            stale += 1
+            continue
         current = [
             row.get("completions") is None or texts.get((model, label["id"]), text) == text
             for model, text in zip(models, row.get("completions") or [None] * len(models), strict=True)
@@ -83,7 +92,9 @@ def check_labels(
         kept.append(label)
     if stale:
         logger.warning(
-            "%s: %d labels left out, which are of other completions than the generated ones", source, stale
+            "%s: %d labels left out, which are of other prompts or completions than the generated ones",
+            source,
+            stale,
         )
     return kept, stale
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from prefopt.evaluation.generate import Completion
 from prefopt.evaluation.judges import JudgeArguments, gold_scores, load_callable
-from prefopt.evaluation.kept import fingerprint_of, kept_rows, source_state
+from prefopt.evaluation.kept import fingerprint_of, function_state, kept_rows, source_state
 from prefopt.evaluation.models import load_classifier, load_tokenizer
 from prefopt.evaluation.overoptimisation import (
     best_of_n,
@@ -259,7 +259,7 @@ def _rewards(
             for row, p, g in zip(rows, proxy, gold, strict=True)
         ]
 
-    gold_state = source_state(own.gold_reward_model) if own.gold_reward_model else _name(judges.gold_judge)
+    gold_state = source_state(own.gold_reward_model) if own.gold_reward_model else _state(judges.gold_judge)
     inputs = [
         source_state(judges.reward_judge),
         gold_state,
@@ -277,8 +277,12 @@ def _rewards(
     return dict(proxy), dict(gold)
 
 
-def _name(judge: Any) -> str:
-    return judge if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__name__)
+def _state(judge: Any) -> Any:
+    return (
+        function_state(judge)
+        if isinstance(judge, str)
+        else getattr(judge, "__qualname__", type(judge).__name__)
+    )
 
 
 def _scores(

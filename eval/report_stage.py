@@ -171,13 +171,14 @@ def _samples(
         model: {i: {"text": rows[i]["completion"], "truncated": rows[i]["truncated"]} for i in ids}
         for model, rows in drawn.items()
     }
-    for path in sorted((run.folder / "scores").glob("*/*.jsonl")):
+    judged = sorted((run.folder / "scores").glob("*/*.jsonl")) if not run.is_stale("judge") else []
+    for path in judged:
         for row in read_jsonl(path) if path.stem in shown else []:
             if row["decoding"] == "sampled" and row["id"] in shown[path.stem]:
                 shown[path.stem][row["id"]][path.parent.name] = row["score"]
     rows = [drawn[next(iter(drawn))][i] for i in ids]
     main = main_model(list(drawn), args.baseline)
-    gain = _gain(run, judge, main, args.baseline, ids) if judge and main else None
+    gain = _gain(run, judge, main, args.baseline, ids) if judged and judge and main else None
     use_cases = [str(row.get("use_case") or "") for row in rows]
     return pick_samples(
         [row["prompt"] for row in rows],

@@ -30,7 +30,7 @@ from prefopt.evaluation.reward_measures import (
     reward_measures,
     tie_calibrated,
 )
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_names, parsed_mapping
 from prefopt.metrics import Estimate, mean_estimate, pair_accuracy
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,15 @@ class RewardModelArguments:
     def __post_init__(self) -> None:
         for key in ("reward_models", "implicit_rewards", "rankings"):
             setattr(self, key, parsed_mapping(key, getattr(self, key)))
-        self.implicit_rewards = {name: float(beta) for name, beta in self.implicit_rewards.items()}
+        check_names("reward_models", self.reward_models)
+        check_names("rankings", self.rankings)
+        for name, beta in self.implicit_rewards.items():
+            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+                raise ValueError(f"implicit_rewards: {name}: expected the beta of its training, got {beta!r}")
+            if name in self.reward_models:
+                raise ValueError(
+                    f"implicit_rewards: {name} is the name of a reward model too; rename that one"
+                )
 
 
 def run(

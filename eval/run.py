@@ -1,13 +1,21 @@
 """The folder of one evaluation: what its stages read and write."""
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
 from prefopt.evaluation.results import jsonable
+
+logger = logging.getLogger(__name__)
+
+# Stages that look at completions: what they found no longer holds when these are drawn anew.
+OF_COMPLETIONS = {"judge", "compare", "metadata", "drift", "diversity", "overopt"}
 
 
 @dataclass
@@ -45,6 +53,21 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         self.models = parsed_mapping("models", self.models)
+        check_names("models", self.models)
+        for name, source in self.models.items():
+            if not isinstance(source, str) or not source:
+                raise ValueError(f"models: {name}: expected a folder or Hub id, got {source!r}")
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
+
+
+def check_names(key: str, names: Iterable[Any]) -> None:
+    """Raise unless the names can be those of files."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w .+-]*", str(name)):
+            raise ValueError(
+                f"{key}: the name {name!r} becomes a file's; expected letters, digits, spaces and _ . + - only"
+            )
 
 
 def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -95,18 +118,37 @@ class EvaluationRun:
         self, stage: str, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None
     ) -> None:
         """Keep what a stage found: its measures (`results.measure`) and what its plots and tables need besides."""
-        content = {"measures": list(measures), "data": dict(data or {})}
+        content = {
+            "measures": list(measures),
+            "data": dict(data or {}),
+            "completions": self._completions_state() if stage in OF_COMPLETIONS else None,
+        }
         text = json.dumps(jsonable(content), ensure_ascii=False, indent=1, allow_nan=False)
         write_whole(self._stage_path(stage), text + "\n")
 
     def stage(self, stage: str) -> dict[str, Any] | None:
-        """What `write_stage` kept, or None if the stage has not run."""
+        """What `write_stage` kept, or None if the stage has not run, or not on the completions that are there now."""
         path = self._stage_path(stage)
+        if self.is_stale(stage):
+            logger.warning("%s is of other completions than those there now: run the stage again", path)
+            return None
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def is_stale(self, stage: str) -> bool:
+        """Whether a stage has run on other completions than those there now."""
+        path = self._stage_path(stage)
+        if stage not in OF_COMPLETIONS or not path.is_file():
+            return False
+        return json.loads(path.read_text(encoding="utf-8"))["completions"] != self._completions_state()
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""
         self._stage_path(stage).unlink(missing_ok=True)
+
+    def _completions_state(self) -> list[list[str]]:
+        """Names and contents of all completions, in short."""
+        files = sorted((self.folder / "completions").glob("*.jsonl"))
+        return [[file.stem, hashlib.sha256(file.read_bytes()).hexdigest()[:16]] for file in files]
 
     def _stage_path(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage.replace('-', '_')}.json"

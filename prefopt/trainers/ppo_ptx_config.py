@@ -101,6 +101,9 @@ REFUSED = {
     "sync_ref_model": _REFERENCE,
     "max_tool_calling_iterations": "episodes are a prompt and one response; tools are not supported",
     "use_transformers_paged": "it is deprecated in TRL: set `use_transformers_continuous_batching`",
+    "neftune_noise_alpha": "noise in the embeddings moves the ratio of PPO off 1 before the policy has moved",
+    "label_smoothing_factor": "no term of Eq. 2 has labels to smooth",
+    "data_seed": "prompts and pretraining text are drawn by `seed`",
 }
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
@@ -13,6 +14,8 @@ from prefopt.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewa
 from prefopt.trainers.last_layer import last_mlp_at
 from prefopt.trainers.lm_heads import fp32_output, token_logps
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
+
+logger = get_logger(__name__)
 
 KL_POSITIONS = 1024  # the exact KL needs all logits, of two models; of this many tokens at a time
 
@@ -156,6 +159,11 @@ class RolloutMixin:
         metrics = rollout_metrics(
             scores, is_scored, rewards, kl, logps, ref_logps, mask, values, returns, self._sum_over_processes
         )
+        if metrics["objective/unscored"] == len(ids) * self.accelerator.num_processes:
+            logger.warning(
+                "No episode of this rollout has a finite reward, so nothing is learned from it: look at what the reward "
+                "model and the reward functions return."
+            )
         metrics["objective/kl_coef"] = self.kl_controller.kl_coef
         if mode == "train":
             self.kl_controller.update(metrics["objective/kl"], len(ids) * self.accelerator.num_processes)

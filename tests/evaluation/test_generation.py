@@ -9,7 +9,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from prefopt.evaluation import generation
+from prefopt.evaluation import compare, generation
 from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl
 from prefopt.evaluation.generation import GenerateArguments
 from prefopt.evaluation.models import load_classifier, load_language_model, load_tokenizer
@@ -149,7 +149,8 @@ def test_the_command_goes_from_prompts_to_win_rates(folder: Path, capsys):
     path = folder / "evaluation.yaml"
     path.write_text(yaml.safe_dump(config))
     evaluate.main(["generate", "--config", str(path)])
-    evaluate.main(["judge", "--config", str(path)])  # a sum of texts is no number
+    with pytest.raises(SystemExit, match="no judge gave a verdict"):  # a sum of texts is no number
+        evaluate.main(["judge", "--config", str(path)])
     run = EvaluationRun(folder / "out")
     assert run.stage("judge")["data"]["judges"]["gold"].startswith("failed: ValueError")
     evaluate.main(["judge", "--config", str(path), "--gold_judge", f"{__name__}:length"])
@@ -187,3 +188,59 @@ def test_models_from_the_command_line_and_mistakes(folder: Path):
     ):
         with pytest.raises(SystemExit, match=words):
             evaluate.main(argv)
+
+
+def test_what_was_found_on_other_completions_no_longer_holds(tmp_path):
+    """A stage alone must not report numbers of completions that were drawn anew since."""
+    run = EvaluationRun(tmp_path)
+    row = {
+        "id": 0,
+        "prompt": "x",
+        "decoding": "sampled",
+        "sample": 0,
+        "completion": "a",
+        "ids": [1],
+        "truncated": False,
+    }
+    run.write_completions("sft", [row])
+    run.write_stage("drift", [], {"kept": 1})
+    run.write_stage("tax", [], {"kept": 2})
+    run.write_stage("judge", [])
+    assert run.stage("drift")["data"] == {"kept": 1}
+    run.write_completions("sft", [{**row, "completion": "b"}])
+    assert run.stage("drift") is None
+    assert run.is_stale("drift")
+    assert run.stage("tax")["data"] == {"kept": 2}  # looks at no completions
+    assert not run.is_stale("tax")
+    with pytest.raises(ValueError, match="run `prefopt eval judge` again"):
+        compare.run(run, EvaluationArguments(str(tmp_path), {"sft": "a"}), compare.CompareArguments())
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"models": {"../x": "a"}}, "becomes a file's"),
+        ({"models": {"": "a"}}, "becomes a file's"),
+        ({"models": {"sft": None}}, "expected a folder or Hub id"),
+        ({"output_dir": __file__, "models": {"sft": "a"}}, "is a file"),
+    ],
+)
+def test_names_and_folders_are_checked_first(keys, expected, tmp_path):
+    with pytest.raises(ValueError, match=expected):
+        EvaluationArguments(**{"output_dir": str(tmp_path), **keys})
+
+
+@pytest.mark.parametrize(
+    "keys", [{"max_prompts": -1}, {"samples_per_prompt": 0}, {"temperature": -1.0}, {"max_new_tokens": 0}]
+)
+def test_numbers_out_of_range_are_refused(keys):
+    with pytest.raises(ValueError, match=f"{next(iter(keys))} is"):
+        generation.GenerateArguments(**keys)
+
+
+def test_a_column_id_of_the_prompts_is_refused(tmp_path):
+    args = EvaluationArguments(str(tmp_path), {"sft": "a"})
+    with pytest.raises(ValueError, match="column 'id' is taken"):
+        generation.run(
+            EvaluationRun(tmp_path), args, generation.GenerateArguments(), [{"prompt": "x", "id": 7}]
+        )

@@ -308,6 +308,12 @@ def test_unscored_rows_are_counted_and_masked(bad, make):
     assert all(p.isfinite().all() for p in weights_of(trainer).values())
 
 
+@pytest.mark.parametrize(("bad", "expected"), [([float("inf")] * 8, 1), ([float("inf")] * 7 + [1.0], 0)])
+def test_a_rollout_without_any_score_is_told_at_once(bad, expected, make, caplog):
+    rollout_of(make(rewards=lambda completions, **kwargs: bad))
+    assert sum("No episode of this rollout" in record.message for record in caplog.records) == expected
+
+
 def test_rollout_without_any_score_moves_nothing(make):
     trainer = make(rewards=lambda completions, **kwargs: [None] * len(completions))
     before = weights_of(trainer)
