@@ -12,11 +12,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from prefopt.evaluation import judges, metadata
 from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
 from prefopt.evaluation.judges import HumanJudge, JudgeArguments, ScoreJudge, gold_scores, load_callable
+from prefopt.evaluation.kept import function_state
 from prefopt.evaluation.labels import check_labels, label_side_by_side, preferences
 from prefopt.evaluation.lm_judge import LanguageModelJudge, fill
 from prefopt.evaluation.metadata import MetadataArguments, counts_for, flag_share, share
 from prefopt.evaluation.results import find
 from prefopt.evaluation.reward import score_completions
+from prefopt.evaluation.reward_model import RewardModelArguments
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.sandbox import FLAGS, World, labelers
 from tests.conftest import tiny_config
@@ -320,3 +322,44 @@ def test_a_judge_needs_completions(tmp_path: Path):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "x"})
     with pytest.raises(FileNotFoundError, match="prefopt eval generate"):
         judges.run(EvaluationRun(tmp_path), args, JudgeArguments(gold_judge=lambda p, c: 0.0))
+
+
+def test_labels_of_prompts_that_were_not_generated_for_are_left_out_with_a_count(caplog):
+    completions = {
+        "sft": [{"id": 0, "prompt": "x", "completion": "a"}],
+        "ppo": [{"id": 0, "prompt": "x", "completion": "b"}],
+    }
+    rows = [
+        {"id": 0, "a": "sft", "b": "ppo", "preference": 1.0},
+        {"id": 999, "a": "sft", "b": "ppo", "preference": 0.0},
+        {"id": "0", "models": ["sft", "ppo"], "ranks": [2, 1]},
+    ]
+    kept, stale = check_labels(rows, completions, "labels")
+    assert [row["id"] for row in kept] == [0]
+    assert stale == 2
+    assert "2 labels left out" in caplog.text
+    with pytest.raises(ValueError, match="labels row 0: field 'id'"):
+        check_labels([{"id": [1], "a": "sft", "b": "ppo", "preference": 1.0}], completions, "labels")
+
+
+def test_an_edited_function_is_another_function(tmp_path, monkeypatch):
+    module = tmp_path / "my_judge_module.py"
+    module.write_text("def score(prompt, completion): return 1.0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = function_state("my_judge_module:score")
+    assert function_state("my_judge_module:score") == before
+    module.write_text("def score(prompt, completion): return 12.0")
+    assert function_state("my_judge_module:score") != before
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"reward_models": {"dpo": "rm"}, "implicit_rewards": {"dpo": 0.1}}, "rename that one"),
+        ({"implicit_rewards": {"dpo": "x"}}, "implicit_rewards: dpo: expected the beta"),
+        ({"reward_models": {"../rm": "rm"}}, "becomes a file's"),
+    ],
+)
+def test_names_of_reward_models_are_checked(keys, expected):
+    with pytest.raises(ValueError, match=expected):
+        RewardModelArguments(**keys)
