@@ -10,8 +10,8 @@ model the run starts from.
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, parse
-from prefopt.recipes.data import load_comparisons, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.rows import load_comparisons, require_chat_template
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
 

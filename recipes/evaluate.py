@@ -31,7 +31,7 @@ from prefopt.evaluation import (
 from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes.arguments import UserError, parse
-from prefopt.recipes.data import check_fields, load_rows
+from prefopt.recipes.rows import check_fields, load_rows
 
 logger = logging.getLogger(__name__)
 Given = dict[type, Any]

@@ -29,7 +29,7 @@ from prefopt.labeling.label_studio import labeling_config, read_label_studio, to
 from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
 from prefopt.recipes.arguments import UserError, parse
-from prefopt.recipes.data import check_fields, load_rows
+from prefopt.recipes.rows import check_fields, load_rows
 from prefopt.row_checks import row_problem
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from pathlib import Path
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.data import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.overoptimisation import OveroptimisationStop
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig

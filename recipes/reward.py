@@ -13,7 +13,6 @@ from functools import partial
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, parse
-from prefopt.recipes.data import check_fields, load_comparisons, load_rows, require_chat_template
 from prefopt.recipes.models import (
     load_reward_start,
     load_tokenizer,
@@ -21,6 +20,7 @@ from prefopt.recipes.models import (
     peft_config,
     train_and_save,
 )
+from prefopt.recipes.rows import check_fields, load_comparisons, load_rows, require_chat_template
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 

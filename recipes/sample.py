@@ -17,8 +17,8 @@ from trl import ModelConfig, get_quantization_config
 
 from prefopt.evaluation.generate import generate, write_jsonl
 from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.data import check_fields, load_rows, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
+from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
 
 logger = logging.getLogger(__name__)
 

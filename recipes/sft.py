@@ -16,8 +16,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
 from prefopt.comparisons import build_ids
 from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.data import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.rows import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.pretraining_data import pack_documents

@@ -6,7 +6,7 @@ import pytest
 
 from prefopt import cli
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
-from prefopt.recipes.data import check_fields, load_rows
+from prefopt.recipes.rows import check_fields, load_rows
 
 GOOD = {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}
 NO_MODEL = "/no/such/model"  # loading it would raise OSError, not the error a test expects

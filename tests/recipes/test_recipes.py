@@ -119,7 +119,7 @@ def test_a_truncated_completion_gets_no_eos_whichever_row_says_so(files):
     from transformers import AutoTokenizer
 
     from prefopt.comparisons import prepare_comparisons, tokenize_comparisons, validate_comparisons
-    from prefopt.recipes.data import load_rows
+    from prefopt.recipes.rows import load_rows
 
     tokenizer = AutoTokenizer.from_pretrained(files / "base")
     loaded = load_rows(str(files / "cut.jsonl"), check=validate_comparisons, key="dataset_name")
