@@ -204,8 +204,12 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
             others,
         )
     for use_case in sorted({u for u in use_cases.values() if u}):
-        keep = lambda r, u=use_case: use_cases.get(r["id"]) == u and r.get("decoding") != "greedy"  # noqa: E731
-        rates(f"winrate_use_case.{use_case}", main, keep, others)
+        rates(
+            f"winrate_use_case.{use_case}",
+            main,
+            lambda r, u=use_case: use_cases.get(r["id"]) == u and r.get("decoding") != "greedy",
+            others,
+        )
     for judge in dict.fromkeys([*every, *broken]):
         rows = every.get(judge, [])
         if judge != main:
@@ -213,12 +217,21 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
         names = {row["labeler"] for row in rows if row.get("labeler") is not None}
         for group, members in own.labeler_groups.items():
             if names & set(members):
-                keep = lambda r, m=members: sampled(r) and r.get("labeler") in m  # noqa: E731
-                rates(f"winrate_labelers.{group}", judge, keep, others)
+                rates(
+                    f"winrate_labelers.{group}",
+                    judge,
+                    lambda r, m=members: sampled(r) and r.get("labeler") in m,
+                    others,
+                )
     main_rows = [row for row in every.get(main or "", []) if sampled(row)]
     for model in others:
-        compute = lambda m=model: _length_controlled(main_rows, completions, m, args.baseline)  # noqa: E731
-        add("winrate_length_controlled", model, compute, main, args.baseline)
+        add(
+            "winrate_length_controlled",
+            model,
+            lambda m=model: _length_controlled(main_rows, completions, m, args.baseline),
+            main,
+            args.baseline,
+        )
     found = _strengths(main_rows, args) if main else {}
     for model in models:
         add("bradley_terry", model, lambda m=model: _known(found, m), main, None)
