@@ -3,24 +3,29 @@
 import sys
 from importlib import import_module
 
-COMMANDS = {
-    "sft": ("prefopt.recipes.sft", "step 1: supervised fine-tuning on demonstrations or text"),
-    "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
-    "label": (
-        "prefopt.recipes.label",
-        "people rank samples in a browser: `prefopt label export`, `import`, ...",
-    ),
-    "reward": ("prefopt.recipes.reward", "step 2: reward model from rankings of K completions"),
-    "ppo-ptx": ("prefopt.recipes.ppo_ptx", "step 3: PPO with a KL penalty and pretraining gradients"),
-    "dpo": ("prefopt.recipes.dpo", "alternative to step 3: DPO from rankings"),
-    "explain-run": (
-        "prefopt.recipes.explain_run",
-        "what moved the weights of a training run when, and its troubles",
-    ),
-    "eval": ("prefopt.recipes.evaluate", "is it better, by how much, how sure: `prefopt eval <stage>`"),
-    "pipeline": ("prefopt.recipes.pipeline", "all steps on the sandbox, ending in a report"),
-    "sweep": ("prefopt.recipes.sweep", "PPO-ptx over ptx_coef and kl_coef, from a finished pipeline run"),
+# Group -> command -> the module whose `main(argv)` runs it, and its line in the help.
+GROUPS = {
+    "the three steps": {
+        "sft": ("prefopt.recipes.sft", "step 1: supervised fine-tuning on demonstrations or text"),
+        "reward": ("prefopt.recipes.reward", "step 2: reward model from rankings of K completions"),
+        "ppo-ptx": ("prefopt.recipes.ppo_ptx", "step 3: PPO with a KL penalty and pretraining gradients"),
+        "dpo": ("prefopt.recipes.dpo", "instead of reward + ppo-ptx: DPO from rankings"),
+    },
+    "data and labels": {
+        "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
+        "label": ("prefopt.recipes.label", "people rank samples in a browser; who agrees; what to rank next"),
+    },
+    "evaluate": {
+        "eval": ("prefopt.recipes.evaluate", "is it better, by how much, how sure, at what cost"),
+        "explain-run": ("prefopt.recipes.explain_run", "what moved the weights when, and what went wrong"),
+    },
+    "plan and share": {},
+    "start and help": {
+        "pipeline": ("prefopt.recipes.pipeline", "all steps on a small closed world, ending in a report"),
+        "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),
+    },
 }
+COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
 
 
 def usage() -> str:
@@ -29,9 +34,11 @@ def usage() -> str:
         "usage: prefopt <command> [--config file.yaml] [--key value ...]",
         "",
         "Learn from rankings of K completions: reward model, PPO-ptx and DPO on Hugging Face TRL.",
-        "",
-        "commands:",
-        *(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items()),
+    ]
+    for title, commands in GROUPS.items():
+        if commands:
+            lines += ["", f"{title}:", *(f"  {name:<12} {text}" for name, (_, text) in commands.items())]
+    lines += [
         "",
         "`prefopt <command> --help` lists a command's keys; keys on the command line win over the file.",
     ]
