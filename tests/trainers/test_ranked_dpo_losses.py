@@ -86,12 +86,15 @@ def assert_same(ours, theirs):
     (our_loss, our_gradients), (their_loss, their_gradients) = ours, theirs
     torch.testing.assert_close(our_loss, their_loss, rtol=1e-6, atol=1e-6)
     assert our_gradients.keys() == their_gradients.keys()
-    ours, theirs = (
-        torch.cat([some[name].flatten() for name in their_gradients])
-        for some in (our_gradients, their_gradients)
-    )
-    assert theirs.abs().max() > 1e-3
-    assert torch.linalg.vector_norm(ours - theirs) < 1e-5 * torch.linalg.vector_norm(theirs)
+    assert max(gradient.abs().max() for gradient in their_gradients.values()) > 1e-3
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.fixture
+def exact_lm(causal_lm):
+    """In float64, so that no kernel's rounding is amplified by the divergences; TRL takes log-probs in fp32 from it."""
+    return causal_lm.double()
 
 
 # ---- equal to TRL on pairs ----
@@ -99,12 +102,12 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda options: "-".join(map(str, options.values())))
 @pytest.mark.parametrize("loss_type", RANKED_LOSSES)
-def test_equals_trl_on_pairs(loss_type, divergence, causal_lm, tokenizer, tmp_path):
+def test_equals_trl_on_pairs(loss_type, divergence, exact_lm, tokenizer, tmp_path):
     theirs = "sigmoid" if loss_type == "plackett_luce" else loss_type  # the same for two completions
     assert_same(
         *[
             loss_and_gradients(
-                trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, cls=cls, loss_type=name, **divergence)
+                trainer_on(exact_lm, PAIRS, tokenizer, tmp_path, cls=cls, loss_type=name, **divergence)
             )
             for cls, name in ((RankedDPOTrainer, loss_type), (DPOTrainer, theirs))
         ]
@@ -112,24 +115,24 @@ def test_equals_trl_on_pairs(loss_type, divergence, causal_lm, tokenizer, tmp_pa
 
 
 @pytest.mark.parametrize("loss_weights", [None, [0.5, 2.0, 0.1]])
-def test_several_losses_equal_trl_on_pairs(loss_weights, causal_lm, tokenizer, tmp_path):
+def test_several_losses_equal_trl_on_pairs(loss_weights, exact_lm, tokenizer, tmp_path):
     options = {"loss_type": ["sigmoid", "hinge", "ipo"], "loss_weights": loss_weights}
     assert_same(
         *[
-            loss_and_gradients(trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, cls=cls, **options))
+            loss_and_gradients(trainer_on(exact_lm, PAIRS, tokenizer, tmp_path, cls=cls, **options))
             for cls in (RankedDPOTrainer, DPOTrainer)
         ]
     )
 
 
 @pytest.mark.parametrize("row", range(len(PAIRS)))
-def test_label_smoothing_is_that_of_trl(row, causal_lm, tokenizer, tmp_path):
+def test_label_smoothing_is_that_of_trl(row, exact_lm, tokenizer, tmp_path):
     """TRL's sigmoid loss ignores it; its `aot` loss of one pair is cDPO."""
     rows = PAIRS[row : row + 1]
     assert_same(
         *[
             loss_and_gradients(
-                trainer_on(causal_lm, rows, tokenizer, tmp_path, cls=cls, loss_type=name, label_smoothing=0.2)
+                trainer_on(exact_lm, rows, tokenizer, tmp_path, cls=cls, loss_type=name, label_smoothing=0.2)
             )
             for cls, name in ((RankedDPOTrainer, "sigmoid"), (DPOTrainer, "aot"))
         ]
