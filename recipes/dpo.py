@@ -3,8 +3,8 @@
     prefopt dpo --config recipes/tiny/dpo.yaml
     accelerate launch -m prefopt.recipes.dpo --config recipes/tiny/dpo.yaml
 
-Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference rows (K = 2). The reference is the
-model the run starts from.
+Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference rows (K = 2), whose chat prompt may be
+part of both answers. The reference is the model the run starts from.
 """
 
 from trl import ModelConfig, get_quantization_config

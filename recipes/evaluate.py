@@ -31,6 +31,7 @@ from prefopt.evaluation import (
 from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.rows import check_fields, load_rows
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,13 @@ def main(
 def generate(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """every model draws completions of the same prompts"""
     own = given[generation.GenerateArguments]
-    rows = load_rows(own.prompts, split=own.prompts_split, check=check_fields("prompt"), key="prompts")
+    rows = load_rows(
+        own.prompts,
+        split=own.prompts_split,
+        check=check_fields("prompt"),
+        convert=prompts_from_messages,
+        key="prompts",
+    )
     generation.run(run, args, own, list(rows), progress=print)
 
 

@@ -3,7 +3,7 @@
     prefopt ppo-ptx --config recipes/tiny/ppo_ptx.yaml
     accelerate launch -m prefopt.recipes.ppo_ptx --config recipes/tiny/ppo_ptx.yaml
 
-Rows are {"prompt"}. `ptx_coef: 0` is the paper's "PPO"; otherwise `pretrain_dataset_name` names rows {"text"}.
+Rows are {"prompt"}, or {"messages"} up to the last user turn. `ptx_coef: 0` is the paper's "PPO"; otherwise `pretrain_dataset_name` names rows {"text"}.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
 from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.reward_checkpoints import check_reward_model
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
     if (args.ptx_coef > 0) != (data.pretrain_dataset_name is not None):
         raise UserError("ptx_coef > 0 needs pretrain_dataset_name, and ptx_coef 0 (plain PPO) takes none")
-    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", check_fields("prompt"))
+    train, evaluation = load_train_and_eval(
+        data, args.eval_strategy != "no", check_fields("prompt"), prompts_from_messages
+    )
     pretraining = None
     if data.pretrain_dataset_name:
         pretraining = load_rows(

@@ -3,8 +3,9 @@
     prefopt reward --config recipes/tiny/reward.yaml
     accelerate launch -m prefopt.recipes.reward --config recipes/tiny/reward.yaml
 
-Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference rows (K = 2). With
-`--center_on demonstrations.jsonl` the bias is set so that the demonstrations score 0 on average (section 3.5).
+Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference rows (K = 2), whose chat prompt may be
+part of both answers. With `--center_on demonstrations.jsonl` the bias is set so that the demonstrations, {"prompt",
+"completion"} or the last answer of {"messages"}, score 0 on average (section 3.5).
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import partial
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, parse
+from prefopt.recipes.conversations import demonstrations_from_messages
 from prefopt.recipes.models import (
     load_reward_start,
     load_tokenizer,
@@ -30,7 +32,8 @@ class RewardArguments(DataArguments):
     """Data of the reward-model step."""
 
     center_on: str | None = field(
-        default=None, metadata={"help": "Demonstrations {prompt, completion} that shall score 0 on average."}
+        default=None,
+        metadata={"help": "Demonstrations {prompt, completion} or {messages} that shall score 0 on average."},
     )
 
 
@@ -43,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     demonstrations = None
     if data.center_on:
         demonstrations = load_rows(
-            data.center_on, check=check_fields("prompt", "completion"), key="center_on"
+            data.center_on,
+            check=check_fields("prompt", "completion"),
+            convert=demonstrations_from_messages,
+            key="center_on",
         )
 
     tokenizer = load_tokenizer(model_args)

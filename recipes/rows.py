@@ -1,6 +1,6 @@
 """Rows for every recipe: loaded from files, folders or the Hub, and checked before any model is loaded."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,35 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.comparisons import prepare_comparisons, validate_comparisons
 from prefopt.evaluation.generate import read_jsonl
 from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.recipes.conversations import is_message, split_implicit_prompts
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
 Rows = Dataset | list[dict]
 Check = Callable[[Rows, str], None]
+Convert = Callable[[Rows, str], Rows]
 
 _FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def load_rows(
-    name: str | None, *, key: str, check: Check, split: str = "train", config: str | None = None
+    name: str | None,
+    *,
+    key: str,
+    check: Check,
+    split: str = "train",
+    config: str | None = None,
+    convert: Convert | None = None,
 ) -> Dataset:
     """Load the rows called `name` (a file, a folder written by `save_to_disk`, or a Hub dataset) and check them.
 
     `key` is the argument the name came from, so that an error can say which one to change. `check(rows, source)`
-    raises ValueError; it sees the rows of a .jsonl file as written, before Arrow gives each column one type.
+    raises ValueError; it sees the rows of a .jsonl file as written, before Arrow gives each column one type. Before it,
+    `convert(rows, source)` may bring them into the format of the step (`prefopt.recipes.conversations`).
     """
     rows = _load(name, key, split, config)
     try:
+        rows = rows if convert is None else convert(rows, str(name))
         check(rows, str(name))
     except ValueError as error:
         raise UserError(error) from error
@@ -78,10 +88,11 @@ def _load(name: str | None, key: str, split: str, config: str | None) -> Rows:
 
 
 def load_train_and_eval(
-    data: DataArguments, wants_eval: bool, check: Check
+    data: DataArguments, wants_eval: bool, check: Check, convert: Convert | None = None
 ) -> tuple[Dataset, Dataset | None]:
     """The training rows and, if evaluation is on, the evaluation rows."""
-    named: dict[str, Any] = {"config": data.dataset_config, "check": check, "key": "dataset_name"}
+    how: dict[str, Any] = {"check": check, "convert": convert}
+    named: dict[str, Any] = {"config": data.dataset_config, "key": "dataset_name", **how}
     train = load_rows(data.dataset_name, split=data.dataset_train_split, **named)
     if not wants_eval:
         if data.eval_dataset_name:
@@ -91,7 +102,7 @@ def load_train_and_eval(
         return train, None
     if data.eval_dataset_name:
         return train, load_rows(
-            data.eval_dataset_name, split=data.dataset_test_split, check=check, key="eval_dataset_name"
+            data.eval_dataset_name, split=data.dataset_test_split, key="eval_dataset_name", **how
         )
     if Path(data.dataset_name).is_file():
         raise UserError("eval_strategy is on: set eval_dataset_name (a file has no test split)")
@@ -102,7 +113,9 @@ def load_comparisons(
     data: DataArguments, args: RankedRewardConfig | RankedDPOConfig
 ) -> tuple[Dataset, Dataset | None]:
     """Ranked rows for training and, if evaluation is on, for evaluation, checked for what the trainer will ask."""
-    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", validate_comparisons)
+    train, evaluation = load_train_and_eval(
+        data, args.eval_strategy != "no", validate_comparisons, split_implicit_prompts
+    )
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
     try:
         train = prepare_comparisons(train, source=data.dataset_name, **options)
@@ -130,7 +143,7 @@ def check_fields(*names: str) -> Check:
             for name in names:
                 value = row.get(name)
                 is_chat = isinstance(value, list) and name != "text"
-                if not value or not (isinstance(value, str) or (is_chat and all(map(_is_message, value)))):
+                if not value or not (isinstance(value, str) or (is_chat and all(map(is_message, value)))):
                     expected = "a text" if name == "text" else "a text or messages with 'role' and 'content'"
                     found = repr(value)[:80] if name in row else "nothing"
                     raise ValueError(
@@ -145,16 +158,13 @@ def check_fields(*names: str) -> Check:
     return check
 
 
-def _is_message(message: object) -> bool:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
-    return bool(message.get("content") or message.get("tool_calls"))
-
-
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, *datasets: Dataset | None) -> None:
     """Chat rows need a tokenizer that can render them."""
     for rows in datasets:
-        is_chat = rows is not None and "prompt" in rows.column_names and isinstance(rows[0]["prompt"], list)
+        if rows is None:
+            continue
+        names = rows.column_names
+        is_chat = isinstance(rows[0]["prompt"], list) if "prompt" in names else "messages" in names
         if is_chat and tokenizer.chat_template is None:
             raise UserError(
                 "the rows are chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
