@@ -1,18 +1,25 @@
 """Draw completions from a causal language model, and keep them in JSONL files."""
 
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.comparisons import build_ids
 from prefopt.evaluation.batching import batches_by_length, pad
+from prefopt.evaluation.jsonl import read_jsonl, write_jsonl, write_whole
+
+__all__ = [
+    "Completion",
+    "end_token_ids",
+    "generate",
+    "prompt_ids",
+    "read_jsonl",
+    "write_jsonl",
+    "write_whole",
+]
 
 
 @dataclass(frozen=True)
@@ -161,38 +168,3 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
         for owner, config in zip(owners, kept, strict=True):
             owner.generation_config = config
         model.train(training)
-
-
-def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read one JSON object per line; a line that is none is an error that names it."""
-    rows = []
-    # Not splitlines(): it would also cut at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
-        rows.append(row)
-    return rows
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write to a temporary neighbour and rename it: readers never see half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A lone surrogate has no UTF-8 form: written as \udXXX, which JSON reads back as the same character.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -55,6 +55,26 @@ def parse(dataclass_types: Sequence[type], argv: list[str] | None, prog: str) ->
         raise UserError(error) from error
 
 
+def named(argv: Sequence[str], name: str) -> list[str]:
+    """The arguments before the first option as values of `--name`.
+
+    >>> named(["a.jsonl", "b.jsonl", "--out", "c.jsonl"], "answers")
+    ['--answers', 'a.jsonl', 'b.jsonl', '--out', 'c.jsonl']
+    """
+    first = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+    return [*([f"--{name}", *argv[:first]] if first else []), *argv[first:]]
+
+
+def config_folder(argv: list[str] | None) -> Path | None:
+    """The folder of the `--config` file, where the other files of a recipe are.
+
+    >>> config_folder(["--config", "tiny/pipeline.yaml", "--seed", "1"]).name
+    'tiny'
+    """
+    argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
+    return Path(argv[argv.index("--config") + 1]).parent if "--config" in argv[:-1] else None
+
+
 def _split_config(argument: str) -> list[str]:
     return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
 

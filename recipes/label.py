@@ -28,7 +28,7 @@ from prefopt.labeling.key import Key, blind, read_key, write_key
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
-from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.arguments import UserError, named, parse
 from prefopt.recipes.rows import check_fields, load_rows
 from prefopt.row_checks import row_problem
 
@@ -307,16 +307,6 @@ def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     if name and name.endswith(".jsonl") and Path(name).is_file():
         return read_jsonl(name)
     return load_rows(name, key=key, check=check_fields("prompt"))
-
-
-def named(argv: Sequence[str], name: str) -> list[str]:
-    """The arguments before the first option as values of `--name`.
-
-    >>> named(["a.jsonl", "b.jsonl", "--out", "c.jsonl"], "answers")
-    ['--answers', 'a.jsonl', 'b.jsonl', '--out', 'c.jsonl']
-    """
-    first = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    return [*([f"--{name}", *argv[:first]] if first else []), *argv[first:]]
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
