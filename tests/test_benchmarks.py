@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from prefopt.evaluation.generate import write_jsonl
+from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
 TINY = ["--layers", "2", "--hidden", "32", "--vocab", "64", "--repeats", "2", "--device", "cpu"]
 
@@ -81,3 +85,78 @@ def test_scaling_fits_exponents(ranking_step, tmp_path):
     for side, ratio in expected.items():
         assert 1.5 ** sweeps["k"]["exponents_of_tokens"][side] == pytest.approx(ratio)
     assert (tmp_path / "scaling.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+@pytest.fixture
+def label_next(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    import label_next
+
+    return label_next
+
+
+@pytest.fixture
+def sandbox_run(tmp_path):
+    """What a run of the pipeline has behind its step `label`, from a model that has learned nothing."""
+    world, tokenizer = World(seed=0), build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "run" / "sft-epochs")
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "run" / "sft-epochs")
+    for split, name in (("rm", "samples_rm"), ("test", "rankings_test_train_labelers")):
+        person = labelers(world, "train")[0]
+        rows = []
+        for prompt in world.prompts(split, 20):
+            texts = [world.demonstration(prompt, draw) for draw in range(5)]
+            rows.append({**person.label(prompt, texts), "truncated": [False] * 5})
+        write_jsonl(tmp_path / "run" / "data" / f"{name}.jsonl", rows)
+    return tmp_path / "run"
+
+
+def test_what_to_label_next_costs_the_same_however_it_is_chosen(
+    label_next, sandbox_run, tmp_path, monkeypatch, capsys
+):
+    trained = []
+    train = label_next.Team.train
+    monkeypatch.setattr(
+        label_next.Team,
+        "train",
+        lambda team, rows, seed: trained.append((seed, rows[:])) or train(team, rows, seed),
+    )
+    argv = ["--run_dir", str(sandbox_run), "--out", str(tmp_path / "out"), "--budgets", "6", "9", "--k", "3",
+            "--pool", "15", "--epochs", "1", "--seeds", "3"]  # fmt: skip
+    found = label_next.main(argv)
+    # random 2 models, margin 2, disagreement 2 x 2; the first round is the same for all
+    assert [seed for seed, _ in trained] == [3000, 3000, 3000, 3000, 3000, 3001, 3000, 3001]
+    assert [len(rows) for _, rows in trained] == [6, 9, 6, 9, 6, 6, 9, 9]
+    first = [rows for _, rows in trained if len(rows) == 6]
+    assert first[0] == first[1] == first[2] == first[3]
+    assert all(len({row["prompt"] for row in rows}) == len(rows) for _, rows in trained)
+    assert {len(row["ranks"]) for _, rows in trained for row in rows} <= {2, 3}
+    random, margin = trained[1][1], trained[3][1]
+    assert random[:6] == margin[:6]
+    assert random[6:] != margin[6:]
+    for name in ("labelers", "gold"):
+        accuracies = {strategy: [point["per_seed"] for point in one["accuracy"]]
+                      for strategy, one in found[name].items()}  # fmt: skip
+        assert accuracies["random"][0] == accuracies["margin"][0] == accuracies["disagreement"][0]
+        got = found[name]["margin"]["minus_random"][1]
+        assert got["per_seed"] == pytest.approx(np.subtract(accuracies["margin"][1], accuracies["random"][1]))
+        assert got["value"] == pytest.approx(np.mean(got["per_seed"]))
+    assert 0.7 < found["ceiling"]["value"] < 1  # the labeler has noise
+    assert "disagreement minus random" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "label_next.json").read_text())["labelers"] == found["labelers"]
+    assert "<svg" in (tmp_path / "out" / "label_next.svg").read_text(encoding="utf-8")
+    trained.clear()
+    assert label_next.main(argv) == found  # all is kept
+    assert trained == []
+
+
+def test_what_to_label_next_has_the_interval_of_the_differences(label_next):
+    """Differences of three seeds .1, .2 and .3: t(.975, 2) = 4.3027, standard error .1 / sqrt(3)."""
+    right = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    found = label_next.estimate(right, np.array([6.0, 4.0]))
+    assert found["per_seed"] == pytest.approx([0.1, 0.2, 0.3])
+    assert found["over_seeds"] == pytest.approx([0.2 - 0.24841, 0.2 + 0.24841], abs=1e-5)
+    assert found["over_prompts"] == pytest.approx([0, 2 / 6])  # two prompts: either alone at the worst
+    sums = label_next.sums_over_pairs([[3.0, 2.0, 2.0, 5.0]], [[1, 2, 3, 1]])
+    # strict pairs: 1 > 2, 1 > 3, 2 > 3 (equal scores: one half), 4 > 2, 4 > 3
+    assert sums.tolist() == [[4.5, 5.0]]
