@@ -3,6 +3,7 @@
 Every function leaves rows alone that are in its step's own format already, so that a recipe can apply it to all rows.
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,20 @@ def answers(messages: Messages) -> list[int]:
     roles = [message["role"] for message in messages]
     first = roles.index("user") if "user" in roles else len(roles)
     return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
+
+
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives the chat template beside its messages, as in TRL: `tools` and `chat_template_kwargs`.
+
+    >>> template_kwargs({"messages": [], "tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False}})
+    {'enable_thinking': False, 'tools': [{'name': 'search'}]}
+    """
+    found = {
+        key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
+    }
+    if tools := row.get("tools"):
+        found["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return found
 
 
 def check_conversations(rows: Rows, source: str) -> None:

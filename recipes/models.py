@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError
 from prefopt.reward_checkpoints import remember_reward_token, reward_model_from_adapter
@@ -24,14 +24,34 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; a missing padding token is replaced by EOS, as TRL does."""
+def load_tokenizer(
+    model_args: ModelConfig, args: SFTConfig | RewardConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a missing padding token is replaced by EOS, as TRL does.
+
+    `eos_token` and the template file `chat_template_path` of `args` are set here, before any row is tokenised; TRL's
+    trainers set the same once more and tell the model.
+    """
     path = model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
+    if args is not None and args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary"
+            )
+        tokenizer.eos_token = args.eos_token
+    if args is not None and args.chat_template_path is not None:
+        template = Path(args.chat_template_path)
+        if template.suffix not in (".jinja", ".j2") or not template.is_file():
+            raise UserError(
+                f"chat_template_path: expected a file with a .jinja template, got {args.chat_template_path!r}; of another "
+                "model's template, save tokenizer.chat_template into one"
+            )
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

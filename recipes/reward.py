@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             key="center_on",
         )
 
-    tokenizer = load_tokenizer(model_args)
+    tokenizer = load_tokenizer(model_args, args)
     require_chat_template(tokenizer, train, evaluation, demonstrations)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = RankedRewardTrainer(

@@ -10,13 +10,16 @@ import logging
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.evaluation.generate import generate, write_jsonl
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
 
@@ -36,16 +39,22 @@ OF_OTHER_COMPLETIONS = {
 
 
 @dataclass
-class SampleArguments(DataArguments):
-    """What to draw and where to write it."""
+class SamplingArguments(DataArguments):
+    """How to draw and where to write it."""
 
     output: str | None = field(default=None, metadata={"help": "JSONL file to write."})
-    k_min: int = field(default=4, metadata={"help": "Fewest completions per prompt."})
-    k_max: int = field(default=9, metadata={"help": "Most completions per prompt."})
     max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of K and of the samples."})
+    seed: int = field(default=42, metadata={"help": "Seed of all that is drawn."})
+
+
+@dataclass
+class SampleArguments(SamplingArguments):
+    """How many completions to draw."""
+
+    k_min: int = field(default=4, metadata={"help": "Fewest completions per prompt."})
+    k_max: int = field(default=9, metadata={"help": "Most completions per prompt."})
 
 
 def draw_counts(n: int, k_min: int, k_max: int, seed: int) -> list[int]:
@@ -54,28 +63,31 @@ def draw_counts(n: int, k_min: int, k_max: int, seed: int) -> list[int]:
     return [generator.randint(k_min, k_max) for _ in range(n)]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Sample completions and write them as JSONL."""
-    args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample")
-    init_kwargs = model_init_kwargs(model_args)
+def check_sampling(args: SamplingArguments) -> None:
+    """Stop before anything is loaded for what cannot be drawn or written."""
     if not args.output:
         raise UserError("output is required: the .jsonl file to write")
-    if not 1 <= args.k_min <= args.k_max:
-        raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
+    if Path(args.output).is_dir():
+        raise UserError(f"output {args.output!r} is a folder; expected a .jsonl file")
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
         if getattr(args, name) < least:
             raise UserError(f"{name} is {getattr(args, name)}; expected at least {least}")
-    if args.temperature == 0 and args.k_max > 1:
-        raise UserError(
-            "temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample"
-        )
-    if Path(args.output).is_dir():
-        raise UserError(f"output {args.output!r} is a folder; expected a .jsonl file")
-    rows = load_rows(
-        args.dataset_name, split=args.dataset_train_split, check=check_fields("prompt"), key="dataset_name"
+
+
+def load_prompts(args: SamplingArguments) -> Dataset:
+    """The rows to sample for: `prompt`, or `messages` up to the last user turn."""
+    return load_rows(
+        args.dataset_name,
+        split=args.dataset_train_split,
+        config=args.dataset_config,
+        check=check_fields("prompt"),
+        convert=prompts_from_messages,
+        key="dataset_name",
     )
-    tokenizer = load_tokenizer(model_args)
-    require_chat_template(tokenizer, rows)
+
+
+def load_sampler(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The policy, whole or a LoRA adapter, to draw from, on the GPU where there is one."""
     model = load_policy(model_args, init_kwargs, is_trainable=False)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(
@@ -83,10 +95,28 @@ def main(argv: list[str] | None = None) -> None:
         )
     if torch.cuda.is_available() and model.device.type == "cpu":
         model = model.to("cuda")
+    return model.eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Sample completions and write them as JSONL."""
+    args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample")
+    init_kwargs = model_init_kwargs(model_args)
+    if not 1 <= args.k_min <= args.k_max:
+        raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
+    if args.temperature == 0 and args.k_max > 1:
+        raise UserError(
+            "temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample"
+        )
+    check_sampling(args)
+    rows = load_prompts(args)
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, rows)
+    model = load_sampler(model_args, init_kwargs)
     counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
     prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
     drawn = generate(
-        model.eval(),
+        model,
         tokenizer,
         prompts,
         max_new_tokens=args.max_new_tokens,

@@ -3,33 +3,55 @@
     prefopt sft --config recipes/tiny/sft.yaml
     accelerate launch -m prefopt.recipes.sft --config recipes/tiny/sft.yaml
 
-Rows are {"prompt", "completion"} (loss on the completion) or {"text"} (loss on everything). InstructGPT trains
-16 epochs (appendix C.1); the start of its PPO mixes 10 % pretraining text into 2 epochs (appendix C.3):
-`--pretrain_dataset_name text.jsonl --pretrain_mix 0.1`.
+Rows are {"prompt", "completion"} (loss on the completion), {"messages"} (loss on every answer of the assistant, or with
+`--loss_on last` on the last one) or {"text"} (loss on everything). InstructGPT trains 16 epochs (appendix C.1); the start
+of its PPO mixes 10 % pretraining text into 2 epochs (appendix C.3): `--pretrain_dataset_name text.jsonl
+--pretrain_mix 0.1`.
+
+The baseline without a reward model, "FeedME" (text-davinci-001 and 002: demonstrations and the outputs that labelers rated
+7 of 7; OpenAI's "Model index for researchers"): `--rated_dataset_name rankings.jsonl --min_rating 7`, with or without
+`--dataset_name demonstrations.jsonl`.
 """
 
-import logging
 from dataclasses import dataclass, field
 
 from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
 
-from prefopt.comparisons import build_ids
+from prefopt.comparisons import validate_comparisons
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.demonstrations import (
+    check_sft_rows,
+    kind_of,
+    rated_demonstrations,
+    tokenize_demonstrations,
+)
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
-from prefopt.recipes.rows import Rows, check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.pretraining_data import pack_documents
 from prefopt.trainers.ranked import bf16_by_default
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SFTArguments(DataArguments):
     """Data of the SFT step."""
 
+    loss_on: str = field(
+        default="all",
+        metadata={
+            "help": "Of rows of messages: every answer of the assistant, or the last one.",
+            "choices": ["all", "last"],
+        },
+    )
+    rated_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Ranked comparisons with ratings: outputs rated well are demonstrations, too."},
+    )
+    min_rating: float = field(
+        default=7.0, metadata={"help": "Least rating of an output of rated_dataset_name."}
+    )
     pretrain_dataset_name: str | None = field(
         default=None, metadata={"help": 'Rows {"text"} mixed into the demonstrations.'}
     )
@@ -53,33 +75,6 @@ class SFTStepTrainer(CompleteCheckpointsMixin, SFTTrainer):
     """TRL's SFTTrainer with checkpoints that survive a kill."""
 
 
-def check_sft_rows(rows: Rows, source: str) -> None:
-    """Rows are all {"prompt", "completion"} or all {"text"}."""
-    names = rows.column_names if isinstance(rows, Dataset) else (rows[0] if rows else {})
-    check_fields("text")(rows, source) if "text" in names else check_fields("prompt", "completion")(
-        rows, source
-    )
-
-
-def tokenize_demonstrations(rows: Dataset, tokenizer, max_length: int | None, source: str) -> Dataset:
-    """Token ids by the same function as reward modelling and PPO; loss on the completion alone."""
-
-    def to_ids(row: dict) -> dict:
-        prompt_ids, completion_ids = build_ids(tokenizer, row["prompt"], row["completion"])
-        return {"input_ids": prompt_ids + completion_ids, "labels": [-100] * len(prompt_ids) + completion_ids}
-
-    tokenized = rows.map(to_ids, remove_columns=rows.column_names, desc=f"Tokenizing {source}")
-    if max_length is None:
-        return tokenized
-    kept = tokenized.filter(lambda row: len(row["input_ids"]) <= max_length)
-    if len(kept) < len(tokenized):
-        logger.warning("%s: dropped %d of %d rows longer than max_length=%d tokens", source,
-                       len(tokenized) - len(kept), len(tokenized), max_length)  # fmt: skip
-    if len(kept) == 0:
-        raise UserError(f"{source}: every row is longer than max_length={max_length}; raise it")
-    return kept
-
-
 def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:
     """Blocks of pretraining text as PPO-ptx packs them, with a loss on every token."""
     blocks = pack_documents(texts, tokenizer, max_length)
@@ -99,6 +94,40 @@ def mix_pretraining(
     return concatenate_datasets([demonstrations, blocks.select(range(count))])
 
 
+def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """Rows for training, for evaluation, and beside those for training the well rated outputs, if there are both."""
+    wants_eval = args.eval_strategy != "no"
+    rated = None
+    if data.rated_dataset_name is not None:
+        rows = load_rows(data.rated_dataset_name, check=validate_comparisons, key="rated_dataset_name")
+        try:
+            rated = rated_demonstrations(rows, data.min_rating, data.rated_dataset_name)
+        except ValueError as error:
+            raise UserError(error) from error
+    if rated is not None and data.dataset_name is None:
+        if wants_eval and not data.eval_dataset_name:
+            raise UserError(
+                "eval_strategy is on: set eval_dataset_name (the rated outputs have no test split)"
+            )
+        evaluation = None
+        if wants_eval:
+            evaluation = load_rows(
+                data.eval_dataset_name,
+                split=data.dataset_test_split,
+                check=check_sft_rows,
+                key="eval_dataset_name",
+            )
+        train, rated = rated, None
+    else:
+        train, evaluation = load_train_and_eval(data, wants_eval, check_sft_rows)
+    others = [rows for rows in (evaluation, rated) if rows is not None]
+    if any((kind_of(rows) == "text") != (kind_of(train) == "text") for rows in others):
+        raise UserError(
+            "training, evaluation and rated rows differ: give demonstrations in all, or text in all"
+        )
+    return train, evaluation, rated
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
     data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft")
@@ -107,24 +136,28 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"pretrain_mix is {data.pretrain_mix}; expected a share in [0, 1)")
     if (data.pretrain_mix > 0) != (data.pretrain_dataset_name is not None):
         raise UserError("pretrain_mix and pretrain_dataset_name go together: set both or neither")
-    train, evaluation = load_train_and_eval(data, args.eval_strategy != "no", check_sft_rows)
-    if evaluation is not None and ("completion" in train.column_names) != (
-        "completion" in evaluation.column_names
-    ):
-        raise UserError("training and evaluation rows differ: give both demonstrations, or both text")
-    tokenizer = load_tokenizer(model_args)
-    require_chat_template(tokenizer, train, evaluation)
-    if "completion" in train.column_names:
-        train = tokenize_demonstrations(train, tokenizer, args.max_length, "train")
+    if args.assistant_only_loss or args.completion_only_loss is not None:
+        raise UserError(
+            "assistant_only_loss and completion_only_loss: say it with loss_on, `all` answers or the `last`"
+        )
+    train, evaluation, rated = load_sft_rows(data, args)
+    tokenizer = load_tokenizer(model_args, args)
+    require_chat_template(tokenizer, train, evaluation, rated)
+    if kind_of(train) != "text":
+        options = {"tokenizer": tokenizer, "max_length": args.max_length, "loss_on": data.loss_on}
+        train = tokenize_demonstrations(train, source="train", **options)
+        if rated is not None:
+            rated = tokenize_demonstrations(rated, source=data.rated_dataset_name, **options)
+            train = concatenate_datasets([train, rated])
         if evaluation is not None:
-            evaluation = tokenize_demonstrations(evaluation, tokenizer, args.max_length, "eval")
+            evaluation = tokenize_demonstrations(evaluation, source="eval", **options)
     elif args.packing:
         train, args.packing = pack_texts(train, tokenizer, args.max_length), False
         if evaluation is not None:
             evaluation = pack_texts(evaluation, tokenizer, args.max_length)
     if data.pretrain_mix:
         if "labels" not in train.column_names:
-            raise UserError("pretrain_mix needs demonstrations: rows with prompt and completion")
+            raise UserError("pretrain_mix needs demonstrations: rows with prompt and completion, or messages")
         texts = load_rows(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
 
