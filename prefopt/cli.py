@@ -23,6 +23,8 @@ GROUPS = {
     "start and help": {
         "pipeline": ("prefopt.recipes.pipeline", "all steps on a small closed world, ending in a report"),
         "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),
+        "recipes": ("prefopt.recipes.gallery", "settings that work, one folder per purpose: list, copy"),
+        "env": ("prefopt.recipes.environment", "versions and hardware, for a bug report"),
     },
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}
@@ -39,6 +41,10 @@ def usage() -> str:
         if commands:
             lines += ["", f"{title}:", *(f"  {name:<12} {text}" for name, (_, text) in commands.items())]
     lines += [
+        "",
+        "first run, about 10 minutes on 2 CPU cores, no network:",
+        "  prefopt recipes copy tiny",
+        "  prefopt pipeline --config tiny/pipeline.yaml",
         "",
         "`prefopt <command> --help` lists a command's keys; keys on the command line win over the file.",
     ]

@@ -20,12 +20,14 @@ from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl, write
 from prefopt.evaluation.reward import score_completions
 from prefopt.evaluation.run import EvaluationRun
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.arguments import UserError, config_folder, parse
 from prefopt.recipes.steps import Steps
 from prefopt.reward_checkpoints import load_reward_model
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
+CONFIGS = ("pretrain", "sft", "sample", "reward", "ppo_start", "ppo", "ppo_ptx", "dpo", "evaluate")
+TINY = Path(__file__).parent / "tiny"
 
 
 @dataclass
@@ -33,7 +35,12 @@ class PipelineArguments:
     """Sizes of the sandbox run; the training settings are in the YAML files of `config_dir`."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "Folder of models, data and the report."})
-    config_dir: str = field(default="recipes/tiny", metadata={"help": "Folder with one YAML file per step."})
+    config_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with one YAML file per step; default: that of --config, else recipes/tiny."
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "Seed of the world, the weights, the data and the training."}
     )
@@ -56,7 +63,7 @@ class Pipeline:
         self.args = args
         self.root = Path(args.output_dir)
         self.data = self.root / "data"
-        self.configs = Path(args.config_dir)
+        self.configs = Path(args.config_dir or TINY)
         self.world = World(seed=args.seed)
 
     def run(self) -> None:
@@ -76,10 +83,11 @@ class Pipeline:
             ("evaluate", "evaluate and report", self.evaluate),
         ]
         steps = Steps(self.root, total=len(plan))
+        sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
         for name, title, work in plan:
             config = self.configs / f"{name}.yaml"
             settings = yaml.safe_load(config.read_text()) if config.is_file() else None
-            steps.run(name, title, {"pipeline": asdict(self.args), "step": settings}, work)
+            steps.run(name, title, {"pipeline": sizes, "step": settings}, work)
         self.report(steps.seconds)
         steps.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
 
@@ -269,8 +277,13 @@ def load_causal_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
     (args,) = parse((PipelineArguments,), argv, "prefopt pipeline")
-    if not Path(args.config_dir).is_dir():
-        raise UserError(f"config_dir {args.config_dir!r} is not a folder")
+    args.config_dir = str(args.config_dir or config_folder(argv) or TINY)
+    missing = [name for name in CONFIGS if not Path(args.config_dir, f"{name}.yaml").is_file()]
+    if missing:
+        raise UserError(
+            f"config_dir {args.config_dir!r} has no {missing[0]}.yaml; `prefopt recipes copy tiny` copies a folder "
+            "that has all"
+        )
     Pipeline(args).run()
 
 

@@ -21,8 +21,8 @@ from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.sweep_page import VERDICT, build_sweep_page
 from prefopt.evaluation.training_run import read_run
-from prefopt.recipes.arguments import UserError, parse
-from prefopt.recipes.pipeline import Pipeline, PipelineArguments, load_causal_lm
+from prefopt.recipes.arguments import UserError, config_folder, parse
+from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, load_causal_lm
 from prefopt.recipes.steps import Steps
 from prefopt.reward_checkpoints import load_reward_model
 
@@ -39,10 +39,11 @@ class SweepArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the sweep; default: `sweep` in run_dir."}
     )
-    ppo_config: str = field(
-        default="recipes/tiny/ppo_ptx.yaml",
+    ppo_config: str | None = field(
+        default=None,
         metadata={
-            "help": "Settings of `prefopt ppo-ptx`, the same for every run but for its two coefficients."
+            "help": "Settings of `prefopt ppo-ptx`, the same for every run but for its two coefficients; default: "
+            "ppo_ptx.yaml beside --config, else that of recipes/tiny."
         },
     )
     ptx_coefs: list[float] = field(
@@ -214,6 +215,7 @@ def _ppo_config(path: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Run the sweep."""
     (args,) = parse((SweepArguments,), argv, "prefopt sweep")
+    args.ppo_config = args.ppo_config or str((config_folder(argv) or TINY) / "ppo_ptx.yaml")
     Sweep(args).run()
 
 
