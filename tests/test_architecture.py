@@ -43,6 +43,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "rollout_statistics": ({"advantages"}, {"torch"}),
     "row_checks": (set(), {"datasets"}),
     "ranked_rows": ({"row_checks"}, set()),
+    "formats": ({"row_checks", "ranked_rows"}, set()),
     "collator": (set(), {"torch"}),
     "comparisons": ({"row_checks", "ranked_rows", "collator"}, {"datasets"}),
     "prefix_layout": (set(), {"torch"}),
@@ -58,7 +59,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "sandbox": ({"ranked_rows", "comparisons", "labeling"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation"}, None),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "formats"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }
