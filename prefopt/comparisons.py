@@ -27,6 +27,7 @@ from prefopt.ranked_rows import (
 from prefopt.row_checks import (
     PER_COMPLETION,
     dense_ranks,
+    margin_problem,
     shorten,
     validate_comparisons,
     validate_ratings,
@@ -49,6 +50,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _TIES = ("drop", "half")
+ENDED_PROMPTS = (
+    "prompts end with EOS, which the tokenizer adds to every text, so completions stand behind EOS, here and in "
+    "generation; if that is not meant, set tokenizer.add_eos_token=False, or take EOS out of its post-processor"
+)
 
 
 def build_ids(
@@ -210,7 +215,7 @@ def prepare_comparisons(
     >>> rows[0]["completions"], rows[0]["ranks"]
     ([' 4', ' 5'], [1, 2])
     """
-    _check_ties(ties)
+    check_ties(ties)
     if isinstance(dataset, Dataset) and _is_tokenized(dataset):
         validate_tokenized(dataset, source)
         if dataset.features["ranks"] != List(Value("int64")):
@@ -238,11 +243,8 @@ def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
         return dataset.map(from_preference, remove_columns=["chosen", "rejected"])
     given = dataset.with_format(None)["margin"][:]
     for index, margin in enumerate(given):
-        if margins and margin is not None and margin < 0:
-            raise ValueError(
-                f"{source} row {index}: field 'margin': expected a number from 0, as it is how much better 'chosen' is, got "
-                f"{margin!r}; swap chosen and rejected, empty the field, or train without margins"
-            )
+        if margins and (problem := margin_problem(margin)):
+            raise ValueError(f"{source} row {index}: {problem}")
     if (count := sum(margin is not None for margin in given)) and not margins:
         logger.warning(
             f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
@@ -281,42 +283,41 @@ def tokenize_comparisons(
     Raises:
         ValueError: as `build_ids`, a `max_length` below 1, and when no row is left.
     """
-    _check_ties(ties)
+    check_ties(ties)
     if max_length is not None and max_length < 1:
         raise ValueError(
             f"max_length={max_length!r}: expected a number of tokens from 1, or None to drop nothing for its length"
         )
     if not _is_tokenized(dataset):
         dataset = dataset.map(
-            _tokenize_row,
+            tokenize_row,
             with_indices=True,
             fn_kwargs={"tokenizer": tokenizer, "source": source},
             num_proc=num_proc,
             desc=f"Tokenizing {source}",
         )
         ended = sum(ids[-1] == tokenizer.eos_token_id for ids in dataset.with_format(None)["prompt_ids"][:])
-        if ended and isinstance(dataset[0]["prompt"], str) and _ends_texts(tokenizer):
-            logger.warning(
-                f"{source}: {ended} of {len(dataset)} prompts end with EOS, which the tokenizer adds to every text, so "
-                "completions stand behind EOS, here and in generation; if that is not meant, set "
-                "tokenizer.add_eos_token=False, or take EOS out of its post-processor"
-            )
+        if ended and isinstance(dataset[0]["prompt"], str) and ends_texts(tokenizer):
+            logger.warning(f"{source}: {ended} of {len(dataset)} {ENDED_PROMPTS}")
     if max_length is None:
         return dataset
     fitting = dataset.map(
-        _drop_too_long, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}"
+        fit_row, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}"
     )
     return _keep_rows_with_a_comparison(
         dataset, fitting, ties, source, f" longer than max_length={max_length} tokens"
     )
 
 
-def _ends_texts(tokenizer: Any) -> bool:
+def ends_texts(tokenizer: Any) -> bool:
     """Whether the tokenizer puts EOS behind every text by itself."""
     return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
 
-def _tokenize_row(row: Mapping[str, Any], index: int, tokenizer: Any, source: str) -> dict[str, Any]:
+def tokenize_row(
+    row: Mapping[str, Any], index: int, tokenizer: Any, source: str, of: str = " of the prepared rows"
+) -> dict[str, Any]:
+    """`prompt_ids` and `completion_ids` of one checked row; a ValueError names `source` and the row's number."""
     template_kwargs = dict(row.get("chat_template_kwargs") or {})
     if tools := row.get("tools"):
         template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
@@ -329,11 +330,12 @@ def _tokenize_row(row: Mapping[str, Any], index: int, tokenizer: Any, source: st
             raise ValueError("field 'prompt': expected at least one token, got none; drop the row")
     except Exception as error:  # a chat template may raise anything; say for which row
         prompt = shorten(row["prompt"])
-        raise ValueError(f"{source} row {index} of the prepared rows (prompt {prompt}): {error}") from error
+        raise ValueError(f"{source} row {index}{of} (prompt {prompt}): {error}") from error
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
 
 
-def _drop_too_long(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """The lists of a tokenized row without the completions that are too long; `ranks` dense again, perhaps empty."""
     room = max_length - len(row["prompt_ids"])
     keep = [i for i, ids in enumerate(row["completion_ids"]) if len(ids) <= room]
     kept = {name: [row[name][i] for i in keep] for name in PER_COMPLETION if row.get(name) is not None}
@@ -366,6 +368,7 @@ def _is_tokenized(dataset: Dataset) -> bool:
     return {"prompt_ids", "completion_ids", "ranks"} <= set(dataset.column_names)
 
 
-def _check_ties(ties: str) -> None:
+def check_ties(ties: str) -> None:
+    """Raise ValueError for what is no way to treat ties."""
     if ties not in _TIES:
         raise ValueError(f"ties: expected one of {', '.join(_TIES)}, got {ties!r}")

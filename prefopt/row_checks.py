@@ -5,7 +5,7 @@ What a ranked row is: `prefopt.ranked_rows`.
 
 import math
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from datasets import Dataset
@@ -27,13 +27,32 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
     if isinstance(rows, Mapping) or not isinstance(rows, Dataset | Sequence):
         raise ValueError(
             f"{source}: expected a datasets.Dataset or a list of dicts, got {type(rows).__name__}; "
-            "choose one split of a DatasetDict, and load a streaming dataset without streaming"
+            "choose one split of a DatasetDict; the trainers take a stream as it is, and check its rows as they come"
         )
     if len(rows) == 0:
         raise ValueError(f"{source}: expected at least one row, got none")
-    required = _required_columns(rows, source)
+    for _ in checked_comparisons(_iterate(rows), _required_columns(rows, source), source):
+        pass
+
+
+def checked_comparisons(
+    rows: Iterable[Mapping[str, Any]], required: tuple[str, ...], source: str = "dataset"
+) -> Iterator[Mapping[str, Any]]:
+    """The rows as they come, each checked before it goes on; `required` are the columns of their kind.
+
+    Raises:
+        ValueError: at the first bad row, as `validate_comparisons`.
+
+    >>> good = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
+    >>> rows = checked_comparisons([good, {**good, "chosen": ""}], ("prompt", "chosen", "rejected"))
+    >>> next(rows) == good
+    True
+    >>> next(rows)
+    Traceback (most recent call last):
+    ValueError: dataset row 1: field 'chosen': expected a non-empty string, got ''; drop it, or write the EOS token for an answer that ends at once
+    """
     layout = None
-    for index, row in enumerate(_iterate(rows)):
+    for index, row in enumerate(rows):
         problem = row_problem(row, required)
         if problem is None:
             completion = row["chosen"] if "chosen" in required else row["completions"][0]
@@ -46,6 +65,7 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
                 )
         if problem:
             raise ValueError(f"{source} row {index}: {problem}")
+        yield row
 
 
 def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
@@ -56,18 +76,22 @@ def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
     """
     names = ["prompt_ids", "completion_ids", "ranks"]
     for index, row in enumerate(rows.with_format(None).select_columns(names)):  # one at a time: ids are many
-        prompt_ids, completion_ids, ranks = (row[name] for name in names)
-        problem = None
-        if not prompt_ids:
-            problem = _problem("prompt_ids", "at least one token", prompt_ids, "drop the row")
-        elif not completion_ids or not all(completion_ids):
-            expected = "at least one token in each completion"
-            problem = _problem("completion_ids", expected, completion_ids, "drop the empty completion")
-        elif len(completion_ids) < 2:
-            remedy = "one alone carries no comparison: drop the row"
-            problem = _problem("completion_ids", "at least 2 completions", len(completion_ids), remedy)
-        if problem := problem or ranks_problem(ranks, len(completion_ids), "completions"):
+        if problem := tokenized_problem(row):
             raise ValueError(f"{source} row {index}: {problem}")
+
+
+def tokenized_problem(row: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row that has token ids, as `row_problem` says it."""
+    prompt_ids, completion_ids = row["prompt_ids"], row["completion_ids"]
+    if not prompt_ids:
+        return _problem("prompt_ids", "at least one token", prompt_ids, "drop the row")
+    if not completion_ids or not all(completion_ids):
+        expected = "at least one token in each completion"
+        return _problem("completion_ids", expected, completion_ids, "drop the empty completion")
+    if len(completion_ids) < 2:
+        remedy = "one alone carries no comparison: drop the row"
+        return _problem("completion_ids", "at least 2 completions", len(completion_ids), remedy)
+    return ranks_problem(row["ranks"], len(completion_ids), "completions")
 
 
 def validate_demonstrations(rows: Sequence[Mapping[str, Any]], source: str = "dataset") -> None:
@@ -122,7 +146,7 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     rows = rows.with_format(None)
     ratings = rows["ratings"][:] if "ratings" in rows.column_names else [None] * len(rows)
     for index, (rated, ranks) in enumerate(zip(ratings, rows["ranks"][:], strict=True)):
-        if rated is not None and (problem := _margins_problem(rated, ranks)):
+        if rated is not None and (problem := margins_problem(rated, ranks)):
             raise ValueError(f"{source} row {index}: {problem}")
     if (missing := sum(rated is None for rated in ratings)) == len(ratings):
         raise ValueError(
@@ -137,6 +161,18 @@ def _required_columns(rows: Dataset | Sequence[Mapping[str, Any]], source: str) 
         columns = set(rows.column_names)
     else:
         columns = {key for row in rows if isinstance(row, Mapping) for key in row}
+    return required_columns(columns, source)
+
+
+def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
+    """The columns that rows of this kind, ranked or TRL preference, must have.
+
+    Raises:
+        ValueError: one is missing.
+
+    >>> required_columns({"prompt", "completions", "ranks", "labeler"}, "train")
+    ('prompt', 'completions', 'ranks')
+    """
     is_ranked = bool(columns & {"completions", "ranks"}) or not columns & {"chosen", "rejected"}
     required = ("prompt", "completions", "ranks") if is_ranked else ("prompt", "chosen", "rejected")
     if missing := [name for name in required if name not in columns]:
@@ -287,7 +323,8 @@ def ratings_problem(ratings: Any, k: int) -> str | None:
     return None
 
 
-def _margins_problem(ratings: Any, ranks: Sequence[int]) -> str | None:
+def margins_problem(ratings: Any, ranks: Sequence[int]) -> str | None:
+    """What keeps the ratings of a ranked row from being margins."""
     if problem := ratings_problem(ratings, len(ranks)):
         return problem
     both = list(zip(ranks, ratings, strict=True))
@@ -297,6 +334,16 @@ def _margins_problem(ratings: Any, ranks: Sequence[int]) -> str | None:
         remedy = "correct the row, empty its ratings, or train without margins"
         return _problem("ratings", expected, got, remedy, as_is=True)
     return None
+
+
+def margin_problem(margin: float | None) -> str | None:
+    """What keeps the field `margin` of a preference row from being a margin."""
+    if margin is None or margin >= 0:
+        return None
+    expected = "a number from 0, as it is how much better 'chosen' is"
+    return _problem(
+        "margin", expected, margin, "swap chosen and rejected, empty the field, or train without margins"
+    )
 
 
 def _is_finite_number(value: Any) -> bool:

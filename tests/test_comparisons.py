@@ -286,7 +286,7 @@ def test_missing_columns_come_before_rows():
 def test_other_containers_are_refused():
     with pytest.raises(ValueError, match="got dict; choose one split"):
         validate_comparisons({"train": [row()]})
-    with pytest.raises(ValueError, match="without streaming"):
+    with pytest.raises(ValueError, match="the trainers take a stream as it is"):
         validate_comparisons(Dataset.from_list([row()]).to_iterable_dataset())
     with pytest.raises(ValueError, match="expected at least one row"):
         validate_comparisons([])

@@ -5,17 +5,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.comparisons import prepare_comparisons, tokenize_comparisons
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
+from prefopt.trainers.publishing import PublishingMixin
 from prefopt.trainers.ranked_evaluation import RankedEvaluationMixin
 from prefopt.trainers.ranked_forward import RankedForwardMixin
 from prefopt.trainers.ranked_options import check_count, check_number, check_switch
+from prefopt.trainers.ranked_stream import ComparisonStream, check_stream_options
 
 
 @dataclass
@@ -116,42 +120,66 @@ def pair_ratios(values: Tensor, ranks: Tensor) -> dict[str, tuple[Tensor, Tensor
     return {name: (total, num_pairs) for name, total in totals.items()}
 
 
-class RankedTrainerMixin(CompleteCheckpointsMixin, RankedEvaluationMixin, RankedForwardMixin):
+class RankedTrainerMixin(
+    CompleteCheckpointsMixin, PublishingMixin, RankedEvaluationMixin, RankedForwardMixin
+):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
     `evaluate()` returns `ranking_metrics` of the scores, each with its 95 % interval over prompts (`eval_accuracy`,
     `eval_accuracy_ci_low`, ...), with the accuracy of each `labeler` and of preferring the longer completion beside it;
     a `compute_metrics` takes their place. Logged metrics have the key prefix of the loss they belong to.
+
+    A `datasets.IterableDataset` is trained on as it comes (`ComparisonStream`), for `max_steps` that are one epoch to
+    Trainer; evaluation rows are read to their end before training, as every measure needs them all.
     """
 
     _row_columns = ("prompt_ids", "completion_ids", "ranks", "ratings", "labeler")
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._given_stream = kwargs.get("train_dataset")
+        if isinstance(self._given_stream, IterableDataset):
+            check_stream_options(kwargs["args"])
         super().__init__(*args, **kwargs)
+        self._given_stream = None
+        if isinstance(self.train_dataset, ComparisonStream):
+            next(iter(self.train_dataset))  # what is wrong from the start stops here
         if self.args.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 "train_sampling_strategy='group_by_length' is not supported: a row has several lengths; "
                 "`max_tokens_per_forward` groups the prompts of a batch by length instead"
             )
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, ComparisonStream):
+            self.train_dataset.report()
+        return output
+
     # ---- data ----
 
     def _prepare_dataset(
         self,
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase,
         args: TrainingArguments,
         dataset_name: str,
-    ) -> Dataset:
+    ) -> Dataset | ComparisonStream:
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise TypeError(
                 f"{type(self).__name__} works on text: expected a tokenizer as `processing_class`, "
                 f"got {type(processing_class).__name__}"
             )
-        if not isinstance(dataset, Dataset):
+        if isinstance(dataset, IterableDataset):
+            if dataset is self._given_stream:
+                margins = args.margin_coef > 0
+                return ComparisonStream(
+                    dataset, processing_class, max_length=args.max_length, ties=args.ties, margins=margins
+                )
+            dataset = list(tqdm(dataset, desc=f"Reading {dataset_name}"))
+        elif not isinstance(dataset, Dataset):
             raise TypeError(
-                f"the {dataset_name} dataset is a {type(dataset).__name__}: expected a `datasets.Dataset`, because "
-                "rows are checked and counted before training starts; load it without streaming"
+                f"the {dataset_name} dataset is a {type(dataset).__name__}: expected a `datasets.Dataset` or "
+                "`IterableDataset`; choose one split of a DatasetDict"
             )
         with args.main_process_first(desc=f"{dataset_name} rows"):
             dataset = prepare_comparisons(

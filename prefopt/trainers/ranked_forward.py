@@ -17,6 +17,7 @@ from prefopt.losses import strict_pairs
 from prefopt.prefix_layout import PackedRows, pack
 from prefopt.row_checks import validate_demonstrations
 from prefopt.trainers.forward_splits import split_completions
+from prefopt.trainers.ranked_stream import ComparisonStream
 
 logger = get_logger(__name__)
 
@@ -39,19 +40,30 @@ class Rows:
     packed: PackedRows | None = None
 
 
-def check_positions(model: nn.Module, dataset: Dataset, max_length: int | None, source: str) -> None:
-    """Raise if a tokenized row, reward token included, is longer than the model has positions."""
+def check_positions(
+    model: nn.Module, dataset: Dataset | ComparisonStream, max_length: int | None, source: str
+) -> None:
+    """Raise if a tokenized row, reward token included, is longer than the model has positions; a stream does later."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or (max_length is not None and max_length <= positions):
         return
     extra = int(getattr(model.config, "reward_token_id", None) is not None)
-    for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"]).with_format(None)):
+
+    def problem(row: Mapping[str, Any]) -> str | None:
         longest = len(row["prompt_ids"]) + max(map(len, row["completion_ids"])) + extra
-        if longest > positions:
-            raise ValueError(
-                f"{source} row {number} of the prepared rows: {longest} tokens, but the model has {positions} positions "
-                f"(max_length={max_length}); set max_length={positions}, which drops longer completions with a count"
-            )
+        if longest <= positions:
+            return None
+        return (
+            f"{longest} tokens, but the model has {positions} positions (max_length={max_length}); set "
+            f"max_length={positions}, which drops longer completions with a count"
+        )
+
+    if isinstance(dataset, ComparisonStream):
+        dataset.checks.append(problem)
+        return
+    for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"]).with_format(None)):
+        if found := problem(row):
+            raise ValueError(f"{source} row {number} of the prepared rows: {found}")
 
 
 class RankedForwardMixin:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from prefopt.trainers.ranked import RankedTrainerMixin, pair_ratios
 from prefopt.trainers.ranked_forward import Rows
 from prefopt.trainers.ranked_options import check_model
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+from prefopt.trainers.ranked_stream import ComparisonStream
 
 logger = get_logger(__name__)
 
@@ -185,11 +186,11 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
 
     def _prepare_dataset(
         self,
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase,
         args: RankedRewardConfig,
         dataset_name: str,
-    ) -> Dataset:
+    ) -> Dataset | ComparisonStream:
         if self._reward_token_id is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.max_length is not None:  # the reward token comes on top
@@ -197,12 +198,18 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             args.max_length -= 1
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         token = args.reward_token or processing_class.convert_ids_to_tokens(self._reward_token_id)
-        for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
+
+        def problem(row: Mapping[str, Any]) -> str | None:
             if any(self._reward_token_id in ids for ids in (row["prompt_ids"], *row["completion_ids"])):
-                raise ValueError(
-                    f"{dataset_name} row {number}: its text contains the reward token {token!r}; take a token that no "
-                    "text has"
-                )
+                return f"its text contains the reward token {token!r}; take a token that no text has"
+            return None
+
+        if isinstance(dataset, ComparisonStream):
+            dataset.checks.append(problem)
+            return dataset
+        for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
+            if found := problem(row):
+                raise ValueError(f"{dataset_name} row {number}: {found}")
         return dataset
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
