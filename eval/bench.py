@@ -214,6 +214,8 @@ def _ask(
                 if lm is None and broken is None:
                     loaded = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
                     lm = stack.enter_context(wrapped(*loaded, args.batch_size))
+            except FileNotFoundError as error:  # a file of completions
+                broken = str(error)
             except Exception as error:
                 broken = f"{FAILED}{_said(error)}"
                 logger.warning("bench: %s: %s", source, broken)

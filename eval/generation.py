@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.evaluation.generate import generate
+from prefopt.evaluation.generate import generate, read_jsonl
 from prefopt.evaluation.kept import kept_rows, source_state
-from prefopt.evaluation.models import load_language_model
+from prefopt.evaluation.labels import prompt_key
+from prefopt.evaluation.models import is_completions, load_language_model
 from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 
@@ -59,7 +60,8 @@ def run(
     """Write `completions/<model>.jsonl` for every model of `args.models`, one model in memory at a time.
 
     A model whose completions are there, drawn with the same settings from the same files, is not loaded again. One
-    that breaks costs its own completions; `stages/generate.json` says why.
+    that breaks costs its own completions; `stages/generate.json` says why. Of a "model" that is a .jsonl file
+    (`prefopt best-of-n` writes one), the completions are those in the file.
 
     Args:
         prompts: rows with `prompt` and any columns of their own (`use_case`, ...), which the completions keep.
@@ -87,7 +89,9 @@ def run(
             kept_rows(
                 run.completions_path(name),
                 inputs,
-                lambda n=name, s=source: _draw(n, s, rows, args, own, progress),
+                lambda n=name, s=source: (
+                    _given(s, rows) if is_completions(s) else _draw(n, s, rows, args, own, progress)
+                ),
             )
             done[name] = "ok"
         except Exception as error:  # any trouble of one model is that model's
@@ -101,6 +105,39 @@ def run(
     )
     if all(status != "ok" for status in done.values()):
         raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in done.items()))
+
+
+def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Completions that were drawn elsewhere, matched by their prompts: rows `prompt`, `completion`, perhaps `truncated`.
+
+    Raises:
+        ValueError: a row lacks a field, or a prompt has no completion.
+    """
+    drawn: dict[str, list[Mapping[str, Any]]] = {}
+    for number, row in enumerate(read_jsonl(source)):
+        if "prompt" not in row or not isinstance(row.get("completion"), str):
+            raise ValueError(f"{source} row {number}: expected 'prompt' and a text in 'completion'")
+        drawn.setdefault(prompt_key(row["prompt"]), []).append(row)
+    found = []
+    for number, row in enumerate(rows):
+        mine = drawn.get(prompt_key(row["prompt"]), [])
+        if not mine:
+            raise ValueError(
+                f"{source} has no completion of prompt {number}; draw them for the prompts of the evaluation"
+            )
+        found += [
+            {
+                **row,
+                "id": number,
+                "decoding": "sampled",
+                "sample": sample,
+                "completion": given["completion"],
+                "ids": [],
+                "truncated": bool(given.get("truncated")),
+            }
+            for sample, given in enumerate(mine)
+        ]
+    return found
 
 
 def _draw(

@@ -13,7 +13,7 @@ reward model.
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import combinations
 from pathlib import Path
@@ -25,9 +25,9 @@ from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
 from prefopt.evaluation.kept import fingerprint_of, kept_rows, source_state
 from prefopt.evaluation.labels import Completions, Row, check_labels, preferences
 from prefopt.evaluation.lm_judge import TEMPLATE, LanguageModelJudge
-from prefopt.evaluation.models import load_classifier, load_language_model, load_tokenizer
+from prefopt.evaluation.models import known_tokenizer, load_classifier, load_language_model
 from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.reward import score_completions, score_texts
+from prefopt.evaluation.reward import score_samples
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.metrics import mean_estimate
 
@@ -274,16 +274,9 @@ def _reward_judge(
         progress(f"judge reward: {model}")
         reward_model, tokenizer = loaded[0]
         prompts = [row["prompt"] for row in rows]
-        if _same_tokens(args.models[model], tokenizer):
-            drawn = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
-            values = score_completions(reward_model, tokenizer, prompts, drawn, args.batch_size)
-        else:
-            texts, cut = [row["completion"] for row in rows], [row["truncated"] for row in rows]
-            if isinstance(prompts[0], list):
-                texts = [[{"role": "assistant", "content": text}] for text in texts]
-            values = score_texts(reward_model, tokenizer, prompts, texts, cut, args.batch_size)
-        if not np.isfinite(values).all():
-            raise ValueError(f"the reward model's scores of {model} are not finite: its weights are broken")
+        drawn = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
+        policy = known_tokenizer(args.models[model])
+        values = score_samples(reward_model, tokenizer, policy, prompts, drawn, args.batch_size)
         return [
             {"id": row["id"], "decoding": row["decoding"], "score": value}
             for row, value in zip(rows, values, strict=True)
@@ -294,11 +287,3 @@ def _reward_judge(
         return kept_rows(scores_path(run, "reward", model), inputs, lambda: compute(model, rows))
 
     return ScoreJudge(score)
-
-
-def _same_tokens(policy: str, tokenizer: Any) -> bool:
-    known: Mapping[str, int] = tokenizer.get_vocab()
-    try:
-        return all(known.get(token) == i for token, i in load_tokenizer(policy).get_vocab().items())
-    except (OSError, ValueError):  # evaluated elsewhere: the policy is not on this machine
-        return False

@@ -40,11 +40,14 @@ def load_language_model(
 
     Raises:
         ValueError: the source is a reward model, does not exist, or `merge` is asked for what is no adapter.
+        FileNotFoundError: the source is a file of completions.
 
     Example:
         >>> model, tokenizer = load_language_model("runs/demo/sft")  # doctest: +SKIP
     """
     source = os.fspath(source)
+    if is_completions(source):
+        raise FileNotFoundError(f"{source} holds completions: there are no weights to measure")
     kwargs = _keywords(load_in_4bit, dtype, device)
     try:
         if not is_adapter(source):
@@ -109,6 +112,19 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def known_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a policy, or None where the policy is not on this machine or only its completions are."""
+    try:
+        return None if is_completions(source) else load_tokenizer(source)
+    except (OSError, ValueError):
+        return None
+
+
+def is_completions(source: str | os.PathLike) -> bool:
+    """Whether a "model" is a file of completions, such as `prefopt best-of-n` writes, and has no weights."""
+    return os.fspath(source).endswith(".jsonl")
 
 
 def _keywords(load_in_4bit: bool, dtype: str | None, device: str | torch.device | None) -> dict[str, Any]:

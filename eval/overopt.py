@@ -17,7 +17,7 @@ import numpy as np
 from prefopt.evaluation.generate import Completion
 from prefopt.evaluation.judges import JudgeArguments, gold_scores, load_callable
 from prefopt.evaluation.kept import fingerprint_of, function_state, kept_rows, source_state
-from prefopt.evaluation.models import load_classifier, load_tokenizer
+from prefopt.evaluation.models import known_tokenizer, load_classifier
 from prefopt.evaluation.overoptimisation import (
     best_of_n,
     best_of_n_design,
@@ -29,7 +29,7 @@ from prefopt.evaluation.overoptimisation import (
     rollout_gains,
 )
 from prefopt.evaluation.results import FAILED, find, measure
-from prefopt.evaluation.reward import score_completions, score_texts
+from prefopt.evaluation.reward import score_samples
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
 from prefopt.evaluation.samples import measured_samples
 from prefopt.evaluation.training_run import read_run
@@ -292,21 +292,10 @@ def _scores(
     rows: Sequence[Mapping[str, Any]],
     loaded: dict[str, Any],
 ) -> list[float]:
-    """Of the ids as they were sampled where the policy has the reward model's tokens, else of the text."""
     if source not in loaded:
         loaded[source] = load_classifier(source, load_in_4bit=args.load_in_4bit)
     reward_model, tokenizer = loaded[source]
     prompts = [row["prompt"] for row in rows]
-    known = tokenizer.get_vocab()
-    if all(known.get(token) == i for token, i in load_tokenizer(args.models[model]).get_vocab().items()):
-        drawn = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
-        scores = score_completions(reward_model, tokenizer, prompts, drawn, args.batch_size)
-    else:
-        texts = [row["completion"] for row in rows]
-        if isinstance(prompts[0], list):
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        cuts = [row["truncated"] for row in rows]
-        scores = score_texts(reward_model, tokenizer, prompts, texts, cuts, args.batch_size)
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the scores of {source} are not finite: its weights are broken")
-    return scores
+    drawn = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
+    policy = known_tokenizer(args.models[model])
+    return score_samples(reward_model, tokenizer, policy, prompts, drawn, args.batch_size)

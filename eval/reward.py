@@ -1,5 +1,6 @@
 """How well a reward model orders what labelers ranked, and what the gold reward itself reaches on the same pairs."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -108,6 +109,39 @@ def score_completions(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     return _score_ids(reward_model, ids, batch_size)
+
+
+def score_samples(
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy_tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    batch_size: int = 64,
+) -> list[float]:
+    """Scores of a policy's samples: of the ids as they were sampled where the reward model has the policy's tokens, else,
+    and where the policy's tokenizer is not known, of the text.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    known = tokenizer.get_vocab()
+    if policy_tokenizer is not None and all(
+        known.get(token) == i for token, i in policy_tokenizer.get_vocab().items()
+    ):
+        scores = score_completions(reward_model, tokenizer, prompts, completions, batch_size)
+    else:
+        texts: list[Prompt] = [
+            completion.text
+            if isinstance(prompt, str)
+            else [{"role": "assistant", "content": completion.text}]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        cuts = [completion.truncated for completion in completions]
+        scores = score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size)
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("the reward model's scores are not finite: its weights are broken")
+    return scores
 
 
 @torch.no_grad()

@@ -159,6 +159,8 @@ def _load(args: EvaluationArguments, name: str, loaded: list[Any]) -> tuple[Any,
 def _attempt(compute: Callable[[], Any]) -> Any:
     try:
         return compute()
+    except FileNotFoundError as error:  # a file of completions
+        return str(error)
     except Exception as error:  # any trouble of one model is that model's
         logger.exception("tax: a model failed")
         return f"{FAILED}{type(error).__name__}: {error}"

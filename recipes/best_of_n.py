@@ -1,0 +1,187 @@
+"""Best of n: draw n completions of every prompt and keep the one that the reward model scores highest.
+
+    prefopt best-of-n --model_name_or_path sft --reward_model_name_or_path rm --dataset_name prompts.jsonl --n 16 \\
+                      --output best.jsonl
+
+The baseline that PPO is compared with, and that trains nothing (Stiennon et al. 2020, arXiv:2009.01325; Nakano et al.
+2021, arXiv:2112.09332). Each output row keeps the input row's fields, except those about other completions, and adds
+`completion`, `truncated`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions` and their
+`scores` too. A killed run goes on where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16:
+best.jsonl}`.
+"""
+
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.progress import track
+from trl import ModelConfig
+
+from prefopt.evaluation.generate import Completion, generate
+from prefopt.evaluation.kept import fingerprint_of, kept_rows, source_state
+from prefopt.evaluation.models import load_classifier
+from prefopt.evaluation.overoptimisation import best_of_n_distance
+from prefopt.evaluation.reward import score_samples
+from prefopt.metrics import mean_estimate
+from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.models import load_tokenizer, model_init_kwargs
+from prefopt.recipes.rows import require_chat_template
+from prefopt.recipes.sample import (
+    OF_OTHER_COMPLETIONS,
+    SamplingArguments,
+    check_sampling,
+    load_prompts,
+    load_sampler,
+)
+from prefopt.reward_checkpoints import check_reward_model
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_AT_ONCE = 64  # a killed run loses at most so many
+Draw = Callable[[list[Any], int], tuple[list[list[Completion]], list[list[float]]]]
+
+
+@dataclass
+class BestOfNArguments(SamplingArguments):
+    """How many to choose from, and who chooses."""
+
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
+    )
+    n: int = field(default=16, metadata={"help": "Completions per prompt, of which one is kept."})
+    keep_samples: bool = field(
+        default=False, metadata={"help": "Write all completions and their scores besides."}
+    )
+
+
+def best_rows(
+    rows: Dataset, draw: Draw, *, parts: Path, inputs: Any, seed: int, keep_samples: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows with the completion of the highest score, the first of several; finished parts stay in the folder `parts`.
+
+    Args:
+        draw: (prompts, seed) -> completions and scores of each prompt.
+        inputs: all that a part depends on; one of other inputs is drawn anew.
+    """
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        some = rows.select(range(start, min(start + PROMPTS_AT_ONCE, len(rows))))
+
+        def compute(some: Dataset = some, start: int = start) -> Iterator[dict[str, Any]]:
+            # A seed of its own for each part, so that a run that goes on draws what it would have drawn.
+            drawn, scores = draw(some["prompt"][:], random.Random(f"{seed}/{start}").getrandbits(32))
+            for row, mine, theirs in zip(some, drawn, scores, strict=True):
+                best = theirs.index(max(theirs))
+                kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
+                kept |= {"completion": mine[best].text, "truncated": mine[best].truncated}
+                kept |= {"score": theirs[best], "mean_score": sum(theirs) / len(theirs)}
+                if keep_samples:
+                    kept |= {"completions": [completion.text for completion in mine], "scores": theirs}
+                yield kept
+
+        yield from kept_rows(parts / f"{start:07}.jsonl", [inputs, start, len(some)], compute)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw, score, and keep the best."""
+    args, model_args = parse((BestOfNArguments, ModelConfig), argv, "prefopt best-of-n")
+    init_kwargs = model_init_kwargs(model_args)
+    check_sampling(args)
+    if args.n < 1 or (args.temperature == 0 and args.n > 1):
+        raise UserError(
+            f"n is {args.n} at temperature {args.temperature:g}; expected 1 or more, and 1 if greedy"
+        )
+    if not args.reward_model_name_or_path:
+        raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
+    rows = load_prompts(args)
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, rows)
+    try:
+        check_reward_model(args.reward_model_name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
+
+    output = Path(args.output)
+    parts = output.with_name(f".{output.name}.parts")
+    inputs = {
+        "rows": fingerprint_of(rows.to_list()),
+        "models": [source_state(model_args.model_name_or_path), source_state(args.reward_model_name_or_path)],
+        "load": [model_args.load_in_4bit, str(model_args.dtype), model_args.model_revision],
+        "draw": [
+            args.n,
+            args.max_new_tokens,
+            args.temperature,
+            args.batch_size,
+            args.seed,
+            args.keep_samples,
+        ],
+    }
+
+    def everything() -> list[dict[str, Any]]:
+        draw = _drawer(args, model_args, init_kwargs, tokenizer)
+        chosen = best_rows(
+            rows, draw, parts=parts, inputs=inputs, seed=args.seed, keep_samples=args.keep_samples
+        )
+        return list(track(chosen, f"best of {args.n}", total=len(rows)))
+
+    try:
+        best = kept_rows(output, inputs, everything)
+    except ValueError as error:
+        raise UserError(error) from error
+    shutil.rmtree(parts, ignore_errors=True)
+    _report(best, args.n)
+
+
+def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:
+    """Draws from the policy and asks the reward model; both are loaded when the first part is missing."""
+    loaded: list[Any] = []
+
+    def draw(prompts: list[Any], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
+        if not loaded:
+            loaded.append(load_sampler(model_args, init_kwargs))
+            loaded.extend(
+                load_classifier(
+                    args.reward_model_name_or_path,
+                    load_in_4bit=model_args.load_in_4bit,
+                    dtype=model_args.dtype,
+                )
+            )
+        policy, reward_model, reward_tokenizer = loaded
+        drawn = generate(
+            policy,
+            tokenizer,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            num_return=args.n,
+            batch_size=args.batch_size,
+            seed=seed,
+        )
+        flat = [completion for mine in drawn for completion in mine]
+        repeated = [prompt for prompt in prompts for _ in range(args.n)]
+        scores = score_samples(reward_model, reward_tokenizer, tokenizer, repeated, flat, args.batch_size)
+        return drawn, [scores[i : i + args.n] for i in range(0, len(scores), args.n)]
+
+    return draw
+
+
+def _report(rows: list[dict[str, Any]], n: int) -> None:
+    """What the choice gained, and how far it went: KL(best of n || policy) <= log n - (n - 1) / n nats.
+
+    (Stiennon et al. 2020, appendix G.3; an upper bound by Beirami et al. 2024, arXiv:2401.01879.)
+    """
+    if silent := sum(not row["completion"].strip() for row in rows):
+        logger.warning("%d of %d best completions say nothing", silent, len(rows))
+    best, mean = (mean_estimate([row[name] for row in rows]) for name in ("score", "mean_score"))
+    print(
+        f"{len(rows)} prompts: score {best.value:.3f} [{best.ci_low:.3f}, {best.ci_high:.3f}] of the best of {n}, "
+        f"{mean.value:.3f} on average; KL to the policy at most {float(best_of_n_distance(n)) ** 2:.3f} nats"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Best of n: the highest score is kept, a killed run goes on bit for bit, and the file is a model of `prefopt eval`."""
+
+import math
+
+import pytest
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+
+from prefopt.evaluation import drift, generation, judges, tax
+from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
+from prefopt.evaluation.reward import score_completions, score_texts
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.recipes import best_of_n
+from prefopt.reward_checkpoints import load_reward_model, save_reward_model
+
+PROMPTS = ["the cat", "a dog", "the red house", "what is this?", "the mat"]
+
+
+@pytest.fixture
+def files(tmp_path, causal_lm, tokenizer, reward_model):
+    causal_lm.save_pretrained(tmp_path / "sft")
+    save_reward_model(reward_model, tmp_path / "rm")
+    for name in ("sft", "rm"):
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": p, "use_case": "pets", "ranks": [1, 2]} for p in PROMPTS]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    return tmp_path
+
+
+def run(files, *extra, output="best.jsonl"):
+    keys = {
+        "model_name_or_path": files / "sft",
+        "reward_model_name_or_path": files / "rm",
+        "dataset_name": files / "prompts.jsonl",
+        "output": files / output,
+        "n": 4,
+        "max_new_tokens": 5,
+        "batch_size": 8,
+    }
+    best_of_n.main([str(x) for key, value in keys.items() for x in (f"--{key}", value)] + list(extra))
+    return read_jsonl(files / output)
+
+
+def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, monkeypatch):
+    real, drawn = best_of_n.generate, []
+    monkeypatch.setattr(best_of_n, "generate", lambda *a, **k: drawn.extend(real(*a, **k)) or drawn)
+    rows = run(files, "--keep_samples", "true")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(row["use_case"] == "pets" and "ranks" not in row for row in rows)
+    judge = load_reward_model(files / "rm")
+    for row, completions in zip(rows, drawn, strict=True):
+        scores = score_completions(judge, tokenizer, [row["prompt"]] * 4, completions)
+        best = max(range(4), key=scores.__getitem__)
+        assert row["scores"] == pytest.approx(scores, abs=1e-5)
+        assert row["completions"] == [completion.text for completion in completions]
+        assert row["completion"] == completions[best].text
+        assert row["truncated"] == completions[best].truncated
+        assert row["score"] == pytest.approx(scores[best], abs=1e-5)
+        assert row["mean_score"] == pytest.approx(sum(scores) / 4, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "5 prompts: score" in printed
+    assert f"at most {math.log(4) - 3 / 4:.3f} nats" in printed
+
+
+def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
+    monkeypatch.setattr(best_of_n, "PROMPTS_AT_ONCE", 2)
+    whole = run(files, output="whole.jsonl")
+    real, calls = best_of_n.generate, []
+
+    def killed(model, tokenizer, prompts, **kwargs):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(model, tokenizer, prompts, **kwargs)
+
+    monkeypatch.setattr(best_of_n, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(files)
+    assert not (files / "best.jsonl").exists()
+    assert run(files) == whole
+    assert calls == [
+        PROMPTS[:2],
+        PROMPTS[2:4],
+        PROMPTS[4:],
+        PROMPTS[4:],
+    ]  # what was finished is not drawn again
+    run(files)
+    assert len(calls) == 4
+    assert not list(files.glob(".*parts"))
+    run(files, "--seed", "7")
+    assert len(calls) == 7
+
+
+def test_equal_scores_keep_the_first(tmp_path):
+    def draw(prompts, seed):
+        return [[Completion(text, [1], False) for text in "abc"] for _ in prompts], [[0.0, 2.0, 2.0]] * len(
+            prompts
+        )
+
+    rows = Dataset.from_list([{"prompt": "p"}])
+    (row,) = best_of_n.best_rows(rows, draw, parts=tmp_path, inputs={}, seed=0)
+    assert row == {"prompt": "p", "completion": "b", "truncated": False, "score": 2.0, "mean_score": 4 / 3}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--n", "0"], "n is 0"),
+        (["--temperature", "0"], "n is 4 at temperature 0; expected 1 or more, and 1 if greedy"),
+        (["--reward_model_name_or_path", "sft"], "reward_model_name_or_path: .*no trained head"),
+    ],
+)
+def test_mistakes_stop_early(files, extra, message):
+    extra = [str(files / "sft") if x == "sft" else x for x in extra]
+    with pytest.raises(SystemExit, match=message):
+        run(files, *extra)
+
+
+def test_broken_scores_stop(files):
+    broken = AutoModelForSequenceClassification.from_pretrained(files / "rm")
+    broken.score.weight.data[:] = float("nan")
+    save_reward_model(broken, files / "rm")
+    with pytest.raises(SystemExit, match="scores are not finite"):
+        run(files)
+
+
+def test_the_file_is_judged_as_a_model(files, tokenizer):
+    rows = run(files)
+    args = EvaluationArguments(
+        output_dir=str(files / "evaluation"),
+        models={"sft": str(files / "sft"), "best": str(files / "best.jsonl")},
+    )
+    evaluation = EvaluationRun(files / "evaluation")
+    own = generation.GenerateArguments(max_new_tokens=5, greedy=False)
+    generation.run(evaluation, args, own, [{"prompt": p} for p in PROMPTS])
+    assert [row["completion"] for row in evaluation.completions("best")] == [
+        row["completion"] for row in rows
+    ]
+    judges.run(evaluation, args, judges.JudgeArguments(reward_judge=str(files / "rm")))
+    scores = read_jsonl(judges.scores_path(evaluation, "reward", "best"))
+    texts, cuts = [row["completion"] for row in rows], [row["truncated"] for row in rows]
+    expected = score_texts(load_reward_model(files / "rm"), tokenizer, PROMPTS, texts, cuts)
+    assert [row["score"] for row in scores] == pytest.approx(expected, abs=1e-5)
+    write_jsonl(files / "text.jsonl", [{"text": "the cat sat on the mat"}])
+    drift.run(evaluation, args, drift.DriftArguments())
+    tax.run(evaluation, args, tax.TaxArguments(pretraining_text=str(files / "text.jsonl")))
+    for stage, name in (("drift", "kl_to_sft"), ("tax", "pretraining_bits_per_byte")):
+        of = {row["model"]: row for row in evaluation.stage(stage)["measures"] if row["name"] == name}
+        assert of["sft"]["value"] is not None
+        assert of["best"]["value"] is None
+        assert of["best"]["status"] == "skipped"
+        assert "holds completions: there are no weights to measure" in of["best"]["reason"]
+
+
+def test_prompts_without_a_completion_are_named(files):
+    write_jsonl(files / "few.jsonl", [{"prompt": "the cat", "completion": " sat"}])
+    args = EvaluationArguments(output_dir=str(files / "evaluation"), models={"few": str(files / "few.jsonl")})
+    with pytest.raises(RuntimeError, match=r"few.jsonl has no completion of prompt 1"):
+        generation.run(
+            EvaluationRun(files / "evaluation"),
+            args,
+            generation.GenerateArguments(),
+            [{"prompt": p} for p in PROMPTS],
+        )
