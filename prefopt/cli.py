@@ -19,7 +19,9 @@ GROUPS = {
         "eval": ("prefopt.recipes.evaluate", "is it better, by how much, how sure, at what cost"),
         "explain-run": ("prefopt.recipes.explain_run", "what moved the weights when, and what went wrong"),
     },
-    "plan and share": {},
+    "plan and share": {
+        "push": ("prefopt.recipes.push", "publish a trained model on the Hub, with a model card"),
+    },
     "start and help": {
         "pipeline": ("prefopt.recipes.pipeline", "all steps on a small closed world, ending in a report"),
         "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),

@@ -10,7 +10,14 @@ part of both answers. The reference is the model the run starts from.
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, parse
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.models import (
+    check_hub,
+    load_policy,
+    load_tokenizer,
+    model_init_kwargs,
+    peft_config,
+    train_and_save,
+)
 from prefopt.recipes.rows import load_comparisons, require_chat_template
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
@@ -20,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the DPO step."""
     data, args, model_args = parse((DataArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo")
     init_kwargs = model_init_kwargs(model_args)
+    check_hub(args)
     train, evaluation = load_comparisons(data, args)
 
     tokenizer = load_tokenizer(model_args)

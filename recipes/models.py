@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
+from prefopt.hub import HubError, create_repo, hub_errors
 from prefopt.recipes.arguments import DataArguments, UserError
-from prefopt.reward_checkpoints import remember_reward_token, reward_model_from_adapter
+from prefopt.reward_checkpoints import is_adapter, remember_reward_token, reward_model_from_adapter
 from prefopt.shared_base import keep_4bit_gradients
 
 
@@ -57,9 +59,20 @@ def load_tokenizer(
     return tokenizer
 
 
-def is_adapter(path: str) -> bool:
-    """Whether a folder holds a LoRA adapter rather than a whole model."""
-    return (Path(path) / "adapter_config.json").is_file()
+def check_hub(args: TrainingArguments) -> None:
+    """With `push_to_hub`, make the repository before anything is loaded: what would fail at the end fails now."""
+    if not args.push_to_hub or args.process_index > 0:
+        return
+    if args.hub_token:
+        raise UserError(
+            "hub_token: Trainer would publish it inside training_args.bin; set HF_TOKEN or run `hf auth login` instead"
+        )
+    repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        with hub_errors(f"push_to_hub: cannot publish as {repo_id}", "nothing was trained yet"):
+            create_repo(HfApi(), repo_id, private=args.hub_private_repo, revision=args.hub_revision)
+    except (HubError, ValueError) as error:
+        raise UserError(error) from error
 
 
 def load_policy(
@@ -70,7 +83,7 @@ def load_policy(
     Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA leaves behind.
     """
     path = model_args.model_name_or_path
-    if not is_adapter(path):
+    if not is_adapter(path, revision=model_args.model_revision):
         architectures = AutoConfig.from_pretrained(path, revision=model_args.model_revision).architectures
         if any("SequenceClassification" in name for name in architectures or ()):
             raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
@@ -99,7 +112,7 @@ def load_reward_start(
 
     With `reward_token` the tokenizer gets it here if a new head is put on an adapter, else in the trainer.
     """
-    if not is_adapter(model_args.model_name_or_path):
+    if not is_adapter(model_args.model_name_or_path, revision=model_args.model_revision):
         return model_args.model_name_or_path
     _refuse_second_adapter(model_args)
     quantization = get_quantization_config(model_args)
@@ -142,17 +155,23 @@ def peft_config(
 
 
 def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], object] | None = None) -> None:
-    """Train, or go on from a checkpoint; save the model and the trainer's state; push if asked to.
+    """Train, or go on from a checkpoint; save the model, its card and the trainer's state; push if asked to.
 
     The model is saved before `then`, which may change it, and once more behind it: nothing that comes after training
-    may cost the trained model.
+    may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
     """
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    push = args.push_to_hub
+    args.push_to_hub = False  # or each save would push, the first one without what `then` does
     trainer.save_model(args.output_dir)
     if then is not None:
         then()
         trainer.save_model(args.output_dir)
     trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.dataset_name)
+    trainer.create_model_card(dataset_name=data.dataset_name)
+    if push:
+        try:
+            trainer.push_to_hub(dataset_name=data.dataset_name)
+        except (HubError, ValueError) as error:
+            raise UserError(f"training is done and saved, but {error}") from error

@@ -17,7 +17,14 @@ from trl import ModelConfig, get_quantization_config
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.conversations import prompts_from_messages
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.models import (
+    check_hub,
+    load_policy,
+    load_tokenizer,
+    model_init_kwargs,
+    peft_config,
+    train_and_save,
+)
 from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.overoptimisation import OveroptimisationStop
@@ -49,6 +56,7 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     """Run the PPO or PPO-ptx step; `monitors` are reward functions that are logged but not trained on."""
     data, args, model_args = parse((PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx")
     init_kwargs = model_init_kwargs(model_args)
+    check_hub(args)
     if not data.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
     if (args.ptx_coef > 0) != (data.pretrain_dataset_name is not None):

@@ -16,6 +16,7 @@ from trl import ModelConfig, get_quantization_config
 from prefopt.recipes.arguments import DataArguments, parse
 from prefopt.recipes.conversations import demonstrations_from_messages
 from prefopt.recipes.models import (
+    check_hub,
     load_reward_start,
     load_tokenizer,
     model_init_kwargs,
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the reward-model step."""
     data, args, model_args = parse((RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward")
     init_kwargs = model_init_kwargs(model_args)
+    check_hub(args)
     adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
     train, evaluation = load_comparisons(data, args)
     demonstrations = None

@@ -26,11 +26,19 @@ from prefopt.recipes.demonstrations import (
     rated_demonstrations,
     tokenize_demonstrations,
 )
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs, peft_config, train_and_save
+from prefopt.recipes.models import (
+    check_hub,
+    load_policy,
+    load_tokenizer,
+    model_init_kwargs,
+    peft_config,
+    train_and_save,
+)
 from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.pretraining_data import pack_documents
+from prefopt.trainers.publishing import PublishingMixin
 from prefopt.trainers.ranked import bf16_by_default
 
 
@@ -71,8 +79,8 @@ class SFTStepConfig(SFTConfig):
         super().__post_init__()
 
 
-class SFTStepTrainer(CompleteCheckpointsMixin, SFTTrainer):
-    """TRL's SFTTrainer with checkpoints that survive a kill."""
+class SFTStepTrainer(CompleteCheckpointsMixin, PublishingMixin, SFTTrainer):
+    """TRL's SFTTrainer with checkpoints that survive a kill, and prefopt's model cards."""
 
 
 def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:
@@ -132,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
     data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft")
     init_kwargs = model_init_kwargs(model_args)
+    check_hub(args)
     if not 0 <= data.pretrain_mix < 1:
         raise UserError(f"pretrain_mix is {data.pretrain_mix}; expected a share in [0, 1)")
     if (data.pretrain_mix > 0) != (data.pretrain_dataset_name is not None):

@@ -32,6 +32,8 @@ LIBRARY = {
     "shared_base",
     "reward_checkpoints",
     "adapter_roles",
+    "model_cards",
+    "hub",
     "trainers",
 }
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
@@ -52,7 +54,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "shared_base": ({"row_checks", "comparisons", "prefix_layout", "prefix_sharing"}, MODELS),
     "reward_checkpoints": ({"shared_base"}, MODELS),
     "adapter_roles": ({"prefix_sharing", "shared_base", "reward_checkpoints"}, MODELS | {"safetensors"}),
-    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "numpy", "safetensors"}),
+    "model_cards": (set(), {"huggingface_hub", "safetensors", "transformers"}),
+    "hub": ({"model_cards", "reward_checkpoints"}, {"huggingface_hub", "peft", "torch", "transformers"}),
+    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy", "safetensors"}),
     "labeling": (
         {"row_checks", "ranked_rows", "metrics"},
         {"numpy", "scipy", "krippendorff", "markdown_it"},

@@ -43,6 +43,7 @@ from prefopt.trainers.ppo_ptx_roles import (
 from prefopt.trainers.ppo_ptx_rollout import RolloutMixin
 from prefopt.trainers.ppo_ptx_watch import TrainingWatch
 from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
+from prefopt.trainers.publishing import PublishingMixin
 from prefopt.trainers.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ logger = logging.getLogger(__name__)
 RewardModel = PreTrainedModel | PeftModel
 
 
-class PPOPtxTrainer(RolloutMixin, OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin, GRPOTrainer):
+class PPOPtxTrainer(
+    RolloutMixin, OptimisationMixin, CompleteCheckpointsMixin, CheckpointMixin, PublishingMixin, GRPOTrainer
+):
     """PPO with a value function, the KL penalty in the reward, and pretraining gradients in the same step.
 
     Each optimizer step minimises, over one minibatch of episodes and its share of pretraining text,
@@ -283,6 +286,15 @@ class PPOPtxTrainer(RolloutMixin, OptimisationMixin, CompleteCheckpointsMixin, C
         for role in roles if self.args.should_save else ():
             if isinstance(role, AdapterScorer):  # with its head, over what PEFT has written of the adapter
                 role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
+
+    def _card_data(self) -> dict[str, Any]:
+        data = super()._card_data()
+        names = [os.path.basename(model.config.name_or_path.rstrip("/")) for model in self.reward_models]
+        functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
+        data["reward"] = ", ".join(name for name in [*names, *functions] if name)
+        if self.pretraining is not None:
+            data["pretraining text"] = f"sequences of {self.args.ptx_max_length} tokens"
+        return data
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)

@@ -22,6 +22,7 @@ TRAINERS = (RewardTrainer, DPOTrainer, GRPOTrainer)
 METHODS = {
     Trainer: {
         "_clip_grad_norm": ["model"],
+        "_finish_current_push": [],
         "_get_output_dir": ["trial"],
         "_init_training_state": [
             "max_steps",
@@ -37,8 +38,10 @@ METHODS = {
         "_push_from_checkpoint": ["checkpoint_folder"],
         "_save": ["output_dir", "state_dict"],
         "compute_loss_context_manager": [],
+        "init_hf_repo": ["token", "private"],
         "create_scheduler": ["num_training_steps", "optimizer"],
         "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
+        "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
         "save_model": ["output_dir", "_internal_call"],
         "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     },
@@ -46,6 +49,7 @@ METHODS = {
         "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
         "_set_signature_columns_if_needed": [],
         "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+        "create_model_card": ["model_name", "dataset_name", "tags"],
         "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
         "log": ["logs", "start_time"],
     },
@@ -124,6 +128,8 @@ IMPORTS = {
         "add_fused_lm_head",
         "create_model_from_path",
         "disable_dropout_in_model",
+        "get_comet_experiment_url",
+        "get_trackio_space_url",
         "pad",
         "shuffle_sequence_dict",
         "split_tensor_dict",

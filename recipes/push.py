@@ -1,0 +1,168 @@
+"""Publish a trained model on the Hub, with a model card; run again, it goes on where it failed.
+
+    prefopt push rm me/my-reward-model
+    prefopt push policy me/my-policy --merge true --private true
+    prefopt push policy me/my-policy --results evaluation/results.json
+
+Needs a token that may write: `hf auth login`, or HF_TOKEN. A LoRA adapter is published as an adapter, or with `merge`
+as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is set.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prefopt.hub import HubError, files_to_publish, push_command, push_folder, save_merged
+from prefopt.model_cards import is_handwritten, read_facts, write_card
+from prefopt.recipes.arguments import UserError, parse
+
+# Measures of results.json that a card shows, with what follows behind a dot, and what the card calls them.
+SHOWN = {
+    "winrate": "win rate",
+    "winrate_judge": "win rate, judge",
+    "winrate_length_controlled": "win rate at equal length",
+    "rm.accuracy": "pairwise accuracy,",
+    "gold_reward": "gold reward",
+    "kl_to_sft": "KL to the SFT model (nats)",
+    "pretraining_bits_per_byte": "bits per byte of held-out text",
+    "heldout_task_accuracy": "accuracy on held-out tasks",
+}
+EVALUATION = "prefopt eval"
+
+
+@dataclass
+class PushArguments:
+    """What to publish where."""
+
+    folder: str | None = field(default=None, metadata={"help": "A trained model: the output_dir of a step."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "OWNER/NAME on the Hub, or a NAME of your own."}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "Publish an adapter merged into its base, as a whole model."}
+    )
+    private: bool = field(
+        default=False, metadata={"help": "Make the repository private; stops if it is there and public."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; default: main."})
+    roles: bool = field(
+        default=False,
+        metadata={
+            "help": "Also publish what PPO-ptx and DPO keep beside the policy: value function, reference, ..."
+        },
+    )
+    results: str | None = field(
+        default=None, metadata={"help": "results.json of `prefopt eval`, whose numbers go into the card."}
+    )
+    results_name: str | None = field(
+        default=None, metadata={"help": "The model's name in it; default: the folder's name."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Publish one folder."""
+    argv = sys.argv[1:] if argv is None else argv
+    (args,) = parse((PushArguments,), positional(argv, ("folder", "repo_id")), "prefopt push")
+    if not args.folder or not args.repo_id:
+        raise UserError("give a folder and a repository: prefopt push FOLDER OWNER/NAME")
+    folder = Path(args.folder)
+    retry = push_command(**vars(args))
+    try:
+        files_to_publish(folder)
+        if args.results:
+            add_results(folder, args.results, args.results_name)
+        with ExitStack() as stack:
+            source = folder
+            if args.merge:
+                # On the same disk as the model, and not taken for a checkpoint or for a part of it.
+                merged = stack.enter_context(TemporaryDirectory(prefix="_merged-", dir=folder))
+                print(f"merging {folder} into its base")
+                save_merged(folder, merged)
+                source = Path(merged)
+            commit = push_folder(
+                source,
+                args.repo_id,
+                private=args.private or None,
+                revision=args.revision,
+                roles=args.roles,
+                saved_in=folder,
+                retry=retry,
+            )
+    except (HubError, ValueError) as error:
+        raise UserError(error) from error
+    print(f"published: {commit.repo_url}")
+
+
+def add_results(folder: Path, results: str, name: str | None) -> None:
+    """Put the numbers of a results.json that belong to this model into its card."""
+    if is_handwritten(folder):
+        raise ValueError(
+            f"{folder / 'README.md'} was edited by hand, so no results are added to it: leave --results away, or move "
+            "the file aside to have it written anew"
+        )
+    try:
+        measures = json.loads(Path(results).read_text(encoding="utf-8"))["measures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--results {results}: expected the results.json of `prefopt eval`: {error}"
+        ) from error
+    rows = {}
+    for m in measures:
+        title = _title(m["name"])
+        if title is None or m["status"] != "ok" or (m["against"] and not m["name"].startswith("winrate")):
+            continue  # of other measures than win rates, `against` marks a difference
+        rows.setdefault(m["model"], []).append(
+            {
+                "title": title + (f" against {m['against']}" if m["against"] else ""),
+                "metric": m["name"],
+                "value": m["value"],
+                "low": m["ci_low"],
+                "high": m["ci_high"],
+                "n": m["n"],
+                "dataset": EVALUATION,
+            }
+        )
+    name = name or folder.resolve().name
+    if name not in rows:
+        raise ValueError(
+            f"--results {results} has no numbers of {name!r}; name the model with --results_name, one of: "
+            f"{', '.join(sorted(rows)) or 'none'}"
+        )
+    facts = read_facts(folder)
+    kept = [row for row in facts.get("results", []) if row["dataset"] != EVALUATION]
+    write_card(folder, {**facts, "results": [*kept, *rows[name]]})
+
+
+def _title(measure: str) -> str | None:
+    """What the card calls a measure; None if it does not show it.
+
+    >>> _title("rm.accuracy.heldout_labelers"), _title("winrate"), _title("winrate_greedy")
+    ('pairwise accuracy, heldout labelers', 'win rate', None)
+    """
+    for name, title in SHOWN.items():
+        if measure == name or measure.startswith(name + "."):
+            return f"{title} {measure[len(name) + 1 :]}".replace("_", " ").strip()
+    return None
+
+
+def positional(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The arguments before the first option as values of `--NAME`, one each.
+
+    >>> positional(["rm", "me/rm", "--merge", "true"], ["folder", "repo_id"])
+    ['--folder', 'rm', '--repo_id', 'me/rm', '--merge', 'true']
+    """
+    first = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
+    if first > len(names):
+        raise UserError(f"too many arguments: {' '.join(argv[len(names) : first])}; options begin with --")
+    options = [
+        part for name, value in zip(names, argv[:first], strict=False) for part in (f"--{name}", value)
+    ]
+    return [*options, *argv[first:]]
+
+
+if __name__ == "__main__":
+    main()
