@@ -3,12 +3,15 @@
 What a ranked row is: `prefopt.ranked_rows`.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from datasets import Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 PER_COMPLETION = ("completions", "completion_ids", "ranks", "ratings", "flags", "truncated")
 
@@ -24,7 +27,7 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
     Traceback (most recent call last):
     ValueError: dataset row 0: field 'ranks': expected dense ranks, got [1, 3]; write [1, 2] for the same order
     """
-    if isinstance(rows, Mapping) or not isinstance(rows, Dataset | Sequence):
+    if isinstance(rows, Mapping) or not (isinstance(rows, Sequence) or _is_dataset(rows)):
         raise ValueError(
             f"{source}: expected a datasets.Dataset or a list of dicts, got {type(rows).__name__}; "
             "choose one split of a DatasetDict; the trainers take a stream as it is, and check its rows as they come"
@@ -140,6 +143,7 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     Raises:
         ValueError: no row has ratings, or naming the first row (counted from 0) in which they contradict the ranks.
 
+    >>> from datasets import Dataset
     >>> validate_ratings(Dataset.from_dict({"ranks": [[1, 2], [2, 1]], "ratings": [[7, 4], None]}))
     1
     """
@@ -157,7 +161,7 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
 
 
 def _required_columns(rows: Dataset | Sequence[Mapping[str, Any]], source: str) -> tuple[str, ...]:
-    if isinstance(rows, Dataset):
+    if _is_dataset(rows):
         columns = set(rows.column_names)
     else:
         columns = {key for row in rows if isinstance(row, Mapping) for key in row}
@@ -188,8 +192,17 @@ def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
     return required
 
 
+def _is_dataset(rows: Any) -> TypeGuard[Dataset]:
+    """Lists are told apart without `datasets`, whose import takes seconds."""
+    if isinstance(rows, Sequence):
+        return False
+    from datasets import Dataset
+
+    return isinstance(rows, Dataset)
+
+
 def _iterate(rows: Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    if not isinstance(rows, Dataset):
+    if not _is_dataset(rows):
         yield from rows
         return
     if rows.format["type"] != "custom":  # a custom transform may need its other columns; others make tensors
