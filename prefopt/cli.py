@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from prefopt.recipes.troubles import run_command
+
 # Group -> command -> the module whose `main(argv)` runs it, and its line in the help.
 GROUPS = {
     "the three steps": {
@@ -13,6 +15,8 @@ GROUPS = {
     },
     "data and labels": {
         "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
+        "best-of-n": ("prefopt.recipes.best_of_n", "keep the best of n completions by the reward model"),
+        "data": ("prefopt.recipes.data", "public formats to rankings; check, describe and split data"),
         "label": ("prefopt.recipes.label", "people rank samples in a browser; who agrees; what to rank next"),
     },
     "evaluate": {
@@ -67,8 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"prefopt: unknown command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[argv[0]]
-    import_module(module).main(argv[1:])
+    command, *rest = argv
+    module, _ = COMMANDS[command]
+    run_command(lambda arguments: import_module(module).main(arguments), command, rest)
     return 0
 
 

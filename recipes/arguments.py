@@ -2,13 +2,15 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import TrlParser
+
+from prefopt.recipes.troubles import UserError, explain
 
 
 @dataclass
@@ -27,19 +29,16 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split used for evaluation."})
 
 
-class UserError(SystemExit):
-    """A mistake in the input, reported as one line without a traceback."""
-
-    def __init__(self, message: object) -> None:
-        super().__init__(f"error: {message}")
-
-
-def parse(dataclass_types: Sequence[type], argv: list[str] | None, prog: str) -> tuple[Any, ...]:
+def parse(
+    dataclass_types: Sequence[type], argv: list[str] | None, prog: str, description: str | None = None
+) -> tuple[Any, ...]:
     """Parse `--config file.yaml --key value ...`; a key that no dataclass knows is an error.
 
-    Keys given on the command line win over the file.
+    Keys given on the command line win over the file. `--help` shows `description`, prefopt's own keys and the usual
+    ones of TRL and transformers, `--help-all` all of them.
     """
     argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
+    argv = [_with_underscores(argument) for argument in argv]
     known = {f.name for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
     if "--config" in argv:
         position = argv.index("--config") + 1
@@ -47,12 +46,33 @@ def parse(dataclass_types: Sequence[type], argv: list[str] | None, prog: str) ->
             raise UserError("--config needs a YAML file")
         _refuse_unknown(set(_read_config(argv[position])) - {"env"}, known, argv[position])
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
-    options = {key.replace("-", "_") for key in options} - {"config", "help"}
+    options -= {"config", "help", "help_all"}
     _refuse_unknown(options, known | {f"no_{name}" for name in known}, "the command line")
+
+    from prefopt.recipes.step_parser import (
+        StepParser,
+    )  # here, so that a misspelt key is told without loading TRL
+
+    show_all = "--help_all" in argv
+    parser = StepParser(dataclass_types, prog, description, show_all)
+    if show_all:
+        parser.print_help()
+        raise SystemExit(0)
     try:
-        return TrlParser(dataclass_types, prog=prog, allow_abbrev=False).parse_args_and_config(argv)
+        with warnings.catch_warnings():
+            # TRL's own default is spelt the way that transformers warns of.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+            return parser.parse_args_and_config(argv)
     except (ValueError, TypeError) as error:
-        raise UserError(error) from error
+        raise UserError(explain(error) or error) from error
+
+
+def _with_underscores(argument: str) -> str:
+    """--max-steps=3 -> --max_steps=3; values stay what they are."""
+    if not argument.startswith("--"):
+        return argument
+    key, *value = argument[2:].split("=", 1)
+    return "--" + "=".join([key.replace("-", "_"), *value])
 
 
 def named(argv: Sequence[str], name: str) -> list[str]:

@@ -19,13 +19,16 @@ from prefopt.recipes.models import (
     train_and_save,
 )
 from prefopt.recipes.rows import load_comparisons, require_chat_template
+from prefopt.recipes.troubles import run_command
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the DPO step."""
-    data, args, model_args = parse((DataArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo")
+    data, args, model_args = parse(
+        (DataArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo", __doc__
+    )
     init_kwargs = model_init_kwargs(model_args)
     check_hub(args)
     train, evaluation = load_comparisons(data, args)
@@ -46,4 +49,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "dpo")

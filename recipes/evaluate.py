@@ -33,6 +33,7 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.rows import check_fields, load_rows
+from prefopt.recipes.troubles import run_command
 
 logger = logging.getLogger(__name__)
 Given = dict[type, Any]
@@ -77,7 +78,9 @@ def main(
         lines = "\n".join(f"  {name:<14} {text}" for name, text in told.items())
         raise UserError(f"expected a stage{named}: prefopt eval <stage> --config evaluation.yaml\n{lines}")
     stage, *rest = argv
-    given = {type(arguments): arguments for arguments in parse(ARGUMENTS, rest, f"prefopt eval {stage}")}
+    given = {
+        type(arguments): arguments for arguments in parse(ARGUMENTS, rest, f"prefopt eval {stage}", __doc__)
+    }
     args = given[EvaluationArguments]
     if not args.models:
         raise UserError("models is required: the name of each model and its folder or Hub id")
@@ -222,4 +225,4 @@ def _benchmarks_are_named(own: bench.BenchArguments) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "eval")

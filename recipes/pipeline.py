@@ -22,6 +22,7 @@ from prefopt.evaluation.run import EvaluationRun
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
 from prefopt.recipes.arguments import UserError, config_folder, parse
 from prefopt.recipes.steps import Steps
+from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import load_reward_model
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
@@ -276,7 +277,7 @@ def load_causal_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
-    (args,) = parse((PipelineArguments,), argv, "prefopt pipeline")
+    (args,) = parse((PipelineArguments,), argv, "prefopt pipeline", __doc__)
     args.config_dir = str(args.config_dir or config_folder(argv) or TINY)
     missing = [name for name in CONFIGS if not Path(args.config_dir, f"{name}.yaml").is_file()]
     if missing:
@@ -288,4 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "pipeline")

@@ -26,6 +26,7 @@ from prefopt.recipes.models import (
     train_and_save,
 )
 from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.overoptimisation import OveroptimisationStop
 from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
@@ -54,7 +55,9 @@ class PPOPtxArguments(DataArguments):
 
 def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[float]]] = ()) -> None:
     """Run the PPO or PPO-ptx step; `monitors` are reward functions that are logged but not trained on."""
-    data, args, model_args = parse((PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx")
+    data, args, model_args = parse(
+        (PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx", __doc__
+    )
     init_kwargs = model_init_kwargs(model_args)
     check_hub(args)
     if not data.reward_model_name_or_path:
@@ -123,4 +126,4 @@ def _gold_reward(name: str) -> str | Callable[..., list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "ppo-ptx")

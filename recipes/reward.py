@@ -24,6 +24,7 @@ from prefopt.recipes.models import (
     train_and_save,
 )
 from prefopt.recipes.rows import check_fields, load_comparisons, load_rows, require_chat_template
+from prefopt.recipes.troubles import run_command
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 
@@ -40,7 +41,9 @@ class RewardArguments(DataArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the reward-model step."""
-    data, args, model_args = parse((RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward")
+    data, args, model_args = parse(
+        (RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward", __doc__
+    )
     init_kwargs = model_init_kwargs(model_args)
     check_hub(args)
     adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
@@ -71,4 +74,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "reward")

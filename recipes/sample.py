@@ -22,6 +22,7 @@ from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
+from prefopt.recipes.troubles import run_command
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def load_sampler(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> PreTra
 
 def main(argv: list[str] | None = None) -> None:
     """Sample completions and write them as JSONL."""
-    args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample")
+    args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample", __doc__)
     init_kwargs = model_init_kwargs(model_args)
     if not 1 <= args.k_min <= args.k_max:
         raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
@@ -143,4 +144,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "sample")

@@ -35,6 +35,7 @@ from prefopt.recipes.models import (
     train_and_save,
 )
 from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.troubles import run_command
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.pretraining_data import pack_documents
@@ -138,7 +139,7 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
 
 def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
-    data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft")
+    data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft", __doc__)
     init_kwargs = model_init_kwargs(model_args)
     check_hub(args)
     if not 0 <= data.pretrain_mix < 1:
@@ -185,4 +186,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "sft")

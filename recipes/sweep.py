@@ -24,6 +24,7 @@ from prefopt.evaluation.training_run import read_run
 from prefopt.recipes.arguments import UserError, config_folder, parse
 from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, load_causal_lm
 from prefopt.recipes.steps import Steps
+from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import load_reward_model
 
 INPUTS = ("data", "reward", "ppo_start")  # steps of the pipeline whose results the sweep uses
@@ -214,10 +215,10 @@ def _ppo_config(path: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the sweep."""
-    (args,) = parse((SweepArguments,), argv, "prefopt sweep")
+    (args,) = parse((SweepArguments,), argv, "prefopt sweep", __doc__)
     args.ppo_config = args.ppo_config or str((config_folder(argv) or TINY) / "ppo_ptx.yaml")
     Sweep(args).run()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "sweep")

@@ -1,0 +1,207 @@
+"""Troubles of every day, each answered with one sentence and a remedy. An error that is not one keeps its traceback.
+
+`run_command` stands around every command, whether `prefopt` or `accelerate launch -m prefopt.recipes...` started it;
+`PREFOPT_TRACEBACK=1` shows the traceback behind a sentence.
+"""
+
+import errno
+import linecache
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+# What a command can lower when memory runs out; the first is the cheapest.
+BATCH = "per_device_train_batch_size (with gradient_accumulation_steps as much higher, the batch stays what it is)"
+OF_TRAINING = "gradient_checkpointing: true; use_peft: true with load_in_4bit: true"
+TO_LOWER = {
+    "sft": f"{BATCH} or max_length; or set {OF_TRAINING}",
+    "reward": f"{BATCH}, max_tokens_per_forward or max_length; or set {OF_TRAINING}",
+    "dpo": f"{BATCH}, max_tokens_per_forward or max_length; or set {OF_TRAINING}",
+    "ppo-ptx": f"{BATCH}, ptx_per_device_batch_size, max_completion_length or ptx_max_length; or set {OF_TRAINING}",
+    "sample": "batch_size or max_new_tokens",
+    "best-of-n": "batch_size or max_new_tokens",
+    "eval": "batch_size or max_new_tokens",
+}
+PLANNED = ("sft", "reward", "dpo", "ppo-ptx")  # of these `prefopt plan` knows the memory
+
+
+class UserError(SystemExit):
+    """A mistake in the input, reported as one line without a traceback."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(f"error: {message}")
+
+
+def run_command(main: Callable[[list[str] | None], Any], command: str, argv: list[str] | None = None) -> None:
+    """Run a command; a trouble of every day ends it with one sentence in place of a traceback."""
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        if _wants_traceback():
+            raise
+        print(_interrupted(command), file=sys.stderr)
+        sys.exit(130)
+    except (Exception, UserError) as error:
+        sentence = None if isinstance(error, UserError) else explain(error, command)
+        if _wants_traceback() or (sentence is None and not isinstance(error, UserError)):
+            traceback.print_exc()
+            sys.exit(1)
+        if sentence is not None:
+            sentence += " (PREFOPT_TRACEBACK=1 shows where it happened)"
+        process = int(os.environ.get("RANK", "0"))
+        told = f"error: {sentence}" if sentence is not None else str(error)
+        sys.exit(told if process == 0 else f"process {process}: {told}")
+
+
+def explain(error: BaseException, command: str = "") -> str | None:
+    """What a trouble of every day is and what to do about it; None for an error that is not one.
+
+    >>> explain(MemoryError(), "sample")
+    'out of memory: lower batch_size or max_new_tokens'
+    >>> explain(ZeroDivisionError("a bug"))
+    """
+    if _is_own(error):
+        return str(error)
+    for cause in _causes(error):
+        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package):
+            sentence = rule(cause, command)
+            if sentence is not None:
+                return sentence
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and those it was raised from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("PREFOPT_TRACEBACK", "").lower() not in ("", "0", "false")
+
+
+def _interrupted(command: str) -> str:
+    if command in PLANNED:
+        return (
+            "interrupted. With `resume_from_checkpoint: true` the same command goes on from the newest complete "
+            "checkpoint of output_dir"
+        )
+    return "interrupted"
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether a `raise` of prefopt itself made it: such a text was written for the user."""
+    place = error.__traceback__
+    if not isinstance(error, (ValueError, TypeError)) or place is None:
+        return False
+    while place.tb_next is not None:
+        place = place.tb_next
+    scope = place.tb_frame.f_globals
+    module = scope["__spec__"].name if scope.get("__spec__") else scope.get("__name__", "")
+    line = linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno, scope)
+    return module.split(".")[0] == "prefopt" and line.lstrip().startswith("raise ")
+
+
+# ---- the rules: (error, command) -> sentence or None ------------------------------------------------------------
+def _memory(error: BaseException, command: str) -> str | None:
+    text = str(error)
+    # The CPU's allocator raises a RuntimeError; torch's class is known by its name, so that torch need not be loaded.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    is_memory |= isinstance(error, OSError) and error.errno == errno.ENOMEM
+    is_memory |= isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "Cannot allocate memory" in text
+    )
+    if not is_memory:
+        return None
+    wanted = text[text.find("Tried to allocate") :].split(". ")[0] if "Tried to allocate" in text else ""
+    where = " on the GPU" if "CUDA" in text or "HIP" in text else ""
+    told = f"out of memory{where}{f' ({wanted.lower()})' if wanted else ''}"
+    remedy = TO_LOWER.get(command, "a batch size or a length in the settings")
+    planned = "; `prefopt plan` says what fits" if command in PLANNED else ""
+    return f"{told}: lower {remedy}{planned}"
+
+
+def _disk(error: BaseException, command: str) -> str | None:
+    text = str(error)
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and torch.save report a full disk as errors of their own.
+    is_full |= "No space left on device" in text or "PytorchStreamWriter failed writing" in text
+    if not is_full:
+        return None
+    place = getattr(error, "filename", None)
+    kept = ""
+    if command in PLANNED:
+        kept = (
+            "; complete checkpoints are kept, and resume_from_checkpoint: true goes on from the newest; a lower "
+            "save_total_limit keeps fewer"
+        )
+    return f"the disk is full{f' at {place}' if place else ''}: free some space or name an output elsewhere{kept}"
+
+
+def _hub(error: BaseException, command: str) -> str | None:
+    name, text = type(error).__name__, str(error)
+    if name == "GatedRepoError" or "gated repo" in text:
+        return (
+            "access to this model or data set is restricted: accept its terms on its page at huggingface.co, then log "
+            "in with `hf auth login` (or set HF_TOKEN)"
+        )
+    if name in ("RepositoryNotFoundError", "DatasetNotFoundError") or "not a valid model identifier" in text:
+        return (
+            "there is no such folder here and no such name on the Hub, or it is private: check the spelling; for a "
+            "private one log in with `hf auth login` (or set HF_TOKEN)"
+        )
+    if name == "RevisionNotFoundError":
+        return "the Hub has it, but not this revision: check model_revision"
+    offline = ("OfflineModeIsEnabled", "LocalEntryNotFoundError")
+    unreachable = ("We couldn't connect to", "Couldn't reach", "couldn't find it in the cached files")
+    if name in offline or any(words in text for words in unreachable):
+        switched_off = any(os.environ.get(key, "") in ("1", "true") for key in OFFLINE)
+        why = "HF_HUB_OFFLINE is set" if switched_off else "no connection"
+        return (
+            f"the Hub cannot be reached ({why}) and there is no copy on this machine: where there is a network, "
+            "`hf download NAME --local-dir FOLDER`, and name that folder here"
+        )
+    return None
+
+
+def _bitsandbytes(error: BaseException, command: str) -> str | None:
+    text = str(error)
+    if isinstance(error, (ImportError, RuntimeError, OSError)) and "bitsandbytes" in text.lower():
+        return (
+            "bitsandbytes does not work here, which load_in_4bit, load_in_8bit and 8-bit optimizers need: "
+            f"{_first_line(text)}. `prefopt env` says what works; install one for your GPU (pip install -U "
+            "bitsandbytes) or leave these keys out"
+        )
+    return None
+
+
+def _device(error: BaseException, command: str) -> str | None:
+    text = str(error)
+    if "doesn't support bf16" in text:
+        return (
+            "bf16: true needs a GPU that has bf16 (NVIDIA Ampere or newer): leave bf16 unset, which turns it on only "
+            "where it works, or set fp16: true on an older GPU; for bf16 on the CPU add use_cpu: true"
+        )
+    if "fp16" in text.lower() and "requires" in text and "GPU" in text:
+        return "fp16: true needs a GPU: leave it unset here"
+    no_gpu = ("Found no NVIDIA driver", "Torch not compiled with CUDA", "No CUDA GPUs are available")
+    if any(words in text for words in (*no_gpu, "no GPUs found", "CUDA driver initialization failed")):
+        return f"no usable GPU: {_first_line(text)}. `prefopt env` says what is there; to train on the CPU add use_cpu: true"
+    return None
+
+
+def _package(error: BaseException, command: str) -> str | None:
+    text = _first_line(str(error))
+    if isinstance(error, (ImportError, RuntimeError)) and "pip install" in text:
+        return text
+    return None
+
+
+def _first_line(text: str) -> str:
+    return " ".join(text.strip().splitlines()[:1]).rstrip(".")
