@@ -1,6 +1,6 @@
 """Rows for every recipe: loaded from files, folders or the Hub, and checked before any model is loaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.comparisons import prepare_comparisons, validate_comparisons
 from prefopt.evaluation.generate import read_jsonl
+from prefopt.formats import needs_conversion
 from prefopt.recipes.arguments import DataArguments, UserError
 from prefopt.recipes.conversations import is_message, split_implicit_prompts
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
@@ -114,7 +115,7 @@ def load_comparisons(
 ) -> tuple[Dataset, Dataset | None]:
     """Ranked rows for training and, if evaluation is on, for evaluation, checked for what the trainer will ask."""
     train, evaluation = load_train_and_eval(
-        data, args.eval_strategy != "no", validate_comparisons, split_implicit_prompts
+        data, args.eval_strategy != "no", check_comparisons, split_implicit_prompts
     )
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
     try:
@@ -125,6 +126,18 @@ def load_comparisons(
     except ValueError as error:
         raise UserError(error) from error
     return train, evaluation
+
+
+def check_comparisons(rows: Rows, source: str) -> None:
+    """`validate_comparisons`, which of rows in a public format says what converts them."""
+    try:
+        validate_comparisons(rows, source)
+    except ValueError as error:
+        first = rows[0] if len(rows) else None
+        if isinstance(first, Mapping) and (name := needs_conversion(first)):
+            told = f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
+            raise ValueError(f"{error}; {told}") from error
+        raise
 
 
 def check_fields(*names: str) -> Check:

@@ -46,6 +46,8 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "row_checks": (set(), {"datasets"}),
     "ranked_rows": ({"row_checks"}, set()),
     "formats": ({"row_checks", "ranked_rows"}, set()),
+    "row_statistics": ({"ranked_rows"}, set()),
+    "row_splits": (set(), set()),
     "collator": (set(), {"torch"}),
     "comparisons": ({"row_checks", "ranked_rows", "collator"}, {"datasets"}),
     "prefix_layout": (set(), {"torch"}),
@@ -63,7 +65,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "sandbox": ({"ranked_rows", "comparisons", "labeling"}, MODELS | {"numpy"}),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "formats"}, None),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "formats", "row_statistics", "row_splits"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }

@@ -9,7 +9,7 @@ from prefopt.formats import dialogues, openassistant, pairs, rated, shp, tables
 from prefopt.formats.cleaning import Cleaner
 from prefopt.row_checks import row_problem, shorten
 
-__all__ = ["FORMATS", "Format", "convert", "detect"]
+__all__ = ["FORMATS", "Format", "convert", "detect", "needs_conversion"]
 
 Row = Mapping[str, Any]
 
@@ -105,6 +105,24 @@ def detect(row: Row) -> str | None:
     return next(
         (name for name, known in FORMATS.items() if known.columns <= row.keys() and known.fits(row)), None
     )
+
+
+def needs_conversion(row: Row) -> str | None:
+    """The key in `FORMATS` of a row that trainers do not take as it is, or None.
+
+    >>> needs_conversion({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}) is None
+    True
+    >>> needs_conversion({"prompt": "p", "completions": '["a", "b"]', "ranking": "A > B"})
+    'table'
+    """
+    name = detect(row)
+    if name == "pairs" and isinstance(
+        row.get("prompt"), list if isinstance(row["chosen"], list) else str | list
+    ):
+        return None
+    if name == "table" and isinstance(row.get("completions"), list) and isinstance(row.get("ranks"), list):
+        return None
+    return name
 
 
 def convert(

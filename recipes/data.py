@@ -1,0 +1,320 @@
+"""Data that people have: checked, converted to ranked comparisons, described, split.
+
+    prefopt data convert berkeley-nest/Nectar --out rankings.jsonl    # or a file; --streaming if it is too large to hold
+    prefopt data validate rankings.jsonl                              # the first bad row; with --all, how many of what
+    prefopt data stats rankings.jsonl --against heldout.jsonl
+    prefopt data split rankings.jsonl --by user --max_per_user 200 --dedupe_prefix 200 --out split
+
+Data is a .jsonl (also .jsonl.gz), .json, .csv or .parquet file, a folder written by `save_to_disk`, or a Hub id.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefopt.evaluation.jsonl import write_jsonl, write_whole
+from prefopt.formats import FORMATS, convert, detect
+from prefopt.ranked_rows import from_preference
+from prefopt.recipes.arguments import UserError, named, parse
+from prefopt.recipes.checked_rows import Kind, SourceArguments, checked_rows, good_rows, read_rows
+from prefopt.row_splits import most_per_key, one_per_prefix, split_by_key
+from prefopt.row_statistics import Statistics, prompt_key, statistics
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class ConvertArguments:
+    """What to make of them."""
+
+    format: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(FORMATS)}; default: by the columns."}
+    )
+    rating: str | None = field(
+        default=None,
+        metadata={"help": "Which rating makes the ranks, for ultrafeedback and helpsteer."},
+    )
+    keep_tied: bool = field(
+        default=False,
+        metadata={"help": "Keep rows in which all completions tie; `ties: half` learns from them."},
+    )
+    out: str = field(default="rankings.jsonl", metadata={"help": "File for the ranked comparisons."})
+
+
+@dataclass
+class ValidateArguments:
+    """How to check."""
+
+    kind: Kind | None = field(
+        default=None, metadata={"help": "What the rows should be; default: by the columns."}
+    )
+    all: bool = field(
+        default=False, metadata={"help": "Count problems by kind instead of stopping at the first."}
+    )
+
+
+@dataclass
+class StatsArguments:
+    """What to compare with, and where to write."""
+
+    against: list[str] = field(
+        default_factory=list, metadata={"help": "Other files or Hub ids: which prompts are shared with each?"}
+    )
+    against_split: list[str] = field(
+        default_factory=list, metadata={"help": "Other splits of the same data, likewise."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Count tokens too, with this model's tokenizer."}
+    )
+    out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
+
+
+@dataclass
+class SplitArguments:
+    """How to split (the paper: by user, at most 200 prompts each, a long common prefix once)."""
+
+    by: str = field(
+        default="prompt",
+        metadata={"help": "Field whose values stay on one side: user, labeler, prompt, ..."},
+    )
+    max_per_user: int | None = field(
+        default=None, metadata={"help": "Most prompts of one value of `by` (paper: 200)."}
+    )
+    dedupe_prefix: int | None = field(
+        default=None, metadata={"help": "Keep one of the prompts that share this many first characters."}
+    )
+    validation: float = field(default=0.05, metadata={"help": "Share of the rows for validation; 0: none."})
+    test: float = field(default=0.05, metadata={"help": "Share of the rows for testing; 0: none."})
+    seed: int = field(default=42, metadata={"help": "Seed of what is drawn at random."})
+    out: str = field(
+        default="split", metadata={"help": "Folder for train.jsonl, validation.jsonl, test.jsonl."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        said = f", got {argv[0]!r}" if argv and argv[0] not in ("-h", "--help") else ""
+        told = "\n".join(f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items())
+        raise UserError(f"expected a command{said}: prefopt data <command> FILE_OR_HUB_ID ...\n{told}")
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        raise UserError(error) from error
+
+
+def convert_(argv: list[str]) -> None:
+    """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns"""
+    source, args = _parse(ConvertArguments, argv, "convert")
+    counts: Counter[str] = Counter()
+    read: list[str | None] = []  # of each row read, its format, of the first alone
+
+    def counted() -> Iterator[Row]:
+        for row in read_rows(source):
+            read.append(None if read else args.format or detect(row))
+            yield row
+
+    def ranked() -> Iterator[Row]:
+        options = {"rating": args.rating, "keep_tied": args.keep_tied, "source": source.data}
+        row = None
+        for row in convert(counted(), args.format, counts=counts, **options):
+            yield row
+        if row is None:
+            raise ValueError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_told(counts)}")
+
+    written = write_jsonl(args.out, ranked())
+    print(f"{source.data}: {len(read):,} rows in the format {read[0]}")
+    if counts:
+        print(f"left out: {_told(counts)}")
+    print(f"ranked comparisons: {args.out} ({written:,} rows)")
+
+
+def validate(argv: list[str]) -> None:
+    """rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind"""
+    source, args = _parse(ValidateArguments, argv, "validate")
+    found: dict[str, tuple[int, str]] = {}  # kind of problem: how many, and the first
+    checked = bad = 0
+    kinds: set[Kind] = set()
+    for number, (kind, _, problem) in enumerate(checked_rows(read_rows(source), str(source.data), args.kind)):
+        checked += 1
+        kinds.add(kind)
+        if problem is None:
+            continue
+        bad += 1
+        if not args.all:
+            raise UserError(f"{source.data} row {number}: {problem}")
+        name = re.sub(r"\[\d+\]", "[...]", problem.partition(", got")[0])
+        count, first = found.get(name, (0, f"row {number}: {problem}"))
+        found[name] = (count + 1, first)
+    if not checked:
+        raise UserError(f"{source.data}: no rows")
+    if not found:
+        print(f"{source.data}: {checked:,} rows of {kinds.pop()}, all as they should be")
+        return
+    for name, (count, first) in sorted(found.items(), key=lambda item: -item[1][0]):
+        print(f"{count:,} rows: {name}; the first is {first}")
+    raise UserError(f"{source.data}: {bad:,} of {checked:,} rows of {kinds.pop()} are not as they should be")
+
+
+def stats(argv: list[str]) -> None:
+    """rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others"""
+    source, args = _parse(StatsArguments, argv, "stats")
+    others = {name: SourceArguments(name, config_name=source.config_name) for name in args.against}
+    for split in args.against_split:
+        others[f"split {split}"] = SourceArguments(source.data, split, source.config_name, source.streaming)
+    against = {
+        name: {prompt_key(row) for _, row in good_rows(read_rows(other), str(other.data))}
+        for name, other in others.items()
+    }
+    judged: list[Row] = []
+
+    def rows() -> Iterator[Row]:
+        for kind, row in good_rows(read_rows(source), str(source.data)):
+            if kind == "comparisons" and row.get("labeler"):
+                judged.append(row if "completions" in row else from_preference(row))
+            yield row
+
+    tokens = _token_counts(args.tokenizer) if args.tokenizer else None
+    found = statistics(rows(), against=against, tokens=tokens)
+    if not found.rows:
+        raise UserError(f"{source.data}: no rows")
+    agreement = _agreement(judged, found, str(source.data))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in [*found.lines(), *((name, told) for name, (_, told) in agreement.items())]:
+        table.add_row(name, value)
+    _print(table)
+    if args.out:
+        numbers = {**found.to_dict(), "agreement": {name: value for name, (value, _) in agreement.items()}}
+        write_whole(args.out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+
+
+def split(argv: list[str]) -> None:
+    """rankings.jsonl --by user --out split: train, validation and test rows with no user on two sides"""
+    source, args = _parse(SplitArguments, argv, "split")
+    shares = {"validation": args.validation, "test": args.test}
+    if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+        raise UserError(
+            f"validation {args.validation:g} and test {args.test:g}: expected shares of 0 or more, below 1"
+        )
+    for name in ("max_per_user", "dedupe_prefix"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"{name} is {value}; expected 1 or more")
+    shares = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
+    rows = [row for _, row in good_rows(read_rows(source), str(source.data))]
+    if not rows or "prompt" not in rows[0]:
+        raise UserError(f"{source.data}: expected rows with a prompt, got {'others' if rows else 'no rows'}")
+    try:
+        if args.dedupe_prefix is not None:
+            told = f"share {args.dedupe_prefix} first characters of the prompt with an earlier one"
+            rows = _kept(rows, one_per_prefix(rows, args.dedupe_prefix), told)
+        if args.max_per_user is not None:
+            told = f"are over {args.max_per_user} prompts of their {args.by}"
+            rows = _kept(rows, most_per_key(rows, args.by, args.max_per_user, args.seed), told)
+        sides = split_by_key(rows, args.by, shares, args.seed)
+    except ValueError as error:
+        raise UserError(f"{source.data} {error}") from error
+    prompts = {side: {prompt_key(rows[i]) for i in positions} for side, positions in sides.items()}
+    for side, positions in sides.items():
+        write_jsonl(Path(args.out) / f"{side}.jsonl", (rows[i] for i in positions))
+        values = len({json.dumps(rows[i][args.by], sort_keys=True) for i in positions})
+        shared = len(prompts[side] & prompts["train"]) if side != "train" else 0
+        warned = f"; {shared:,} of its prompts are in train too, of another {args.by}" if shared else ""
+        print(
+            f"{Path(args.out) / side}.jsonl: {len(positions):,} rows, {values:,} values of {args.by}{warned}"
+        )
+
+
+def _print(table: Table) -> None:
+    """As wide as the terminal; into a file, wide enough for all but long lines."""
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+
+
+def _kept(rows: list[Row], kept: list[int], told: str) -> list[Row]:
+    if len(kept) < len(rows):
+        print(f"left out: {len(rows) - len(kept):,} of {len(rows):,} rows, which {told}")
+    return [rows[i] for i in kept]
+
+
+def _parse(arguments: type, argv: list[str], name: str) -> tuple[SourceArguments, Any]:
+    source, args = parse((SourceArguments, arguments), named(argv, "data"), f"prefopt data {name}")
+    if not source.data:
+        raise UserError("data is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
+    if source.max_rows is not None and source.max_rows < 1:
+        raise UserError(f"max_rows is {source.max_rows}; expected 1 or more")
+    return source, args
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "nothing"
+
+
+def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """How far labelers agree: numbers, and the same in words; nothing if no two of them saw one prompt."""
+    if not found.prompts_of_several_labelers:
+        return {}
+    from prefopt.labeling.agreement import agreement
+
+    of = agreement(judged, source=source)
+    if not of.shared_items:
+        return {}
+    told = {}
+    for name, estimate in {
+        "agreement of labelers on untied pairs": of.all_pairs,
+        "Kendall's W of labelers": of.kendall_w,
+    }.items():
+        numbers = {
+            key: None if value != value else value
+            for key, value in (
+                ("value", estimate.value),
+                ("ci_low", estimate.ci_low),
+                ("ci_high", estimate.ci_high),
+            )
+        }
+        if numbers["value"] is None:
+            continue
+        interval = "" if numbers["ci_low"] is None else f" [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]"
+        told[name] = ({**numbers, "n": estimate.n}, f"{estimate.value:.3f}{interval} (n = {estimate.n:,})")
+    return told
+
+
+def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
+    """Token counts as every step sees them: `prefopt.comparisons.build_ids`."""
+    from transformers import AutoTokenizer
+
+    from prefopt.comparisons import build_ids
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: cannot load {name!r}: {error}") from error
+
+    def count(prompt: Any, completion: Any) -> tuple[int, int]:
+        if prompt is None:
+            is_chat = not isinstance(completion, str)
+            text = tokenizer.apply_chat_template(completion, tokenize=False) if is_chat else completion
+            return 0, len(tokenizer(text, add_special_tokens=not is_chat)["input_ids"])
+        ids = build_ids(tokenizer, prompt, "." if completion is None else completion)
+        return len(ids[0]), len(ids[1])
+
+    return count
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "convert": convert_,
+    "validate": validate,
+    "stats": stats,
+    "split": split,
+}
+
+
+if __name__ == "__main__":
+    main()
