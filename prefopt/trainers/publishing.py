@@ -19,7 +19,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from prefopt.comparisons import build_ids
 from prefopt.hub import hub_errors, push_folder
-from prefopt.model_cards import read_facts, write_card
+from prefopt.model_cards import README, is_handwritten, read_facts, write_card
 
 # Key of the log -> what it is called in a card, and its metric type in `model-index`.
 METRICS = {
@@ -129,10 +129,16 @@ class PublishingMixin:
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        card = Path(folder, README).read_bytes() if is_handwritten(folder) else None
         super()._save(output_dir, state_dict)
+        if not self.args.should_save or not is_peft_model(self.model):
+            return
+        if card is not None:  # PEFT has written into it
+            Path(folder, README).write_bytes(card)
         generation_config = getattr(self.model, "generation_config", None)
-        if self.args.should_save and is_peft_model(self.model) and generation_config is not None:
-            generation_config.save_pretrained(output_dir or self.args.output_dir)  # PEFT leaves it out
+        if generation_config is not None:  # PEFT leaves it out
+            generation_config.save_pretrained(folder)
 
     # ---- what the card says ----
 
@@ -210,7 +216,7 @@ class PublishingMixin:
         return []
 
     def _card_format(self) -> dict[str, bool]:
-        """Whether rows are chat messages, and whether EOS is then added behind what the template gives."""
+        """Whether rows are chat messages, and whether the template ends an answer with text, behind which EOS is added."""
         columns = getattr(self.train_dataset, "column_names", None) or ()
         if "prompt" not in columns or len(self.train_dataset) == 0:
             return {}

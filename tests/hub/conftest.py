@@ -9,7 +9,9 @@ import huggingface_hub
 import pytest
 import transformers.utils.hub
 from huggingface_hub import constants
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.hub import push_folder
 from tests.hub.local_hub import LocalHub
 
 
@@ -39,3 +41,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     yield server
     huggingface_hub.close_session()
     server.close()
+
+
+@pytest.fixture
+def base(
+    hub: LocalHub, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> str:
+    """The language model that all runs start from, on the Hub."""
+    causal_lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return push_folder(tmp_path / "base", "me/base").repo_url.repo_id

@@ -1,0 +1,198 @@
+"""What a model card says, that its metadata is valid, and that a card somebody has edited is kept."""
+
+import json
+import logging
+
+import pytest
+from huggingface_hub import EvalResult, ModelCard
+
+from prefopt.hub import push_folder
+from prefopt.model_cards import FACTS, README, build_card, is_handwritten, read_facts, write_card
+from tests.hub.models import ROWS, dpo_trainer, ppo_trainer, reward_trainer, run_card
+
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+
+
+@pytest.fixture
+def trained(base, tokenizer, tmp_path):
+    rows = [*ROWS, {"prompt": "a", "completions": [" dog", " cat"], "ranks": [1, 1]}]
+    rows += [{"prompt": "a", "completions": [" dog", " cat", " mat", " house"], "ranks": [1, 2, 2, 3]}]
+    trainer = reward_trainer(
+        base,
+        tokenizer,
+        tmp_path / "rm",
+        rows=rows,
+        four_bit=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        seed=3,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.fixture
+def saved(base, tokenizer, tmp_path):
+    """A LoRA reward model that was not trained: enough for what becomes of its card."""
+    trainer = reward_trainer(base, tokenizer, tmp_path / "rm")
+    trainer.save_model()
+    return trainer
+
+
+def facts_table(text):
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0].strip().strip("`"): cells[1].strip() for cells in lines}
+
+
+def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
+    trained.create_model_card(dataset_name="me/rankings")
+    card = ModelCard.load(tmp_path / "rm" / README)
+    table = facts_table(card.text)
+    assert table["prompts"] == "5"  # of the six one ties altogether and is dropped
+    assert table["completions per prompt (K)"] == "3: 4 prompts, 4: 1 prompts"
+    assert table["strict pairs"] == str(4 * 3 + 5)
+    assert table["optimizer steps"] == "2"
+    assert table["learning_rate"] == "0.05"
+    assert table["seed"] == "3"
+    assert table["ties"] == "drop"
+    assert table["base in training"] == "4-bit nf4"
+    assert table["adapter"] == "LORA adapter, rank 4, alpha 8, on q_proj v_proj"
+    for bookkeeping in ("output_dir", "report_to", "use_cpu", "logging_steps", "eval_strategy"):
+        assert bookkeeping not in table
+    assert "https://huggingface.co/papers/2203.02155" in card.text
+    assert "ouyang2022training" in card.text
+    assert "bnb_4bit_use_double_quant=True" in card.text
+    data = card.data
+    assert data.base_model == "me/base"
+    assert data["base_model_relation"] == "adapter"
+    assert data.datasets == ["me/rankings"]
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "text-classification"
+    assert {"trl", "prefopt", "ranked-reward", "lora"} <= set(data.tags)
+
+    # The last evaluation is the model-index.
+    logged = [entry for entry in trained.state.log_history if "eval_accuracy" in entry][-1]
+    found = {result.metric_type: result for result in data.eval_results}
+    assert set(found) == {"accuracy", "top1", "kendall_tau"}
+    accuracy = found["accuracy"]
+    assert isinstance(accuracy, EvalResult)
+    assert accuracy.metric_value == logged["eval_accuracy"]
+    low, high = logged["eval_accuracy_ci_low"], logged["eval_accuracy_ci_high"]
+    assert accuracy.metric_name == f"pairwise accuracy (95 % interval {low:.4g} to {high:.4g})"
+    assert (accuracy.dataset_type, accuracy.dataset_split) == ("me/rankings", "test")
+
+
+def test_ppo_ptx_reports_its_kl_and_score(base, tokenizer, tmp_path):
+    sft = dpo_trainer(base, tokenizer, tmp_path / "sft")
+    sft.save_model()
+
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = ppo_trainer(str(tmp_path / "sft"), tokenizer, tmp_path / "ppo", length, kl_coef=0.07)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "ppo" / README)
+    logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry][-1]
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["kl"] == logged["objective/kl"]
+    assert found["reward"] in (logged["objective/scores"], logged["reward"])
+    table = facts_table(card.text)
+    assert (table["kl_coef"], table["ptx_coef"], table["reward"]) == ("0.07", "27.8", "length")
+    assert card.data.pipeline_tag == "text-generation"
+    assert "ppo-ptx" in card.data.tags
+
+
+def test_the_code_runs_from_a_local_folder(saved, tmp_path):
+    saved.create_model_card()
+    text = (tmp_path / "rm" / README).read_text()
+    assert json.dumps(str(tmp_path / "rm")) in text
+    expected = saved.score(["What is 2 + 2?"], [" 4"])[0]
+    assert run_card(text)["score"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_chain_of_steps_names_the_model_it_began_with(base, causal_lm, tokenizer, tmp_path):
+    causal_lm.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    write_card(tmp_path / "sft", {"base_model": "me/base"})
+    trainer = reward_trainer(str(tmp_path / "sft"), tokenizer, tmp_path / "rm", lora=False)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert ModelCard.load(tmp_path / "rm" / README).data.base_model == "me/base"
+    elsewhere = dpo_trainer(str(tmp_path / "base"), tokenizer, tmp_path / "dpo")
+    elsewhere.save_model()
+    elsewhere.create_model_card()
+    # A path of this machine is no base model on the Hub, which would refuse the card.
+    assert ModelCard.load(tmp_path / "dpo" / README).data.base_model is None
+
+
+# ---- cards that somebody has edited ----
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_an_edited_text_is_kept_and_said_so(saved, tmp_path, caplog):
+    saved.create_model_card()
+    assert not is_handwritten(tmp_path / "rm")
+    edit(tmp_path / "rm" / README, "## How to use it", "## Why we made it\n\nFor fun.\n\n## How to use it")
+    saved.save_model()  # PEFT writes into the card at every save
+    before = (tmp_path / "rm" / README).read_text()
+    with caplog.at_level(logging.WARNING):
+        saved.create_model_card(dataset_name="me/rankings")
+    assert "was edited by hand and is kept; delete it to have it written anew" in caplog.text
+    assert (tmp_path / "rm" / README).read_text() == before
+    assert read_facts(tmp_path / "rm")["datasets"] == ["me/rankings"]
+    (tmp_path / "rm" / README).unlink()
+    saved.create_model_card()
+    assert "For fun." not in (tmp_path / "rm" / README).read_text()
+
+
+def test_added_metadata_stay_in_a_card_that_is_written_anew(saved, tmp_path):
+    saved.create_model_card()
+    edit(tmp_path / "rm" / README, "---\n", "---\nlicense: mit\nlanguage: [en, de]\n")
+    saved.save_model()
+    saved.create_model_card(dataset_name="me/rankings")
+    data = ModelCard.load(tmp_path / "rm" / README).data
+    assert (data.license, data.language, data.datasets) == ("mit", ["en", "de"], ["me/rankings"])
+
+
+def test_the_local_base_that_peft_writes_into_a_card_goes(saved, tmp_path, hub):
+    (tmp_path / "rm" / README).write_text(
+        "---\nlicense: mit\nbase_model: /home/me/base\n---\n\nMy own words.\n"
+    )
+    push_folder(tmp_path / "rm", "me/rm")  # the Hub refuses such metadata
+    card = ModelCard(hub.files("me/rm")[README].decode())
+    assert (card.data.license, card.data.base_model) == ("mit", None)
+    assert card.text.strip() == "My own words."
+
+
+def test_a_card_edited_on_the_hub_is_kept_there(saved, tmp_path, hub, caplog):
+    saved.push_to_hub()
+    ours = hub.files("me/rm")[README]
+    saved.push_to_hub()
+    assert "was edited there" not in caplog.text
+    hub.files("me/rm")[README] = b"---\nlicense: mit\n---\nEdited on the site.\n"
+    with caplog.at_level(logging.WARNING):
+        saved.push_to_hub()
+    assert "the model card of me/rm was edited there and is kept" in caplog.text
+    assert hub.files("me/rm")[README] == b"---\nlicense: mit\n---\nEdited on the site.\n"
+    del hub.files("me/rm")[README]
+    saved.push_to_hub()
+    assert hub.files("me/rm")[README] == ours
+    (tmp_path / "rm" / README).write_text("---\nlicense: mit\n---\nEdited at home.\n")
+    saved.push_to_hub()
+    assert hub.files("me/rm")[README] == b"---\nlicense: mit\n---\nEdited at home.\n"
+
+
+def test_a_folder_without_facts_gets_a_card_of_what_its_files_say(base, tokenizer, tmp_path):
+    card = build_card(tmp_path / "base", {}, "me/base")
+    assert card.data.library_name == "transformers"
+    assert "Training" not in card.text
+    assert "model" in run_card(card.text)
+    assert not (tmp_path / "elsewhere" / FACTS).exists()
