@@ -102,7 +102,13 @@ class CheckpointMixin:
         with open(os.path.join(checkpoint, STATE_FILE)) as file:
             state = json.load(file)
         if self.pretraining is not None:
-            self.pretraining.position = state["pretraining_sequences"]
+            position = state["pretraining_sequences"]
+            if type(position) is not type(self.pretraining.position):
+                raise ValueError(
+                    f"resume_from_checkpoint: the pretraining text of {checkpoint} was {'' if isinstance(position, dict) else 'not '}a stream: "
+                    "give it as it was then"
+                )
+            self.pretraining.position = position
         self._metrics["train"].update(state["metrics"])
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])

@@ -14,6 +14,11 @@ logger = logging.getLogger(__name__)
 
 def check_prompts(train_dataset: Dataset | IterableDataset | None, args: PPOPtxConfig) -> None:
     """Refuse prompts that cannot fill a rollout, and count those that an epoch leaves out."""
+    if isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "train_dataset: prompts cannot be a stream, because an epoch is divided into rollouts and a resumed run goes "
+            "on in its order; load them without streaming (pretrain_dataset can be a stream)"
+        )
     if not isinstance(train_dataset, Dataset):
         return
     if "prompt" not in train_dataset.column_names:

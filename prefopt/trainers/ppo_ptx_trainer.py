@@ -42,7 +42,7 @@ from prefopt.trainers.ppo_ptx_roles import (
 )
 from prefopt.trainers.ppo_ptx_rollout import RolloutMixin
 from prefopt.trainers.ppo_ptx_watch import TrainingWatch
-from prefopt.trainers.pretraining_data import PretrainingStream, pack_documents
+from prefopt.trainers.pretraining_data import PretrainingStream, StreamedText, pack_documents
 from prefopt.trainers.publishing import PublishingMixin
 from prefopt.trainers.weight_average import WeightAverage
 
@@ -72,7 +72,7 @@ class PPOPtxTrainer(
         args: [`PPOPtxConfig`].
         train_dataset, eval_dataset: rows `{"prompt"}`, text or messages; other columns go to Python reward functions.
         processing_class: the tokenizer.
-        pretrain_dataset: rows `{"text"}` or `{"input_ids"}`; required unless `ptx_coef=0`.
+        pretrain_dataset: rows `{"text"}` or `{"input_ids"}`; required unless `ptx_coef=0`. A stream is read as needed.
         value_model: a trainable reward model or path; `"head"`, a linear head on the policy's trunk. Default: a copy
             of the (first) reward model, bias included; without a reward model, `"head"`.
         callbacks, optimizers, quantization_config, peft_config: as in `GRPOTrainer`.
@@ -117,10 +117,10 @@ class PPOPtxTrainer(
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: str | RewardModel | Callable[..., list] | list,
         args: PPOPtxConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        pretrain_dataset: Dataset | None = None,
+        pretrain_dataset: Dataset | IterableDataset | None = None,
         value_model: RewardModel | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -211,9 +211,14 @@ class PPOPtxTrainer(
                 raise ValueError(
                     f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions"
                 )
-            with self.accelerator.main_process_first():
-                blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
-            self.pretraining = PretrainingStream(blocks, args.seed)
+            if isinstance(pretrain_dataset, IterableDataset):
+                self.pretraining = StreamedText(
+                    pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed
+                )
+            else:
+                with self.accelerator.main_process_first():
+                    blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
+                self.pretraining = PretrainingStream(blocks, args.seed)
             if self.temperature != 1:
                 add_untempered_head(self.model, args.cast_lm_head_to_fp32)
 

@@ -1,9 +1,12 @@
 """Pretraining text for PPO-ptx: packed blocks, shuffled once per epoch, with a position that can be saved."""
 
 import logging
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
@@ -29,14 +32,8 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     """
     if not isinstance(dataset, Dataset):
         raise ValueError(f"pretrain_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
-    column = next((name for name in ("input_ids", "text") if name in dataset.column_names), None)
-    if column is None:
-        raise ValueError(
-            f"pretrain_dataset: expected a column 'text' or 'input_ids', got {dataset.column_names}"
-        )
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("pretrain_dataset: the tokenizer has no EOS token to end documents with")
+    column = _text_column(dataset.column_names)
+    eos = _eos_token_id(tokenizer)
 
     def to_ids(batch: dict, numbers: list[int]) -> dict:
         for number, document in zip(numbers, batch[column], strict=True):
@@ -46,8 +43,7 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
             documents = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         else:
             documents = batch["input_ids"]
-        documents = [ids if ids[-1] == eos else [*ids, eos] for ids in documents if len(ids)]
-        return {"input_ids": documents}
+        return {"input_ids": [_ended(ids, eos) for ids in documents if len(ids)]}
 
     documents = dataset.select_columns(column).map(
         to_ids, batched=True, with_indices=True, remove_columns=[column]
@@ -57,6 +53,23 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     if empty := len(dataset) - len(documents):
         logger.warning("pretrain_dataset: dropped %d empty of %d documents", empty, len(dataset))
     return pack_dataset(documents, max_length, strategy="wrapped")
+
+
+def _text_column(columns: list[str]) -> str:
+    column = next((name for name in ("input_ids", "text") if name in columns), None)
+    if column is None:
+        raise ValueError(f"pretrain_dataset: expected a column 'text' or 'input_ids', got {columns}")
+    return column
+
+
+def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("pretrain_dataset: the tokenizer has no EOS token to end documents with")
+    return tokenizer.eos_token_id
+
+
+def _ended(ids: list[int], eos: int) -> list[int]:
+    return ids if ids[-1] == eos else [*ids, eos]
 
 
 class PretrainingStream:
@@ -90,6 +103,152 @@ class PretrainingStream:
             numbers.append(self._order_of[1][offset])
         self.position += count
         return [self.blocks[number]["input_ids"] for number in numbers]
+
+
+class StreamedText:
+    """`PretrainingStream` over documents that are read, tokenized and packed only as they are needed.
+
+    Blocks are cut from the concatenated documents, each ended by EOS, and shuffled among the next `buffer_size` of
+    them, or fewer at the end of the text, where it begins again: every block is taken once in each pass. `position` is
+    where a run stands, ready for JSON: where the text was when the buffer was filled, and how many of its blocks are
+    taken. Setting it fills the buffer again and goes on exactly there, without reading what lies before, if the
+    dataset can (`IterableDataset.state_dict`); one with a shuffle buffer of its own cannot.
+
+    Args:
+        documents: rows `{"text": str}` or `{"input_ids": list[int]}`, unshuffled.
+        tokenizer: the policy's.
+        max_length: tokens per block, at least 2.
+        seed: of the order.
+        buffer_size: blocks that are shuffled among each other.
+
+    Raises:
+        ValueError: no text, no such column, or naming the first row that is not as it should be.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> ids = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6]]}).to_iterable_dataset()
+        >>> text = StreamedText(ids, SimpleNamespace(eos_token_id=0), max_length=3, seed=0)
+        >>> sorted(text.take(3))  # of 1 2 3 0 4 0 5 6 0
+        [[0, 4, 0], [1, 2, 3], [5, 6, 0]]
+    """
+
+    def __init__(
+        self,
+        documents: IterableDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        seed: int,
+        buffer_size: int = 1000,
+    ) -> None:
+        self.documents, self.tokenizer, self.max_length = documents.with_format(None), tokenizer, max_length
+        self.seed, self.buffer_size, self.eos = seed, buffer_size, _eos_token_id(tokenizer)
+        first = next(iter(self.documents), None)
+        if first is None:
+            raise ValueError("pretrain_dataset: no text in it")
+        self.column = _text_column(list(first))
+        self._go_to({"pass": 0, "row": 0, "empty": 0, "text": None, "rest": [], "buffer": 0})
+
+    def take(self, count: int) -> list[list[int]]:
+        """The next `count` blocks."""
+        blocks = []
+        while len(blocks) < count:
+            if self._taken == len(self._buffer):
+                self._fill()
+            blocks.append(self._buffer[self._taken])
+            self._taken += 1
+        return blocks
+
+    # ---- position ----
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return {**self._filled_at, "last_block": self._last_block, "taken": self._taken}
+
+    @position.setter
+    def position(self, position: Mapping[str, Any]) -> None:
+        self._go_to(position)
+        if position["last_block"] is None:  # nothing was taken yet
+            return
+        self._fill()
+        self._taken = position["taken"]
+        if self._last_block != position["last_block"]:
+            logger.warning(
+                "pretrain_dataset: the text at the place where this run stood is not the same as before: its files have "
+                "changed, or it is shuffled by itself; the run goes on, but not as one without a break"
+            )
+
+    def _go_to(self, place: Mapping[str, Any]) -> None:
+        self._pass, self._row, self._empty, self._rest = (place[k] for k in ("pass", "row", "empty", "rest"))
+        self._number, self._buffer, self._taken = place["buffer"], [], 0  # of the buffer that is filled next
+        self._filled_at, self._last_block = self._place(place["text"]), None
+        self.documents.set_epoch(self._pass)
+        if place["text"] is not None:
+            self.documents.load_state_dict(place["text"])
+        self._ids = self._documents()
+
+    def _place(self, text: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "pass": self._pass,
+            "row": self._row,
+            "empty": self._empty,
+            "text": text,
+            "rest": self._rest,
+            "buffer": self._number,
+        }
+
+    # ---- text ----
+
+    def _fill(self) -> None:
+        """The next blocks, in their order; those of one buffer are from one pass."""
+        if self._buffer:
+            self._filled_at = self._place(self.documents.state_dict() if self._row else None)
+        blocks: list[list[int]] = []
+        while len(blocks) < self.buffer_size:
+            whole = min(len(self._rest) // self.max_length, self.buffer_size - len(blocks))
+            if whole:
+                cut = whole * self.max_length
+                blocks += [self._rest[i : i + self.max_length] for i in range(0, cut, self.max_length)]
+                self._rest = self._rest[cut:]
+                continue
+            ids = next(self._ids, None)
+            if ids is not None:
+                self._rest = self._rest + ids
+                continue
+            self._begin_pass()
+            if blocks:
+                break
+        generator = torch.Generator().manual_seed(self.seed + self._number)
+        order = torch.randperm(len(blocks), generator=generator).tolist()
+        self._buffer, self._taken = [blocks[i] for i in order], 0
+        self._last_block = zlib.crc32(repr(blocks[-1]).encode())
+        self._number += 1
+
+    def _begin_pass(self) -> None:
+        """The text from its beginning. What was left of its end stands before it, so that no token is lost."""
+        if self._empty == self._row:
+            raise ValueError("pretrain_dataset: no text in it")
+        if self._empty and self._pass == 0:
+            logger.warning("pretrain_dataset: dropped %d empty of %d documents", self._empty, self._row)
+        self._pass, self._row, self._empty = self._pass + 1, 0, 0
+        self.documents.set_epoch(self._pass)
+        self._ids = self._documents()
+
+    def _documents(self) -> Iterator[list[int]]:
+        """Token ids of each document that has any, from row number `_row` on."""
+        for row in self.documents:
+            document = row.get(self.column)
+            if not isinstance(document, str if self.column == "text" else list):
+                raise ValueError(
+                    f"pretrain_dataset row {self._row}: field {self.column!r}: expected "
+                    f"{'a text' if self.column == 'text' else 'token ids'}, got {document!r}; drop the row"
+                )
+            self._row += 1
+            if self.column == "text":
+                document = self.tokenizer(document, add_special_tokens=False)["input_ids"]
+            if document:
+                yield _ended(document, self.eos)
+            else:
+                self._empty += 1
 
 
 def share_of_process(
