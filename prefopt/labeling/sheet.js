@@ -390,6 +390,7 @@ function open(number) {
   board();
   $("notes").value = current.notes;
   $("missing").textContent = "";
+  say("");
   const state = current.status === "done" ? " (done)" : current.status === "skipped" ? ` (skipped: ${current.skipped?.reason})` : "";
   $("task-title").textContent = `Task ${at + 1} of ${TASKS.length}${state}`;
   $("go").max = TASKS.length;
@@ -427,8 +428,9 @@ function close(status, skipped) {
   tick();
   Object.assign(current, { status, skipped, finished: new Date().toISOString() });
   save(true);
-  say(`Task ${at + 1} ${status}. Saved.`);
+  const closed = at + 1;
   openNext();
+  say(`Task ${closed} ${status}. Saved.`);
 }
 
 // ---- answers as a file --------------------------------------------------------------------------------------------------
