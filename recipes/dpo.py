@@ -7,15 +7,16 @@ Rows are ranked comparisons {"prompt", "completions", "ranks"} or TRL preference
 part of both answers. The reference is the model the run starts from.
 """
 
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
-from prefopt.recipes.arguments import DataArguments, parse
+from prefopt.recipes.arguments import ComparisonArguments, parse
 from prefopt.recipes.models import (
     check_hub,
     load_policy,
     load_tokenizer,
     model_init_kwargs,
     peft_config,
+    quantization_for,
     train_and_save,
 )
 from prefopt.recipes.rows import load_comparisons, require_chat_template
@@ -27,7 +28,7 @@ from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
 def main(argv: list[str] | None = None) -> None:
     """Run the DPO step."""
     data, args, model_args = parse(
-        (DataArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo", __doc__
+        (ComparisonArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo", __doc__
     )
     init_kwargs = model_init_kwargs(model_args)
     check_hub(args)
@@ -36,13 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, train, evaluation)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
+    model = load_policy(model_args, init_kwargs)
     trainer = RankedDPOTrainer(
-        model=load_policy(model_args, init_kwargs),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_for(model, model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     train_and_save(trainer, data)

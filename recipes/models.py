@@ -6,7 +6,14 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.hub import HubError, create_repo, hub_errors
@@ -100,6 +107,11 @@ def load_policy(
     keep_4bit_gradients(model)
     remember_reward_token(model, path)
     return model
+
+
+def quantization_for(model: str | PeftModel, model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """How a trainer is to quantise the model that it loads from a path; an adapter's base is loaded and quantised."""
+    return get_quantization_config(model_args) if isinstance(model, str) else None
 
 
 def load_reward_start(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.conversations import prompts_from_messages
@@ -23,9 +23,16 @@ from prefopt.recipes.models import (
     load_tokenizer,
     model_init_kwargs,
     peft_config,
+    quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.rows import (
+    check_fields,
+    load_rows,
+    load_train_and_eval,
+    require_chat_template,
+    stream_rows,
+)
 from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import check_reward_model
 from prefopt.trainers.overoptimisation import OveroptimisationStop
@@ -42,6 +49,10 @@ class PPOPtxArguments(DataArguments):
     )
     pretrain_dataset_name: str | None = field(
         default=None, metadata={"help": 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.'}
+    )
+    pretrain_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the pretraining text as it is needed, from a Hub id or a file."},
     )
     gold_reward: str | None = field(
         default=None,
@@ -69,7 +80,8 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     )
     pretraining = None
     if data.pretrain_dataset_name:
-        pretraining = load_rows(
+        load = stream_rows if data.pretrain_streaming else load_rows
+        pretraining = load(
             data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
         )
 
@@ -90,15 +102,16 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
+    model = load_policy(model_args, init_kwargs)
     trainer = PPOPtxTrainer(
-        model=load_policy(model_args, init_kwargs),
+        model=model,
         reward_funcs=[data.reward_model_name_or_path, *monitors],
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         pretrain_dataset=pretraining,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_for(model, model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     if data.overoptimisation_patience is not None:

@@ -11,9 +11,9 @@ part of both answers. With `--center_on demonstrations.jsonl` the bias is set so
 from dataclasses import dataclass, field
 from functools import partial
 
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
-from prefopt.recipes.arguments import DataArguments, parse
+from prefopt.recipes.arguments import ComparisonArguments, parse
 from prefopt.recipes.conversations import demonstrations_from_messages
 from prefopt.recipes.models import (
     check_hub,
@@ -21,6 +21,7 @@ from prefopt.recipes.models import (
     load_tokenizer,
     model_init_kwargs,
     peft_config,
+    quantization_for,
     train_and_save,
 )
 from prefopt.recipes.rows import check_fields, load_comparisons, load_rows, require_chat_template
@@ -30,7 +31,7 @@ from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
 
 
 @dataclass
-class RewardArguments(DataArguments):
+class RewardArguments(ComparisonArguments):
     """Data of the reward-model step."""
 
     center_on: str | None = field(
@@ -60,13 +61,14 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args, args)
     require_chat_template(tokenizer, train, evaluation, demonstrations)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
+    model = load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token)
     trainer = RankedRewardTrainer(
-        model=load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_for(model, model_args),
         peft_config=adapter,
     )
     centre = partial(trainer.center_on, demonstrations) if demonstrations is not None else None

@@ -15,8 +15,8 @@ The baseline without a reward model, "FeedME" (text-davinci-001 and 002: demonst
 
 from dataclasses import dataclass, field
 
-from datasets import Dataset, concatenate_datasets
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_quantization_config
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from prefopt.comparisons import validate_comparisons
 from prefopt.recipes.arguments import DataArguments, UserError, parse
@@ -32,13 +32,20 @@ from prefopt.recipes.models import (
     load_tokenizer,
     model_init_kwargs,
     peft_config,
+    quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import check_fields, load_rows, load_train_and_eval, require_chat_template
+from prefopt.recipes.rows import (
+    check_fields,
+    load_rows,
+    load_train_and_eval,
+    require_chat_template,
+    stream_rows,
+)
 from prefopt.recipes.troubles import run_command
 from prefopt.shared_base import keep_4bit_gradients
 from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
-from prefopt.trainers.pretraining_data import pack_documents
+from prefopt.trainers.pretraining_data import StreamedText, pack_documents
 from prefopt.trainers.publishing import PublishingMixin
 from prefopt.trainers.ranked import bf16_by_default
 
@@ -68,6 +75,9 @@ class SFTArguments(DataArguments):
         default=0.0,
         metadata={"help": "Share of the training examples that are pretraining text (paper: 0.1)."},
     )
+    pretrain_streaming: bool = field(
+        default=False, metadata={"help": "Read no more of the pretraining text than the mix needs."}
+    )
 
 
 @dataclass
@@ -91,11 +101,20 @@ def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:
 
 
 def mix_pretraining(
-    demonstrations: Dataset, texts: Dataset, share: float, tokenizer, args: SFTConfig
+    demonstrations: Dataset, texts: Dataset | IterableDataset, share: float, tokenizer, args: SFTConfig
 ) -> Dataset:
     """Add packed pretraining blocks until they are `share` of all examples (appendix C.3)."""
-    blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     count = round(len(demonstrations) * share / (1 - share))
+    if isinstance(texts, IterableDataset):
+        text = StreamedText(texts, tokenizer, args.max_length, args.seed)
+        taken = [text.take(min(1000, count - start)) for start in range(0, count, 1000)]
+        if text.position["pass"]:
+            raise UserError(
+                f"pretrain_mix {share} needs {count} blocks of pretraining text, the stream has less"
+            )
+        blocks = [Dataset.from_dict({"input_ids": some, "labels": some}) for some in taken]
+        return concatenate_datasets([demonstrations, *blocks])
+    blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     if count > len(blocks):
         raise UserError(
             f"pretrain_mix {share} needs {count} blocks of pretraining text, there are {len(blocks)}"
@@ -168,17 +187,19 @@ def main(argv: list[str] | None = None) -> None:
     if data.pretrain_mix:
         if "labels" not in train.column_names:
             raise UserError("pretrain_mix needs demonstrations: rows with prompt and completion, or messages")
-        texts = load_rows(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
+        load = stream_rows if data.pretrain_streaming else load_rows
+        texts = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
 
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
+    model = load_policy(model_args, init_kwargs)
     trainer = SFTStepTrainer(
-        model=load_policy(model_args, init_kwargs),
+        model=model,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization_for(model, model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     keep_4bit_gradients(trainer.model)
