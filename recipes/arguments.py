@@ -34,7 +34,7 @@ def parse(
 ) -> tuple[Any, ...]:
     """Parse `--config file.yaml --key value ...`; a key that no dataclass knows is an error.
 
-    Keys given on the command line win over the file. `--help` shows `description`, prefopt's own keys and the usual
+    Keys given on the command line win over the file. A chat template that the file names may lie beside it. `--help` shows `description`, prefopt's own keys and the usual
     ones of TRL and transformers, `--help-all` all of them.
     """
     argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
@@ -44,7 +44,11 @@ def parse(
         position = argv.index("--config") + 1
         if position == len(argv):
             raise UserError("--config needs a YAML file")
-        _refuse_unknown(set(_read_config(argv[position])) - {"env"}, known, argv[position])
+        keys = _read_config(argv[position])
+        _refuse_unknown(set(keys) - {"env"}, known, argv[position])
+        beside = Path(argv[position]).parent / str(keys.get("chat_template_path"))
+        if beside.is_file():
+            argv += [] if "--chat_template_path" in argv else ["--chat_template_path", str(beside)]
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
     options -= {"config", "help", "help_all"}
     _refuse_unknown(options, known | {f"no_{name}" for name in known}, "the command line")
