@@ -47,8 +47,8 @@ def parse(
         keys = _read_config(argv[position])
         _refuse_unknown(set(keys) - {"env"}, known, argv[position])
         beside = Path(argv[position]).parent / str(keys.get("chat_template_path"))
-        if beside.is_file():
-            argv += [] if "--chat_template_path" in argv else ["--chat_template_path", str(beside)]
+        if beside.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
+            argv += ["--chat_template_path", str(beside)]
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
     options -= {"config", "help", "help_all"}
     _refuse_unknown(options, known | {f"no_{name}" for name in known}, "the command line")
