@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -15,13 +14,12 @@ from rich.progress import track
 
 from prefopt.evaluation.jsonl import iter_jsonl
 from prefopt.formats import needs_conversion
-from prefopt.recipes.arguments import UserError
+from prefopt.recipes.sources import load_source
 from prefopt.row_checks import row_problem
 
 Row = Mapping[str, Any]
 Kind = Literal["comparisons", "demonstrations", "prompts", "conversations", "texts"]
 
-_FILES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _FORMATS = {str: "text", list: "messages", tuple: "messages"}
 
 
@@ -32,6 +30,8 @@ class SourceArguments:
     data: str | None = field(default=None, metadata={"help": "File, folder or Hub id."})
     split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder in a Hub dataset."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
         default=False, metadata={"help": "Read rows as they come, without a copy on disk (jsonl always)."}
     )
@@ -47,24 +47,11 @@ def read_rows(source: SourceArguments) -> Iterable[Row]:
 
 
 def _read(source: SourceArguments) -> Iterable[Row]:
-    name, path = str(source.data), Path(str(source.data))
+    name = str(source.data)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return iter_jsonl(path)
-    if not source.streaming:
-        from prefopt.recipes.rows import load_rows
-
-        return load_rows(
-            name, key="data", check=lambda rows, told: None, split=source.split, config=source.config_name
-        )
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if path.is_file() and path.suffix in _FILES:
-            return load_dataset(_FILES[path.suffix], data_files=name, split="train", streaming=True)
-        return load_dataset(name, source.config_name, split=source.split, streaming=True)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"data: cannot load {name!r} (split {source.split!r}): {error}") from error
+        return iter_jsonl(name)
+    hub = {"data_dir": source.data_dir, "revision": source.revision, "streaming": source.streaming}
+    return load_source(name, "data", source.split, source.config_name, **hub)
 
 
 def good_rows(rows: Iterable[Row], source: str) -> Iterator[tuple[Kind, Row]]:

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
-        said = f", got {argv[0]!r}" if argv and argv[0] not in ("-h", "--help") else ""
         told = "\n".join(f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items())
-        raise UserError(f"expected a command{said}: prefopt data <command> FILE_OR_HUB_ID ...\n{told}")
+        told = f"prefopt data <command> FILE_OR_HUB_ID ...\n{told}"
+        if argv and argv[0] in ("-h", "--help"):
+            print(told)
+            return
+        raise UserError(f"expected a command{f', got {argv[0]!r}' if argv else ''}: {told}")
     try:
         COMMANDS[argv[0]](argv[1:])
     except (ValueError, OSError) as error:
@@ -168,9 +171,8 @@ def validate(argv: list[str]) -> None:
 def stats(argv: list[str]) -> None:
     """rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others"""
     source, args = _parse(StatsArguments, argv, "stats")
-    others = {name: SourceArguments(name, config_name=source.config_name) for name in args.against}
-    for split in args.against_split:
-        others[f"split {split}"] = SourceArguments(source.data, split, source.config_name, source.streaming)
+    others = {name: SourceArguments(name) for name in args.against}
+    others |= {f"split {name}": replace(source, split=name, max_rows=None) for name in args.against_split}
     against = {
         name: {prompt_key(row) for _, row in good_rows(read_rows(other), str(other.data))}
         for name, other in others.items()
@@ -229,7 +231,7 @@ def split(argv: list[str]) -> None:
         shared = len(prompts[side] & prompts["train"]) if side != "train" else 0
         warned = f"; {shared:,} of its prompts are in train too, of another {args.by}" if shared else ""
         print(
-            f"{Path(args.out) / side}.jsonl: {len(positions):,} rows, {values:,} values of {args.by}{warned}"
+            f"{Path(args.out) / side}.jsonl: {len(positions):,} rows ({args.by}: {values:,} different){warned}"
         )
 
 

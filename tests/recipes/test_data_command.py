@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from prefopt import cli
 from prefopt.comparisons import validate_comparisons
 from prefopt.evaluation.jsonl import read_jsonl, write_jsonl
-from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.recipes.arguments import ComparisonArguments, UserError
 from prefopt.recipes.rows import load_comparisons
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
 
@@ -96,16 +96,25 @@ def test_convert_reads_csv_parquet_and_gz(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_a_hub_dataset_by_split_and_configuration(tmp_path, capsys, streaming):
+@pytest.mark.parametrize("where", [["--config_name", "helpful"], ["--data_dir", "helpful"]])
+def test_a_hub_dataset_by_split_and_configuration(tmp_path, capsys, streaming, where):
     """A folder laid out as a Hub repository: `load_dataset` reads it the same way, without the network."""
     repository, out = tmp_path / "hub" / "hh", tmp_path / "out.jsonl"
     for split, rows in (("train", HH[:1]), ("test", HH[2:])):
         write_jsonl(repository / "helpful" / f"{split}.jsonl", rows)
     card = "---\nconfigs:\n- config_name: helpful\n  data_dir: helpful\n---\n"
-    (repository / "README.md").write_text(card)
-    options = ["--config_name", "helpful", "--split", "test", *streaming, "--out", out]
-    run(capsys, "convert", repository, *options)
+    (repository / "README.md").write_text(card if where[0] == "--config_name" else "")
+    run(capsys, "convert", repository, *where, "--split", "test", *streaming, "--out", out)
     assert [row["completions"] for row in read_jsonl(out)] == [["Fig.", "Stone."]]
+
+
+def test_a_hub_dataset_behind_a_script_is_pointed_to_its_copy(tmp_path):
+    repository = tmp_path / "webgpt"
+    repository.mkdir()
+    (repository / "webgpt.py").write_text("raise AssertionError('never run')")
+    said = refused("convert", repository)
+    assert "Dataset scripts are no longer supported, but found webgpt.py" in said
+    assert "--revision refs/convert/parquet --data_dir default" in said
 
 
 def test_a_folder_of_save_to_disk(tmp_path, capsys):
@@ -137,6 +146,11 @@ def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
     assert "max_rows is 0" in refused("convert", source, "--max_rows", 0)
     assert "data is required" in refused("convert")
     assert "expected a command, got 'conv'" in refused("conv")
+
+
+def test_help_lists_the_commands(capsys):
+    said = run(capsys, "--help")
+    assert [line.split()[0] for line in said.splitlines()[1:]] == ["convert", "validate", "stats", "split"]
 
 
 def _one(tmp_path, *rows):
@@ -331,7 +345,7 @@ def test_split_keeps_each_user_on_one_side(tmp_path, capsys):
     assert Counter(row["prompt"] for side in sides.values() for row in side) == Counter(
         r["prompt"] for r in rows
     )
-    assert "train.jsonl: 70 rows, 14 values of user" in said
+    assert "train.jsonl: 70 rows (user: 14 different)" in said
     again = tmp_path / "again"
     run(capsys, "split", source, "--by", "user", "--validation", 0.1, "--test", 0.2, "--out", again)
     assert read_jsonl(again / "test.jsonl") == sides["test"]
@@ -424,4 +438,4 @@ def test_training_says_how_to_convert(tmp_path):
     with pytest.raises(
         UserError, match=r"rows in the format hh-rlhf: `prefopt data convert .*one\.jsonl --out"
     ):
-        load_comparisons(DataArguments(dataset_name=str(source)), args)
+        load_comparisons(ComparisonArguments(dataset_name=str(source)), args)
