@@ -29,6 +29,19 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split used for evaluation."})
 
 
+@dataclass
+class ComparisonArguments(DataArguments):
+    """Where ranked rows come from, which can be read while training."""
+
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training rows as they are needed, in shuffled order unless train_sampling_strategy is "
+            "'sequential'; needs max_steps."
+        },
+    )
+
+
 def parse(
     dataclass_types: Sequence[type], argv: list[str] | None, prog: str, description: str | None = None
 ) -> tuple[Any, ...]:

@@ -4,24 +4,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.comparisons import prepare_comparisons, validate_comparisons
-from prefopt.evaluation.generate import read_jsonl
+from prefopt.evaluation.jsonl import iter_jsonl, read_jsonl
 from prefopt.formats import needs_conversion
-from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.recipes.arguments import ComparisonArguments, DataArguments, UserError
 from prefopt.recipes.conversations import is_message, split_implicit_prompts
+from prefopt.recipes.sources import load_source
 from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
 from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+from prefopt.trainers.ranked_stream import check_stream_options
 
 Rows = Dataset | list[dict]
 Check = Callable[[Rows, str], None]
 Convert = Callable[[Rows, str], Rows]
 
-_FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FIRST_ROWS = 100  # of a stream: checked before any model is loaded, the others as they come
+SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
 def load_rows(
@@ -32,20 +35,51 @@ def load_rows(
     split: str = "train",
     config: str | None = None,
     convert: Convert | None = None,
+    stream: bool = False,
 ) -> Dataset:
     """Load the rows called `name` (a file, a folder written by `save_to_disk`, or a Hub dataset) and check them.
 
     `key` is the argument the name came from, so that an error can say which one to change. `check(rows, source)`
     raises ValueError; it sees the rows of a .jsonl file as written, before Arrow gives each column one type. Before it,
-    `convert(rows, source)` may bring them into the format of the step (`prefopt.recipes.conversations`).
+    `convert(rows, source)` may bring them into the format of the step (`prefopt.recipes.conversations`). With `stream`
+    no more is downloaded than the rows of this split.
     """
-    rows = _load(name, key, split, config)
+    rows = _load(name, key, split, config, stream)
     try:
+        rows = list(rows) if isinstance(rows, IterableDataset) else rows
         rows = rows if convert is None else convert(rows, str(name))
         check(rows, str(name))
     except ValueError as error:
         raise UserError(error) from error
     return rows if isinstance(rows, Dataset) else _as_dataset(rows, str(name))
+
+
+def stream_rows(
+    name: str | None,
+    *,
+    key: str,
+    check: Check,
+    split: str = "train",
+    config: str | None = None,
+    convert: Convert | None = None,
+) -> IterableDataset:
+    """The rows that `load_rows` loads, read while they are needed. `FIRST_ROWS` are checked now, all as they come."""
+    rows, source = _load(name, key, split, config, stream=True), str(name)
+    try:
+        first = list(rows.take(FIRST_ROWS))
+        check(first if convert is None else convert(first, source), source)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(error) from error
+
+    def checked(row: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        try:
+            one = [row] if convert is None else convert([row], source)
+            check(one, source)
+        except ValueError as error:  # of a list with one row
+            raise ValueError(str(error).replace(f"{source} row 0:", f"{source} row {number}:", 1)) from error
+        return one[0]
+
+    return rows.map(checked, with_indices=True)
 
 
 def _as_dataset(rows: list[dict], source: str) -> Dataset:
@@ -64,28 +98,20 @@ def _as_dataset(rows: list[dict], source: str) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _load(name: str | None, key: str, split: str, config: str | None) -> Rows:
+def _load(
+    name: str | None, key: str, split: str, config: str | None, stream: bool = False
+) -> Rows | IterableDataset:
     if not name:
         raise UserError(f"{key} is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
-    path = Path(name)
-    try:
-        if path.is_file():
-            if path.suffix not in _FILE_BUILDERS:
-                raise UserError(
-                    f"{key}: {name} has suffix {path.suffix!r}; expected one of {sorted(_FILE_BUILDERS)}"
-                )
-            if path.suffix == ".jsonl":
-                return read_jsonl(path)
-            return load_dataset(_FILE_BUILDERS[path.suffix], data_files=str(path), split="train")
-        if (path / "dataset_info.json").is_file():
-            return load_from_disk(name)
-        if (path / "dataset_dict.json").is_file():
-            return load_from_disk(name)[split]
-        if path.suffix in _FILE_BUILDERS:
-            raise UserError(f"{key}: file {name} does not exist")
-        return load_dataset(name, config, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{key}: cannot load {name!r} (split {split!r}): {error}") from error
+    if name.endswith(".jsonl") and Path(name).is_file():
+        if stream:
+            return IterableDataset.from_generator(iter_jsonl, gen_kwargs={"path": name})
+        try:
+            return read_jsonl(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}: cannot load {name!r}: {error}") from error
+    rows = load_source(name, key, split, config, streaming=stream)
+    return rows.to_iterable_dataset() if stream and isinstance(rows, Dataset) else rows
 
 
 def load_train_and_eval(
@@ -95,37 +121,55 @@ def load_train_and_eval(
     how: dict[str, Any] = {"check": check, "convert": convert}
     named: dict[str, Any] = {"config": data.dataset_config, "key": "dataset_name", **how}
     train = load_rows(data.dataset_name, split=data.dataset_train_split, **named)
+    return train, _load_evaluation(data, wants_eval, **how)
+
+
+def _load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Dataset | None:
     if not wants_eval:
         if data.eval_dataset_name:
             raise UserError(
                 "eval_dataset_name is given but eval_strategy is 'no': set it to 'epoch' or 'steps'"
             )
-        return train, None
+        return None
+    how["split"] = data.dataset_test_split
     if data.eval_dataset_name:
-        return train, load_rows(
-            data.eval_dataset_name, split=data.dataset_test_split, key="eval_dataset_name", **how
-        )
+        return load_rows(data.eval_dataset_name, key="eval_dataset_name", **how)
     if Path(data.dataset_name).is_file():
         raise UserError("eval_strategy is on: set eval_dataset_name (a file has no test split)")
-    return train, load_rows(data.dataset_name, split=data.dataset_test_split, **named)
+    return load_rows(data.dataset_name, config=data.dataset_config, key="dataset_name", **how)
 
 
 def load_comparisons(
-    data: DataArguments, args: RankedRewardConfig | RankedDPOConfig
-) -> tuple[Dataset, Dataset | None]:
+    data: ComparisonArguments, args: RankedRewardConfig | RankedDPOConfig
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Ranked rows for training and, if evaluation is on, for evaluation, checked for what the trainer will ask."""
-    train, evaluation = load_train_and_eval(
-        data, args.eval_strategy != "no", check_comparisons, split_implicit_prompts
-    )
+    wants_eval = args.eval_strategy != "no"
+    how: dict[str, Any] = {"check": check_comparisons, "convert": split_implicit_prompts}
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
     try:
-        train = prepare_comparisons(train, source=data.dataset_name, **options)
+        if data.dataset_streaming:
+            check_stream_options(args)
+            train = _stream_comparisons(data, args, how)
+            evaluation = _load_evaluation(data, wants_eval, stream=True, **how)
+        else:
+            train, evaluation = load_train_and_eval(data, wants_eval, **how)
+            train = prepare_comparisons(train, source=data.dataset_name, **options)
         if evaluation is not None:
             source = data.eval_dataset_name or data.dataset_name
             evaluation = prepare_comparisons(evaluation, source=source, **options)
     except ValueError as error:
         raise UserError(error) from error
     return train, evaluation
+
+
+def _stream_comparisons(
+    data: ComparisonArguments, args: RankedRewardConfig | RankedDPOConfig, how: dict[str, Any]
+) -> IterableDataset:
+    split, config = data.dataset_train_split, data.dataset_config
+    rows = stream_rows(data.dataset_name, key="dataset_name", split=split, config=config, **how)
+    if args.train_sampling_strategy == "random":
+        rows = rows.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+    return rows
 
 
 def check_comparisons(rows: Rows, source: str) -> None:
@@ -171,13 +215,15 @@ def check_fields(*names: str) -> Check:
     return check
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, *datasets: Dataset | None) -> None:
+def require_chat_template(
+    tokenizer: PreTrainedTokenizerBase, *datasets: Dataset | IterableDataset | None
+) -> None:
     """Chat rows need a tokenizer that can render them."""
     for rows in datasets:
         if rows is None:
             continue
-        names = rows.column_names
-        is_chat = isinstance(rows[0]["prompt"], list) if "prompt" in names else "messages" in names
+        first = next(iter(rows))
+        is_chat = isinstance(first["prompt"], list) if "prompt" in first else "messages" in first
         if is_chat and tokenizer.chat_template is None:
             raise UserError(
                 "the rows are chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
