@@ -207,9 +207,11 @@ def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any
     return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
 
 
-def remember_reward_token(policy: PreTrainedModel | PeftModel, path: str | os.PathLike) -> None:
+def remember_reward_token(
+    policy: PreTrainedModel | PeftModel, path: str | os.PathLike, **hub_arguments: Any
+) -> None:
     """Give a policy loaded from an adapter the `reward_token_id` kept beside it, which it must never sample."""
-    policy.config.reward_token_id = saved_config(path).get("reward_token_id")
+    policy.config.reward_token_id = saved_config(path, **hub_arguments).get("reward_token_id")
 
 
 def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
@@ -281,15 +283,17 @@ def reward_model_from_adapter(
         path: directory or Hub id of the adapter.
         tokenizer, reward_token: read the score at this token, which is added to the tokenizer (see
             `add_reward_token`). An adapter that is a reward model keeps the token it has.
-        **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model; `revision` is the
+            adapter's.
     """
     path = os.fspath(path)
-    config = PeftConfig.from_pretrained(path)
+    adapter_at = {"revision": kwargs.pop("revision", None)}
+    config = PeftConfig.from_pretrained(path, **adapter_at)
     base = AutoModelForSequenceClassification.from_pretrained(
-        config.base_model_name_or_path, num_labels=1, **kwargs
+        config.base_model_name_or_path, revision=config.revision, num_labels=1, **kwargs
     )
     if "score" in (config.modules_to_save or []):
-        return _on_base(path, base, {}, is_trainable=True)
+        return _on_base(path, base, adapter_at, is_trainable=True)
     keep_head_fp32(base)
     keep_4bit_gradients(base)
     config.task_type, config.inference_mode = "SEQ_CLS", False
@@ -300,5 +304,7 @@ def reward_model_from_adapter(
     model = get_peft_model(base, config)
     init_score_head(model)
     # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
-    set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **load_peft_weights(path)})
+    set_peft_model_state_dict(
+        model, {**get_peft_model_state_dict(model), **load_peft_weights(path, **adapter_at)}
+    )
     return model

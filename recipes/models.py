@@ -18,6 +18,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quant
 
 from prefopt.hub import HubError, create_repo, hub_errors
 from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.recipes.troubles import explain
 from prefopt.reward_checkpoints import is_adapter, remember_reward_token, reward_model_from_adapter
 from prefopt.shared_base import keep_4bit_gradients
 
@@ -45,7 +46,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = explain(error) or str(error).splitlines()[0]
         raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
     if args is not None and args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
@@ -61,6 +62,11 @@ def load_tokenizer(
                 "model's template, save tokenizer.chat_template into one"
             )
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {path!r} has neither a padding nor an end-of-sequence token: set tokenizer.eos_token and "
+            "save the tokenizer beside the model"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,7 +102,7 @@ def load_policy(
             raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
         return path
     _refuse_second_adapter(model_args)
-    if PeftConfig.from_pretrained(path).task_type == "SEQ_CLS":
+    if PeftConfig.from_pretrained(path, revision=model_args.model_revision).task_type == "SEQ_CLS":
         raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
     model = AutoPeftModelForCausalLM.from_pretrained(
         path,
@@ -105,7 +111,7 @@ def load_policy(
         **init_kwargs,
     )
     keep_4bit_gradients(model)
-    remember_reward_token(model, path)
+    remember_reward_token(model, path, revision=model_args.model_revision)
     return model
 
 
