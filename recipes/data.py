@@ -135,7 +135,7 @@ def convert_(argv: list[str]) -> None:
             raise ValueError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_told(counts)}")
 
     written = write_jsonl(args.out, ranked())
-    print(f"{source.data}: {len(read):,} rows in the format {read[0]}")
+    print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
     if counts:
         print(f"left out: {_told(counts)}")
     print(f"ranked comparisons: {args.out} ({written:,} rows)")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prefopt.formats.fields import field, rank, user
+from prefopt.formats.fields import answer, field, rank, user
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -85,7 +85,7 @@ def nectar(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[
         source = row.get("source")
         yield {
             "prompt": prompt,
-            "completions": [field(answer, "answer", str, "answers.").strip() for answer in answers],
-            "ranks": [rank(answer.get("rank")) for answer in answers],
+            "completions": [answer(one, "answer", "answers.").strip() for one in answers],
+            "ranks": [rank(one.get("rank")) for one in answers],
             "source": ", ".join(source) if isinstance(source, list) else source,
         }

@@ -32,6 +32,11 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any
     )
 
 
+def answer(row: Mapping[str, Any], name: str, where: str = "") -> str:
+    """The text of an answer; of null an empty one, which is then dropped and counted like all empty ones."""
+    return "" if name in row and row[name] is None else field(row, name, str, where)
+
+
 def number(value: Any, name: str) -> float | None:
     """A finite number, also one written as text; None for what stands for no value (None, NaN, "", "N/A").
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prefopt.formats.fields import field, number, user
+from prefopt.formats.fields import answer, field, number, user
 from prefopt.formats.rated import helpsteer_messages
 from prefopt.row_checks import shorten
 
@@ -86,7 +86,7 @@ def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterat
     """
     for row in rows:
         info, choice = field(row, "info", Mapping), field(row, "choice", int)
-        texts = [field(one, "text", str, "summaries.") for one in field(row, "summaries", list)]
+        texts = [answer(one, "text", "summaries.") for one in field(row, "summaries", list)]
         if choice not in (0, 1) or len(texts) != 2:
             raise ValueError(
                 f"field 'choice': expected 0 or 1 of two summaries, got {choice} of {len(texts)}; mend or delete the row"
@@ -120,7 +120,7 @@ def webgpt(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[
         question = field(row, "question", Mapping)
         yield {
             "prompt": user(field(question, "full_text", str, "question.")),
-            "completions": [field(row, f"answer_{i}", str) for i in (0, 1)],
+            "completions": [answer(row, f"answer_{i}") for i in (0, 1)],
             "ratings": [number(row.get(name), name) for name in ("score_0", "score_1")],
             "id": question.get("id"),
             "source": question.get("dataset"),
@@ -140,7 +140,7 @@ def helpsteer2_preference(rows: Iterable[Mapping[str, Any]], counts: Counter[str
     for row in rows:
         yield {
             "prompt": helpsteer_messages(field(row, "prompt", str)),
-            "completions": [field(row, "response_1", str), field(row, "response_2", str)],
+            "completions": [answer(row, "response_1"), answer(row, "response_2")],
             "ratings": _of_strength(row, "preference_strength"),
         }
 
@@ -159,7 +159,7 @@ def helpsteer3(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Itera
     for row in rows:
         yield {
             "prompt": list(field(row, "context", list)),
-            "completions": [field(row, "response1", str), field(row, "response2", str)],
+            "completions": [answer(row, "response1"), answer(row, "response2")],
             "ratings": _of_strength(row, "overall_preference"),
             "source": row.get("domain"),
             "lang": row.get("language"),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from prefopt.formats.fields import field, number, user
+from prefopt.formats.fields import answer, field, number, user
 
 _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 ULTRAFEEDBACK_RATINGS = ("fine-grained_score", "overall_score", *_ASPECTS)
@@ -35,7 +35,7 @@ def ultrafeedback(
         completions = field(row, "completions", list)
         yield {
             "prompt": user(field(row, "instruction", str)),
-            "completions": [field(one, "response", str, "completions.") for one in completions],
+            "completions": [answer(one, "response", "completions.") for one in completions],
             "ratings": [_ultrafeedback_rating(one, rating) for one in completions],
             "source": row.get("source"),
         }
@@ -68,7 +68,7 @@ def helpsteer(
     (['No.', 'Plum.'], [1, 4])
     """
     for prompt, same in groupby(rows, lambda row: field(row, "prompt", str)):
-        answers = [(field(row, "response", str), number(row.get(rating), rating)) for row in same]
+        answers = [(answer(row, "response"), number(row.get(rating), rating)) for row in same]
         yield {
             "prompt": helpsteer_messages(prompt),
             "completions": [text for text, _ in answers],

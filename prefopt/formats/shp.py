@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations, groupby
 from typing import Any
 
-from prefopt.formats.fields import field, user
+from prefopt.formats.fields import answer, field, user
 
 
 def shp(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -31,7 +31,7 @@ def shp(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dic
         for row in same:
             domain = row.get("domain")
             a, b = ("A", "B") if field(row, "labels", int) == 1 else ("B", "A")
-            pair = (field(row, f"human_ref_{a}", str), field(row, f"human_ref_{b}", str))
+            pair = (answer(row, f"human_ref_{a}"), answer(row, f"human_ref_{b}"))
             votes = (field(row, f"score_{a}", int), field(row, f"score_{b}", int))
             if pair in better:
                 counts["pairs that repeat an earlier one of the post"] += 1

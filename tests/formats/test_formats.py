@@ -98,6 +98,16 @@ def test_ultrafeedback_by_each_rating():
     )
 
 
+def test_answers_that_are_null_are_empty_ones():
+    row = {
+        **ULTRAFEEDBACK,
+        "completions": [*ULTRAFEEDBACK["completions"], {"response": None, "fine-grained_score": 5}],
+    }
+    (found,), counts = converted([row])
+    assert found["completions"] == ["Plum.", "Stone.", "Pear."]
+    assert counts == {"empty completions": 1}
+
+
 def test_ultrafeedback_before_it_had_scores():
     aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
     completions = [

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -68,7 +69,7 @@ def test_convert_detects_the_format_and_counts(tmp_path, capsys):
     rows = read_jsonl(out)
     validate_comparisons(rows)
     assert [row["completions"] for row in rows] == [["Plum.", "No."], ["Fig.", "Stone."]]
-    assert "3 rows in the format hh-rlhf" in said
+    assert "3 rows in the format hh-rlhf (Anthropic/hh-rlhf)" in said
     assert "left out: 1 empty completions, 1 rows with fewer than two completions left" in said
     assert f"{out} (2 rows)" in said
 
@@ -151,6 +152,14 @@ def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
 def test_help_lists_the_commands(capsys):
     said = run(capsys, "--help")
     assert [line.split()[0] for line in said.splitlines()[1:]] == ["convert", "validate", "stats", "split"]
+
+
+def test_convert_keeps_dates(tmp_path, capsys):
+    source, out = tmp_path / "t.parquet", tmp_path / "out.jsonl"
+    row = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "at": datetime(2022, 3, 4)}
+    Dataset.from_list([row]).to_parquet(str(source))
+    run(capsys, "convert", source, "--out", out)
+    assert read_jsonl(out)[0]["at"] == "2022-03-04T00:00:00"
 
 
 def _one(tmp_path, *rows):
