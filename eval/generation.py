@@ -108,7 +108,8 @@ def run(
 
 
 def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Completions that were drawn elsewhere, matched by their prompts: rows `prompt`, `completion`, perhaps `truncated`.
+    """Completions that were drawn elsewhere, matched by their prompts: rows `prompt`, `completion`, perhaps `truncated`
+    and the `ids` that were sampled.
 
     Raises:
         ValueError: a row lacks a field, or a prompt has no completion.
@@ -132,7 +133,7 @@ def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "decoding": "sampled",
                 "sample": sample,
                 "completion": given["completion"],
-                "ids": [],
+                "ids": given.get("ids") or [],
                 "truncated": bool(given.get("truncated")),
             }
             for sample, given in enumerate(mine)

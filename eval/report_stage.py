@@ -148,11 +148,17 @@ def _lengths(model: str, rows: Sequence[Row], heldout: str | None) -> list[dict[
         "completion_tokens": [float(len(row["ids"])) for row in rows],
         "truncated": [float(row["truncated"]) for row in rows],
     }
-    none = "nothing was generated; `prefopt eval generate` does"
-    return [
-        measure(name, model, mean_estimate(values) if values else None, reason=None if values else none)
-        for name, values in columns.items()
-    ]
+    reason = None if rows else "nothing was generated; `prefopt eval generate` does"
+    found = []
+    for name, values in columns.items():
+        if (
+            name == "completion_tokens" and values and not all(values)
+        ):  # even an empty completion has its end token
+            why = "its file of completions has no `ids`"
+            found.append(measure(name, model, None, reason=why))
+        else:
+            found.append(measure(name, model, mean_estimate(values) if values else None, reason=reason))
+    return found
 
 
 def _samples(

@@ -5,7 +5,7 @@
 
 The baseline that PPO is compared with, and that trains nothing (Stiennon et al. 2020, arXiv:2009.01325; Nakano et al.
 2021, arXiv:2112.09332). Each output row keeps the input row's fields, except those about other completions, and adds
-`completion`, `truncated`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions` and their
+`completion`, `truncated`, `ids`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions` and their
 `scores` too. A killed run goes on where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16:
 best.jsonl}`.
 """
@@ -38,6 +38,7 @@ from prefopt.recipes.sample import (
     load_prompts,
     load_sampler,
 )
+from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import check_reward_model
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,12 @@ def best_rows(
             for row, mine, theirs in zip(some, drawn, scores, strict=True):
                 best = theirs.index(max(theirs))
                 kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
-                kept |= {"completion": mine[best].text, "truncated": mine[best].truncated}
+                of_best = {
+                    "completion": mine[best].text,
+                    "truncated": mine[best].truncated,
+                    "ids": mine[best].ids,
+                }
+                kept |= of_best
                 kept |= {"score": theirs[best], "mean_score": sum(theirs) / len(theirs)}
                 if keep_samples:
                     kept |= {"completions": [completion.text for completion in mine], "scores": theirs}
@@ -88,7 +94,7 @@ def best_rows(
 
 def main(argv: list[str] | None = None) -> None:
     """Draw, score, and keep the best."""
-    args, model_args = parse((BestOfNArguments, ModelConfig), argv, "prefopt best-of-n")
+    args, model_args = parse((BestOfNArguments, ModelConfig), argv, "prefopt best-of-n", __doc__)
     init_kwargs = model_init_kwargs(model_args)
     check_sampling(args)
     if args.n < 1 or (args.temperature == 0 and args.n > 1):
@@ -184,4 +190,4 @@ def _report(rows: list[dict[str, Any]], n: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "best-of-n")

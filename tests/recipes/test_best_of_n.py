@@ -1,5 +1,6 @@
 """Best of n: the highest score is kept, a killed run goes on bit for bit, and the file is a model of `prefopt eval`."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from prefopt.evaluation import drift, generation, judges, tax
 from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
 from prefopt.evaluation.reward import score_completions, score_texts
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.recipes import best_of_n
+from prefopt.recipes import best_of_n, evaluate
 from prefopt.reward_checkpoints import load_reward_model, save_reward_model
 
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?", "the mat"]
@@ -55,6 +56,7 @@ def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, mon
         assert row["completions"] == [completion.text for completion in completions]
         assert row["completion"] == completions[best].text
         assert row["truncated"] == completions[best].truncated
+        assert row["ids"] == completions[best].ids
         assert row["score"] == pytest.approx(scores[best], abs=1e-5)
         assert row["mean_score"] == pytest.approx(sum(scores) / 4, abs=1e-5)
     printed = capsys.readouterr().out
@@ -99,7 +101,14 @@ def test_equal_scores_keep_the_first(tmp_path):
 
     rows = Dataset.from_list([{"prompt": "p"}])
     (row,) = best_of_n.best_rows(rows, draw, parts=tmp_path, inputs={}, seed=0)
-    assert row == {"prompt": "p", "completion": "b", "truncated": False, "score": 2.0, "mean_score": 4 / 3}
+    assert row == {
+        "prompt": "p",
+        "completion": "b",
+        "truncated": False,
+        "ids": [1],
+        "score": 2.0,
+        "mean_score": 4 / 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,24 @@ def test_the_file_is_judged_as_a_model(files, tokenizer):
         assert of["best"]["value"] is None
         assert of["best"]["status"] == "skipped"
         assert "holds completions: there are no weights to measure" in of["best"]["reason"]
+
+
+def test_completions_without_ids_have_no_number_of_tokens(files):
+    write_jsonl(files / "given.jsonl", [{"prompt": p, "completion": " sat"} for p in PROMPTS])
+    models = {"sft": str(files / "given.jsonl"), "best": str(files / "best.jsonl")}
+    rows = run(files)
+    keys = {
+        "output_dir": files / "evaluation",
+        "models": json.dumps(models),
+        "prompts": files / "prompts.jsonl",
+    }
+    for stage in ("generate", "report"):
+        evaluate.main([stage, *(str(word) for key, value in keys.items() for word in (f"--{key}", value))])
+    measures = json.loads((files / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
+    tokens = {row["model"]: row for row in measures if row["name"] == "completion_tokens"}
+    assert tokens["best"]["value"] == sum(len(row["ids"]) for row in rows) / len(rows)
+    assert tokens["sft"]["value"] is None
+    assert tokens["sft"]["reason"] == "its file of completions has no `ids`"
 
 
 def test_prompts_without_a_completion_are_named(files):

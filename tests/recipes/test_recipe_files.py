@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefopt.evaluation.generate import read_jsonl, write_jsonl
 from prefopt.recipes import best_of_n, dpo, evaluate, pipeline, ppo_ptx, reward, sample, sft, sweep
+from prefopt.recipes.gallery import copy
 from prefopt.reward_checkpoints import load_reward_model
 from prefopt.shared_base import get_reward_bias
 from tests.conftest import tiny_config
@@ -80,6 +81,14 @@ def test_an_unknown_key_of_a_file_stops(tmp_path):
     (tmp_path / "sft.yaml").write_text((QLORA / "sft.yaml").read_text() + "\nnum_epochs: 3\n")
     with pytest.raises(SystemExit, match=r"unknown key in .*sft.yaml: 'num_epochs'"):
         sft.main(["--config", str(tmp_path / "sft.yaml")])
+
+
+@pytest.mark.parametrize("extra", [[], ["--chat_template_path=other.jinja"]])
+def test_the_template_lies_beside_a_copied_file(extra, tmp_path, monkeypatch):
+    copy("instructgpt-qlora", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    given = arguments_of(sft, ["--config", "mine/sft.yaml", *extra], monkeypatch)
+    assert given["chat_template_path"] == ("other.jinja" if extra else "mine/chatml.jinja")
 
 
 def test_the_qlora_steps_fit_together():
@@ -216,9 +225,38 @@ def test_the_qlora_steps_run_one_after_the_other(folder):
         assert not torch.allclose(logits[name], logits["ppo_start"], atol=1e-6), name
     assert not torch.allclose(logits["ppo_ptx"], logits["ppo"], atol=1e-6)
     assert get_reward_bias(load_reward_model(folder / "reward")) != 0
+    evaluated(folder)
     best = read_jsonl(folder / "best.jsonl")
     assert [row["prompt"] for row in best] == [row["prompt"] for row in read_jsonl(prompts)]
     assert all(row["score"] >= row["mean_score"] for row in best)
+
+
+def evaluated(folder):
+    """The stages of evaluate.yaml that ask no language model and fetch no benchmark."""
+    sources = {"sft": "ppo_start", "best_of_16": "best.jsonl", "ppo_ptx": "ppo_ptx"}
+    keys = {
+        "output_dir": folder / "evaluation",
+        "models": json.dumps({name: str(folder / source) for name, source in sources.items()}),
+        "base": "sft",
+        "dtype": "float32",
+        "prompts": folder / "prompts.jsonl",
+        "max_new_tokens": 4,
+        "samples_per_prompt": 2,
+        "reward_judge": folder / "reward",
+        "reward_models": json.dumps({"reward": str(folder / "reward")}),
+        "rankings": json.dumps({"gpt4": str(folder / "rankings.jsonl")}),
+        "implicit_rewards": json.dumps({"ppo_ptx": 0.1}),
+    }
+    argv = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
+    config = yaml.safe_load((QLORA / "evaluate.yaml").read_text(encoding="utf-8"))
+    (folder / "evaluate.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in config.items() if k != "lm_judge"})
+    )
+    for stage in ("generate", "judge", "reward-model", "report"):
+        evaluate.main([stage, "--config", str(folder / "evaluate.yaml"), *argv])
+    measures = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]
+    accuracy = [row for row in measures if row["name"] == "rm.accuracy.gpt4" and row["model"] == "reward"]
+    assert accuracy[0]["n"] == 18  # 3 pairs of 6 prompts
 
 
 def streaming(name):
