@@ -224,14 +224,17 @@ def import_(argv: list[str]) -> None:
         answers, [read_key(path) for path in keys], characters_per_second=args.characters_per_second
     )
     out = Path(args.out)
+    _keep(out, [*args.answers, *keys])
     write_jsonl(out, imported.rows)
     write_whole(out.with_suffix(".report.json"), json.dumps(imported.report.to_dict(), indent=1) + "\n")
     print("\n".join(imported.report.lines()))
     print(f"ranked comparisons: {out} ({len(imported.rows)} rows)")
+    screening = out.with_suffix(".screening.jsonl")
     if imported.screening:
-        screening = out.with_suffix(".screening.jsonl")
         write_jsonl(screening, imported.screening)
         print(f"answers to screening tasks: {screening} ({len(imported.screening)} rows)")
+    else:
+        screening.unlink(missing_ok=True)  # of an earlier import into the same file
 
 
 def agreement_(argv: list[str]) -> None:
@@ -246,10 +249,13 @@ def agreement_(argv: list[str]) -> None:
     for path in files:
         report = path.with_suffix(".report.json")
         if report.is_file():
-            for name, n in json.loads(report.read_text(encoding="utf-8")).get("skipped_by", {}).items():
+            for name, n in _skips(report).items():
                 skipped[name] = skipped.get(name, 0) + n
+    rows = [row for path in files for row in read_jsonl(path)]
+    if not rows:
+        raise UserError(f"{' + '.join(map(str, files))}: no rows to compare")
     found = agreement(
-        [row for path in files for row in read_jsonl(path)],
+        rows,
         screening=[row for path in screening for row in read_jsonl(path)],
         skipped=skipped,
         source=" + ".join(map(str, files)),
@@ -279,6 +285,9 @@ def next_(argv: list[str]) -> None:
     left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     choose_next([], [], **options)  # the arguments are checked before models are loaded
+    _keep(Path(args.out), [args.samples, *args.labeled])
+    if not left:
+        raise UserError(f"{args.samples}: all {len(rows)} prompts are labeled already, or there are none")
     scores = []
     for name in args.reward_model:
         model, tokenizer = load_classifier(name)
@@ -293,6 +302,23 @@ def next_(argv: list[str]) -> None:
         f"{len(chosen) - at_random} by {args.by}, {at_random} at random"
     )
     print(f"to export: {args.out}")
+
+
+def _keep(out: Path, inputs: Sequence[str | Path]) -> None:
+    """Labels are people's work: what a command reads is never what it writes over."""
+    for name in inputs:
+        if out.resolve() == Path(name).resolve():
+            raise UserError(f"out {str(out)!r} is also read; choose another name")
+
+
+def _skips(report: Path) -> dict[str, int]:
+    """How many tasks each labeler skipped, as `prefopt label import` reported it."""
+    try:
+        return dict(json.loads(report.read_text(encoding="utf-8"))["skipped_by"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{report}: not the report of `prefopt label import`; import again, or move it"
+        ) from None
 
 
 def _finite(value: Any) -> Any:

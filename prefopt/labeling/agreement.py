@@ -130,6 +130,8 @@ def agreement(
         (0.5, 2)
     """
     items, repeated = _items(rows, source)
+    for number, row in enumerate(screening):
+        _check(row, f"{screening_source} row {number}", ("prompt", "completions", "ranks"))
     shared = [item for item in items if len(item.ranks) > 1]
     groups = _groups([*rows, *screening])
     by_labelers: dict[tuple[str, str], list[tuple[int, NDArray]]] = defaultdict(list)
@@ -287,6 +289,11 @@ def _check(row: Mapping[str, Any], where: str, names: tuple[str, ...]) -> None:
         raise ValueError(
             f"{where}: field 'labeler': expected a name, got {row.get('labeler')!r}; name who ranked the row"
         )
+    group, seconds = row.get("group"), row.get("seconds")
+    if not isinstance(group, str | None):
+        raise ValueError(f"{where}: field 'group': expected a name, got {group!r}; convert it with str()")
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
+        raise ValueError(f"{where}: field 'seconds': expected a number, got {seconds!r}; correct or drop it")
 
 
 def _groups(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -315,8 +322,7 @@ def _statistics(
     times = [row["seconds"] for row in rows if row["labeler"] == name and row.get("seconds") is not None]
     known = []
     for number, row in enumerate(screening):
-        if row.get("labeler") == name:
-            _check(row, f"{screening_source} row {number}", ("prompt", "completions", "ranks"))
+        if row["labeler"] == name:
             known.append(_right_and_strict(row, f"{screening_source} row {number}"))
     known = np.array(known).reshape(-1, 2)
     return LabelerStatistics(

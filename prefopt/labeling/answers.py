@@ -2,14 +2,16 @@
 
 An answer file is what a sheet's "Download answers" gives: JSON lines, first one about the file, then one per task.
 
-    {"format": "prefopt-answers", "version": 1, "sheet": "5f0c...", "labeler": "ann", "downloaded": "2026-..."}
+    {"format": "prefopt-answers", "version": 1, "sheet": "5f0c...", "labeler": "ann", "downloaded": "2026-...",
+     "answers": 1}
     {"task": "1", "status": "done", "seconds": 41.5, "started": "2026-...", "finished": "2026-...",
      "saved": "2026-...", "ratings": [6, 2, 6], "flags": [[], ["hallucination"], []], "ranks": [1, 3, 1],
      "notes": "", "skipped": null}
 
 Lists run over the outputs in the order shown. `ranks`: 1 = best, equal = tie, gaps allowed; null in a task that is not
 done. `status` is "done", "skipped" (`skipped` is then {"reason": ..., "detail": ...}) or "started". `seconds` is the
-time with the page in view and in use. Times are ISO 8601 in UTC. Files may be joined: a line with `format` starts anew.
+time with the page in view and in use. Times are ISO 8601 in UTC. `answers` counts the lines that follow, so that a file
+that was cut off on its way is noticed. Files may be joined: a line with `format` starts anew.
 """
 
 from collections import Counter
@@ -64,7 +66,7 @@ class ImportReport:
     skipped: int = 0
     unfinished: int = 0
     repeated: int = 0  # the same answer again, e.g. downloaded twice
-    revised: int = 0  # an older answer of the same labeler to the same task; the newest counts
+    revised: int = 0  # an answer of the same labeler to the same task; the newest finished one counts
     rows: int = 0
     screening: int = 0
     all_tied: int = 0
@@ -78,6 +80,8 @@ class ImportReport:
     )  # tasks of a sheet that a labeler of it has not done
     skip_reasons: dict[str, int] = field(default_factory=dict)
     skipped_by: dict[str, int] = field(default_factory=dict)
+    similar_names: list[str] = field(default_factory=list)  # of labelers, that differ in case or spaces alone
+    revised_answers: list[str] = field(default_factory=list)
     too_fast_answers: list[str] = field(default_factory=list)
     contradictory_answers: list[str] = field(default_factory=list)
 
@@ -92,11 +96,15 @@ class ImportReport:
         for n, words in (
             (self.unfinished, "unfinished: no row"),
             (self.repeated, "the same again: counted once"),
-            (self.revised, "older answers to a task that the labeler answered again: the newest counts"),
             (self.all_tied, "with all outputs tied: kept, but no pair to learn from"),
         ):
             if n:
                 found.append(f"{n} {words}")
+        if self.revised:
+            found.append(
+                f"{self.revised} more to a task that its labeler answered again, the newest finished one counts: "
+                f"{_some(self.revised_answers)}"
+            )
         if self.too_fast:
             found.append(f"{self.too_fast} faster than one can read, kept: {_some(self.too_fast_answers)}")
         if self.contradictory:
@@ -106,6 +114,8 @@ class ImportReport:
             )
         for name, n in sorted(self.unanswered.items()):
             found.append(f"{n} tasks not done: {name}")
+        if self.similar_names:
+            found.append(f"counted as different labelers, one person? {', '.join(self.similar_names)}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def read_answers(path: str | Path) -> list[Answer]:
     Raises:
         ValueError: "FILE line 3: field 'ranks': expected ..., got ...; remedy".
     """
-    head, found = None, []
+    parts: list[tuple[dict[str, Any], list[Answer]]] = []
     for number, line in enumerate(read_lines(path), start=1):
         where = f"{path} line {number}"
         if "format" in line:
@@ -141,15 +151,16 @@ def read_answers(path: str | Path) -> list[Answer]:
                     raise ValueError(
                         f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}"
                     )
-            head = line
+            parts.append((line, []))
             continue
-        if head is None:
+        if not parts:
             raise ValueError(
                 f"{where}: expected a first line with 'format', 'sheet' and 'labeler'; give the file that the "
                 "sheet's download wrote, whole"
             )
         if not isinstance(line.get("task"), str):
             raise ValueError(f"{where}: field 'task': expected its number, got {shorten(line.get('task'))}")
+        head, found = parts[-1]
         found.append(
             Answer(
                 sheet=head["sheet"],
@@ -165,9 +176,15 @@ def read_answers(path: str | Path) -> list[Answer]:
                 notes=line.get("notes") or "",
             )
         )  # fmt: skip
-    if head is None:
+    if not parts:
         raise ValueError(f"{path}: no answers; give the file that the sheet's download wrote")
-    return found
+    for head, found in parts:
+        if head.get("answers") not in (None, len(found)):
+            raise ValueError(
+                f"{path}: expected {shorten(head['answers'])} answers of {head['labeler'].strip()}, as its first line "
+                f"says, got {len(found)}; the file was cut off or edited: ask for it again"
+            )
+    return [answer for _, found in parts for answer in found]
 
 
 def import_answers(
@@ -176,8 +193,9 @@ def import_answers(
     """Ranked rows from answers: one row per labeler and task, the completions in the order of the samples again.
 
     A row has every field of its sample, and `ranks`, `labeler`, `group`, `ratings`, `flags` (one {name: bool} per
-    completion), `seconds`, `notes`, `sheet` and `task`. Only answers that are not done, and all but the newest of one
-    labeler to one task, give no row; the report counts these and what looks doubtful.
+    completion), `seconds`, `notes`, `sheet` and `task`. Only answers that are not done give no row, and of several by one
+    labeler to one task all but the newest, a finished one before one that was begun anew; the report counts these and
+    what looks doubtful.
 
     Args:
         answers: from `read_answers`, of any number of labelers and sheets.
@@ -210,6 +228,7 @@ def import_answers(
                 report.repeated += 1
                 continue
             report.revised += 1
+            report.revised_answers.append(f"{answer.labeler} task {answer.task}")
             if _age(answer) < _age(newest[name]):
                 continue
         newest[name] = answer
@@ -231,6 +250,10 @@ def import_answers(
     for labeler, sheet in sorted({(a.labeler, a.sheet) for a in newest.values()}):
         if missing := len(by_sheet[sheet].tasks) - done[labeler, sheet]:
             report.unanswered[f"{labeler} (sheet {sheet})"] = missing
+    names: dict[str, list[str]] = {}
+    for labeler in sorted({a.labeler for a in newest.values()}):
+        names.setdefault("".join(labeler.casefold().split()), []).append(labeler)
+    report.similar_names = [" / ".join(same) for same in names.values() if len(same) > 1]
     return Imported(rows, screening, report)
 
 
@@ -312,7 +335,7 @@ def _problem_of(answer: Answer, k: int) -> str | None:
     if answer.seconds is not None and not (
         isinstance(answer.seconds, int | float)
         and not isinstance(answer.seconds, bool)
-        and answer.seconds >= 0
+        and 0 <= answer.seconds < float("inf")
     ):
         return wrong("seconds", "a number from 0 on")
     for name in ("started", "finished", "saved"):
@@ -325,8 +348,9 @@ def _content(answer: Answer) -> dict[str, Any]:
     return {name: value for name, value in asdict(answer).items() if name not in ("source", "saved")}
 
 
-def _age(answer: Answer) -> str:
-    return answer.saved or answer.finished or answer.started or ""
+def _age(answer: Answer) -> tuple[bool, str]:
+    """A finished answer is not lost to a task that was only opened again, e.g. on another device."""
+    return answer.status != "started", answer.saved or answer.finished or answer.started or ""
 
 
 def _count(counts: dict[str, int], name: str) -> None:

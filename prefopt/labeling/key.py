@@ -104,8 +104,8 @@ def blind(
             found.append((row, shows, None))
     if not found:
         raise ValueError(
-            f"{source}: expected a row with {MIN_OUTPUTS} different completions, got {left_out or 'no'} rows "
-            "without; draw more samples per prompt, at a higher temperature"
+            f"{source}: expected a row with {MIN_OUTPUTS} different completions, got {left_out} rows, none with; draw "
+            "more samples per prompt, at a higher temperature"
         )
     places = random.Random(f"{seed}/screening")
     for number, row in enumerate(screening):
@@ -229,16 +229,24 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line.
 
     Raises:
-        ValueError: a line that is none, by its number.
+        ValueError: the file is not UTF-8, or a line is no object, by its number.
     """
     found = []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text ({error.reason}); give the file as it was written"
+        ) from None
     # Not splitlines(): it would also cut at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                raise ValueError(
+                    f"{path} line {number}: not valid JSON ({error.msg}); the file was cut off or edited, or is another"
+                ) from None
             if not isinstance(found[-1], dict):
                 raise ValueError(f"{path} line {number}: expected a JSON object, got {shorten(found[-1])}")
     return found

@@ -438,8 +438,8 @@ function close(status, skipped) {
 function download() {
   leave();
   const now = new Date().toISOString();
-  const head = { format: "prefopt-answers", version: 1, sheet: SHEET.sheet, labeler, downloaded: now };
   const given = TASKS.map((task) => answers.get(task.id)).filter(Boolean);
+  const head = { format: "prefopt-answers", version: 1, sheet: SHEET.sheet, labeler, downloaded: now, answers: given.length };
   const text = [head, ...given].map((line) => JSON.stringify(line) + "\n").join("");
   const name = labeler.normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "labeler";
   const link = h("a", { href: URL.createObjectURL(new Blob([text], { type: "application/jsonl" })), download: `answers-${name}-${SHEET.sheet}.jsonl` });

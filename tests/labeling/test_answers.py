@@ -200,6 +200,7 @@ def write(path, lines):
         ({"status": "finished"}, "line 2: field 'status': expected one of done, skipped, started"),
         ({"seconds": -1}, "line 2: field 'seconds'"),
         ({"seconds": float("nan")}, "line 2: field 'seconds'"),
+        ({"seconds": float("inf")}, "line 2: field 'seconds'"),
         ({"task": "9"}, "line 2: field 'task': sheet .* has no task '9'"),
         ({"task": 1}, "line 2: field 'task'"),
         ({"notes": 5}, "line 2: field 'notes'"),
@@ -232,6 +233,66 @@ def test_joined_files_are_read_like_single_ones(tmp_path):
     key, _ = blind(ROWS, seed=0)
     joined = write(tmp_path / "answers.jsonl", [*lines_of(key), *lines_of(key, labeler="bob")])
     assert [answer.labeler for answer in read_answers(joined)] == ["ann", "bob"]
+
+
+def test_a_file_that_was_cut_off_is_noticed_also_between_two_lines(tmp_path):
+    key, _ = blind(ROWS, seed=0)
+    head, answer = lines_of(key)
+    whole = [
+        {**head, "answers": 2},
+        answer,
+        {**answer, "task": "2"},
+        {**head, "labeler": "bob", "answers": 1},
+        answer,
+    ]
+    assert len(read_answers(write(tmp_path / "answers.jsonl", whole))) == 3
+    for cut, said in (
+        (whole[:2], "expected 2 answers of ann.* got 1"),
+        (whole[:4], "expected 1 answers of bob.* got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_answers(write(tmp_path / "answers.jsonl", cut))
+    text = "".join(json.dumps(line) + "\n" for line in whole)
+    (tmp_path / "answers.jsonl").write_text(text[:-30])
+    with pytest.raises(ValueError, match=r"line 5: not valid JSON .* cut off"):
+        read_answers(tmp_path / "answers.jsonl")
+
+
+def test_what_windows_and_mail_make_of_a_file_is_read_or_refused(tmp_path):
+    key, _ = blind(ROWS, seed=0)
+    text = "".join(json.dumps(line) + "\r\n" for line in lines_of(key))
+    path = tmp_path / "answers (1).jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert [answer.ranks for answer in read_answers(path)] == [[1, 2, 3]]
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"answers \(1\)\.jsonl: not UTF-8 text"):
+        read_answers(path)
+
+
+def test_two_devices_give_the_newest_finished_answer_and_alike_names_are_reported():
+    key, _ = blind(ROWS, seed=0)
+    early, late = {"saved": "2026-01-01T00:00:00Z"}, {"saved": "2026-01-02T00:00:00Z"}
+    answers = [
+        answer_of(key, "1", ranks=[1, 2, 3], **early),
+        answer_of(key, "1", ranks=[1, 3, None], status="started", **late),  # only opened again
+        answer_of(key, "2", ranks=[1, 1, 2, 1], **early),
+        answer_of(key, "2", ranks=[2, 2, 1, 2], **late),
+        answer_of(key, "1", labeler="Ann", ranks=[3, 2, 1], **early),
+        answer_of(key, "1", labeler="a nn", ranks=[3, 2, 1], **early),
+    ]
+    for order in (answers, answers[::-1]):
+        found = import_answers(order, [key])
+        assert sorted([row["labeler"], row["task"], row["ranks"]] for row in found.rows) == [
+            ["Ann", "1", [3, 2, 1]],
+            ["a nn", "1", [3, 2, 1]],
+            ["ann", "1", [1, 2, 3]],
+            ["ann", "2", [2, 2, 1, 2]],
+        ]
+        report = found.report
+        assert (report.answers, report.done, report.unfinished, report.revised) == (6, 4, 0, 2)
+        assert sorted(report.revised_answers) == ["ann task 1", "ann task 2"]
+        assert report.similar_names == ["Ann / a nn / ann"]
+        assert "one person? Ann / a nn / ann" in "\n".join(report.lines())
 
 
 def test_a_key_survives_the_file_and_no_other_key_is_written_over_it(tmp_path):

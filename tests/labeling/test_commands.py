@@ -155,6 +155,53 @@ def test_argilla_there_and_back(tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_no_command_writes_over_what_it_reads_nor_leaves_what_is_out_of_date(tmp_path, capsys):
+    samples, sheet, known = tmp_path / "samples.jsonl", tmp_path / "sheet.html", tmp_path / "known.jsonl"
+    write_jsonl(samples, ROWS)
+    write_jsonl(known, [{"prompt": "k", "completions": ["x", "y"], "ranks": [1, 2]}])
+    said_by(capsys, "export", samples, "--out", sheet, "--screening", known)
+    key = read_key(tmp_path / "sheet.key.jsonl")
+    head = {"format": "prefopt-answers", "version": 1, "sheet": key.sheet, "labeler": "ann"}
+    done = [{"task": task.id, "status": "done", "seconds": 9, "ranks": list(range(1, len(task.shows) + 1))}
+            for task in key.tasks.values()]  # fmt: skip
+    answers, rankings = tmp_path / "answers.jsonl", tmp_path / "rankings.jsonl"
+    write_jsonl(answers, [head, *done])
+    before = {path: path.read_bytes() for path in (samples, answers, tmp_path / "sheet.key.jsonl")}
+    for words in (
+        ["import", answers, "--out", answers],
+        ["import", answers, "--out", tmp_path / "sheet.key.jsonl"],
+        ["next", samples, "--reward_model", "rm", "--out", samples],
+    ):
+        with pytest.raises(SystemExit, match="is also read; choose another name"):
+            cli.main(["label", *map(str, words)])
+    assert {path: path.read_bytes() for path in before} == before
+
+    said_by(capsys, "import", answers, "--out", rankings)
+    assert "screening tasks, right on" in said_by(capsys, "agreement", rankings)
+    write_jsonl(answers, [head, *(line for line in done if not key.tasks[line["task"]].is_screening)])
+    said_by(capsys, "import", answers, "--out", rankings)
+    assert "screening" not in said_by(capsys, "agreement", rankings)
+    with pytest.raises(SystemExit, match="all 4 prompts are labeled already"):
+        cli.main(["label", "next", str(samples), "--reward_model", "rm", "--labeled", str(rankings)])
+    (tmp_path / "rankings.report.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"rankings\.report\.json: not the report"):
+        cli.main(["label", "agreement", str(rankings)])
+    (tmp_path / "rankings.report.json").unlink()
+    row = {**ROWS[0], "ranks": [1, 2, 3], "labeler": "ann"}
+    for rows, said in (
+        ([], "no rows to compare"),
+        ([row, {**row, "seconds": "slow"}], "row 1: field 'seconds': expected a number"),
+        ([{**row, "group": 7}], "row 0: field 'group': expected a name"),
+    ):
+        write_jsonl(rankings, rows)
+        with pytest.raises(SystemExit, match=said):
+            cli.main(["label", "agreement", str(rankings)])
+    write_jsonl(rankings, [row])
+    write_jsonl(known, [{**row, "expected_ranks": [1, 2, 3], "labeler": None}])
+    with pytest.raises(SystemExit, match=r"known\.jsonl row 0: field 'labeler'"):
+        cli.main(["label", "agreement", str(rankings), "--screening", str(known)])
+
+
 def test_mistakes_are_named_before_anything_is_loaded(tmp_path):
     samples, broken = tmp_path / "samples.jsonl", tmp_path / "broken.jsonl"
     write_jsonl(samples, ROWS)

@@ -361,6 +361,7 @@ def test_skip_back_change_and_load(browser, tmp_path):
             "document.getElementById('status').textContent.includes('not a file of answers')"
         )
         assert page.trouble == []
+    assert json.loads((tmp_path / "first.jsonl").read_text().splitlines()[0])["answers"] == 3
     imported = import_answers(read_answers(tmp_path / "first.jsonl"), [key])
     assert imported.report.skip_reasons == {"I lack the knowledge to judge it": 1}
     assert [row["ranks"] for row in imported.rows] == [dense(m["ranks"]) for m in meant[1:]]
