@@ -21,6 +21,7 @@ _HOME = {
     "load_reward_model": "prefopt.reward_checkpoints",
     "merge_reward_model": "prefopt.reward_checkpoints",
     "parse_ranking": "prefopt.comparisons",
+    "push_folder": "prefopt.hub",
     "ranking_loss": "prefopt.losses",
 }
 
@@ -37,11 +38,13 @@ __all__ = [
     "load_reward_model",
     "merge_reward_model",
     "parse_ranking",
+    "push_folder",
     "ranking_loss",
 ]
 
 if TYPE_CHECKING:
     from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking
+    from prefopt.hub import push_folder
     from prefopt.losses import ranking_loss
     from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
     from prefopt.trainers.overoptimisation import OveroptimisationStop

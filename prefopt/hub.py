@@ -35,6 +35,7 @@ from prefopt.model_cards import (
     ADAPTER_CONFIG,
     FACTS,
     README,
+    holds_model,
     is_handwritten,
     read_facts,
     saved_vocabulary,
@@ -76,7 +77,7 @@ def files_to_publish(folder: str | os.PathLike, roles: bool = False) -> list[str
         ValueError: the folder holds no model.
     """
     folder = Path(folder)
-    if not ((folder / ADAPTER_CONFIG).is_file() or (folder / CONFIG_NAME).is_file()):
+    if not holds_model(folder):
         raise ValueError(
             f"{folder} holds no model: expected {ADAPTER_CONFIG} or {CONFIG_NAME}, as save_model leaves them"
         )

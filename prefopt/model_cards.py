@@ -33,30 +33,39 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     return _read_json(Path(folder) / FACTS)
 
 
-def write_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: str | None = None) -> bool:
-    """Write `model_card.json` and, unless somebody has edited it, README.md; returns whether that was written.
+def holds_model(folder: str | os.PathLike) -> bool:
+    """Whether a model or an adapter is saved in a folder."""
+    return any((Path(folder) / name).is_file() for name in (ADAPTER_CONFIG, CONFIG_NAME))
+
+
+def write_card(
+    folder: str | os.PathLike,
+    facts: Mapping[str, Any],
+    location: str | None = None,
+    saved_in: str | os.PathLike | None = None,
+) -> None:
+    """Write `model_card.json` and, unless somebody has edited it, README.md.
 
     Args:
-        folder: a saved model, full or LoRA adapter.
+        folder: where to.
         facts: as in `read_facts`.
         location: where the code in the card loads the model from: a Hub id; default: the folder.
+        saved_in: folder of the model, full or LoRA adapter; default: `folder`.
     """
     folder = Path(folder)
-    is_edited = is_handwritten(folder)
-    if is_edited:
+    if is_handwritten(folder):
         logger.warning(
             "%s was edited by hand and is kept; delete it to have it written anew", folder / README
         )
         _drop_local_base(folder / README)
         written = read_facts(folder).get("written")
     else:
-        card = build_card(folder, facts, location)
+        card = build_card(saved_in or folder, facts, location or os.fspath(folder))
         _keep_added_metadata(card, folder / README)
         card.save(folder / README)
         written = _digest(card.text)
     text = json.dumps({**facts, "written": written}, ensure_ascii=False, indent=1) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
-    return not is_edited
 
 
 def is_handwritten(folder: str | os.PathLike) -> bool:

@@ -71,17 +71,6 @@ def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLik
         model.get_base_model().config.save_pretrained(path)
 
 
-def push_reward_model(model: PreTrainedModel | PeftModel, repo_id: str, **kwargs: Any) -> None:
-    """`model.push_to_hub(repo_id)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
-
-    The trainer's own `push_to_hub` does as much, and adds the tokenizer and a model card.
-    """
-    keep_pad_from_eos(model)
-    model.push_to_hub(repo_id, **kwargs)
-    if isinstance(model, PeftModel):
-        model.get_base_model().config.push_to_hub(repo_id, **kwargs)
-
-
 def load_reward_model(
     path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:

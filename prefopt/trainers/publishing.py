@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import MISSING, fields
 from importlib.metadata import version
@@ -19,7 +19,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from prefopt.comparisons import build_ids
 from prefopt.hub import hub_errors, push_folder
-from prefopt.model_cards import README, is_handwritten, read_facts, write_card
+from prefopt.model_cards import README, holds_model, is_handwritten, read_facts, write_card
 
 # Key of the log -> what it is called in a card, and its metric type in `model-index`.
 METRICS = {
@@ -71,6 +71,7 @@ class PublishingMixin:
     """
 
     _card_dataset: str | None = None
+    _card_tags: Sequence[str] = ()
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         wanted = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -122,11 +123,21 @@ class PublishingMixin:
         if not self.is_world_process_zero():
             return
         self._card_dataset = dataset_name or self._card_dataset
-        write_card(
-            self.args.output_dir,
-            self._card_facts([tags] if isinstance(tags, str) else tags or []),
-            self.hub_model_id,
-        )
+        self._card_tags = [tags] if isinstance(tags, str) else tags or self._card_tags
+        self._write_card(self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero():
+            self._write_card(checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _write_card(self, saved_in: str) -> None:
+        """Write the card of the model saved in a folder to `args.output_dir`.
+
+        Trainer asks for it before the first checkpoint is there: then there is nothing yet that it could describe.
+        """
+        if holds_model(saved_in):
+            write_card(self.args.output_dir, self._card_facts(), self.hub_model_id, saved_in)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -142,7 +153,7 @@ class PublishingMixin:
 
     # ---- what the card says ----
 
-    def _card_facts(self, tags: list[str]) -> dict[str, Any]:
+    def _card_facts(self) -> dict[str, Any]:
         links = {
             "Weights & Biases": getattr(getattr(sys.modules.get("wandb"), "run", None), "url", None),
             "Trackio": get_trackio_space_url(),
@@ -156,7 +167,7 @@ class PublishingMixin:
         return {
             "method": self._name,
             "summary": next(iter((type(self).__doc__ or "").strip().splitlines()), ""),
-            "tags": [*self._tag_names, *tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
+            "tags": [*self._tag_names, *self._card_tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
             "paper": self._paper,
             "base_model": _origin(self.model),
             "datasets": [self._card_dataset] if self._card_dataset else [],
@@ -174,10 +185,11 @@ class PublishingMixin:
         dataset = self.train_dataset
         columns = getattr(dataset, "column_names", None) or ()
         data: dict[str, Any] = {}
-        if "ranks" in columns:
+        if "ranks" in columns and isinstance(dataset, Dataset):
             ranks = dataset.with_format(None)["ranks"][:]
-            sizes = Counter(sum(rank > 0 for rank in row) for row in ranks)
-            pairs = sum(a < b for row in ranks for a in row for b in row if min(a, b) > 0)
+            sizes = Counter(map(len, ranks))
+            ties = sum(n * (n - 1) // 2 for row in ranks for n in Counter(row).values())
+            pairs = sum(k * (k - 1) // 2 * n for k, n in sizes.items()) - ties
             data["prompts"] = len(ranks)
             data["completions per prompt (K)"] = ", ".join(
                 f"{k}: {n} prompts" for k, n in sorted(sizes.items())
@@ -217,10 +229,10 @@ class PublishingMixin:
 
     def _card_format(self) -> dict[str, bool]:
         """Whether rows are chat messages, and whether the template ends an answer with text, behind which EOS is added."""
-        columns = getattr(self.train_dataset, "column_names", None) or ()
-        if "prompt" not in columns or len(self.train_dataset) == 0:
+        dataset = self.train_dataset
+        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) == 0:
             return {}
-        if isinstance(self.train_dataset[0]["prompt"], str):
+        if isinstance(dataset[0]["prompt"], str):
             return {"is_chat": False}
         tokenizer = self.processing_class
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

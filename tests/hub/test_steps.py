@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -130,7 +131,10 @@ def test_pushing_while_training_is_trainers(strategy, hub, base, tokenizer, tmp_
             files["adapter_model.safetensors"]
             == (tmp_path / "rm" / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
         )
-        assert {"config.json", "tokenizer.json", "README.md", "model_card.json"} <= set(files)
+        assert {"config.json", "tokenizer.json", "model_card.json"} <= set(files)
+        card = ModelCard(files["README.md"].decode())
+        assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
+        assert 'PeftModel.from_pretrained(base, "me/rm")' in card.text
     assert ("last-checkpoint/optimizer.pt" in files) == (strategy == "checkpoint")
     trainer.push_to_hub()
     assert json.loads(hub.files("me/rm")["model_card.json"])["data"]["optimizer steps"] == 2

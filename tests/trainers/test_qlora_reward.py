@@ -1,8 +1,6 @@
-"""Reward models on a 4-bit base: gradients, saving, reloading in plain peft, merging, pushing, and the recipe."""
+"""Reward models on a 4-bit base: gradients, saving, reloading in plain peft, merging, and the recipe."""
 
 import json
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from prefopt.recipes.reward import main
 from prefopt.reward_checkpoints import (
     load_reward_model,
     merge_reward_model,
-    push_reward_model,
     save_reward_model,
 )
 from prefopt.shared_base import get_reward_bias, keep_4bit_gradients, sequence_scores, value_model_from
@@ -333,50 +330,6 @@ def test_unquantised_models_merge_and_keep_their_head(peft, base_path, tokenizer
     assert torch.equal(head_of(merged), head_of(trainer.model))
     assert get_reward_bias(merged) == get_reward_bias(trainer.model) != 0.0
     torch.testing.assert_close(sequence_scores(merged, IDS, MASK), expected, rtol=0, atol=1e-5)
-
-
-# ---- pushing ----
-
-
-class Hub:
-    """What is uploaded ends in a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-
-    def create_repo(self, repo_id, **kwargs):
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        for operation in operations:
-            shutil.copy(operation.path_or_fileobj, self.folder / operation.path_in_repo)
-
-    def upload_folder(self, folder_path, **kwargs):
-        shutil.copytree(folder_path, self.folder, dirs_exist_ok=True)
-
-
-def fake_hub(folder, monkeypatch):
-    hub = Hub(folder)
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
-    card = SimpleNamespace(save=lambda path: None)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    return folder
-
-
-@pytest.mark.parametrize("by", ["trainer", "push_reward_model"])
-def test_what_is_pushed_is_the_whole_reward_model(by, trained, tmp_path, monkeypatch):
-    folder = fake_hub(tmp_path / "hub", monkeypatch)
-    if by == "trainer":
-        trained.hub_model_id = "me/rm"
-        monkeypatch.setattr(trained, "create_model_card", lambda **kwargs: None)
-        trained.push_to_hub()
-    else:
-        push_reward_model(trained.model, "me/rm")
-    pushed = load_reward_model(folder)
-    assert get_reward_bias(pushed) == get_reward_bias(trained.model) != 0.0
-    assert torch.equal(sequence_scores(pushed, IDS, MASK), sequence_scores(trained.model.eval(), IDS, MASK))
 
 
 # ---- the recipe ----
