@@ -65,6 +65,14 @@ def test_the_order_is_that_of_the_seed(tokenizer):
     assert sorted(blocks(0)[:10]) == sorted(blocks(1)[:10])
 
 
+def test_every_buffer_is_shuffled_anew(tokenizer):
+    numbers = Dataset.from_dict({"input_ids": [[i, i + 100] for i in range(2, 50)]}).to_iterable_dataset()
+    blocks = StreamedText(numbers, tokenizer, max_length=3, seed=0, buffer_size=16).take(48)
+    orders = [[block[0] - 2 - 16 * b for block in blocks[16 * b : 16 * b + 16]] for b in range(3)]
+    assert [sorted(order) for order in orders] == [list(range(16))] * 3
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 @pytest.mark.parametrize("kind", ["generator", "shards", "jsonl", "parquet", "mapped", "mixed"])
 def test_a_stream_goes_on_from_its_position(kind, tokenizer, tmp_path):
     """From nothing taken, inside a buffer, between two, inside a document, and in later passes."""
