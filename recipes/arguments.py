@@ -47,8 +47,8 @@ def parse(
 ) -> tuple[Any, ...]:
     """Parse `--config file.yaml --key value ...`; a key that no dataclass knows is an error.
 
-    Keys given on the command line win over the file. A chat template that the file names may lie beside it. `--help` shows `description`, prefopt's own keys and the usual
-    ones of TRL and transformers, `--help-all` all of them.
+    Keys given on the command line win over the file. A chat template that the file names may lie beside it. `--help`
+    shows `description`, prefopt's own keys and the usual ones of TRL and transformers, `--help-all` all of them.
     """
     argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
     argv = [_with_underscores(argument) for argument in argv]
@@ -66,9 +66,7 @@ def parse(
     options -= {"config", "help", "help_all"}
     _refuse_unknown(options, known | {f"no_{name}" for name in known}, "the command line")
 
-    from prefopt.recipes.step_parser import (
-        StepParser,
-    )  # here, so that a misspelt key is told without loading TRL
+    from prefopt.recipes.step_parser import StepParser  # a misspelt key is told before TRL is loaded
 
     show_all = "--help_all" in argv
     parser = StepParser(dataclass_types, prog, description, show_all)
@@ -79,9 +77,15 @@ def parse(
         with warnings.catch_warnings():
             # TRL's own default is spelt the way that transformers warns of.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
-            return parser.parse_args_and_config(argv)
+            parsed = parser.parse_args_and_config(argv)
     except (ValueError, TypeError) as error:
         raise UserError(explain(error) or error) from error
+    for arguments in parsed:
+        if hasattr(arguments, "report_to"):
+            from prefopt.recipes.checks import check_reporting  # loads torch, which few commands need
+
+            check_reporting(arguments.report_to)
+    return parsed
 
 
 def _with_underscores(argument: str) -> str:

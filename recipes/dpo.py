@@ -10,6 +10,7 @@ part of both answers. The reference is the model the run starts from.
 from trl import ModelConfig
 
 from prefopt.recipes.arguments import ComparisonArguments, parse
+from prefopt.recipes.checks import check_length, is_finished
 from prefopt.recipes.models import (
     check_hub,
     load_policy,
@@ -31,10 +32,13 @@ def main(argv: list[str] | None = None) -> None:
         (ComparisonArguments, RankedDPOConfig, ModelConfig), argv, "prefopt dpo", __doc__
     )
     init_kwargs = model_init_kwargs(model_args)
+    if is_finished(args):
+        return
     check_hub(args)
     train, evaluation = load_comparisons(data, args)
 
     tokenizer = load_tokenizer(model_args)
+    check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
     require_chat_template(tokenizer, train, evaluation)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     model = load_policy(model_args, init_kwargs)

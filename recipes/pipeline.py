@@ -9,6 +9,7 @@ after an interruption and it goes on where it was.
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,6 +95,8 @@ class Pipeline:
 
     def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
         """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""
+        if "output_dir" in keys and name != "evaluate":  # what a try of this step left that did not end
+            shutil.rmtree(str(keys["output_dir"]), ignore_errors=True)
         argv = ["--config", str(self.configs / f"{name}.yaml"), "--seed", str(self.args.seed)]
         for key, value in keys.items():
             argv += [f"--{key}", str(value)]

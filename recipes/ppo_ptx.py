@@ -16,6 +16,7 @@ from pathlib import Path
 from trl import ModelConfig
 
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.checks import check_length, check_prompts, is_finished
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import (
     check_hub,
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         (PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx", __doc__
     )
     init_kwargs = model_init_kwargs(model_args)
+    if is_finished(args):
+        return
     check_hub(args)
     if not data.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
@@ -91,6 +94,8 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         raise UserError("overoptimisation_patience needs gold_reward, eval_strategy and evaluation prompts")
 
     tokenizer = load_tokenizer(model_args)
+    if args.ptx_coef > 0:
+        check_length(args, "ptx_max_length", model_args.model_name_or_path, model_args.model_revision)
     require_chat_template(tokenizer, train, evaluation)
     if args.reward_weights is not None:
         raise UserError(
@@ -101,6 +106,10 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         check_reward_model(data.reward_model_name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
+    policy, reward = model_args.model_name_or_path, data.reward_model_name_or_path
+    limit = ("max_completion_length", args.max_completion_length)
+    template = args.chat_template_kwargs or {}
+    check_prompts(train, str(data.dataset_name), tokenizer, [policy, reward], limit, **template)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     model = load_policy(model_args, init_kwargs)
     trainer = PPOPtxTrainer(

@@ -14,6 +14,7 @@ from functools import partial
 from trl import ModelConfig
 
 from prefopt.recipes.arguments import ComparisonArguments, parse
+from prefopt.recipes.checks import check_length, is_finished
 from prefopt.recipes.conversations import demonstrations_from_messages
 from prefopt.recipes.models import (
     check_hub,
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         (RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward", __doc__
     )
     init_kwargs = model_init_kwargs(model_args)
+    if is_finished(args):
+        return
     check_hub(args)
     adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
     train, evaluation = load_comparisons(data, args)
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     tokenizer = load_tokenizer(model_args, args)
+    check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
     require_chat_template(tokenizer, train, evaluation, demonstrations)
     args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     model = load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token)

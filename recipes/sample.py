@@ -19,6 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from prefopt.evaluation.generate import generate, write_jsonl
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.checks import check_prompts
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_prompts(args)
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, rows)
+    limit = ("max_new_tokens", args.max_new_tokens)
+    check_prompts(rows, str(args.dataset_name), tokenizer, [model_args.model_name_or_path], limit)
     model = load_sampler(model_args, init_kwargs)
     counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
     prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]

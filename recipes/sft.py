@@ -20,6 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from prefopt.comparisons import validate_comparisons
 from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.checks import check_length, is_finished
 from prefopt.recipes.demonstrations import (
     check_sft_rows,
     kind_of,
@@ -160,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
     data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft", __doc__)
     init_kwargs = model_init_kwargs(model_args)
+    if is_finished(args):
+        return
     check_hub(args)
     if not 0 <= data.pretrain_mix < 1:
         raise UserError(f"pretrain_mix is {data.pretrain_mix}; expected a share in [0, 1)")
@@ -171,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     train, evaluation, rated = load_sft_rows(data, args)
     tokenizer = load_tokenizer(model_args, args)
+    check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
     require_chat_template(tokenizer, train, evaluation, rated)
     if kind_of(train) != "text":
         options = {"tokenizer": tokenizer, "max_length": args.max_length, "loss_on": data.loss_on}

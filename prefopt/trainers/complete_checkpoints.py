@@ -22,14 +22,16 @@ MARKER = "complete.json"
 UNFINISHED = "_unfinished"  # neither a checkpoint to Trainer nor pushed to the Hub, for the underscore
 
 
-def seal(folder: str | os.PathLike) -> None:
-    """Bring every file of a checkpoint to disk, then write its marker: the sizes of all of them."""
+def seal(folder: str | os.PathLike, trainer: str | None = None) -> None:
+    """Bring every file of a checkpoint to disk, then write its marker: the sizes of all, and the trainer's class."""
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / MARKER).write_text(json.dumps({"files": sizes}, indent=2) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(
+        json.dumps({"trainer": trainer, "files": sizes}, indent=2) + "\n", encoding="utf-8"
+    )
     for path in (folder / MARKER, *{path.parent for path in files}, folder):
         _sync(path)
 
@@ -121,13 +123,28 @@ class CompleteCheckpointsMixin:
                 )
             if missing is not None:
                 logger.warning("%s has no %s: taken for complete, as it was named", wanted, MARKER)
+            self._refuse_another_trainer(wanted)
             return str(wanted)
         checkpoint = newest_complete_checkpoint(self.args.output_dir)
         if checkpoint is None:
             logger.warning("no complete checkpoint in %s: training starts anew", self.args.output_dir)
         else:
             logger.info("going on from %s", checkpoint)
+            self._refuse_another_trainer(checkpoint)
         return checkpoint
+
+    def _refuse_another_trainer(self, checkpoint: str | os.PathLike) -> None:
+        """Its weights would load in part, or into the wrong model."""
+        try:
+            marker = json.loads((Path(checkpoint) / MARKER).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        own = type(self).__name__
+        if marker.get("trainer") not in (None, own):
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} is of a {marker['trainer']}, not of a {own}; choose another "
+                "output_dir, or the checkpoint of another run"
+            )
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
@@ -165,7 +182,7 @@ class CompleteCheckpointsMixin:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(unfinished / name, TRAINER_STATE_NAME))
-            seal(unfinished / name)
+            seal(unfinished / name, type(self).__name__)
             shutil.rmtree(run / name, ignore_errors=True)  # of an earlier run, or left incomplete
             os.rename(unfinished / name, run / name)
             unfinished.rmdir()
