@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from prefopt.comparisons import validate_comparisons
 from prefopt.formats import FORMATS, convert, detect
+from prefopt.row_checks import validate_comparisons
 
 
 def user(text):
