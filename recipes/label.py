@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.progress import track
+
 from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
 from prefopt.evaluation.models import load_classifier
 from prefopt.evaluation.reward import score_rows
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["sheet", "label-studio", "argilla"]
 READERS = {"sheet": read_answers, "label-studio": read_label_studio, "argilla": read_argilla}
+ROWS_AT_ONCE = 200  # between two steps of the progress bar
 OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json", "argilla": "argilla"}
 
 
@@ -291,7 +294,11 @@ def next_(argv: list[str]) -> None:
     scores = []
     for name in args.reward_model:
         model, tokenizer = load_classifier(name)
-        scores.append(score_rows(model, tokenizer, left, args.batch_size))
+        parts = [left[start : start + ROWS_AT_ONCE] for start in range(0, len(left), ROWS_AT_ONCE)]
+        shown = track(parts, f"scores of {name}")
+        scores.append(
+            [found for part in shown for found in score_rows(model, tokenizer, part, args.batch_size)]
+        )
     chosen = choose_next(left, list(zip(*scores, strict=True)), **options, source=str(args.samples))
     if not chosen:
         raise UserError(f"{args.samples}: no prompt with two different outputs is left to label")
