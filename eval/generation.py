@@ -71,6 +71,11 @@ def run(
         raise ValueError("prompts: expected at least one, got none")
     if any("id" in row for row in rows):
         raise ValueError("prompts: the column 'id' is taken by the number of the row; rename it")
+    use_cases = sorted({str(row["use_case"]) for row in rows if row.get("use_case")})
+    if args.heldout_use_case is not None and args.heldout_use_case not in use_cases:
+        raise ValueError(
+            f"heldout_use_case: no prompt is of {args.heldout_use_case!r}; the prompts have {', '.join(use_cases) or 'none'}"
+        )
     settings = {
         "prompts": rows,
         "samples_per_prompt": own.samples_per_prompt,

@@ -6,7 +6,7 @@ from html import escape
 from prefopt.evaluation import plots
 from prefopt.evaluation.generate import write_whole
 from prefopt.evaluation.markup import page, scroll_table
-from prefopt.evaluation.training_run import KINDS, Run, numbers, sentences, table, title
+from prefopt.evaluation.training_run import KINDS, Run, no_trouble, numbers, sentences, table, title
 
 Series = list[tuple[str, str]]
 
@@ -78,7 +78,9 @@ def _troubles(run: Run) -> str:
         f"<li><b>Step {t.step}: {escape(t.name)}.</b> {escape(t.message[0].upper() + t.message[1:])}.</li>"
         for t in troubles
     )
-    body = f"<ul class='troubles'>{items}</ul>" if troubles else "<p class='note'>None found.</p>"
+    body = (
+        f"<ul class='troubles'>{items}</ul>" if troubles else f"<p class='note'>{escape(no_trouble(run))}</p>"
+    )
     return f"<section><h2>Troubles and what to do</h2>{body}</section>"
 
 

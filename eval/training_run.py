@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefopt.trainers.ppo_ptx_watch import Trouble, diagnose
+from prefopt.trainers.ppo_ptx_watch import WINDOW, Trouble, diagnose
 
 STATE_FILE = "trainer_state.json"
 Log = Sequence[Mapping[str, Any]]
@@ -291,8 +291,19 @@ def summary(run: Run) -> str:
     troubles = run.troubles()
     lines += [f"Trouble at step {t.step}: {t.name}: {t.message}" for t in troubles]
     if run.kind in ("ppo", "ppo_ptx") and not troubles:
-        lines.append("No trouble found.")
+        lines.append(no_trouble(run))
     return "\n".join(lines)
+
+
+def no_trouble(run: Run) -> str:
+    """What it means that `diagnose` found nothing: most of its checks average `WINDOW` log entries."""
+    count = len(run.training)
+    if count < WINDOW:
+        return (
+            f"Too short to judge: {count} log entr{'y' if count == 1 else 'ies'}, and most troubles show from {WINDOW} on; "
+            "lower logging_steps, or look again later."
+        )
+    return "No trouble found."
 
 
 def title(run: Run) -> str:

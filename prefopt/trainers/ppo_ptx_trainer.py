@@ -1,5 +1,7 @@
 """PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
 
+import functools
+import inspect
 import logging
 import os
 import textwrap
@@ -100,6 +102,7 @@ class PPOPtxTrainer(
 
     _tag_names = ["trl", "prefopt", "ppo-ptx"]  # noqa: RUF012  (TRL's class attribute)
     _name = "PPO-ptx"
+    _builds_on = ("Proximal Policy Optimization Algorithms", "1707.06347")
     _paper = {  # noqa: RUF012
         "title": "Training language models to follow instructions with human feedback",
         "id": "2203.02155",
@@ -231,7 +234,7 @@ class PPOPtxTrainer(
         elif not isinstance(reward, (PreTrainedModel, PeftModel)):
             if not callable(reward):
                 raise TypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
-            return reward
+            return _returning_scores(reward)
 
         number = len(self.reward_models)
 
@@ -304,6 +307,24 @@ class PPOPtxTrainer(
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
         return self._prompt_order.sampler
+
+
+def _returning_scores(reward: Callable) -> Callable:
+    """The reward function, named where it forgets to return; one that is awaited is left to TRL."""
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        return reward
+
+    @functools.wraps(reward)
+    def scores(*args: Any, **columns: Any) -> list:
+        returned = reward(*args, **columns)
+        if returned is None:
+            raise ValueError(
+                f"reward function {getattr(reward, '__name__', reward)!r} returned None; expected a list with a score, or "
+                "None, for each completion: does it end without `return`?"
+            )
+        return returned
+
+    return scores
 
 
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:

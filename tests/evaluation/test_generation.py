@@ -244,3 +244,13 @@ def test_a_column_id_of_the_prompts_is_refused(tmp_path):
         generation.run(
             EvaluationRun(tmp_path), args, generation.GenerateArguments(), [{"prompt": "x", "id": 7}]
         )
+
+
+def test_a_use_case_that_no_prompt_has_is_an_error(tmp_path: Path):
+    """Misspelt, it would keep nothing out of the numbers."""
+    rows = [{"prompt": "a", "use_case": "extract"}, {"prompt": "b", "use_case": "rewrite"}]
+    args = EvaluationArguments(str(tmp_path), {"whole": str(tmp_path)}, heldout_use_case="extrct")
+    with pytest.raises(
+        ValueError, match="heldout_use_case: no prompt is of 'extrct'; the prompts have extract, rewrite"
+    ):
+        generation.run(EvaluationRun(tmp_path), args, GenerateArguments(), rows)

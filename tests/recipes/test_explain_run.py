@@ -186,6 +186,15 @@ def test_troubles_come_with_step_and_remedy(tmp_path, capsys):
     assert "No trouble found." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("steps", "is_judged"), [(4, False), (5, True)])
+def test_a_log_too_short_to_judge_is_not_called_free_of_trouble(tmp_path, capsys, steps, is_judged):
+    explain_run.main([str(save(tmp_path, ppo_log(steps), settings=SETTINGS))])
+    said = capsys.readouterr().out, (tmp_path / "explanation.html").read_text()
+    for text in said:
+        assert ("No trouble found." in text) == is_judged
+        assert (f"Too short to judge: {steps} log entries" in text) != is_judged
+
+
 # ---- the page -------------------------------------------------------------------------------------------------
 class Page(HTMLParser):
     """Tags, attributes and text of a page whose tags close in order."""

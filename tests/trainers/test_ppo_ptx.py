@@ -683,6 +683,16 @@ def test_left_out_prompts_are_counted(make, caplog):
     assert "2 of 14 prompts are left out of each epoch" in caplog.text
 
 
+def test_a_reward_function_that_forgets_to_return_is_named(make):
+    def brevity(completion_ids, **columns):
+        [-len(ids) for ids in completion_ids]
+
+    trainer = make(rewards=[length_reward, brevity], max_steps=1)
+    assert trainer.reward_func_names == ["length_reward", "brevity"]
+    with pytest.raises(ValueError, match=r"reward function 'brevity' returned None; expected a list"):
+        trainer.train()
+
+
 # ---- it learns ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value_model", ["head", "network"])
 def test_learns_to_say_a_token(value_model, make, reward_model):
