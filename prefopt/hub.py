@@ -202,7 +202,7 @@ def create_repo(api: HfApi, repo_id: str, *, private: bool | None = None, revisi
         raise ValueError(
             f"{repo_id} is there already and is public; make it private in its settings, or take another name"
         )
-    if revision is not None:
+    if revision is not None and not revision.startswith("refs/"):  # of a pull request
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return repo_id
 
@@ -265,7 +265,9 @@ def _reason(error: BaseException) -> str:
         )
     if status is not None and status >= 500:
         return f"the Hub had an error of its own ({status}), also when asked again"
-    if isinstance(error, HTTPError) and status is None:
+    if status is not None:
+        return f"the Hub answered {status}: {error.server_message or _first_line(error)}"
+    if isinstance(error, HTTPError):
         return f"the connection broke ({type(error).__name__}: {_first_line(error)})"
     return _first_line(error)
 

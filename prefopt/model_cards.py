@@ -100,6 +100,7 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
         "summary": "",
         "method": "",
         "paper": {},
+        "builds_on": None,
         "data": {},
         "hyperparameters": {},
         "links": {},

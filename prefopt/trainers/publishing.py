@@ -19,7 +19,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_trackio_space_url
 
 from prefopt.comparisons import build_ids
 from prefopt.hub import hub_errors, push_folder
-from prefopt.model_cards import README, holds_model, is_handwritten, read_facts, write_card
+from prefopt.model_cards import README, holds_model, is_handwritten, is_hub_id, read_facts, write_card
 
 # Key of the log -> what it is called in a card, and its metric type in `model-index`.
 METRICS = {
@@ -70,6 +70,7 @@ class PublishingMixin:
     DPO keep beside the policy, and what only training needs, stays (`prefopt push --roles true` publishes the former).
     """
 
+    _builds_on: tuple[str, str] | None = None  # a method beside that of `_paper`, and its number on arXiv
     _card_dataset: str | None = None
     _card_tags: Sequence[str] = ()
 
@@ -98,7 +99,7 @@ class PublishingMixin:
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        self.create_model_card(**kwargs)
         self._finish_current_push()
         return push_folder(
             self.args.output_dir,
@@ -122,7 +123,8 @@ class PublishingMixin:
         """
         if not self.is_world_process_zero():
             return
-        self._card_dataset = dataset_name or self._card_dataset
+        if dataset_name:  # a path of this machine is nobody's business
+            self._card_dataset = dataset_name if is_hub_id(dataset_name) else Path(dataset_name).name
         self._card_tags = [tags] if isinstance(tags, str) else tags or self._card_tags
         self._write_card(self.args.output_dir)
 
@@ -169,6 +171,7 @@ class PublishingMixin:
             "summary": next(iter((type(self).__doc__ or "").strip().splitlines()), ""),
             "tags": [*self._tag_names, *self._card_tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
             "paper": self._paper,
+            "builds_on": self._builds_on,
             "base_model": _origin(self.model),
             "datasets": [self._card_dataset] if self._card_dataset else [],
             "data": {**self._card_data(), **_adapter(self.model, quantization)},

@@ -100,6 +100,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 
     _tag_names = ["trl", "prefopt", "dpo", "ranked-dpo"]  # noqa: RUF012 (TRL's attribute)
     _name = "Ranked DPO"
+    _builds_on = ("the ranking loss of InstructGPT", "2203.02155")
     _row_columns = (*RankedTrainerMixin._row_columns, "ref_logps")
 
     def __init__(

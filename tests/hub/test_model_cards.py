@@ -103,6 +103,8 @@ def test_ppo_ptx_reports_its_kl_and_score(base, tokenizer, tmp_path):
     assert (table["kl_coef"], table["ptx_coef"], table["reward"]) == ("0.07", "27.8", "length")
     assert card.data.pipeline_tag == "text-generation"
     assert "ppo-ptx" in card.data.tags
+    assert "https://huggingface.co/papers/2203.02155" in card.text
+    assert "https://huggingface.co/papers/1707.06347" in card.text
 
 
 def test_the_code_runs_from_a_local_folder(saved, tmp_path):
@@ -148,6 +150,8 @@ def test_an_edited_text_is_kept_and_said_so(saved, tmp_path, caplog):
     assert "was edited by hand and is kept; delete it to have it written anew" in caplog.text
     assert (tmp_path / "rm" / README).read_text() == before
     assert read_facts(tmp_path / "rm")["datasets"] == ["me/rankings"]
+    saved.create_model_card(dataset_name="/home/me/secret/rows.jsonl")
+    assert read_facts(tmp_path / "rm")["datasets"] == ["rows.jsonl"]
     (tmp_path / "rm" / README).unlink()
     saved.create_model_card()
     assert "For fun." not in (tmp_path / "rm" / README).read_text()

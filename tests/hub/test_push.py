@@ -112,7 +112,7 @@ FAILURES = {
     "cut in the third part": ("PUT /lfs/\\w+/3", None, "the connection broke"),
     "commit": ("POST .*/commit", 502, "the Hub had an error of its own \\(502\\)"),
     "commit cut": ("POST .*/commit", None, "the connection broke"),
-    "no room": ("POST .*/commit", 413, "413"),
+    "no room": ("POST .*/commit", 413, "the Hub answered 413: this is a test"),
 }
 
 

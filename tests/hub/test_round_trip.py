@@ -81,6 +81,16 @@ def test_a_reward_token_travels_along(lora, hub, base, tokenizer, tmp_path):
     assert run_card(text)["score"] == pytest.approx(trainer.score([QUESTION], [ANSWER])[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_where_eos_is_the_pad_token_the_card_reads_the_score_behind_eos(lora, hub, base, tokenizer, tmp_path):
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = reward_trainer(base, tokenizer, tmp_path / "rm", lora=lora)
+    trainer.push_to_hub()
+    card = run_card(hub.files("me/rm")["README.md"].decode())
+    assert card["ids"][-1] == tokenizer.pad_token_id
+    assert card["score"] == pytest.approx(trainer.score([QUESTION], [ANSWER])[0], abs=1e-5)
+
+
 @pytest.mark.parametrize("closing", ["token", "text"])
 def test_the_card_closes_a_conversation_as_training_does(closing, hub, base, chat_tokenizer, tmp_path):
     if closing == "text":  # the template ends an answer with no token of its own
