@@ -36,10 +36,10 @@ RANKED = [
     {"prompt": "p22", "completions": ["dd", "dd"], "ranks": [1, 1], "labeler": "ann"},
     {
         "prompt": "p3",
-        "completions": ["e", "ff"],
-        "ranks": [1, 2],
+        "completions": ["e", "ff", "gg"],
+        "ranks": [1, 2, 3],
         "labeler": "bob",
-        "flags": [{}, {"rude": True}],
+        "flags": [{}, {"rude": True}, {}],
     },
 ]
 
@@ -205,8 +205,8 @@ def test_validate_rows_of_each_kind(tmp_path, capsys, rows, kind):
     ("rows", "message"),
     [
         (
-            [RANKED[0], {**RANKED[3], "ranks": [1, 3]}],
-            "row 1: field 'ranks': expected dense ranks, got [1, 3]",
+            [RANKED[0], {**RANKED[3], "ranks": [1, 3, 3]}],
+            "row 1: field 'ranks': expected dense ranks, got [1, 3, 3]",
         ),
         ([{"prompt": "p", "completion": ""}], "row 0: field 'completion': expected a non-empty string"),
         ([{"prompt": "p"}, {"prompt": ""}], "row 1: field 'prompt': expected a text or messages"),
@@ -254,11 +254,11 @@ def test_stats(tmp_path, capsys, ranked):
     found = json.loads(out.read_text())
     assert found["rows"] == 4
     assert (found["prompts"], found["repeated_prompts"], found["rows_of_repeated_prompts"]) == (3, 1, 2)
-    assert found["k"] == {"2": 2, "3": 2}
-    assert (found["pairs"], found["tied_pairs"]) == (3 + 3 + 1 + 1, 1 + 0 + 1 + 0)
+    assert found["k"] == {"2": 1, "3": 3}
+    assert (found["pairs"], found["tied_pairs"]) == (3 + 3 + 1 + 3, 1 + 0 + 1 + 0)
     assert found["rows_without_comparison"] == found["rows_with_repeated_completions"] == 1
-    # Strict pairs of different length: in row 0 a > b and a > c, in row 1 b > a, b > c and a > c, in row 3 e > f.
-    assert (found["longer_wins"], found["longer_wins_pairs"]) == ((2 + 2 + 0) / 6, 6)
+    # Strict pairs of different length: in row 0 a > b and a > c, in row 1 b > a, b > c and a > c, in row 3 e > ff and e > gg.
+    assert (found["longer_wins"], found["longer_wins_pairs"]) == ((2 + 2 + 0) / 7, 7)
     assert found["lengths"]["characters of the prompt"] == {
         "n": 4,
         "mean": 9 / 4,
@@ -266,7 +266,7 @@ def test_stats(tmp_path, capsys, ranked):
         "p95": 3,
         "max": 3,
     }
-    assert found["lengths"]["characters of a completion"]["mean"] == (7 + 7 + 4 + 3) / 10
+    assert found["lengths"]["characters of a completion"]["mean"] == (7 + 7 + 4 + 5) / 11
     assert found["rows_with"] == {"ratings": 1, "flags": 1}
     assert found["ratings"] == [1, 7]
     assert found["labelers"] == {"ann": 2, "bob": 2}
@@ -275,7 +275,7 @@ def test_stats(tmp_path, capsys, ranked):
     assert found["agreement"]["agreement of labelers on untied pairs"]["value"] == 1 / 2
     assert found["shared"] == {str(other): {"prompts": 1, "rows": 2}}
     assert "the longer completion wins" in said
-    assert "66.7% of 6 pairs" in said
+    assert "57.1% of 7 pairs" in said
     assert "agreement of labelers on untied pairs" in said
 
 
@@ -413,9 +413,11 @@ def test_split_takes_one_of_prompts_that_begin_alike(tmp_path, capsys):
     kept = [one["prompt"] for name in ("train", "test") for one in read_jsonl(out / f"{name}.jsonl")]
     assert sorted(kept) == sorted([alike[0], alike[2], alike[3], alike[0]])
     assert "left out: 1 of 5 rows, which share 15 first characters of the prompt with an earlier one" in said
-    write_jsonl(source, [row([system, {"role": "user", "content": p}]) for p in alike])
+    short = [row([system, {"role": "user", "content": p}]) for p in alike]
+    short.append(row([{"role": "system", "content": "Be rude."}, {"role": "user", "content": alike[2]}]))
+    write_jsonl(source, short)
     run(capsys, "split", source, "--dedupe_prefix", 15, "--validation", 0, "--test", 0.3, "--out", out)
-    assert sum(len(read_jsonl(out / f"{name}.jsonl")) for name in ("train", "test")) == 3
+    assert sum(len(read_jsonl(out / f"{name}.jsonl")) for name in ("train", "test")) == 4
 
 
 @pytest.mark.parametrize(
