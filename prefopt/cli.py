@@ -24,6 +24,7 @@ GROUPS = {
         "explain-run": ("prefopt.recipes.explain_run", "what moved the weights when, and what went wrong"),
     },
     "plan and share": {
+        "plan": ("prefopt.recipes.plan", "does it fit: memory of each step, before anything is downloaded"),
         "push": ("prefopt.recipes.push", "publish a trained model on the Hub, with a model card"),
     },
     "start and help": {

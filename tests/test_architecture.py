@@ -64,8 +64,13 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
         {"numpy", "scipy", "krippendorff", "markdown_it"},
     ),
     "sandbox": ({"ranked_rows", "comparisons", "labeling"}, MODELS | {"numpy"}),
+    "memory_plan": ({"prefix_sharing"}, MODELS),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "formats", "row_statistics", "row_splits"}, None),
+    "recipes": (
+        LIBRARY
+        | {"labeling", "sandbox", "evaluation", "formats", "row_statistics", "row_splits", "memory_plan"},
+        None,
+    ),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }

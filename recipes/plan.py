@@ -1,0 +1,377 @@
+"""Does it fit? How much GPU memory a step will take, told from the model's config.json before anything is downloaded.
+
+    prefopt plan --model Qwen/Qwen3-8B-Base --gpu 24GB                      # every step, with its default settings
+    prefopt plan reward --config reward.yaml --gpu 24GB --load_in_4bit true # one step, as it will be launched
+
+Behind `plan` stand the keys and the file of the step itself. Without a step's name all four are planned that know the
+keys. Where a step does not fit, the table says what to change, tried in this order: 4-bit weights, gradient
+checkpointing, `max_tokens_per_forward`, a smaller batch, a smaller rollout, shorter rows.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig
+from trl import ModelConfig, get_peft_config
+
+from prefopt.evaluation.jsonl import write_whole
+from prefopt.memory_plan.fitting import NESTED_NF4, NF4, Fit, fit, largest_batch
+from prefopt.memory_plan.models import Adapter, Architecture, Precision
+from prefopt.memory_plan.passes import Moment
+from prefopt.memory_plan.steps import CUDA_CONTEXT, FRAGMENTATION, STEPS, Settings, moments, peak
+from prefopt.recipes.arguments import DataArguments, UserError, parse
+from prefopt.recipes.models import is_adapter
+from prefopt.recipes.ppo_ptx import PPOPtxArguments
+from prefopt.recipes.reward import RewardArguments
+from prefopt.recipes.sft import SFTArguments, SFTStepConfig
+from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
+from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
+from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+
+GIB = 2**30
+ARGUMENTS: dict[str, tuple[type, type]] = {
+    "sft": (SFTArguments, SFTStepConfig),
+    "reward": (RewardArguments, RankedRewardConfig),
+    "dpo": (DataArguments, RankedDPOConfig),
+    "ppo-ptx": (PPOPtxArguments, PPOPtxConfig),
+}
+PARTS = {
+    "weights": "weights",
+    "adapters": "adapters",
+    "reference": "reference model",
+    "reward model": "reward model",
+    "value function": "value function",
+    "optimizer": "optimizer state",
+    "average": "averaged weights",
+    "gradients": "gradients",
+    "activations": "activations",
+    "head": "logits, scores",
+    "KV cache": "KV cache",
+    "batches": "token ids, rollout",
+    "CUDA context": "CUDA context (assumed)",
+    "fragmentation": "fragmentation (assumed)",
+}
+
+
+@dataclass
+class PlanArguments:
+    """What a plan is made for, beside the settings of the step."""
+
+    gpu: str | None = field(
+        default=None, metadata={"help": "Memory of one GPU (with use_cpu, of the machine), such as 24GB."}
+    )
+    k: int = field(default=9, metadata={"help": "Completions of a prompt in the rankings."})
+    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
+    completion_length: int = field(
+        default=256, metadata={"help": "Tokens of the longest completion; ppo-ptx has max_completion_length."}
+    )
+    out: str | None = field(default=None, metadata={"help": "Write the plan to this file, as JSON."})
+
+
+def memory(text: str) -> int:
+    """Bytes of what cards are sold by: 24GB, 24 or 24GiB are 24 * 2^30.
+
+    Raises:
+        UserError: it is no such text.
+
+    Example:
+        >>> memory("24GB") == memory("24 gib") == 24 * 2**30
+        True
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"gpu: expected gigabytes, such as 24GB, got {text!r}")
+    return round(float(match[1]) * GIB)
+
+
+def on_its_machine(config_class: type) -> type:
+    """A step's configuration as it will be where it runs, though this machine may have no GPU."""
+
+    @dataclass
+    class Planned(config_class):
+        def __post_init__(self) -> None:
+            self.is_for_cpu = self.use_cpu
+            if self.bf16 is None:
+                self.bf16 = not (self.fp16 or self.use_cpu)
+            if not torch.cuda.is_available():  # or bf16 and tf32 would be refused here
+                self.use_cpu, self.tf32 = True, None
+            super().__post_init__()
+
+    return Planned
+
+
+# ---- from the step's configuration to its settings ----
+
+
+def settings_of(
+    step: str, config: PreTrainedConfig, plan: PlanArguments, args: Any, model_args: ModelConfig
+) -> Settings:
+    """What the memory of the step depends on, from its own arguments.
+
+    Raises:
+        UserError: a setting has no memory arithmetic.
+    """
+    if args.deepspeed or args.fsdp:
+        raise UserError("plan is for one process that holds everything: drop deepspeed and fsdp")
+    if args.fp16:
+        raise UserError("plan has no arithmetic for fp16: take bf16")
+    if model_args.attn_implementation not in (None, "sdpa"):
+        raise UserError(
+            f"plan has no arithmetic for attn_implementation={model_args.attn_implementation!r}: leave it out"
+        )
+    try:
+        architecture = Architecture.of(config)
+    except ValueError as error:
+        raise UserError(error) from error
+    lora, continues = lora_of(model_args)
+    precision = precision_of(model_args, args.bf16)
+    adapter = adapter_of(config, lora, getattr(args, "disable_dropout", False)) if lora else None
+    settings = Settings(
+        step=step,
+        architecture=architecture,
+        precision=precision,
+        adapter=adapter,
+        is_cuda=not args.is_for_cpu,
+        checkpointing=bool(args.gradient_checkpointing),
+        batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        k=plan.k,
+        prompt=plan.prompt_length,
+        completion=plan.completion_length,
+        optimizer=optimizer_state(str(getattr(args.optim, "value", args.optim))),
+        continues_adapter=continues,
+        # TRL's SFTTrainer rounds adapters on a quantised base to bf16; prefopt's trainers do not
+        adapter_bytes=2 if step == "sft" and precision.is_quantised else 4,
+    )
+    if step == "ppo-ptx":
+        episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return replace(
+            settings,
+            completion=args.max_completion_length,
+            rollout=args.per_device_train_batch_size * args.steps_per_generation,
+            ptx_batch=args.ptx_per_device_batch_size,
+            ptx_length=args.ptx_max_length,
+            ptx_blocks=max(1, round(args.ptx_batch_ratio * episodes)) if args.ptx_coef > 0 else 0,
+            has_full_kl=args.kl_estimator == "full",
+            has_average=args.ema_decay is not None,
+        )
+    if step == "sft" and args.packing:
+        return replace(settings, prompt=0, completion=args.max_length, labels_prompt=True, is_padded=False)
+    if args.max_length is not None and settings.length > args.max_length:  # longer rows are dropped
+        completion = min(settings.completion, args.max_length - 1)
+        settings = replace(settings, prompt=args.max_length - completion, completion=completion)
+    if step == "sft":
+        return settings
+    return replace(
+        settings,
+        shares_prefixes=args.prefix_sharing,
+        max_tokens=args.max_tokens_per_forward,
+        precomputes_reference=step == "dpo" and args.precompute_ref_log_probs,
+    )
+
+
+def lora_of(model_args: ModelConfig) -> tuple[LoraConfig | None, bool]:
+    """The adapter that is trained, and whether it is one that a step before has left."""
+    if is_adapter(model_args.model_name_or_path):
+        return PeftConfig.from_pretrained(model_args.model_name_or_path), True
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise UserError("quantised weights cannot be trained: add use_peft")
+    return get_peft_config(model_args), False
+
+
+def adapter_of(config: PreTrainedConfig, lora: LoraConfig, disable_dropout: bool) -> Adapter:
+    """The adapter's size; ranked trainers and PPO switch its dropout off unless told otherwise."""
+    try:
+        adapter = Adapter.of(config, lora)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules: {error}") from error
+    return replace(adapter, has_dropout=adapter.has_dropout and not disable_dropout)
+
+
+def precision_of(model_args: ModelConfig, bf16: bool) -> Precision:
+    """Bytes of weights, from `dtype` and the quantisation."""
+    weights = 4 if model_args.dtype in (None, "float32") else 2
+    linear = float(weights)
+    if model_args.load_in_4bit:
+        linear = NESTED_NF4 if model_args.use_bnb_nested_quant else NF4
+    elif model_args.load_in_8bit:
+        linear = 1.0
+    return Precision(weights, bf16, linear)
+
+
+def optimizer_state(name: str) -> float:
+    """Bytes of the optimizer's state for each byte of a weight: AdamW's two moments, in 8 bit or not.
+
+    >>> optimizer_state("adamw_torch_fused"), optimizer_state("paged_adamw_8bit"), optimizer_state("sgd")
+    (2.0, 0.5, 0.0)
+    """
+    if name in ("sgd", "adafactor"):
+        return 0.0
+    if "8bit" in name:
+        return 0.5
+    if "adamw" in name:
+        return 2.0
+    raise UserError(f"plan has no arithmetic for optim={name!r}: expected an AdamW, adafactor or sgd")
+
+
+# ---- the command ----
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step as configured, and what becomes of it within the budget."""
+
+    settings: Settings
+    most: Moment
+    fit: Fit
+    largest_batch: int
+
+    def to_dict(self, budget: int) -> dict[str, Any]:
+        """Numbers in bytes."""
+        changed = peak(self.fit.settings)
+        return {
+            "fits": self.most.bytes <= budget,
+            "bytes": self.most.bytes,
+            "moment": self.most.name,
+            "parts": self.most.parts,
+            "moments": {moment.name: moment.bytes for moment in moments(self.settings)},
+            "largest_batch": self.largest_batch,
+            "changes": self.fit.changes,
+            "fits_changed": self.fit.fits,
+            "bytes_changed": changed.bytes,
+            "parts_changed": changed.parts,
+            "settings": asdict(replace(self.settings, adapter=None))
+            | {
+                "adapter": self.settings.adapter
+                and self.settings.adapter.parameters(self.settings.architecture.layers)
+            },
+        }
+
+
+def plan_step(settings: Settings, budget: int, qlora: Callable[[], Adapter]) -> StepPlan:
+    """The peak of a step, what would make it fit, and the largest batch that fits once it does."""
+    most = peak(settings)
+    found = fit(settings, budget, settings.adapter or qlora())
+    return StepPlan(settings, most, found, largest_batch(found.settings, budget) if found.fits else 0)
+
+
+def main(argv: list[str]) -> None:
+    """Plan a step, or all of them."""
+    step, argv = _named_step(argv)
+    plans: dict[str, StepPlan] = {}
+    left_out: dict[str, str] = {}
+    name = budget = out = None
+    for candidate in [step] if step else STEPS:
+        data_class, config_class = ARGUMENTS[candidate]
+        classes = (PlanArguments, data_class, on_its_machine(config_class), ModelConfig)
+        try:
+            plan, _, args, model_args = parse(classes, argv, "prefopt plan", __doc__)
+        except UserError as error:
+            if step or "unknown key" not in str(error):
+                raise
+            left_out[candidate] = str(error).removeprefix("error: ")
+            continue
+        if plan.gpu is None or not model_args.model_name_or_path:
+            raise UserError("plan needs --model (a folder or a Hub id) and --gpu (its memory, such as 24GB)")
+        for key in ("k", "prompt_length", "completion_length"):
+            if getattr(plan, key) < 1:
+                raise UserError(f"{key} is {getattr(plan, key)}; expected at least 1")
+        name, budget, out = model_args.model_name_or_path, memory(plan.gpu), plan.out
+        config = load_config(model_args)
+        settings = settings_of(candidate, config, plan, args, model_args)
+        lora = get_peft_config(replace(model_args, use_peft=True))
+        disable_dropout = getattr(args, "disable_dropout", False)
+        plans[candidate] = plan_step(
+            settings, budget, lambda c=config, x=lora, d=disable_dropout: adapter_of(c, x, d)
+        )
+    if not plans:
+        raise UserError(next(iter(left_out.values())))
+    show(name, budget, plans, left_out)
+    if out:
+        steps = {step: plan.to_dict(budget) for step, plan in plans.items()}
+        write_whole(out, json.dumps({"model": name, "budget": budget, "steps": steps}, indent=1) + "\n")
+
+
+def _named_step(argv: list[str]) -> tuple[str | None, list[str]]:
+    argv = [re.sub(r"^--model(?==|$)", "--model_name_or_path", argument) for argument in argv]
+    if not argv or argv[0].startswith("-"):
+        return None, argv
+    if argv[0] not in STEPS:
+        raise UserError(
+            f"unknown step {argv[0]!r}; expected one of {', '.join(STEPS)}, or none to plan them all"
+        )
+    return argv[0], argv[1:]
+
+
+def load_config(model_args: ModelConfig) -> PreTrainedConfig:
+    """The model's config.json, of an adapter that of its base; nothing else is downloaded."""
+    path, revision = model_args.model_name_or_path, model_args.model_revision
+    if is_adapter(path):
+        path, revision = PeftConfig.from_pretrained(path).base_model_name_or_path, None
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model: cannot load the config.json of {path!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def show(name: str, budget: int, plans: dict[str, StepPlan], left_out: dict[str, str]) -> None:
+    """Print the parts of each step's peak, the sum, and what to change."""
+    console = Console()
+    architecture = next(iter(plans.values())).settings.architecture
+    console.print(
+        f"{name}: {architecture.parameters / 1e9:.2f} billion parameters, {architecture.layers} layers, hidden "
+        f"{architecture.hidden}, vocabulary {architecture.vocab:,}; memory {budget / GIB:g} GiB",
+        highlight=False,
+    )
+    table = Table("GiB at the peak", box=None, padding=(0, 2, 0, 0))
+    for step in plans:
+        table.add_column(step, justify="right")
+    for part, label in PARTS.items():
+        values = [plan.most.parts.get(part, 0) for plan in plans.values()]
+        if any(values):
+            table.add_row(label, *(f"{value / GIB:.2f}" if value else "" for value in values))
+    table.add_row("sum", *(f"{plan.most.bytes / GIB:.2f}" for plan in plans.values()), style="bold")
+    table.add_row(
+        "fits", *("yes" if plan.most.bytes <= budget else "no" for plan in plans.values()), style="bold"
+    )
+    console.print(table)
+    for step, plan in plans.items():
+        console.print(f"{step}: {_told(plan)}", highlight=False)
+    for step, reason in left_out.items():
+        console.print(f"{step}: not planned, {reason}", highlight=False)
+    console.print(ASSUMPTIONS, highlight=False)
+
+
+def _told(plan: StepPlan) -> str:
+    """The settings that were planned, the moment of the peak and what to change, in a sentence or two."""
+    s = plan.settings
+    rows = f"K = {s.k} completions of {s.completion} tokens behind {s.prompt}"
+    if s.step in ("sft", "ppo-ptx"):
+        rows = f"rows of {s.prompt} + {s.completion} tokens"
+    trained = f"LoRA of rank {s.adapter.rank}" if s.adapter else "all weights trained"
+    text = (
+        f"batch {s.batch}, {rows}, {trained}, gradient checkpointing {'on' if s.checkpointing else 'off'}; the peak is at "
+        f"'{plan.most.name}'."
+    )
+    changes = ", ".join(f"{key}: {str(value).lower()}" for key, value in plan.fit.changes.items())
+    if not plan.fit.changes:
+        return f"{text} The largest per_device_train_batch_size that fits is {plan.largest_batch}."
+    needed = f"{peak(plan.fit.settings).bytes / GIB:.2f} GiB"
+    if plan.fit.fits:
+        return f"{text} It fits ({needed}) with {changes}."
+    return f"{text} It does not fit: with all of {changes} it still needs {needed}."
+
+
+ASSUMPTIONS = (
+    "Rows are taken to be all as long as the longest. The CUDA context "
+    f"({CUDA_CONTEXT / GIB:.2f} GiB) and fragmentation ({FRAGMENTATION:.0%} of what comes and goes) are assumed."
+)

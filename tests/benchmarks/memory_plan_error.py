@@ -1,0 +1,392 @@
+"""The error of `prefopt plan` on CPUs: its peak against the one that the allocator sees, over random shapes.
+
+    python tests/benchmarks/memory_plan_error.py --count 100 --out errors.jsonl
+    python tests/benchmarks/memory_plan_error.py --steps dpo --count 20 --bf16
+
+Each shape is a tiny model (width, depth, heads, vocabulary), a batch (K, lengths, padding) and settings (adapter or all
+weights, gradient checkpointing, prefix sharing, a token budget, accumulation; of PPO-ptx the rollout, the pretraining
+text and the KL estimator). The trainer takes two optimizer steps as a user's would; what is compared is the highest sum
+of live bytes in the second, when the optimizer has its state. The bytes are the CPU allocator's own events, all of them
+since before the model was built, as `torch.profiler` records them: no tensor and no operator's scratch space is missed,
+and what Python holds outside tensors is not counted.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen3Config,
+    Trainer,
+    TrainerCallback,
+)
+from trl import ModelConfig, get_peft_config
+
+from prefopt import PPOPtxTrainer, RankedDPOTrainer, RankedRewardTrainer
+from prefopt.memory_plan.steps import STEPS, Settings, peak
+from prefopt.recipes.plan import ARGUMENTS, PlanArguments, on_its_machine, settings_of
+from prefopt.recipes.sft import SFTStepTrainer
+from prefopt.reward_checkpoints import save_reward_model
+
+CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+MARK = "optimizer step "
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, a batch and settings; the fields behind `max_tokens` are of PPO-ptx."""
+
+    step: str
+    model: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    is_tied: bool
+    k: int
+    prompt: int
+    completion: int
+    is_padded: bool
+    batch: int
+    accumulation: int
+    lora_r: int | None
+    targets: str | list[str]
+    dropout: float
+    checkpointing: bool
+    shares_prefixes: bool
+    max_tokens: int | None
+    minibatches: int
+    ptx_length: int
+    ptx_batch: int
+    ptx_coef: float
+    kl_estimator: str
+    ema_decay: float | None
+    bf16: bool = False
+
+
+def draw(step: str, rng: random.Random, bf16: bool = False) -> Shape:
+    """A shape of a step at random."""
+    heads, head_dim = rng.choice([2, 4, 6]), rng.choice([16, 32])
+    hidden = rng.choice([heads * head_dim, 32 * rng.randint(2, 6)])
+    return Shape(
+        step=step,
+        model=rng.choice(sorted(CONFIGS)),
+        layers=rng.randint(2, 5),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        head_dim=head_dim,
+        intermediate=hidden * rng.choice([2, 3, 4]),
+        vocab=rng.choice([512, 1024, 4096]),
+        is_tied=rng.random() < 0.5,
+        k=rng.randint(2, 9),
+        prompt=rng.randint(8, 128),
+        completion=rng.randint(4, 40),
+        is_padded=rng.random() < 0.5,
+        batch=rng.randint(1, 3),
+        accumulation=rng.choice([1, 1, 2]),
+        lora_r=rng.choice([None, None, 4, 16, 64]),
+        targets=rng.choice(["all-linear", ["q_proj", "v_proj"]]),
+        dropout=rng.choice([0.0, 0.05]),
+        checkpointing=rng.random() < 0.5,
+        shares_prefixes=rng.random() < 0.7,
+        max_tokens=rng.choice([None, None, 256]),
+        minibatches=rng.choice([1, 2]),
+        ptx_length=rng.choice([32, 64, 128, 256]),
+        ptx_batch=rng.randint(1, 3),
+        ptx_coef=rng.choice([0.0, 1.0]),
+        kl_estimator=rng.choice(["k1", "full"]),
+        ema_decay=rng.choice([None, 0.992]),
+        bf16=bf16,
+    )
+
+
+# ---- the plan ----
+
+
+def config_of(shape: Shape) -> PretrainedConfig:
+    return CONFIGS[shape.model](
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=shape.is_tied,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        num_labels=1,
+    )
+
+
+def arguments(shape: Shape, folder: str) -> tuple[Any, ModelConfig]:
+    """The step's configuration, as a YAML file would give it."""
+    more: dict[str, Any] = {"max_length": None}
+    if shape.step in ("reward", "dpo"):
+        more |= {"prefix_sharing": shape.shares_prefixes, "max_tokens_per_forward": shape.max_tokens}
+    if shape.step == "ppo-ptx":
+        more = {
+            "generation_batch_size": shape.batch * shape.accumulation * shape.minibatches,
+            "max_completion_length": shape.completion,
+            "generation_kwargs": {"min_new_tokens": shape.completion},  # no row ends early
+            "ptx_coef": shape.ptx_coef,
+            "ptx_batch_ratio": 1.0,
+            "ptx_max_length": shape.ptx_length,
+            "ptx_per_device_batch_size": shape.ptx_batch,
+            "kl_estimator": shape.kl_estimator,
+            "ema_decay": shape.ema_decay,
+        }
+    args = on_its_machine(ARGUMENTS[shape.step][1])(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=shape.bf16,
+        gradient_checkpointing=shape.checkpointing,
+        per_device_train_batch_size=shape.batch,
+        gradient_accumulation_steps=shape.accumulation,
+        max_steps=2 if shape.step != "ppo-ptx" else shape.minibatches + 1,
+        learning_rate=1e-5,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **more,
+    )
+    model_args = ModelConfig(
+        model_name_or_path=folder,
+        use_peft=shape.lora_r is not None,
+        lora_r=shape.lora_r or 1,
+        lora_target_modules=shape.targets,
+        lora_dropout=shape.dropout,
+    )
+    return args, model_args
+
+
+def plan(shape: Shape) -> Settings:
+    """What `prefopt plan` makes of the shape; that rows are all of one length it cannot know."""
+    with tempfile.TemporaryDirectory() as folder:
+        args, model_args = arguments(shape, folder)
+        rows = PlanArguments(k=shape.k, prompt_length=shape.prompt, completion_length=shape.completion)
+        settings = settings_of(shape.step, config_of(shape), rows, args, model_args)
+    continues = shape.step == "ppo-ptx" and shape.lora_r is not None
+    return Settings(**{**vars(settings), "is_padded": shape.is_padded, "continues_adapter": continues})
+
+
+# ---- the run ----
+
+
+def tokenizer_of(vocab: int) -> PreTrainedTokenizerFast:
+    """Every word is a number and a token."""
+    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
+    )
+
+
+def rows_of(shape: Shape) -> Dataset:
+    """Twice the rows of a step; padded, every other prompt and completion is one token shorter."""
+    rng = random.Random(0)
+
+    def words(count: int, number: int) -> str:
+        shorter = shape.is_padded and number % 2 and count > 1
+        return " ".join(str(rng.randint(3, shape.vocab - 1)) for _ in range(count - bool(shorter)))
+
+    rows = []
+    for number in range(2 * shape.batch * shape.accumulation * shape.minibatches):
+        row: dict[str, Any] = {"prompt": words(shape.prompt, number)}
+        if shape.step == "sft":
+            row["completion"] = " " + words(shape.completion - 1, number)  # EOS comes on top
+        elif shape.step != "ppo-ptx":
+            row["completions"] = [" " + words(shape.completion - 1, i) for i in range(shape.k)]
+            row["ranks"] = rng.sample(range(1, shape.k + 1), shape.k)
+        rows.append(row)
+    return Dataset.from_list(rows)
+
+
+class Marks(TrainerCallback):
+    """Name each optimizer step in the profile."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with record_function(f"{MARK}{state.global_step}"):
+            pass
+
+
+def trainer_of(shape: Shape, folder: str) -> Trainer:
+    """The trainer of the step, as its recipe builds it."""
+    args, model_args = arguments(shape, folder)
+    tokenizer, rows, config = tokenizer_of(shape.vocab), rows_of(shape), config_of(shape)
+    model_args.lora_task_type = "SEQ_CLS" if shape.step == "reward" else "CAUSAL_LM"
+    given = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
+    torch.manual_seed(0)
+    if shape.step == "ppo-ptx":
+        return _ppo_trainer(shape, config, model_args, given, Path(folder))
+    auto = AutoModelForSequenceClassification if shape.step == "reward" else AutoModelForCausalLM
+    given |= {"model": auto.from_config(config), "peft_config": get_peft_config(model_args)}
+    if shape.step == "sft":
+        from prefopt.comparisons import build_ids
+
+        def to_ids(row: dict[str, str]) -> dict[str, list[int]]:
+            prompt, completion = build_ids(tokenizer, row["prompt"], row["completion"])
+            return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+        given["train_dataset"] = rows.map(to_ids, remove_columns=rows.column_names)
+        return SFTStepTrainer(**given)
+    return (RankedRewardTrainer if shape.step == "reward" else RankedDPOTrainer)(**given)
+
+
+def _ppo_trainer(
+    shape: Shape, config: PretrainedConfig, model_args: ModelConfig, given: dict[str, Any], folder: Path
+) -> Trainer:
+    """Policy and reward model from folders, as the steps before leave them: full, or adapters of one base."""
+    tokenizer, rng = given["processing_class"], random.Random(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    base = str(folder / "base")
+    policy: Any = base
+    reward: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    if shape.lora_r is not None:
+        lora = get_peft_config(model_args)
+        of_reward = LoraConfig(
+            task_type="SEQ_CLS", r=lora.r, target_modules=lora.target_modules, modules_to_save=["score"]
+        )
+        save_reward_model(get_peft_model(reward, of_reward), folder / "reward")
+        tokenizer.save_pretrained(folder / "reward")
+        reward = str(folder / "reward")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder / "sft")
+        policy = AutoPeftModelForCausalLM.from_pretrained(folder / "sft", is_trainable=True)
+    given["args"].model_init_kwargs = {"dtype": "float32"} if isinstance(policy, str) else None
+    texts = None
+    if shape.ptx_coef:
+        text = " ".join(str(rng.randint(3, shape.vocab - 1)) for _ in range(32 * shape.ptx_length))
+        texts = Dataset.from_list([{"text": text}])
+    return PPOPtxTrainer(policy, reward, pretrain_dataset=texts, **given)
+
+
+def measured_peak(shape: Shape) -> int:
+    """Most bytes alive at once in the trainer's last step, every allocation since before the model counted."""
+    gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            trainer = trainer_of(shape, folder)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(Marks())
+            trainer.train()
+        events = run.profiler.kineto_results.events()
+        first = min(e.start_ns() for e in events if e.name().startswith(MARK) and not e.name().endswith(" 0"))
+        alive = highest = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            alive += event.nbytes()
+            if event.start_ns() >= first:
+                highest = max(highest, alive)
+        del trainer
+    return highest
+
+
+# ---- the errors ----
+
+
+def compare(shape: Shape) -> dict[str, Any]:
+    """Both peaks of a shape, in bytes, and their ratio; above 1 the plan is too high."""
+    measured, planned = measured_peak(shape), peak(plan(shape))
+    return {
+        "shape": asdict(shape),
+        "measured": measured,
+        "planned": planned.bytes,
+        "moment": planned.name,
+        "ratio": planned.bytes / measured,
+    }
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per step: number of shapes, quantiles of the ratio, the largest error."""
+    found = {}
+    for step in STEPS:
+        ratios = sorted(r["ratio"] for r in results if r["shape"]["step"] == step)
+        if ratios:
+            found[step] = {
+                "n": len(ratios),
+                "lowest": ratios[0],
+                "median": statistics.median(ratios),
+                "highest": ratios[-1],
+                "within_5_percent": sum(abs(r - 1) <= 0.05 for r in ratios) / len(ratios),
+                "largest_error": max(abs(r - 1) for r in ratios),
+            }
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=20, help="shapes of each step")
+    parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next has the next")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--out", help="JSONL; shapes that stand there are not measured again")
+    options = parser.parse_args(argv)
+    quiet()
+    results = []
+    if options.out and Path(options.out).exists():
+        results = [json.loads(line) for line in Path(options.out).read_text(encoding="utf-8").splitlines()]
+    known = [r["shape"] for r in results]
+    for seed in range(options.seed, options.seed + options.count):
+        for step in options.steps:
+            shape = draw(step, random.Random(f"{step} {seed}"), options.bf16)
+            if asdict(shape) in known:
+                continue
+            start = time.perf_counter()
+            results.append(compare(shape))
+            told = f"{step} {seed}: {results[-1]['ratio']:.3f} at {results[-1]['moment']}"
+            print(f"{told}, {time.perf_counter() - start:.1f} s", flush=True)
+            if options.out:
+                with open(options.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print(json.dumps(summary(results), indent=1))
+    return summary(results)
+
+
+def quiet() -> None:
+    """No progress bars; warnings only."""
+    warnings.filterwarnings("ignore")
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
