@@ -18,6 +18,7 @@ from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quant
 
 from prefopt.hub import HubError, create_repo, hub_errors
 from prefopt.recipes.arguments import DataArguments, UserError
+from prefopt.recipes.progress import show_progress
 from prefopt.recipes.troubles import explain
 from prefopt.reward_checkpoints import is_adapter, remember_reward_token, reward_model_from_adapter
 from prefopt.shared_base import keep_4bit_gradients
@@ -179,6 +180,7 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
     may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
     """
     args = trainer.args
+    show_progress(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     push = args.push_to_hub
     args.push_to_hub = False  # or each save would push, the first one without what `then` does

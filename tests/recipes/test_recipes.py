@@ -136,11 +136,18 @@ def test_a_reward_model_is_no_policy(files, tokenizer, recipe):
     rows = "rankings.jsonl" if recipe is dpo else "prompts.jsonl"
     argv = ["--model_name_or_path", str(files / "rm"), "--dataset_name", str(files / rows)]
     if recipe is sample:
-        argv += ["--output", str(files / "out.jsonl")]
+        argv += ["--output", str(files / "out.jsonl"), "--max_new_tokens", "4"]
     else:
         argv += ["--output_dir", str(files / "out"), *SHORT]
     if recipe is ppo_ptx:
-        argv += ["--reward_model_name_or_path", str(files / "rm"), "--ptx_coef", "0"]
+        argv += [
+            "--reward_model_name_or_path",
+            str(files / "rm"),
+            "--ptx_coef",
+            "0",
+            "--max_completion_length",
+            "4",
+        ]
     with pytest.raises(SystemExit, match="is a reward model; expected a language model"):
         recipe.main(argv)
 

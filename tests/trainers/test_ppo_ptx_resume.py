@@ -331,6 +331,7 @@ def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, f
     else:
         (newest / "complete.json").unlink()
         missing = "no complete.json"
+    (files / "run" / "trainer_state.json").unlink()  # as if killed before the end, which is told by this file
     assert run(server, "ppo-ptx", files, "run", options) == 0
     assert f"checkpoint-8 is incomplete ({missing})" in (files / "run.log").read_text()
     again = end_of(files / "run")
