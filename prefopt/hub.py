@@ -138,7 +138,8 @@ def push_folder(
         f"{saved_in} was not published as {repo_id}", f"the model is whole in {saved_in}; try again: {retry}"
     ):
         repo_id = create_repo(api, repo_id, private=private, revision=revision)
-        write_card(folder, read_facts(folder), repo_id)
+        average_of = read_facts(folder.parent) if folder.name == "ema" else {}
+        write_card(folder, read_facts(folder) or average_of, repo_id)
         _warn_of_local_base(folder)
         wanted = files_to_publish(folder, roles)
         if not is_handwritten(folder) and _is_card_edited(api, repo_id, revision):

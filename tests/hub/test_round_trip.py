@@ -143,6 +143,16 @@ def test_of_ppo_ptx_the_policy_adapter_alone_is_published(hub, base, tokenizer, 
     torch.testing.assert_close(plain(input_ids=IDS).logits, logits, atol=1e-5, rtol=0)
     on_peft = AutoPeftModelForCausalLM.from_pretrained("me/ppo")
     torch.testing.assert_close(on_peft(input_ids=IDS).logits, logits, atol=1e-5, rtol=0)
+    # The averaged policy is a model of its own, from the same run.
+    push_folder(tmp_path / "ppo" / "ema", "me/average")
+    assert sorted(hub.files("me/average")) == sorted(files)
+    text = hub.files("me/average")["README.md"].decode()
+    assert "Trained with PPO-ptx" in text
+    averaged = run_card(text)["model"](input_ids=IDS).logits
+    with trainer.averaged_weights():
+        expected = trainer.model(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(averaged, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(averaged, logits, atol=1e-5)
 
 
 def test_a_policy_never_samples_the_reward_token_after_the_hub(hub, base, tokenizer, tmp_path):
