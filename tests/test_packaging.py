@@ -1,0 +1,109 @@
+"""The wheel holds every file of the package, tells what it is, and importing from it costs no more than TRL does."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+import prefopt
+
+ROOT = Path(__file__).resolve().parents[1]
+HOMES = {"prefopt": "prefopt", "recipes": "prefopt/recipes", "eval": "prefopt/evaluation"}
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the sources, because a build leaves folders behind."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in HOMES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = target.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_every_file_of_the_tree(wheel):
+    expected = {f"{home}/{name}" for folder, home in HOMES.items() for name in files_of(ROOT / folder)}
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert {Path(name).suffix for name in expected} >= {".py", ".yaml", ".md", ".html", ".css", ".js"}
+    assert held == expected
+
+
+def test_the_wheel_tells_what_it_is(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = message_from_string(wheel.read(name).decode())
+    assert metadata["Name"] == "prefopt"
+    assert metadata["Version"] == prefopt.__version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# prefopt")
+    assert set(metadata.get_all("Provides-Extra")) == {"eval", "dev"}
+    required = {
+        re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist") if "extra" not in line
+    }
+    assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"} <= required
+    scripts = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert "prefopt = prefopt.cli:main" in scripts
+
+
+def cpu_seconds(statement):
+    """CPU time that a statement takes a fresh interpreter."""
+    code = f"import time; start = time.process_time(); {statement}; print(time.process_time() - start)"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("of_trl", "own"),
+    [
+        ("import trl", "import prefopt"),
+        ("from trl import GRPOTrainer", "from prefopt import PPOPtxTrainer"),
+    ],
+    ids=["package", "trainer"],
+)
+def test_importing_takes_less_than_one_and_a_half_times_trl(of_trl, own):
+    """The least of up to three tries each, in turns: other load on the machine only ever adds."""
+    least = [float("inf")] * 2
+    for _ in range(3):
+        least = [min(x, cpu_seconds(statement)) for x, statement in zip(least, (of_trl, own), strict=True)]
+        if least[1] < 1.5 * least[0]:
+            break
+    assert least[1] < 1.5 * least[0]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["recipes"]], ids=" ".join)
+def test_what_needs_no_model_loads_no_torch(argv):
+    """It is these libraries that take seconds."""
+    code = (
+        "import sys, json\n"
+        "from prefopt import cli\n"
+        f"cli.main({argv!r})\n"
+        "heavy = ['torch', 'transformers', 'datasets', 'trl']\n"
+        "print('\\n' + json.dumps([name for name in heavy if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
