@@ -1,7 +1,8 @@
 """Does it fit? How much GPU memory a step will take, told from the model's config.json before anything is downloaded.
 
     prefopt plan --model Qwen/Qwen3-8B-Base --gpu 24GB                      # every step, with its default settings
-    prefopt plan reward --config reward.yaml --gpu 24GB --load_in_4bit true # one step, as it will be launched
+    prefopt plan sft --config sft.yaml --gpu 24GB                           # one step, as it will be launched
+    prefopt plan reward --config reward.yaml --after sft.yaml --gpu 24GB    # one whose model is not there yet
 
 Behind `plan` stand the keys and the file of the step itself. Without a step's name all four are planned that know the
 keys. Where a step does not fit, the table says what to change, tried in this order: 4-bit weights, gradient
@@ -72,6 +73,10 @@ class PlanArguments:
     completion_length: int = field(
         default=256, metadata={"help": "Tokens of the longest completion; ppo-ptx has max_completion_length."}
     )
+    after: str | None = field(
+        default=None,
+        metadata={"help": "File of the SFT step whose model, not trained yet, this step goes on with."},
+    )
     out: str | None = field(default=None, metadata={"help": "Write the plan to this file, as JSON."})
 
 
@@ -111,9 +116,14 @@ def on_its_machine(config_class: type) -> type:
 
 
 def settings_of(
-    step: str, config: PreTrainedConfig, plan: PlanArguments, args: Any, model_args: ModelConfig
+    step: str,
+    config: PreTrainedConfig,
+    plan: PlanArguments,
+    args: Any,
+    model_args: ModelConfig,
+    first: ModelConfig | None = None,
 ) -> Settings:
-    """What the memory of the step depends on, from its own arguments.
+    """What the memory of the step depends on, from its own arguments and the model of a `first` step not run yet.
 
     Raises:
         UserError: a setting has no memory arithmetic.
@@ -130,7 +140,7 @@ def settings_of(
         architecture = Architecture.of(config)
     except ValueError as error:
         raise UserError(error) from error
-    lora, continues = lora_of(model_args)
+    lora, continues = lora_of(model_args, first)
     precision = precision_of(model_args, args.bf16)
     adapter = adapter_of(config, lora, getattr(args, "disable_dropout", False)) if lora else None
     settings = Settings(
@@ -177,13 +187,25 @@ def settings_of(
     )
 
 
-def lora_of(model_args: ModelConfig) -> tuple[LoraConfig | None, bool]:
-    """The adapter that is trained, and whether it is one that a step before has left."""
-    if is_adapter(model_args.model_name_or_path):
+def lora_of(model_args: ModelConfig, first: ModelConfig | None) -> tuple[LoraConfig | None, bool]:
+    """The adapter that is trained, and whether it is one that the `first` step, or one long done, leaves."""
+    if first is not None and first.use_peft:
+        return get_peft_config(first), True
+    if first is None and is_adapter(model_args.model_name_or_path):
         return PeftConfig.from_pretrained(model_args.model_name_or_path), True
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
-        raise UserError("quantised weights cannot be trained: add use_peft")
+        raise UserError(
+            "quantised weights cannot be trained: add use_peft, or --after with the file of an SFT step with it"
+        )
     return get_peft_config(model_args), False
+
+
+def first_step(plan: PlanArguments) -> ModelConfig | None:
+    """The model of the step that `--after` names."""
+    if plan.after is None:
+        return None
+    classes = (SFTArguments, on_its_machine(SFTStepConfig), ModelConfig)
+    return parse(classes, ["--config", plan.after], "prefopt plan")[2]
 
 
 def adapter_of(config: PreTrainedConfig, lora: LoraConfig, disable_dropout: bool) -> Adapter:
@@ -278,14 +300,16 @@ def main(argv: list[str]) -> None:
                 raise
             left_out[candidate] = str(error).removeprefix("error: ")
             continue
-        if plan.gpu is None or not model_args.model_name_or_path:
+        if plan.gpu is None or not (model_args.model_name_or_path or plan.after):
             raise UserError("plan needs --model (a folder or a Hub id) and --gpu (its memory, such as 24GB)")
         for key in ("k", "prompt_length", "completion_length"):
             if getattr(plan, key) < 1:
                 raise UserError(f"{key} is {getattr(plan, key)}; expected at least 1")
-        name, budget, out = model_args.model_name_or_path, memory(plan.gpu), plan.out
-        config = load_config(model_args)
-        settings = settings_of(candidate, config, plan, args, model_args)
+        first = first_step(plan)
+        origin = first or model_args
+        name, budget, out = origin.model_name_or_path, memory(plan.gpu), plan.out
+        config = load_config(origin)
+        settings = settings_of(candidate, config, plan, args, model_args, first)
         lora = get_peft_config(replace(model_args, use_peft=True))
         disable_dropout = getattr(args, "disable_dropout", False)
         plans[candidate] = plan_step(
@@ -319,7 +343,8 @@ def load_config(model_args: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model: cannot load the config.json of {path!r}: {str(error).splitlines()[0]}"
+            f"model: cannot load the config.json of {path!r}: {str(error).splitlines()[0]} (a model that the SFT step "
+            "will leave there: give that step's file as --after)"
         ) from error
 
 

@@ -79,7 +79,9 @@ class Layer:
         """What attention keeps: queries, keys, values as its kernel takes them, the result, its log-sum-exp, masks.
 
         Where rows are whole and nothing is padded the kernel reads the K keys of a token; with a mask they are first
-        repeated for the Q / K query heads that share them. Of packed rows see `prefix_attention`.
+        repeated for the Q / K query heads that share them. Packed rows are taken apart as `prefix_attention` does it:
+        with blocks of prefixes and of rests whose keys include their prefix's, or as whole rows where prefixes are
+        short; by flash attention in one call. `joined` is the result put together again, the input of `o_proj`.
         """
         a, c = self.architecture, self.precision.compute
         group, lse = a.heads // a.kv_heads, 4 * a.heads
@@ -93,9 +95,7 @@ class Layer:
             grads = tokens * c * (2 * a.q + 2 * a.q)
             return Held(kept, mask + tokens * c * 2 * a.q, grads)
         joined = tokens * a.q * c if self._keeps_input("o_proj") else 0
-        if (
-            self._has_varlen
-        ):  # one call of flash attention: keys of a prefix are repeated for each of its rests
+        if self._has_varlen:  # in one call: the keys of a prefix are repeated for each of its rests
             keys = batch.prompts * batch.prefix + rows * length
             kept = c * (2 * tokens * a.q + 2 * keys * a.kv) + tokens * lse
             return Held(kept, 0, c * (2 * tokens * a.q + 2 * keys * a.kv))
@@ -137,9 +137,8 @@ class Layer:
 
         `mlp_tokens`: tokens that run through the MLP, where not all do.
         """
-        return self._kept_attention(batch) + self._kept_mlp(
-            batch.tokens if mlp_tokens is None else mlp_tokens
-        )
+        tokens = batch.tokens if mlp_tokens is None else mlp_tokens
+        return self._kept_attention(batch) + self._kept_mlp(tokens)
 
     def _kept_attention(self, batch: Batch) -> int:
         a, c = self.architecture, self.precision.compute
@@ -181,9 +180,8 @@ class Layer:
     def _low_rank(self, names: tuple[str, ...]) -> int:
         if self.adapter is None:
             return 0
-        return (
-            sum(name in self.adapter.targets for name in names) * self.adapter.rank * self.precision.adapter
-        )
+        adapted = sum(name in self.adapter.targets for name in names)
+        return adapted * self.adapter.rank * self.precision.adapter
 
     def _keeps_input(self, name: str) -> bool:
         return self.adapter is None or (name in self.adapter.targets and self._shares_o_input())
@@ -221,7 +219,7 @@ class Layer:
     @property
     def unpacked(self) -> int:
         """The largest quantised weight, which exists unpacked while it multiplies."""
+        if not self.precision.is_quantised:
+            return 0
         a = self.architecture
-        return (
-            a.hidden * max(a.intermediate, a.q) * self.precision.compute if self.precision.is_quantised else 0
-        )
+        return a.hidden * max(a.intermediate, a.q) * self.precision.compute

@@ -110,7 +110,9 @@ class Model:
         kept, layer = self.kept(batch, head, last_mlp), self.layer
         stream = batch.tokens * a.hidden * p.weights
         # The layer that is computed again starts from its checkpoint, which in fp32 is what its first norm keeps.
-        again = layer.kept(batch) - (stream if p.weights == 4 else 0) if self.checkpointing else 0
+        again = 0
+        if self.checkpointing:
+            again = layer.kept(batch) - (stream if p.weights == 4 else 0) + self.cast_weights // a.layers
         gradients = self.gradients
         of_layer = (self.adapter.layer if self.adapter else a.layer) * each
         of_head = 0 if self.adapter else self.head * each

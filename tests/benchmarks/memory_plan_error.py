@@ -7,7 +7,7 @@ Each shape is a tiny model (width, depth, heads, vocabulary), a batch (K, length
 weights, gradient checkpointing, prefix sharing, a token budget, accumulation; of PPO-ptx the rollout, the pretraining
 text and the KL estimator). The trainer takes two optimizer steps as a user's would; what is compared is the highest sum
 of live bytes in the second, when the optimizer has its state. The bytes are the CPU allocator's own events, all of them
-since before the model was built, as `torch.profiler` records them: no tensor and no operator's scratch space is missed,
+since before the model was built, as the profiler records them: no tensor and no operator's scratch space is missed,
 and what Python holds outside tensors is not counted.
 """
 
@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ import transformers
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch._C._profiler import RecordScope, _ExperimentalConfig
+from torch.autograd import profiler
+from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -98,7 +101,7 @@ class Shape:
 def draw(step: str, rng: random.Random, bf16: bool = False) -> Shape:
     """A shape of a step at random."""
     heads, head_dim = rng.choice([2, 4, 6]), rng.choice([16, 32])
-    hidden = rng.choice([heads * head_dim, 32 * rng.randint(2, 6)])
+    hidden = heads * rng.choice([head_dim, 16, 32, 48])
     return Shape(
         step=step,
         model=rng.choice(sorted(CONFIGS)),
@@ -297,23 +300,39 @@ def _ppo_trainer(
     return PPOPtxTrainer(policy, reward, pretrain_dataset=texts, **given)
 
 
+@contextmanager
+def allocations() -> Iterator[list[tuple[int, int, str]]]:
+    """Inside, note time, bytes (negative: freed) and name of every event of the CPU allocator, and of named places.
+
+    As `torch.profiler` with `profile_memory=True`, whose record of every operator would take most of the time.
+    """
+    config = profiler.ProfilerConfig(
+        profiler.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
+    )
+    found: list[tuple[int, int, str]] = []
+    profiler._prepare_profiler(config, {profiler.ProfilerActivity.CPU})
+    profiler._enable_profiler(config, {profiler.ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
+    try:
+        yield found
+    finally:
+        events = profiler._disable_profiler().events()
+        found += sorted((e.start_ns(), e.nbytes(), e.name()) for e in events)
+
+
 def measured_peak(shape: Shape) -> int:
     """Most bytes alive at once in the trainer's last step, every allocation since before the model counted."""
     gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-            trainer = trainer_of(shape, folder)
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(Marks())
-            trainer.train()
-        events = run.profiler.kineto_results.events()
-        first = min(e.start_ns() for e in events if e.name().startswith(MARK) and not e.name().endswith(" 0"))
-        alive = highest = 0
-        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            alive += event.nbytes()
-            if event.start_ns() >= first:
-                highest = max(highest, alive)
-        del trainer
+    with tempfile.TemporaryDirectory() as folder, allocations() as events:
+        trainer = trainer_of(shape, folder)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Marks())
+        trainer.train()
+    first = min(moment for moment, _, name in events if name.startswith(MARK) and not name.endswith(" 0"))
+    alive = highest = 0
+    for moment, size, _ in events:
+        alive += size
+        if moment >= first:
+            highest = max(highest, alive)
     return highest
 
 

@@ -156,6 +156,22 @@ def test_an_adapter_of_the_step_before_is_planned_as_it_is(tmp_path):
     assert steps["ppo-ptx"]["parts"]["adapters"] == 4 * 4 * count
 
 
+def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, tmp_path):
+    first, config = tmp_path / "sft.yaml", tmp_path / "dpo.yaml"
+    quantised = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["k_proj", "v_proj"], **quantised}
+    first.write_text(yaml.safe_dump({"model_name_or_path": model, **lora}))
+    config.write_text(yaml.safe_dump({"model_name_or_path": "runs/sft", **quantised}))
+    found = plan(tmp_path, "dpo", "--config", str(config), "--after", str(first), "--gpu", "24GB")["dpo"]
+    assert found["settings"]["adapter"] == 36 * 2 * 2 * (4096 + 1024)
+    assert found["parts"]["adapters"] == 2 * 4 * found["settings"]["adapter"]
+    assert found["settings"]["precision"]["linear"] == 0.5 + 1 / 64 + 4 / (64 * 256)
+    with pytest.raises(
+        SystemExit, match="that the SFT step will leave there: give that step's file as --after"
+    ):
+        main(["plan", "sft", "--model", "runs/sft", "--gpu", "24GB"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
