@@ -2,8 +2,10 @@
 
     prefopt sample --model_name_or_path runs/sft --dataset_name prompts.jsonl --output samples.jsonl
 
-Each output row keeps the input row's fields, except those about other completions, and adds `completions` and `truncated` (cut at `max_new_tokens`, so that
-no end-of-sequence token is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9).
+Rows are {"prompt"}, or {"messages"} up to the last user turn. Each output row keeps the input row's fields, except those
+about other completions, and adds `completions` and `truncated` (cut at `max_new_tokens`, so that no end-of-sequence token
+is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9). A killed run goes on where
+it was; a finished file is drawn anew only if the rows, the model or a setting changed.
 """
 
 import logging
@@ -17,11 +19,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
-from prefopt.evaluation.generate import generate, write_jsonl
+from prefopt.evaluation.generate import Completion, generate
+from prefopt.evaluation.kept import Journal, continued_rows, fingerprint_of, is_kept, source_state
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.checks import check_prompts
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
+from prefopt.recipes.progress import counting
 from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
 from prefopt.recipes.troubles import run_command
 
@@ -38,6 +42,17 @@ OF_OTHER_COMPLETIONS = {
     "labeler",
     "truncated",
 }
+
+# Of ModelConfig, what changes the weights or their arithmetic.
+OF_LOADING = (
+    "model_revision",
+    "dtype",
+    "attn_implementation",
+    "load_in_8bit",
+    "load_in_4bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
+)
 
 
 @dataclass
@@ -100,6 +115,16 @@ def load_sampler(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> PreTra
     return model.eval()
 
 
+def sampling_inputs(args: SamplingArguments, model_args: ModelConfig, rows: Dataset) -> dict[str, Any]:
+    """All that the completions depend on: with other inputs they are drawn anew."""
+    return {
+        "rows": fingerprint_of(rows.to_list()),
+        "model": source_state(model_args.model_name_or_path),
+        "load": [str(getattr(model_args, name)) for name in OF_LOADING],
+        "draw": [args.max_new_tokens, args.temperature, args.batch_size, args.seed],
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Sample completions and write them as JSONL."""
     args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample", __doc__)
@@ -116,34 +141,48 @@ def main(argv: list[str] | None = None) -> None:
     require_chat_template(tokenizer, rows)
     limit = ("max_new_tokens", args.max_new_tokens)
     check_prompts(rows, str(args.dataset_name), tokenizer, [model_args.model_name_or_path], limit)
-    model = load_sampler(model_args, init_kwargs)
-    counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
-    prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
-    drawn = generate(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    flat = iter(completions[0] for completions in drawn)
-    output, empty, short = [], 0, 0
+    output = Path(args.output)
+    inputs = sampling_inputs(args, model_args, rows) | {"k": [args.k_min, args.k_max]}
+    if is_kept(output, inputs):
+        print(f"{output} is finished, of the same rows, model and settings; it stays as it is")
+        return
+
+    def draw(journal: Journal) -> list[dict[str, Any]]:
+        counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
+        prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
+        model = load_sampler(model_args, init_kwargs)
+        with counting("completions") as progress:
+            drawn = generate(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature,
+                batch_size=args.batch_size,
+                seed=args.seed,
+                progress=progress,
+                journal=journal,
+            )
+        return _rankable(rows, counts, [completions[0] for completions in drawn], min(2, args.k_min))
+
+    continued_rows(output, inputs, draw)
+
+
+def _rankable(rows: Dataset, counts: list[int], drawn: list[Completion], least: int) -> list[dict[str, Any]]:
+    """The rows with their completions that say something, if there are `least` of them."""
+    flat = iter(drawn)
+    found, empty = [], 0
     for row, count in zip(rows, counts, strict=True):
-        mine = [next(flat) for _ in range(count)]
-        said = [c for c in mine if c.text.strip()]
+        said = [c for c in (next(flat) for _ in range(count)) if c.text.strip()]
         empty += count - len(said)
-        if len(said) < min(2, args.k_min):
-            short += 1
-            continue
-        kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
-        texts, truncated = [c.text for c in said], [c.truncated for c in said]
-        output.append({**kept, "completions": texts, "truncated": truncated})
+        if len(said) >= least:
+            kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
+            texts, truncated = [c.text for c in said], [c.truncated for c in said]
+            found.append({**kept, "completions": texts, "truncated": truncated})
     if empty:
         logger.warning("dropped %d of %d completions that say nothing, and %d of %d prompts left with too few to rank",
-                       empty, len(prompts), short, len(rows))  # fmt: skip
-    write_jsonl(args.output, output)
+                       empty, len(drawn), len(rows) - len(found), len(rows))  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":

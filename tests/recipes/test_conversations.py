@@ -2,9 +2,11 @@
 
 import pytest
 from datasets import Dataset
+from trl import SFTConfig
 
 from prefopt.comparisons import build_ids, prepare_comparisons, tokenize_comparisons, validate_comparisons
 from prefopt.evaluation.generate import write_jsonl
+from prefopt.recipes import sft
 from prefopt.recipes.conversations import (
     demonstrations_from_messages,
     prompts_from_messages,
@@ -17,6 +19,7 @@ from prefopt.recipes.demonstrations import (
     tokenize_demonstrations,
 )
 from prefopt.recipes.rows import load_rows
+from prefopt.recipes.sft import SFTArguments, load_sft_rows
 
 
 def say(*turns):
@@ -160,6 +163,26 @@ def test_a_cut_output_gets_no_end_token(tokenizer):
     )
     cut, whole = tokenize_demonstrations(rows, tokenizer, None, "rated")["input_ids"]
     assert whole == [*cut, tokenizer.eos_token_id]
+
+
+def test_rated_outputs_alone_or_beside_demonstrations(tmp_path):
+    ranked = {"prompt": "a", "completions": ["x", "y"], "ranks": [1, 2], "ratings": [7, 3]}
+    write_jsonl(tmp_path / "rankings.jsonl", [ranked])
+    write_jsonl(tmp_path / "demos.jsonl", [{"prompt": "b", "completion": "z"}])
+    given = {"rated_dataset_name": str(tmp_path / "rankings.jsonl")}
+    args = SFTConfig(output_dir=str(tmp_path), bf16=False, report_to="none")
+    train, _, beside = load_sft_rows(SFTArguments(**given), args)
+    assert (train["completion"][:], beside) == (["x"], None)
+    train, _, beside = load_sft_rows(SFTArguments(dataset_name=str(tmp_path / "demos.jsonl"), **given), args)
+    assert (train["completion"][:], beside["completion"][:]) == (["z"], ["x"])
+    with pytest.raises(SystemExit, match=r"none of 2 rated outputs is rated 8 or more"):
+        load_sft_rows(SFTArguments(**given, min_rating=8), args)
+
+
+@pytest.mark.parametrize("key", ["--assistant_only_loss", "--completion_only_loss"])
+def test_trls_words_for_what_the_loss_is_on_name_ours(key):
+    with pytest.raises(SystemExit, match="say it with loss_on"):
+        sft.main(["--model_name_or_path", "x", "--dataset_name", "y", key, "true", "--report_to", "none"])
 
 
 # ---- prompts and demonstrations ----
