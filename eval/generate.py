@@ -1,8 +1,9 @@
 """Draw completions from a causal language model, and keep them in JSONL files."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,9 +11,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from prefopt.comparisons import build_ids
 from prefopt.evaluation.batching import batches_by_length, pad
 from prefopt.evaluation.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.evaluation.kept import Journal
 
 __all__ = [
     "Completion",
+    "derived_seed",
     "end_token_ids",
     "generate",
     "prompt_ids",
@@ -43,6 +46,7 @@ def generate(
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
 ) -> list[list[Completion]]:
     """Draw `num_return` completions of every prompt from the model's own distribution.
 
@@ -56,8 +60,10 @@ def generate(
         prompts: plain texts, or lists of messages for a chat tokenizer.
         max_new_tokens: tokens at most, end token included; a completion without one by then is `truncated`.
         batch_size: sequences per forward (prompts times `num_return`).
-        seed: the same seed, prompts and batch size give the same completions; global random state is left alone.
+        seed: the same seed, prompts and batch size give the same completions; global random state is left alone. Every
+            batch has random numbers of its own, which its place and the seed decide.
         progress: called with (prompts done, prompts in all) after every batch.
+        journal: has an entry for every batch; those that are there are not drawn again.
 
     Returns:
         One list of `num_return` completions per prompt, in the order of the prompts.
@@ -96,25 +102,42 @@ def generate(
     batches = batches_by_length([len(row) for row in ids], max(1, batch_size // num_return))
     results: list[list[Completion]] = [[] for _ in ids]
     devices = [model.device] if model.device.type == "cuda" else []
+
+    def draw(number: int, batch: list[int]) -> list[list[Completion]]:
+        torch.manual_seed(derived_seed(seed, number))
+        input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, model.device, left=True)
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=[_refuse_nan],
+        )
+        drawn = [_completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
+        return [drawn[i : i + num_return] for i in range(0, len(drawn), num_return)]
+
     with torch.random.fork_rng(devices), _plain_generation(model), torch.no_grad():
-        torch.manual_seed(seed)
         done = 0
-        for batch in batches:
-            input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, model.device, left=True)
-            sequences = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=config,
-                logits_processor=[_refuse_nan],
+        for number, batch in enumerate(batches):
+            drawn = (
+                draw(number, batch)
+                if journal is None
+                else _kept(journal, lambda n=number, b=batch: draw(n, b))
             )
-            new = sequences[:, input_ids.shape[1] :].tolist()
-            for row, i in enumerate(batch):
-                rows = new[row * num_return : (row + 1) * num_return]
-                results[i] = [_completion(tokenizer, tokens, end_ids) for tokens in rows]
+            for i, completions in zip(batch, drawn, strict=True):
+                results[i] = completions
             done += len(batch)
             if progress is not None:
                 progress(done, len(ids))
     return results
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed for each part of a whole, such that their random numbers have nothing to do with each other.
+
+    >>> derived_seed(0, "sft") == derived_seed(0, "sft"), derived_seed(0, "sft") == derived_seed(0, "dpo")
+    (True, False)
+    """
+    return random.Random("/".join(map(str, parts))).getrandbits(32)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
@@ -133,6 +156,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token"
         )
     return found
+
+
+def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[list[Completion]]:
+    rows = journal.entry(lambda: [[asdict(completion) for completion in mine] for mine in draw()])
+    return [[Completion(**completion) for completion in mine] for mine in rows]
 
 
 def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Stage `generate`: every model draws completions of the same prompts."""
 
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.evaluation.generate import generate, read_jsonl
-from prefopt.evaluation.kept import kept_rows, source_state
+from prefopt.evaluation.generate import derived_seed, generate, read_jsonl
+from prefopt.evaluation.kept import Journal, continued_rows, source_state
 from prefopt.evaluation.labels import prompt_key
 from prefopt.evaluation.models import is_completions, load_language_model
 from prefopt.evaluation.results import FAILED
@@ -59,8 +58,8 @@ def run(
 ) -> None:
     """Write `completions/<model>.jsonl` for every model of `args.models`, one model in memory at a time.
 
-    A model whose completions are there, drawn with the same settings from the same files, is not loaded again. One
-    that breaks costs its own completions; `stages/generate.json` says why. Of a "model" that is a .jsonl file
+    A model whose completions are there, drawn with the same settings from the same files, is not loaded again; of one
+    that was cut off, those that are missing are drawn. One that breaks costs its own completions; `stages/generate.json` says why. Of a "model" that is a .jsonl file
     (`prefopt best-of-n` writes one), the completions are those in the file.
 
     Args:
@@ -91,11 +90,11 @@ def run(
     for name, source in args.models.items():
         inputs = {**settings, "model": source_state(source)}
         try:
-            kept_rows(
+            continued_rows(
                 run.completions_path(name),
                 inputs,
-                lambda n=name, s=source: (
-                    _given(s, rows) if is_completions(s) else _draw(n, s, rows, args, own, progress)
+                lambda journal, n=name, s=source: (
+                    _given(s, rows) if is_completions(s) else _draw(n, s, rows, args, own, progress, journal)
                 ),
             )
             done[name] = "ok"
@@ -153,12 +152,13 @@ def _draw(
     args: EvaluationArguments,
     own: GenerateArguments,
     progress: Progress,
+    journal: Journal,
 ) -> list[dict[str, Any]]:
     progress(f"{name}: loading {source}")
     model, tokenizer = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
     prompts = [row["prompt"] for row in rows]
     # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
-    seed = random.Random(f"{args.seed}/{name}").getrandbits(32)
+    seed = derived_seed(args.seed, name)
     ways = [("sampled", own.temperature, own.samples_per_prompt)] + [("greedy", 0.0, 1)] * own.greedy
     found = []
     for decoding, temperature, count in ways:
@@ -172,6 +172,7 @@ def _draw(
             batch_size=args.batch_size,
             seed=seed,
             progress=lambda n, total, d=decoding: progress(f"{name}: {d} completions {n}/{total}"),
+            journal=journal,
         )
         found += [
             {

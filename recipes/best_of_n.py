@@ -11,25 +11,24 @@ best.jsonl}`.
 """
 
 import logging
-import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from rich.progress import track
 from trl import ModelConfig
 
-from prefopt.evaluation.generate import Completion, generate
-from prefopt.evaluation.kept import fingerprint_of, kept_rows, source_state
+from prefopt.evaluation.batching import batches_by_length
+from prefopt.evaluation.generate import Completion, derived_seed, generate, prompt_ids
+from prefopt.evaluation.kept import Journal, continued_rows, source_state
 from prefopt.evaluation.models import load_classifier
 from prefopt.evaluation.overoptimisation import best_of_n_distance
 from prefopt.evaluation.reward import score_samples
 from prefopt.metrics import mean_estimate
 from prefopt.recipes.arguments import UserError, parse
 from prefopt.recipes.models import load_tokenizer, model_init_kwargs
+from prefopt.recipes.progress import counting
 from prefopt.recipes.rows import require_chat_template
 from prefopt.recipes.sample import (
     OF_OTHER_COMPLETIONS,
@@ -37,13 +36,13 @@ from prefopt.recipes.sample import (
     check_sampling,
     load_prompts,
     load_sampler,
+    sampling_inputs,
 )
 from prefopt.recipes.troubles import run_command
 from prefopt.reward_checkpoints import check_reward_model
 
 logger = logging.getLogger(__name__)
 
-PROMPTS_AT_ONCE = 64  # a killed run loses at most so many
 Draw = Callable[[list[Any], int], tuple[list[list[Completion]], list[list[float]]]]
 
 
@@ -61,35 +60,49 @@ class BestOfNArguments(SamplingArguments):
 
 
 def best_rows(
-    rows: Dataset, draw: Draw, *, parts: Path, inputs: Any, seed: int, keep_samples: bool = False
-) -> Iterator[dict[str, Any]]:
-    """The rows with the completion of the highest score, the first of several; finished parts stay in the folder `parts`.
+    rows: Dataset,
+    batches: Sequence[Sequence[int]],
+    draw: Draw,
+    *,
+    journal: Journal,
+    seed: int,
+    keep_samples: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """The rows with the completion of the highest score, the first of several.
 
     Args:
+        batches: numbers of the rows that are drawn together; each batch is an entry of the journal.
         draw: (prompts, seed) -> completions and scores of each prompt.
-        inputs: all that a part depends on; one of other inputs is drawn anew.
     """
-    for start in range(0, len(rows), PROMPTS_AT_ONCE):
-        some = rows.select(range(start, min(start + PROMPTS_AT_ONCE, len(rows))))
 
-        def compute(some: Dataset = some, start: int = start) -> Iterator[dict[str, Any]]:
-            # A seed of its own for each part, so that a run that goes on draws what it would have drawn.
-            drawn, scores = draw(some["prompt"][:], random.Random(f"{seed}/{start}").getrandbits(32))
-            for row, mine, theirs in zip(some, drawn, scores, strict=True):
-                best = theirs.index(max(theirs))
-                kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
-                of_best = {
-                    "completion": mine[best].text,
-                    "truncated": mine[best].truncated,
-                    "ids": mine[best].ids,
-                }
-                kept |= of_best
-                kept |= {"score": theirs[best], "mean_score": sum(theirs) / len(theirs)}
-                if keep_samples:
-                    kept |= {"completions": [completion.text for completion in mine], "scores": theirs}
-                yield kept
+    def best(number: int, batch: Sequence[int]) -> list[dict[str, Any]]:
+        drawn, scores = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
+        return [_best(mine, theirs, keep_samples) for mine, theirs in zip(drawn, scores, strict=True)]
 
-        yield from kept_rows(parts / f"{start:07}.jsonl", [inputs, start, len(some)], compute)
+    found: dict[int, dict[str, Any]] = {}
+    for number, batch in enumerate(batches):
+        entry = journal.entry(lambda n=number, b=batch: best(n, b))
+        found |= zip(batch, entry, strict=True)
+        progress(len(found), len(rows))
+    return [
+        {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS} | found[i]
+        for i, row in enumerate(rows)
+    ]
+
+
+def _best(drawn: Sequence[Completion], scores: Sequence[float], keep_samples: bool) -> dict[str, Any]:
+    best = scores.index(max(scores))
+    found = {
+        "completion": drawn[best].text,
+        "truncated": drawn[best].truncated,
+        "ids": drawn[best].ids,
+        "score": scores[best],
+        "mean_score": sum(scores) / len(scores),
+    }
+    if keep_samples:
+        found |= {"completions": [completion.text for completion in drawn], "scores": scores}
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,39 +124,35 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
 
-    output = Path(args.output)
-    parts = output.with_name(f".{output.name}.parts")
-    inputs = {
-        "rows": fingerprint_of(rows.to_list()),
-        "models": [source_state(model_args.model_name_or_path), source_state(args.reward_model_name_or_path)],
-        "load": [model_args.load_in_4bit, str(model_args.dtype), model_args.model_revision],
-        "draw": [
-            args.n,
-            args.max_new_tokens,
-            args.temperature,
-            args.batch_size,
-            args.seed,
-            args.keep_samples,
-        ],
+    inputs = sampling_inputs(args, model_args, rows) | {
+        "reward_model": source_state(args.reward_model_name_or_path),
+        "n": [args.n, args.keep_samples],
     }
 
-    def everything() -> list[dict[str, Any]]:
+    def choose(journal: Journal) -> list[dict[str, Any]]:
+        lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]]
+        batches = batches_by_length(lengths, max(1, args.batch_size // args.n))
         draw = _drawer(args, model_args, init_kwargs, tokenizer)
-        chosen = best_rows(
-            rows, draw, parts=parts, inputs=inputs, seed=args.seed, keep_samples=args.keep_samples
-        )
-        return list(track(chosen, f"best of {args.n}", total=len(rows)))
+        with counting(f"best of {args.n}") as progress:
+            return best_rows(
+                rows,
+                batches,
+                draw,
+                journal=journal,
+                seed=args.seed,
+                keep_samples=args.keep_samples,
+                progress=progress,
+            )
 
     try:
-        best = kept_rows(output, inputs, everything)
+        best = continued_rows(Path(args.output), inputs, choose)
     except ValueError as error:
         raise UserError(error) from error
-    shutil.rmtree(parts, ignore_errors=True)
     _report(best, args.n)
 
 
 def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:
-    """Draws from the policy and asks the reward model; both are loaded when the first part is missing."""
+    """Draws from the policy and asks the reward model; both are loaded when the first is asked for."""
     loaded: list[Any] = []
 
     def draw(prompts: list[Any], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:

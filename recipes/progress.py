@@ -4,7 +4,8 @@ Everything that is logged is in trainer_state.json and wherever `report_to` send
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -36,6 +37,7 @@ COLUMNS: list[tuple[str, str, int | None]] = [
     ("learning_rate", "lr", None),
 ]
 WIDTH = 9
+SECONDS_BETWEEN_LINES = 60.0  # of `counting`, where there is no bar
 
 
 class ProgressTable(TrainerCallback):
@@ -60,15 +62,7 @@ class ProgressTable(TrainerCallback):
             return
         self._heads, self._begin = [], (time.monotonic(), state.global_step)
         if self.has_bar:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=self.console,
-            )
+            self.bar = _bar(self.console)
             self.training = self.bar.add_task("steps", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
@@ -156,6 +150,43 @@ def show_progress(trainer: Trainer) -> None:
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ProgressTable(has_bar=not trainer.args.disable_tqdm))
+
+
+@contextmanager
+def counting(what: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, in all): a bar in a terminal, elsewhere a line a minute, both with the time left."""
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        with _bar(console) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    told: list[tuple[float, int]] = []  # when a line was printed, and how many were done
+
+    def tell(done: int, total: int) -> None:
+        now = time.monotonic()
+        if told and now - told[-1][0] < SECONDS_BETWEEN_LINES and done < total:
+            return
+        left = ""
+        if told and told[-1][1] < done < total:  # at the pace since the line before
+            before, were = told[-1]
+            left = f", {_duration((now - before) / (done - were) * (total - done))} left"
+        console.print(f"{what} {done}/{total}{left}", highlight=False)
+        told.append((now, done))
+
+    yield tell
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+    )
 
 
 def _step(state: TrainerState) -> str:

@@ -14,6 +14,7 @@ from prefopt.evaluation.generate import (
     read_jsonl,
     write_jsonl,
 )
+from prefopt.evaluation.kept import Journal
 
 PROMPTS = ["the cat sat on the mat and the dog", "question:", "the red house", "a", "what is this? answer:"]
 
@@ -52,6 +53,20 @@ def test_same_seed_same_samples_and_global_random_state_is_left_alone(causal_lm,
     assert first == again
     assert first != other
     assert [len(c) for c in first] == [3] * len(PROMPTS)
+
+
+def test_a_batch_depends_on_its_place_and_the_seed_alone(causal_lm, tokenizer, tmp_path):
+    """So that a run that goes on draws what it would have drawn."""
+    settings = {"max_new_tokens": 8, "num_return": 2, "batch_size": 4, "seed": 1}
+    whole = generate(causal_lm, tokenizer, PROMPTS, **settings)
+    assert generate(causal_lm, tokenizer, PROMPTS, **settings, journal=Journal(tmp_path / "all", 0)) == whole
+    *_, last = (tmp_path / "all").read_bytes().splitlines(keepends=True)
+    (tmp_path / "all").write_bytes((tmp_path / "all").read_bytes().removesuffix(last))
+    torch.manual_seed(99)
+    assert generate(causal_lm, tokenizer, PROMPTS, **settings, journal=Journal(tmp_path / "all", 0)) == whole
+    assert (tmp_path / "all").read_bytes().endswith(last)
+    same = generate(causal_lm, tokenizer, ["the cat"] * 8, max_new_tokens=8, batch_size=4, seed=1)
+    assert same[:4] != same[4:]  # nor do batches share their random numbers
 
 
 def test_samples_follow_the_models_own_distribution_whatever_its_generation_config(causal_lm, tokenizer):

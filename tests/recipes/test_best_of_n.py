@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from prefopt.evaluation import drift, generation, judges, tax
 from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
+from prefopt.evaluation.kept import Journal
 from prefopt.evaluation.reward import score_completions, score_texts
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes import best_of_n, evaluate
@@ -43,13 +44,20 @@ def run(files, *extra, output="best.jsonl"):
 
 
 def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, monkeypatch):
-    real, drawn = best_of_n.generate, []
-    monkeypatch.setattr(best_of_n, "generate", lambda *a, **k: drawn.extend(real(*a, **k)) or drawn)
+    real, of = best_of_n.generate, {}
+
+    def remembered(model, tokenizer, prompts, **kwargs):
+        drawn = real(model, tokenizer, prompts, **kwargs)
+        of.update(zip(prompts, drawn, strict=True))
+        return drawn
+
+    monkeypatch.setattr(best_of_n, "generate", remembered)
     rows = run(files, "--keep_samples", "true")
     assert [row["prompt"] for row in rows] == PROMPTS
     assert all(row["use_case"] == "pets" and "ranks" not in row for row in rows)
     judge = load_reward_model(files / "rm")
-    for row, completions in zip(rows, drawn, strict=True):
+    for row in rows:
+        completions = of[row["prompt"]]
         scores = score_completions(judge, tokenizer, [row["prompt"]] * 4, completions)
         best = max(range(4), key=scores.__getitem__)
         assert row["scores"] == pytest.approx(scores, abs=1e-5)
@@ -65,7 +73,6 @@ def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, mon
 
 
 def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
-    monkeypatch.setattr(best_of_n, "PROMPTS_AT_ONCE", 2)
     whole = run(files, output="whole.jsonl")
     real, calls = best_of_n.generate, []
 
@@ -80,15 +87,18 @@ def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
         run(files)
     assert not (files / "best.jsonl").exists()
     assert run(files) == whole
-    assert calls == [
-        PROMPTS[:2],
-        PROMPTS[2:4],
-        PROMPTS[4:],
-        PROMPTS[4:],
-    ]  # what was finished is not drawn again
+    by_length = [
+        "what is this?",
+        "the red house",
+        "the cat",
+        "a dog",
+        "the mat",
+    ]  # tokens, then the order of the rows
+    batches = [by_length[:2], by_length[2:4], by_length[4:]]  # of 8 completions, 4 of each prompt
+    assert calls == [*batches, batches[2]]  # what was finished is not drawn again
     run(files)
     assert len(calls) == 4
-    assert not list(files.glob(".*parts"))
+    assert not list(files.glob(".*part"))
     run(files, "--seed", "7")
     assert len(calls) == 7
 
@@ -100,7 +110,8 @@ def test_equal_scores_keep_the_first(tmp_path):
         )
 
     rows = Dataset.from_list([{"prompt": "p"}])
-    (row,) = best_of_n.best_rows(rows, draw, parts=tmp_path, inputs={}, seed=0)
+    journal = Journal(tmp_path / "journal", {})
+    (row,) = best_of_n.best_rows(rows, [[0]], draw, journal=journal, seed=0)
     assert row == {
         "prompt": "p",
         "completion": "b",

@@ -1,0 +1,115 @@
+"""`prefopt sample`: killed in its middle it goes on, bit for bit; with other settings it begins anew."""
+
+import pytest
+
+from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl
+from prefopt.recipes import sample
+from tests.killed import killed_behind
+
+PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]
+
+
+@pytest.fixture
+def files(tmp_path, causal_lm, tokenizer):
+    causal_lm.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": p, "id": i} for i, p in enumerate(PROMPTS)])
+    return tmp_path
+
+
+def options(files, output, **changed):
+    keys = {
+        "model_name_or_path": files / "sft",
+        "dataset_name": files / "prompts.jsonl",
+        "output": files / output,
+        "k_min": 2,
+        "k_max": 4,
+        "max_new_tokens": 5,
+        "batch_size": 4,
+        **changed,
+    }
+    return [str(x) for key, value in keys.items() for x in (f"--{key}", value)]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many completions each batch that is drawn in this process has."""
+    sizes = []
+
+    def counted(model, *args, **kwargs):
+        real = model.generate
+
+        def one(**inputs):
+            sizes.append(len(inputs["input_ids"]))
+            return real(**inputs)
+
+        model.generate = one
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "generate", counted)
+    return sizes
+
+
+def test_killed_it_goes_on_and_ends_as_if_never_killed(files, batches, capsys):
+    sample.main(options(files, "whole.jsonl"))
+    drawn = sum(len(row["completions"]) for row in read_jsonl(files / "whole.jsonl"))
+    whole = list(batches)
+    assert sum(whole) == drawn
+    assert len(whole) >= 4
+
+    killed_behind(3, ["sample", *options(files, "out.jsonl")])
+    assert not (files / "out.jsonl").exists()
+    journal = files / ".out.jsonl.part"
+    assert len(journal.read_bytes().splitlines()) == 1 + 3
+    with journal.open("rb+") as file:  # as a kill inside a write leaves it
+        file.truncate(journal.stat().st_size - 9)
+    batches.clear()
+    sample.main(options(files, "out.jsonl"))
+    assert batches == whole[2:]
+    assert (files / "out.jsonl").read_bytes() == (files / "whole.jsonl").read_bytes()
+    assert not journal.exists()
+    assert f"completions {drawn}/{drawn}" in capsys.readouterr().err
+
+    batches.clear()
+    sample.main(options(files, "out.jsonl"))
+    assert batches == []
+    assert "out.jsonl is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"k_max": 3},
+        {"max_new_tokens": 4},
+        {"temperature": 0.5},
+        {"batch_size": 5},
+        {"dtype": "bfloat16"},
+    ],
+)
+def test_with_other_settings_it_begins_anew(files, batches, monkeypatch, caplog, change):
+    monkeypatch.setattr(sample, "_rankable", lambda *args: 1 / 0)  # breaks behind the last batch
+    with pytest.raises(ZeroDivisionError):
+        sample.main(options(files, "out.jsonl"))
+    parts = len(batches)
+    monkeypatch.undo()
+    sample.main(options(files, "out.jsonl", **change))
+    assert f"{parts} parts were made from other data, models or settings" in caplog.text
+    kept = (files / "out.jsonl").read_bytes()
+    if "seed" in change:
+        sample.main(options(files, "alone.jsonl", **change))
+        assert kept == (files / "alone.jsonl").read_bytes()
+        sample.main(options(files, "out.jsonl"))  # finished, but with another seed
+        assert kept != (files / "out.jsonl").read_bytes()
+
+
+def test_with_other_rows_or_another_model_it_begins_anew(files, causal_lm, batches):
+    for change in (
+        lambda: None,
+        lambda: write_jsonl(files / "prompts.jsonl", [{"prompt": p} for p in PROMPTS[:5]]),
+        lambda: causal_lm.save_pretrained(files / "sft"),  # trained again
+    ):
+        change()
+        batches.clear()
+        sample.main(options(files, "out.jsonl"))
+        assert batches
