@@ -50,7 +50,7 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
         if _wants_traceback() or (sentence is None and not isinstance(error, UserError)):
             traceback.print_exc()
             sys.exit(1)
-        if sentence is not None:
+        if sentence is not None and not _is_own(error):
             sentence += " (PREFOPT_TRACEBACK=1 shows where it happened)"
         process = int(os.environ.get("RANK", "0"))
         told = f"error: {sentence}" if sentence is not None else str(error)
