@@ -69,7 +69,7 @@ def reward_trainer(
 
 
 def dpo_trainer(
-    base: str, tokenizer: PreTrainedTokenizerBase, out: Path, **overrides: Any
+    base: str, tokenizer: PreTrainedTokenizerBase, out: Path, four_bit: bool = False, **overrides: Any
 ) -> RankedDPOTrainer:
     settings = {**SETTINGS, "output_dir": str(out), "per_device_train_batch_size": 2, **overrides}
     return RankedDPOTrainer(
@@ -77,6 +77,7 @@ def dpo_trainer(
         args=RankedDPOConfig(**settings),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
+        quantization_config=nf4() if four_bit else None,
         peft_config=LoraConfig(**LORA),
     )
 

@@ -191,8 +191,10 @@ def test_bad_arguments_stop_with_a_line(hub, folder, tmp_path):
     assert hub.count("commit") == 0
 
 
-def test_merge_publishes_a_whole_policy(hub, base, tokenizer, tmp_path):
-    trainer = dpo_trainer(base, tokenizer, tmp_path / "policy")
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_merge_publishes_a_whole_policy(four_bit, hub, base, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # no rounding to bf16
+    trainer = dpo_trainer(base, tokenizer, tmp_path / "policy", four_bit=four_bit)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card(dataset_name="me/rankings")

@@ -120,7 +120,7 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_loaded(options, sai
 def test_pushing_while_training_is_trainers(strategy, hub, base, tokenizer, tmp_path):
     trainer = reward_trainer(
         base, tokenizer, tmp_path / "rm", push_to_hub=True, hub_model_id="me/rm", hub_strategy=strategy,
-        hub_always_push=True, save_strategy="steps", save_steps=1,
+        hub_always_push=True, save_strategy="steps", save_steps=2,
     )  # fmt: skip
     trainer.train()
     files = hub.files("me/rm")
