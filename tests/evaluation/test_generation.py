@@ -17,7 +17,6 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.recipes import evaluate
 from prefopt.reward_checkpoints import save_reward_model
 from tests.conftest import tiny_config
-from tests.killed import killed_behind
 
 INPUT = torch.tensor([[20, 30, 40, 50]])
 
@@ -134,57 +133,6 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
         )
 
 
-def test_killed_it_goes_on_and_ends_as_if_never_killed(folder: Path, capsys, monkeypatch):
-    texts = ("the cat", "a dog and the red house", "red", "what is this?", "the mat and the dog")
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": text} for text in texts])
-
-    def options(out, **changed):
-        keys = {
-            "output_dir": folder / out,
-            "models": json.dumps({"sft": str(folder / "whole"), "ppo": str(folder / "adapter")}),
-            "prompts": folder / "prompts.jsonl",
-            "samples_per_prompt": 2,
-            "max_new_tokens": 4,
-            "batch_size": 2,
-            **changed,
-        }
-        return ["generate", *(str(x) for key, value in keys.items() for x in (f"--{key}", value))]
-
-    evaluate.main(options("whole"))
-    # Of each model 5 batches of samples, one prompt in each, and 3 of greedy completions.
-    said = killed_behind(8 + 5 + 1, ["eval", *options("out")])
-    assert "ppo: sampled completions 5/5" in said
-    done = folder / "out" / "completions"
-    assert sorted(p.name for p in done.iterdir()) == [".ppo.jsonl.part", "sft.jsonl", "sft.jsonl.inputs"]
-    journal = done / ".ppo.jsonl.part"
-    with journal.open("rb+") as file:  # as a kill inside a write leaves it
-        file.truncate(journal.stat().st_size - 9)
-
-    drawn = []
-    real = generation.load_language_model
-
-    def load(source, **kwargs):
-        model, tokenizer = real(source, **kwargs)
-        once = model.generate
-        model.generate = lambda **inputs: drawn.append(source) or once(**inputs)
-        return model, tokenizer
-
-    monkeypatch.setattr(generation, "load_language_model", load)
-    evaluate.main(options("out"))
-    assert drawn == [str(folder / "adapter")] * 3  # the greedy ones, and no sample again
-    for name in ("sft", "ppo"):
-        ours, theirs = (folder / out / "completions" / f"{name}.jsonl" for out in ("out", "whole"))
-        assert ours.read_bytes() == theirs.read_bytes()
-    assert not journal.exists()
-    assert len(read_jsonl(done / "ppo.jsonl")) == 5 * 2 + 5
-
-    drawn.clear()
-    evaluate.main(options("out"))
-    assert drawn == []
-    evaluate.main(options("out", seed=1))
-    assert len(drawn) == 2 * 8
-
-
 def test_a_model_that_breaks_midway_loses_nothing(folder: Path, monkeypatch):
     """Out of memory, say: the batches before it are there when the command is given again."""
     args = EvaluationArguments(str(folder / "out"), {"sft": str(folder / "whole")}, batch_size=1)
@@ -211,8 +159,11 @@ def test_a_model_that_breaks_midway_loses_nothing(folder: Path, monkeypatch):
         generation.run(EvaluationRun(folder / "out"), args, own, prompts)
     breaks[0] = False
     generation.run(EvaluationRun(folder / "out"), args, own, prompts)
-    assert len(drawn) == 3
-    assert len(EvaluationRun(folder / "out").completions("sft")) == 3
+    assert len(drawn) == 3  # none of them twice
+    generation.run(EvaluationRun(folder / "whole"), args, own, prompts)
+    ours, theirs = (EvaluationRun(folder / name).completions("sft") for name in ("out", "whole"))
+    assert ours == theirs
+    assert len(ours) == 3
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""`prefopt sample`: killed in its middle it goes on, bit for bit; with other settings it begins anew."""
+"""`prefopt sample`: cut off in its middle it draws what is missing; with other settings it begins anew."""
 
 import pytest
 
 from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl
 from prefopt.recipes import sample
-from tests.killed import killed_behind
 
 PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]
 
@@ -31,15 +30,22 @@ def options(files, output, **changed):
     return [str(x) for key, value in keys.items() for x in (f"--{key}", value)]
 
 
+class Batches(list):
+    """How many completions each batch has that is drawn; drawing breaks behind `breaks_behind` batches."""
+
+    breaks_behind = 99
+
+
 @pytest.fixture
 def batches(monkeypatch):
-    """How many completions each batch that is drawn in this process has."""
-    sizes = []
+    sizes = Batches()
 
     def counted(model, *args, **kwargs):
         real = model.generate
 
         def one(**inputs):
+            if len(sizes) == sizes.breaks_behind:
+                raise KeyboardInterrupt
             sizes.append(len(inputs["input_ids"]))
             return real(**inputs)
 
@@ -50,19 +56,22 @@ def batches(monkeypatch):
     return sizes
 
 
-def test_killed_it_goes_on_and_ends_as_if_never_killed(files, batches, capsys):
+def test_cut_off_it_draws_what_is_missing(files, batches, capsys):
     sample.main(options(files, "whole.jsonl"))
     drawn = sum(len(row["completions"]) for row in read_jsonl(files / "whole.jsonl"))
     whole = list(batches)
     assert sum(whole) == drawn
     assert len(whole) >= 4
 
-    killed_behind(3, ["sample", *options(files, "out.jsonl")])
+    batches.clear()
+    batches.breaks_behind = 3
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(options(files, "out.jsonl"))
     assert not (files / "out.jsonl").exists()
     journal = files / ".out.jsonl.part"
-    assert len(journal.read_bytes().splitlines()) == 1 + 3
     with journal.open("rb+") as file:  # as a kill inside a write leaves it
         file.truncate(journal.stat().st_size - 9)
+    batches.breaks_behind = 99
     batches.clear()
     sample.main(options(files, "out.jsonl"))
     assert batches == whole[2:]
