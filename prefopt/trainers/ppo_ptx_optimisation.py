@@ -72,7 +72,8 @@ class OptimisationMixin:
         if self.accelerator.sync_gradients:  # the last micro-batch: the minibatch's gradient is complete
             start = time.perf_counter()
             for parameter in self.value_function.parameters:
-                if parameter.grad is not None:
+                # alone there is nothing to average, and `reduce` would copy the gradient all the same
+                if parameter.grad is not None and self.accelerator.num_processes > 1:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
             metrics = self._metrics["train"]
             metrics["grad_norm/value"].append(_norm(self.value_function.parameters))
