@@ -209,12 +209,16 @@ class Layer:
         return round(stream + max(mlp, norm, attention + stream) + self.unpacked)
 
     def forward(self, batch: Batch) -> int:
-        """Bytes needed for a moment in the layer's forward pass where nothing is kept, its input included."""
+        """Bytes needed for a moment in the layer's forward pass where nothing is kept.
+
+        The embeddings, the layer's input and the residual stream behind attention are there all the while; in the MLP
+        the normalised input, the gate, the other factor and their product.
+        """
         a, p = self.architecture, self.precision
         stream = batch.tokens * a.hidden
         mlp = stream * (p.weights + p.compute) + batch.tokens * 3 * p.compute * a.intermediate
         attention = stream * p.weights + self.attention(batch).kept + self.attention(batch).forward
-        return max(mlp, attention) + self.unpacked
+        return 2 * stream * p.weights + max(mlp, attention) + self.unpacked
 
     @property
     def unpacked(self) -> int:

@@ -242,6 +242,36 @@ def test_pretraining_text_comes_on_top_of_both_gradients():
     assert found["optimizer"].parts["gradients"] == both
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_grow_while_the_backward_pass_goes_down(tied):
+    config = tiny(tie_word_embeddings=tied)
+    found = {m.name.split(": ")[-1]: m for m in moments(settings(config, step="sft"))}
+    a, table = Architecture.of(config), 512 * 64
+    everything = a.layers * a.layer + 64 + table * (1 if tied else 2)
+    expected = {
+        "head, forward": 0,
+        "last layer": table + a.layer,
+        "first layer": everything if tied else everything - table,
+        "embeddings": everything + (table if tied else 0),  # a second gradient of one table, before the sum
+        "optimizer": everything,
+    }
+    assert {name: found[name].parts.get("gradients", 0) for name in expected} == {
+        name: 4 * count for name, count in expected.items()
+    }
+    accumulated = moments(settings(config, step="sft", accumulation=2))
+    assert all(m.parts["gradients"] >= 4 * everything for m in accumulated)
+
+
+def test_the_exact_kl_holds_logits_of_two_models():
+    found = {
+        m.name: m for m in moments(settings(step="ppo-ptx", rollout=64, completion=20, has_full_kl=True))
+    }
+    rows = 1024 // 20
+    logits, chunk = 4 * rows * 20 * 512, 4 * 256 * 512
+    assert found["exact KL"].parts["head"] == max(3 * logits + 4 * rows * 512, 2 * logits + 5.25 * chunk)
+    assert "exact KL" not in {m.name for m in moments(settings(step="ppo-ptx"))}
+
+
 @pytest.mark.parametrize(
     ("max_tokens", "rows", "tokens", "several", "divided"),
     [
