@@ -139,7 +139,7 @@ def run(
     """
     if args.base is not None and args.base not in args.models:
         raise ValueError(f"base: {args.base!r} is none of the models {', '.join(args.models)}")
-    base = args.base or (args.baseline if args.baseline in args.models else None)
+    base = args.tax_base
     chosen = own.bench_tasks or list(BENCHMARKS)
     rows, unavailable = _all_rows(chosen, own)
     instructions = dict.fromkeys(args.models, "")

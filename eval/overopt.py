@@ -30,7 +30,7 @@ from prefopt.evaluation.overoptimisation import (
 )
 from prefopt.evaluation.results import FAILED, find, measure
 from prefopt.evaluation.reward import score_samples
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_baseline, parsed_mapping
 from prefopt.evaluation.samples import measured_samples
 from prefopt.evaluation.training_run import read_run
 from prefopt.metrics import Estimate, mean_estimate
@@ -77,6 +77,8 @@ def run(
 
     Scores are kept in `overopt/<model>.jsonl`. The finished models' distances are those of stage `drift`.
     """
+    drift = run.stage("drift") or {"measures": [], "data": {}}
+    check_baseline({"drift": drift["data"]}, args)
     measures: list[dict[str, Any]] = []
     data: dict[str, Any] = {"baseline": args.baseline, "best_of_n": None, "rollouts": {}, "models": {}}
     missing = _missing(own, judges)
@@ -106,7 +108,7 @@ def run(
         ):
             add, data["rollouts"][model] = _rollout_measures(model, folder)
             measures += add
-    data["models"] = model_points(rewards, args.baseline, (run.stage("drift") or {}).get("measures", []))
+    data["models"] = model_points(rewards, args.baseline, drift["measures"])
     run.write_stage("overopt", measures, data)
 
 

@@ -14,7 +14,7 @@ from prefopt.evaluation.judges import judgements_path
 from prefopt.evaluation.markdown import build_markdown
 from prefopt.evaluation.report import build_report
 from prefopt.evaluation.results import build_results, measure, write_results
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_baseline, parsed_mapping
 from prefopt.evaluation.worst import main_model, pick_samples
 from prefopt.metrics import mean_estimate
 
@@ -98,6 +98,9 @@ def collect(
     """The content of results.json from the files of all stages that ran.
 
     What `prefopt eval all` knows of them stands in stages/all.json: `seconds`, and `notes` on why one did not run.
+
+    Raises:
+        ValueError: a stage measured against another baseline.
     """
     every = (run.stage("all") or {"data": {}})["data"]
     measures: list[dict[str, Any]] = []
@@ -107,6 +110,7 @@ def collect(
         if content is not None:
             measures += content["measures"]
             stages[name] = content["data"]
+    check_baseline(stages, args)
     completions = {model: _first_samples(run, model) for model in args.models}
     measures += [
         m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)

@@ -96,7 +96,15 @@ def run(
     groups = {group: ranked_rows(group, path, args.heldout_use_case) for group, path in own.rankings.items()}
     scorers = [*own.reward_models, *own.implicit_rewards]
     measures: list[dict[str, Any]] = []
-    data: dict[str, Any] = {"groups": {}, "reliability": {}, "tie_width": {}, "agreement": []}
+    # Of a policy that is a reward model, the scores are relative to the baseline.
+    against = args.baseline if own.implicit_rewards else None
+    data: dict[str, Any] = {
+        "baseline": against,
+        "groups": {},
+        "reliability": {},
+        "tie_width": {},
+        "agreement": [],
+    }
     scored: dict[tuple[str, str], list[list[float]]] = {}
     if not groups:
         reason = "no rankings: give `rankings`, a file for each group of labelers"

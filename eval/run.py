@@ -60,6 +60,31 @@ class EvaluationArguments:
         if Path(self.output_dir).is_file():
             raise ValueError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
 
+    @property
+    def tax_base(self) -> str | None:
+        """The model that the alignment tax is measured from, if it is one of `models`."""
+        return self.base or (self.baseline if self.baseline in self.models else None)
+
+
+def check_baseline(stages: Mapping[str, Mapping[str, Any]], args: EvaluationArguments) -> None:
+    """Raise unless what the stages found is relative to the baseline and the base of now.
+
+    Args:
+        stages: name and `data` of each.
+
+    Example:
+        >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"sft": "a"}, baseline="sft"))
+        >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"dpo": "b"}, baseline="dpo"))
+        Traceback (most recent call last):
+        ValueError: baseline is 'dpo', but drift measured against 'sft'; run it again, or `prefopt eval all`
+    """
+    for key, now in (("baseline", args.baseline), ("base", args.tax_base)):
+        other = {name: data[key] for name, data in stages.items() if data.get(key) not in (None, now)}
+        if other:
+            told = ", ".join(f"{name} measured against {model!r}" for name, model in other.items())
+            them = "it" if len(other) == 1 else "them"
+            raise ValueError(f"{key} is {now!r}, but {told}; run {them} again, or `prefopt eval all`")
+
 
 def check_names(key: str, names: Iterable[Any]) -> None:
     """Raise unless the names can be those of files."""

@@ -86,7 +86,9 @@ def run(
     for model, against in pairs + [c for c in CONTRASTS if set(c) <= set(args.models) and c not in pairs]:
         measures.append(_difference(TEXT, model, against, bits, bits_per_byte_difference))
         measures.append(_difference(TASKS, model, against, answers, paired_difference))
-    run.write_stage("tax", measures, {"documents": len(texts), "tasks": len(tasks)})
+    run.write_stage(
+        "tax", measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
+    )
 
 
 def _rows(key: str, path: str | None) -> list[dict[str, Any]]:

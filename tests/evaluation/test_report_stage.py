@@ -5,10 +5,11 @@ import random
 import re
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 
-from prefopt.evaluation import compare, judges, metadata, report_stage
+from prefopt.evaluation import compare, judges, metadata, overopt, report_stage
 from prefopt.evaluation.results import FAILED, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.worst import main_model, pick_samples
@@ -152,6 +153,45 @@ def test_a_stage_that_ran_since_is_not_called_failed(done):
     results = report_stage.collect(run, args, report_stage.ReportArguments())
     run.forget_stage("overopt")
     assert results["notes"] == {"bench": "not asked for"}
+
+
+def test_numbers_against_another_baseline_are_not_mixed_in(tmp_path):
+    """`prefopt eval report --baseline ppo` alone, behind stages that ran with sft."""
+    run, args = evaluation(tmp_path, prompts=6)
+    run.write_stage("drift", [], {"baseline": "sft"})
+    run.write_stage("tax", [], {"documents": 3})
+    own = report_stage.ReportArguments()
+    report_stage.run(run, args, own)
+    before = (tmp_path / "results.json").read_bytes()
+    other = replace(args, baseline="ppo")
+    told = (
+        "baseline is 'ppo', but compare measured against 'sft', drift measured against 'sft'; run them again"
+    )
+    with pytest.raises(ValueError, match=told):
+        report_stage.run(run, other, own)
+    assert (tmp_path / "results.json").read_bytes() == before
+    with pytest.raises(ValueError, match="baseline is 'ppo', but drift measured against 'sft'; run it again"):
+        overopt.run(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
+    compare.run(run, other, compare.CompareArguments())
+    run.write_stage("drift", [], {"baseline": "ppo"})
+    overopt.run(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
+    report_stage.run(run, other, own)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert {m["against"] for m in results["measures"] if m["name"] == "winrate"} == {"ppo"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "base"), [({}, "sft"), ({"base": "ppo"}, "ppo"), ({"baseline": "gone"}, None)]
+)
+def test_the_alignment_tax_has_a_base_of_its_own(tmp_path, keys, base):
+    args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "a", "ppo": "b"}, **keys)
+    run = EvaluationRun(tmp_path)
+    assert args.tax_base == base
+    run.write_stage("bench", [], {"base": base})
+    report_stage.collect(run, args, report_stage.ReportArguments())
+    run.write_stage("bench", [], {"base": "dpo"})
+    with pytest.raises(ValueError, match=f"base is {base!r}, but bench measured against 'dpo'"):
+        report_stage.collect(run, args, report_stage.ReportArguments())
 
 
 def test_without_any_file_everything_is_skipped(tmp_path):
