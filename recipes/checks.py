@@ -21,6 +21,9 @@ from prefopt.reward_checkpoints import is_adapter
 
 logger = logging.getLogger(__name__)
 
+# How transformers and peft call the weights of a saved model.
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+
 # report_to -> packages of which one is needed; transformers itself asks only after the model is loaded.
 LOGGERS = {
     "trackio": ("trackio",),
@@ -74,7 +77,9 @@ def is_finished(args: TrainingArguments) -> bool:
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
-    """The state that a step writes last of all; None where no step has ended."""
+    """The state that a step writes last of all; None where no step has ended, or its weights are gone."""
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        return None
     try:
         return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -182,6 +182,15 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(files):
     assert contents(files / "out") == before
 
 
+def test_a_run_whose_weights_are_gone_is_not_finished(files):
+    argv = command("demos.jsonl", "--save_steps", 1, "--resume_from_checkpoint", "true")
+    sft.main(argv)
+    weights = (files / "out" / "model.safetensors").read_bytes()
+    (files / "out" / "model.safetensors").unlink()
+    sft.main(argv)
+    assert (files / "out" / "model.safetensors").read_bytes() == weights
+
+
 def test_epochs_are_counted_where_no_steps_are_asked_for(files):
     argv = command("demos.jsonl", "--max_steps", -1, "--num_train_epochs", 1, "--save_strategy", "epoch")
     sft.main(argv)

@@ -168,7 +168,7 @@ def test_pretraining_text_streams_into_ppo_ptx_and_into_sft(folder):
     with pytest.raises(
         SystemExit, match=r"pretrain_mix 0\.98 needs 588 blocks of pretraining text, the stream has"
     ):
-        run(sft, folder, "demos.jsonl", "sft", "--max_length", 16, *text, "--pretrain_mix", 0.98)
+        run(sft, folder, "demos.jsonl", "more", "--max_length", 16, *text, "--pretrain_mix", 0.98)
     run(reward, folder, "rankings.jsonl", "rm")
     ppo = ["--generation_batch_size", 4, "--max_completion_length", 4, "--ptx_max_length", 8]
     ppo += ["--ptx_batch_ratio", 1, "--reward_model_name_or_path", folder / "rm"]
