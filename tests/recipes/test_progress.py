@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from prefopt.evaluation.generate import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward
-from prefopt.recipes.progress import ProgressTable, show_progress
+from prefopt.recipes.progress import ProgressTable, counting, show_progress
 
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 LOG = {"loss": 0.6931, "accuracy": 0.5, "margin": 0.25, "learning_rate": 1e-5, "grad_norm": 3.0}
@@ -157,3 +157,26 @@ def test_report_to_gets_every_key(
     assert re.search(rf"^ +loss .*{shown}.* lr +rows/s +left$", printed, re.MULTILINE)
     assert re.search(r"^step 1/1 ", printed, re.MULTILINE)
     assert "{'loss'" not in printed
+
+
+def test_counting_tells_a_line_a_minute_with_the_time_left(clock):
+    file = io.StringIO()
+    with counting("completions", Console(file=file, width=120)) as tell:
+        for seconds, done in ((0, 10), (59, 50), (61, 60), (62, 70), (122, 90), (130, 100)):
+            clock[0] = 100.0 + seconds
+            tell(done, 100)
+    assert file.getvalue().splitlines() == [
+        "completions 10/100",
+        "completions 60/100, 0:49 left",  # 50 in 61 s, 40 to go
+        "completions 90/100, 0:20 left",  # 30 in 61 s, 10 to go
+        "completions 100/100",
+    ]
+
+
+def test_counting_is_a_bar_in_a_terminal():
+    file = io.StringIO()
+    with counting("completions", Console(file=file, force_terminal=True, width=120)) as tell:
+        tell(3, 4)
+        tell(4, 4)
+    assert "4/4" in file.getvalue()
+    assert "left" in file.getvalue()
