@@ -63,8 +63,9 @@ def split_by_key(
 ) -> dict[str, list[int]]:
     """Positions of the rows of each side, such that rows with one value of `by` are all on one side.
 
-    Values go, those with most rows first and otherwise in random order, to the side that lacks most rows of its share.
-    No side stays empty.
+    Values go in random order to the side that lacks most rows of its share, so that a side has users with many rows as
+    well as with few. Those with more rows than half the smallest share go first, those with most rows before others:
+    drawn late, they would spoil the shares. No side stays empty.
 
     Args:
         by: a field, or `prompt`.
@@ -88,7 +89,8 @@ def split_by_key(
         )
     order = sorted(groups)
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda key: -len(groups[key]))
+    large = min(shares.values()) * len(rows) / 2
+    order.sort(key=lambda key: -len(groups[key]) if len(groups[key]) > large else 0)
     sides: dict[str, list[str]] = {side: [] for side in shares}
     lacking = {side: share * len(rows) for side, share in shares.items()}
     for i, key in enumerate(order):
