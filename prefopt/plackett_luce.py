@@ -77,7 +77,10 @@ def _log_all_before_the_rest(members: Tensor) -> Tensor:
     log_rung = _log_rung(members.unsqueeze(1) + s.unsqueeze(1)).sum(2)  # [G, P]
     # The constant is taken off by the same sum, so that what is certain has the likelihood 1, exactly.
     log_weights = log_weights.expand_as(log_rung)
-    return (log_weights + log_rung).logsumexp(1) - log_weights.logsumexp(1)
+    # Less their peak: the gradient of logsumexp errs by the rounding of its result, which grows with the scores.
+    peak = log_rung.detach().amax(1, keepdim=True)
+    total = (log_weights + (log_rung - peak)).logsumexp(1) + peak.squeeze(1)
+    return total - log_weights.logsumexp(1)
 
 
 def _log_rung(x: Tensor) -> Tensor:

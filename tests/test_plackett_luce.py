@@ -197,3 +197,10 @@ def test_no_pair_at_all_still_has_a_backward_pass():
     value.sum().backward()
     assert value.tolist() == [0.0, 0.0]
     assert scores.grad.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_gradients_of_tied_groups_hold_at_scores_far_apart():
+    """The two tied ones have all but lost: P is w^2 * 2 / R^2, whose logarithm has the slopes 1, 1 and -2."""
+    scores = torch.tensor([[-1e4, -1e4, 1e4], [88.0, -88.0, 500.0]], requires_grad=True)
+    plackett_luce_nll(scores, torch.tensor([[1, 1, 2]] * 2)).sum().backward()
+    close(scores.grad, [[-1.0, -1.0, 2.0]] * 2)
