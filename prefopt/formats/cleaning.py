@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from prefopt.ranked_rows import ranks_from_ratings
@@ -77,4 +78,7 @@ class Cleaner:
 def _is_empty(text: Any) -> bool:
     if isinstance(text, str) or not text:
         return not (text or "").strip()
-    return not any(message.get("content") or message.get("tool_calls") for message in text)
+    said = (
+        message for message in text if isinstance(message, Mapping)
+    )  # what else stands there is told later
+    return not any(message.get("content") or message.get("tool_calls") for message in said)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prefopt.formats.fields import answer, field, rank, user
+from prefopt.formats.fields import answer, entries, field, rank, user
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -81,11 +81,11 @@ def nectar(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[
         prompt = turns(text) or user(text.strip())
         if prompt[-1] == {"role": "assistant", "content": ""}:
             prompt.pop()
-        answers = field(row, "answers", list)
+        answers = entries(row, "answers", "answer")
         source = row.get("source")
         yield {
             "prompt": prompt,
             "completions": [answer(one, "answer", "answers.").strip() for one in answers],
             "ranks": [rank(one.get("rank")) for one in answers],
-            "source": ", ".join(source) if isinstance(source, list) else source,
+            "source": ", ".join(map(str, filter(None, source))) if isinstance(source, list) else source,
         }

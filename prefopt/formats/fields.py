@@ -37,6 +37,21 @@ def answer(row: Mapping[str, Any], name: str, where: str = "") -> str:
     return "" if name in row and row[name] is None else field(row, name, str, where)
 
 
+def entries(row: Mapping[str, Any], name: str, text: str) -> list[Mapping[str, Any]]:
+    """A list of objects with a `text` each; null in place of an object is one with the text null.
+
+    Raises:
+        ValueError: it is no list, or has an entry that is no object.
+
+    >>> entries({"answers": [{"answer": "Plum."}, None]}, "answers", "answer")
+    [{'answer': 'Plum.'}, {'answer': None}]
+    """
+    found = [{text: None} if one is None else one for one in field(row, name, list)]
+    for i, one in enumerate(found):
+        field({f"{name}[{i}]": one}, f"{name}[{i}]", Mapping)
+    return found
+
+
 def number(value: Any, name: str) -> float | None:
     """A finite number, also one written as text; None for what stands for no value (None, NaN, "", "N/A").
 

@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prefopt.formats.fields import answer, field, number, user
+from prefopt.formats.fields import answer, entries, field, number, user
 from prefopt.formats.rated import helpsteer_messages
 from prefopt.row_checks import shorten
+
+_PROMPTS = ("question", "instruction", "input", "query")  # what some data sets call it
 
 
 def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -25,8 +27,13 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
+                if elsewhere := [name for name in _PROMPTS if row.get(name)]:
+                    raise ValueError(
+                        f"field 'prompt': expected a text or messages, got nothing, but a field {elsewhere[0]!r}; rename "
+                        "that to prompt if it is what was answered, or remove it if the answers begin with the prompt"
+                    )
                 prompt, answers = _text_prefix(*answers)
-        elif all(isinstance(answer, list) and answer for answer in answers):
+        elif all(_is_chat(answer) for answer in answers):
             shared = _shared(*answers)
             if shared:
                 prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
@@ -58,6 +65,10 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
         }
 
 
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(one, Mapping) for one in messages)
+
+
 def _text_prefix(chosen: str, rejected: str) -> tuple[str, list[str]]:
     length = _shared(chosen, rejected)
     while length and not chosen[length].isspace():
@@ -86,7 +97,7 @@ def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterat
     """
     for row in rows:
         info, choice = field(row, "info", Mapping), field(row, "choice", int)
-        texts = [answer(one, "text", "summaries.") for one in field(row, "summaries", list)]
+        texts = [answer(one, "text", "summaries.") for one in entries(row, "summaries", "text")]
         if choice not in (0, 1) or len(texts) != 2:
             raise ValueError(
                 f"field 'choice': expected 0 or 1 of two summaries, got {choice} of {len(texts)}; mend or delete the row"

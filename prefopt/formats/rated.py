@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from prefopt.formats.fields import answer, field, number, user
+from prefopt.formats.fields import answer, entries, field, number, user
 
 _ASPECTS = ("helpfulness", "honesty", "instruction_following", "truthfulness")
 ULTRAFEEDBACK_RATINGS = ("fine-grained_score", "overall_score", *_ASPECTS)
@@ -21,7 +21,7 @@ def ultrafeedback(
     """openbmb/UltraFeedback: `instruction` and four `completions` of `response`, scores and `annotations`.
 
     Ranked by `fine-grained_score`, the mean of four aspects that GPT-4 rated from 1 to 5, by which its authors ranked
-    too. The mean is taken of `annotations` where an older copy has no such score. `overall_score` (1 to 10) comes with
+    too. The mean is taken of `annotations` where there is no such score, as in older copies. `overall_score` (1 to 10) comes with
     the critique; in copies from before December 2023 many a 10 of it should be a 1. Each answer's own
     `custom_system_prompt` is no part of the prompt. Kept: `source`. Source: the dataset card and
     https://github.com/OpenBMB/UltraFeedback, section Update.
@@ -32,7 +32,7 @@ def ultrafeedback(
     ([{'role': 'user', 'content': 'Name a fruit.'}], ['Plum.', 'No.'], [4.5, 2])
     """
     for row in rows:
-        completions = field(row, "completions", list)
+        completions = entries(row, "completions", "response")
         yield {
             "prompt": user(field(row, "instruction", str)),
             "completions": [answer(one, "response", "completions.") for one in completions],
@@ -42,8 +42,8 @@ def ultrafeedback(
 
 
 def _ultrafeedback_rating(completion: Mapping[str, Any], rating: str) -> float | None:
-    if rating in completion:
-        return number(completion[rating], rating)
+    if (given := number(completion.get(rating), rating)) is not None:
+        return given
     annotations = completion.get("annotations") or {}
     aspects = _ASPECTS if rating == "fine-grained_score" else (rating,)
     values = [number((annotations.get(aspect) or {}).get("Rating"), f"{aspect}.Rating") for aspect in aspects]

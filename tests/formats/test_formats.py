@@ -108,6 +108,27 @@ def test_answers_that_are_null_are_empty_ones():
     assert counts == {"empty completions": 1}
 
 
+def test_null_in_place_of_an_answer_object_is_an_empty_answer():
+    nectar = {**NECTAR, "answers": [None, *NECTAR["answers"]], "source": [None]}
+    (found,), counts = converted([nectar])
+    assert (found["completions"], found["ranks"]) == (["A pear, why?", "Plum.", "A stone."], [2, 1, 3])
+    assert counts == {"empty completions": 1, "completions without a rank": 1}
+    feedback = {**ULTRAFEEDBACK, "completions": [None, *ULTRAFEEDBACK["completions"]]}
+    (found,), counts = converted([feedback])
+    assert found["completions"] == ["Plum.", "Stone.", "Pear."]
+    assert counts == {"empty completions": 1}
+
+
+def test_ultrafeedback_with_scores_that_are_null():
+    """Arrow fills in null where other rows have a score."""
+    completions = [
+        {"response": text, "fine-grained_score": None, "annotations": {"honesty": {"Rating": rating}}}
+        for text, rating in (("Plum.", "2"), ("Stone.", "4"))
+    ]
+    (row,), _ = converted([{"instruction": "Name a fruit.", "completions": completions}])
+    assert (row["ratings"], row["ranks"]) == ([2, 4], [2, 1])
+
+
 def test_ultrafeedback_before_it_had_scores():
     aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
     completions = [
@@ -539,6 +560,26 @@ def test_streams_stay_streams():
             [SAMPLES["pairs"], {"prompt": "p", "chosen": "a", "rejected": None}],
             {"source": "my.jsonl"},
             "my.jsonl row 1: field 'chosen': expected two texts or two lists of messages, got 'a' and None",
+        ),
+        (
+            [{**NECTAR, "answers": ["Plum."]}],
+            {},
+            r"row 0: field 'answers\[0\]': expected an object, got 'Plum.'",
+        ),
+        (
+            [{"question": "Which way?", "chosen": "The left one.", "rejected": "The right one."}],
+            {},
+            "row 0: field 'prompt': expected a text or messages, got nothing, but a field 'question'; rename that",
+        ),
+        (
+            [{"chosen": [*FRUIT, None], "rejected": [*FRUIT, assistant("No.")]}],
+            {},
+            "row 0: field 'chosen': expected two texts or two lists of messages",
+        ),
+        (
+            [{"context": [*FRUIT, None], "response1": "a", "response2": "b", "overall_preference": 1}],
+            {},
+            "row 0: field 'prompt': expected chat messages with 'role' and 'content', got None",
         ),
         (
             [{**NECTAR, "answers": [{"model": "m"}]}],
