@@ -121,6 +121,7 @@ def _row_ids(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
                 "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
             )
+        prompt = without_nulls_in_calls(prompt)
         render = partial(tokenizer.apply_chat_template, tokenize=False, **template_kwargs)
         generation = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
@@ -138,7 +139,9 @@ def _row_ids(
             answer, joint = completion, tokenizer(prompt + completion)["input_ids"]
         else:
             messages = (
-                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+                [{"role": "assistant", "content": completion}]
+                if isinstance(completion, str)
+                else without_nulls_in_calls(completion)
             )
             text = render([*prompt, *messages])
             if tail and text.endswith(tail):
@@ -167,6 +170,32 @@ def _row_ids(
                 ids = [*ids, tokenizer.eos_token_id]
         completion_ids.append(ids)
     return prompt_ids, completion_ids
+
+
+def without_nulls_in_calls(prompt: str | list[dict]) -> str | list[dict]:
+    """Messages whose tool calls have only the arguments they were written with; text as it is.
+
+    Arrow keeps one set of fields for a column, so in a row of a Dataset each call also has, as null, the arguments of all
+    other calls, and the template would write them out. An argument that was null from the start goes with them.
+
+    >>> call = {"function": {"name": "find", "arguments": {"city": "Rome", "street": None}}}
+    >>> without_nulls_in_calls([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
+    [{'function': {'name': 'find', 'arguments': {'city': 'Rome'}}}]
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "tool_calls": _without_nulls(message["tool_calls"])}
+        if message.get("tool_calls")
+        else message
+        for message in prompt
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[str, str]:

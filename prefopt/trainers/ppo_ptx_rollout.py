@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
 
 from prefopt.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewards, masked_whiten
+from prefopt.comparisons import without_nulls_in_calls
 from prefopt.trainers.last_layer import last_mlp_at
 from prefopt.trainers.lm_heads import fp32_output, token_logps
 from prefopt.trainers.ppo_ptx_metrics import rollout_metrics
@@ -105,7 +106,7 @@ class RolloutMixin:
     # ---- rollout ----------------------------------------------------------------------------------------------
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
-        generated = super()._generate(prompts)
+        generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
         self.model.train(was_training)  # TRL leaves training mode behind after continuous batching
         if len(generated[1]) != len(prompts):
             raise RuntimeError(f"generation gave {len(generated[1])} completions for {len(prompts)} prompts")

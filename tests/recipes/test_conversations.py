@@ -113,6 +113,27 @@ def test_too_long_conversations_are_dropped_with_a_count(chat_tokenizer, caplog)
     assert "dropped 1 of 2 examples" in caplog.text
 
 
+def test_a_call_is_learned_with_the_arguments_it_was_written_with(chat_tokenizer):
+    """In a column of Arrow every call has the arguments of all, those of the others as null."""
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{{ m['content'] or m['tool_calls'][0]['function']['arguments'] | tojson }}"
+    )
+    rows = []
+    for arguments in ({"city": "Rome"}, {"sum": "1 + 1", "digits": 2}):
+        call = {"type": "function", "function": {"name": "ask", "arguments": arguments}}
+        rows.append([*say("user: red?"), {"role": "assistant", "content": None, "tool_calls": [call]}])
+    written = Dataset.from_dict({"messages": rows})
+    assert written[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["sum"] is None
+    learned = tokenize_demonstrations(written, chat_tokenizer, None, "chats.jsonl")["labels"]
+    assert [chat_tokenizer.decode([i for i in labels if i >= 0]) for labels in learned] == [
+        '{"city": "Rome"}<|im_end|>',
+        '{"sum": "1 + 1", "digits": 2}<|im_end|>',
+    ]
+    later = Dataset.from_dict({"prompt": [chat + say("tool: 17", "user: the mat?") for chat in rows]})
+    of_row = build_ids(chat_tokenizer, later[0]["prompt"], "no")[0]
+    assert '{"city": "Rome"}<|im_end|>' in chat_tokenizer.decode(of_row)
+
+
 def test_tools_of_a_row_reach_the_template(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ tools[0]['name'] if tools else '' }}" + chat_tokenizer.chat_template
     rows = Dataset.from_list([{"messages": TWO_TURNS[1:3], "tools": '[{"name": "the house"}]'}])

@@ -197,23 +197,29 @@ def test_kl_lowers_the_reward(make, causal_lm):
 # ---- what reward models score -------------------------------------------------------------------------------------
 CHAT = [[{"role": "user", "content": text}] for text in ("what is this?", "the cat and the dog")]
 PLAIN = ["what is this? a", "the cat"]
+CALLS = [
+    [*CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"arguments": arguments}]}, *CHAT[1]]
+    for arguments in ({"city": "Rome"}, {"sum": "1 + 1"})
+]  # in a Dataset, each has the arguments of both
 
 
 @pytest.mark.parametrize("truncated", [False, True])
-@pytest.mark.parametrize("kind", ["plain", "chat"])
+@pytest.mark.parametrize("kind", ["plain", "chat", "calls"])
 def test_scored_ids_are_those_of_reward_training(
     kind, truncated, make, tokenizer, chat_tokenizer, reward_model, causal_lm, monkeypatch
 ):
     tok = tokenizer if kind == "plain" else chat_tokenizer
     causal_lm.generation_config.eos_token_id = tok.eos_token_id
-    prompts = PLAIN if kind == "plain" else CHAT
+    if kind == "calls":
+        said = "{{ m['content'] or m['tool_calls'][0]['arguments'] | tojson }}"
+        tok.chat_template = tok.chat_template.replace("{{ m['content'] }}", said)
+    data = Dataset.from_dict({"prompt": {"plain": PLAIN, "chat": CHAT, "calls": CALLS}[kind]})
+    prompts = data["prompt"][:]
     texts = [" red house", " dog ran to the mat"]
     sampled = [tok(text)["input_ids"] + ([] if truncated else [tok.eos_token_id]) for text in texts]
     scored = []
     set_reward_bias(reward_model, 0.5)
-    trainer = make(
-        data=Dataset.from_dict({"prompt": prompts}), per_device_train_batch_size=2, processing_class=tok
-    )
+    trainer = make(data=data, per_device_train_batch_size=2, processing_class=tok)
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (sampled, None))
     monkeypatch.setattr(
         "prefopt.trainers.ppo_ptx_trainer.score_ids",
