@@ -180,6 +180,7 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
     may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
     """
     args = trainer.args
+    trainer.eval_dataset_name = data.eval_dataset_name
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     push = args.push_to_hub

@@ -71,6 +71,7 @@ class PublishingMixin:
     """
 
     _builds_on: tuple[str, str] | None = None  # a method beside that of `_paper`, and its number on arXiv
+    eval_dataset_name: str | None = None  # for the card; None: it is a split of the dataset trained on
     _card_dataset: str | None = None
     _card_tags: Sequence[str] = ()
 
@@ -123,8 +124,8 @@ class PublishingMixin:
         """
         if not self.is_world_process_zero():
             return
-        if dataset_name:  # a path of this machine is nobody's business
-            self._card_dataset = dataset_name if is_hub_id(dataset_name) else Path(dataset_name).name
+        if dataset_name:
+            self._card_dataset = _public_name(dataset_name)
         self._card_tags = [tags] if isinstance(tags, str) else tags or self._card_tags
         self._write_card(self.args.output_dir)
 
@@ -209,7 +210,11 @@ class PublishingMixin:
 
     def _card_results(self) -> list[dict[str, Any]]:
         """The last evaluation; without one, the last log of training. The loss counts only where nothing else does."""
-        for prefix, split, rows in (("eval_", "test", self.eval_dataset), ("", "train", None)):
+        evaluated_on = _public_name(self.eval_dataset_name) if self.eval_dataset_name else self._card_dataset
+        for prefix, split, rows, name in (
+            ("eval_", "test", self.eval_dataset, evaluated_on),
+            ("", "train", None, self._card_dataset),
+        ):
             for entry in reversed(self.state.log_history):
                 found = [
                     {
@@ -219,7 +224,7 @@ class PublishingMixin:
                         "low": entry.get(f"{prefix}{key}_ci_low"),
                         "high": entry.get(f"{prefix}{key}_ci_high"),
                         "n": len(rows) if isinstance(rows, Dataset) else None,
-                        "dataset": self._card_dataset or "local rows",
+                        "dataset": name or "local rows",
                         "split": split,
                         "step": entry.get("step"),
                     }
@@ -256,6 +261,11 @@ def _origin(model: PreTrainedModel | PeftModel) -> str | None:
     return name or None
 
 
+def _public_name(dataset: str) -> str:
+    """A Hub id, or the name of a file or folder: its path on this machine is nobody's business."""
+    return dataset if is_hub_id(dataset) else Path(dataset).name
+
+
 def _names(modules: str | Collection[str] | None) -> str:
     return modules if isinstance(modules, str) else " ".join(sorted(modules or ()))
 
@@ -266,6 +276,10 @@ def _settings(args: TrainingArguments) -> dict[str, Any]:
     for field in fields(args):
         default = field.default_factory() if field.default is MISSING else field.default
         value, name = values.get(field.name), field.name
+        if name.endswith(
+            "_token"
+        ):  # a secret, or a token of the text, which the tokenizer has: to_dict hides both
+            continue
         is_default = value == default or (default is None and value is False)
         if name in ALWAYS or not (is_default or name.startswith(BOOKKEEPING)):
             found[name] = (

@@ -83,6 +83,19 @@ def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
     assert (accuracy.dataset_type, accuracy.dataset_split) == ("me/rankings", "test")
 
 
+def test_a_card_names_the_rows_that_were_measured_and_no_hidden_token(trained, tmp_path):
+    trained.eval_dataset_name = str(tmp_path / "heldout.jsonl")
+    trained.create_model_card(dataset_name="me/rankings")
+    card = ModelCard.load(tmp_path / "rm" / README)
+    assert {(found.dataset_type, found.dataset_name) for found in card.data.eval_results} == {
+        ("local", "heldout.jsonl")
+    }
+    assert "| heldout.jsonl, test, step 2 |" in card.text
+    assert card.data.datasets == ["me/rankings"]
+    assert str(tmp_path) not in card.text.replace(json.dumps(str(tmp_path / "rm")), "")
+    assert not {name for name in facts_table(card.text) if name.endswith("_token")}
+
+
 def test_ppo_ptx_reports_its_kl_and_score(base, tokenizer, tmp_path):
     sft = dpo_trainer(base, tokenizer, tmp_path / "sft")
     sft.save_model()
