@@ -107,19 +107,20 @@ def run(
                 measures.append(measure(key, name, estimate))
             data["by_position"][name] = by_position(rows)
             data["samples"][name] = len(rows)
+        except FileNotFoundError as error:  # a file of completions
+            measures += _without(name, str(error))
         except Exception as error:  # any trouble of one model is that model's
             logger.exception("drift: %s failed", name)
-            reason = (
-                str(error)
-                if isinstance(error, FileNotFoundError)
-                else f"{FAILED}{type(error).__name__}: {error}"
-            )
-            measures += [measure(key, name, None, reason=reason) for key in (*PER_COMPLETION, *PER_TOKEN)]
+            measures += _without(name, f"{FAILED}{type(error).__name__}: {error}")
     for name in sums:
         if name != args.baseline and args.baseline in sums:
             estimate = entropy_difference(sums[name], sums[args.baseline])
             measures.append(measure("token_entropy", name, estimate, against=args.baseline))
     run.write_stage("drift", measures, data)
+
+
+def _without(name: str, reason: str) -> list[dict[str, Any]]:
+    return [measure(key, name, None, reason=reason) for key in (*PER_COMPLETION, *PER_TOKEN)]
 
 
 def _token_rows(

@@ -20,7 +20,7 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     opened = gzip.open if str(path).endswith(".gz") else open
     # newline="\n": lines end there alone, not at U+2028 and the like, which may stand inside a JSON string.
     with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_utf8(lines, path), start=1):
             if not line.strip():
                 continue
             try:
@@ -30,6 +30,14 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
             yield row
+
+
+def _utf8(lines: Iterable[str], path: str | os.PathLike) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:

@@ -44,8 +44,17 @@ def is_kept(path: Path, inputs: Any) -> bool:
     return path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint_of(inputs)
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is a file that `continued_rows` did not write: it has neither a fingerprint nor a journal beside it."""
+    return path.is_file() and not _mark(path).is_file() and not _journal(path).is_file()
+
+
 def _mark(path: Path) -> Path:
     return path.with_name(path.name + ".inputs")
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]) -> list[dict[str, Any]]:
@@ -63,7 +72,7 @@ def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]
         [{'x': 0}, {'x': 1}, {'x': 4}]
     """
     if not is_kept(path, inputs):
-        journal = Journal(path.with_name(f".{path.name}.part"), inputs)
+        journal = Journal(_journal(path), inputs)
         kept_rows(path, inputs, lambda: compute(journal))
         journal.path.unlink(missing_ok=True)
     return read_jsonl(path)

@@ -27,6 +27,7 @@ from prefopt.evaluation.overoptimisation import best_of_n_distance
 from prefopt.evaluation.reward import score_samples
 from prefopt.metrics import mean_estimate
 from prefopt.recipes.arguments import UserError, parse
+from prefopt.recipes.checks import check_prompts
 from prefopt.recipes.models import load_tokenizer, model_init_kwargs
 from prefopt.recipes.progress import counting
 from prefopt.recipes.rows import require_chat_template
@@ -123,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         check_reward_model(args.reward_model_name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
+    models = [str(model_args.model_name_or_path), args.reward_model_name_or_path]
+    check_prompts(rows, str(args.dataset_name), tokenizer, models, ("max_new_tokens", args.max_new_tokens))
 
     inputs = sampling_inputs(args, model_args, rows) | {
         "reward_model": source_state(args.reward_model_name_or_path),

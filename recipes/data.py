@@ -25,6 +25,7 @@ from prefopt.formats import FORMATS, convert, detect
 from prefopt.ranked_rows import from_preference
 from prefopt.recipes.arguments import UserError, named, parse
 from prefopt.recipes.checked_rows import Kind, SourceArguments, checked_rows, good_rows, read_rows
+from prefopt.recipes.sources import keep_inputs
 from prefopt.row_splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.row_statistics import Statistics, prompt_key, statistics
 
@@ -111,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"expected a command{f', got {argv[0]!r}' if argv else ''}: {told}")
     try:
         COMMANDS[argv[0]](argv[1:])
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {error.filename}") from error
     except (ValueError, OSError) as error:
         raise UserError(error) from error
 
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 def convert_(argv: list[str]) -> None:
     """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns"""
     source, args = _parse(ConvertArguments, argv, "convert")
+    keep_inputs(Path(args.out), [str(source.data)])
     counts: Counter[str] = Counter()
     read: list[str | None] = []  # of each row read, its format, of the first alone
 
@@ -211,6 +215,8 @@ def split(argv: list[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"{name} is {value}; expected 1 or more")
     shares = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
+    for side in shares:
+        keep_inputs(Path(args.out) / f"{side}.jsonl", [str(source.data)])
     rows = [row for _, row in good_rows(read_rows(source), str(source.data))]
     if not rows or "prompt" not in rows[0]:
         raise UserError(f"{source.data}: expected rows with a prompt, got {'others' if rows else 'no rows'}")

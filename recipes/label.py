@@ -32,6 +32,7 @@ from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
 from prefopt.recipes.arguments import UserError, named, parse
 from prefopt.recipes.rows import check_fields, load_rows
+from prefopt.recipes.sources import keep_inputs
 from prefopt.row_checks import row_problem
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"expected a command{named}: prefopt label <command> ...\n{told}")
     try:
         COMMANDS[argv[0]](argv[1:])
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {error.filename}") from error
     except (ValueError, OSError) as error:
         raise UserError(error) from error
 
@@ -227,7 +230,7 @@ def import_(argv: list[str]) -> None:
         answers, [read_key(path) for path in keys], characters_per_second=args.characters_per_second
     )
     out = Path(args.out)
-    _keep(out, [*args.answers, *keys])
+    keep_inputs(out, [*args.answers, *keys])
     write_jsonl(out, imported.rows)
     write_whole(out.with_suffix(".report.json"), json.dumps(imported.report.to_dict(), indent=1) + "\n")
     print("\n".join(imported.report.lines()))
@@ -288,7 +291,7 @@ def next_(argv: list[str]) -> None:
     left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     choose_next([], [], **options)  # the arguments are checked before models are loaded
-    _keep(Path(args.out), [args.samples, *args.labeled])
+    keep_inputs(Path(args.out), [args.samples, *args.labeled])
     if not left:
         raise UserError(f"{args.samples}: all {len(rows)} prompts are labeled already, or there are none")
     scores = []
@@ -309,13 +312,6 @@ def next_(argv: list[str]) -> None:
         f"{len(chosen) - at_random} by {args.by}, {at_random} at random"
     )
     print(f"to export: {args.out}")
-
-
-def _keep(out: Path, inputs: Sequence[str | Path]) -> None:
-    """Labels are people's work: what a command reads is never what it writes over."""
-    for name in inputs:
-        if out.resolve() == Path(name).resolve():
-            raise UserError(f"out {str(out)!r} is also read; choose another name")
 
 
 def _skips(report: Path) -> dict[str, int]:

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
 from prefopt.evaluation.generate import Completion, generate
-from prefopt.evaluation.kept import Journal, continued_rows, fingerprint_of, is_kept, source_state
+from prefopt.evaluation.kept import Journal, continued_rows, fingerprint_of, is_foreign, is_kept, source_state
 from prefopt.recipes.arguments import DataArguments, UserError, parse
 from prefopt.recipes.checks import check_prompts
 from prefopt.recipes.conversations import prompts_from_messages
 from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.progress import counting
 from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
+from prefopt.recipes.sources import keep_inputs
 from prefopt.recipes.troubles import run_command
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,11 @@ def check_sampling(args: SamplingArguments) -> None:
         raise UserError("output is required: the .jsonl file to write")
     if Path(args.output).is_dir():
         raise UserError(f"output {args.output!r} is a folder; expected a .jsonl file")
+    keep_inputs(Path(args.output), [str(args.dataset_name)], "output")
+    if is_foreign(Path(args.output)):
+        raise UserError(
+            f"output: {args.output} is there, and this command did not write it; name another file, or move that one"
+        )
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
         if getattr(args, name) < least:
             raise UserError(f"{name} is {getattr(args, name)}; expected at least {least}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,13 @@ if TYPE_CHECKING:  # its import takes seconds, which JSONL files do without
     from datasets import Dataset, IterableDataset
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def keep_inputs(out: Path, inputs: Sequence[str | Path], key: str = "out") -> None:
+    """Data are people's work: what a command reads is never what it writes over."""
+    for name in inputs:
+        if out.resolve() == Path(name).resolve():
+            raise UserError(f"{key} {str(out)!r} is also read; choose another name")
 
 
 def load_source(
@@ -31,7 +39,7 @@ def load_source(
         UserError: it is not there, or cannot be read.
     """
     from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     path = Path(name)
     try:
@@ -51,10 +59,13 @@ def load_source(
             name, config, data_dir=data_dir, revision=revision, split=split, streaming=streaming
         )
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
+        reason = str(error)
+        if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+            reason = f"{error.__cause__}".strip()  # which line, where the error itself says nothing
         remedy = ""
         if "scripts are no longer supported" in str(error):
             remedy = (
                 "; the Hub keeps a copy of its rows: revision refs/convert/parquet, and the configuration as data_dir "
                 f"(`prefopt data convert {name} --revision refs/convert/parquet --data_dir {config or 'default'}`)"
             )
-        raise UserError(f"{key}: cannot load {name!r} (split {split!r}): {error}{remedy}") from error
+        raise UserError(f"{key}: cannot load {name!r} (split {split!r}): {reason}{remedy}") from error

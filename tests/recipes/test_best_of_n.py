@@ -136,6 +136,16 @@ def test_mistakes_stop_early(files, extra, message):
         run(files, *extra)
 
 
+def test_a_prompt_too_long_for_the_reward_model_stops_before_anything_is_drawn(files, monkeypatch):
+    config = json.loads((files / "rm" / "config.json").read_text())
+    (files / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    monkeypatch.setattr(best_of_n, "load_sampler", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(
+        SystemExit, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"
+    ):
+        run(files)
+
+
 def test_broken_scores_stop(files):
     broken = AutoModelForSequenceClassification.from_pretrained(files / "rm")
     broken.score.weight.data[:] = float("nan")
@@ -144,7 +154,7 @@ def test_broken_scores_stop(files):
         run(files)
 
 
-def test_the_file_is_judged_as_a_model(files, tokenizer):
+def test_the_file_is_judged_as_a_model(files, tokenizer, caplog):
     rows = run(files)
     args = EvaluationArguments(
         output_dir=str(files / "evaluation"),
@@ -164,6 +174,7 @@ def test_the_file_is_judged_as_a_model(files, tokenizer):
     write_jsonl(files / "text.jsonl", [{"text": "the cat sat on the mat"}])
     drift.run(evaluation, args, drift.DriftArguments())
     tax.run(evaluation, args, tax.TaxArguments(pretraining_text=str(files / "text.jsonl")))
+    assert "Traceback" not in caplog.text  # it has no weights: said in the report, and no trouble
     for stage, name in (("drift", "kl_to_sft"), ("tax", "pretraining_bits_per_byte")):
         of = {row["model"]: row for row in evaluation.stage(stage)["measures"] if row["name"] == name}
         assert of["sft"]["value"] is not None

@@ -140,7 +140,7 @@ def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
         "convert", _one(tmp_path, {"text": "t"}), "--out", out
     )
     assert "does not exist" in refused("convert", tmp_path / "none.csv")
-    assert "No such file" in refused("convert", tmp_path / "none.jsonl")
+    assert "there is no file" in refused("convert", tmp_path / "none.jsonl")
     assert "unknown key in the command line: 'fromat' (did you mean 'format'?)" in refused(
         "convert", source, "--fromat", "x"
     )
@@ -450,3 +450,24 @@ def test_training_says_how_to_convert(tmp_path):
         UserError, match=r"rows in the format hh-rlhf: `prefopt data convert .*one\.jsonl --out"
     ):
         load_comparisons(ComparisonArguments(dataset_name=str(source)), args)
+
+
+def test_a_file_that_is_missing_or_not_utf8_or_broken_is_named(tmp_path):
+    assert refused("validate", tmp_path / "no.jsonl") == f"error: there is no file {tmp_path / 'no.jsonl'}"
+    path = tmp_path / "latin1.jsonl"
+    path.write_bytes('{"prompt": "Zoë"}\n'.encode("latin1"))
+    assert (
+        refused("validate", path) == f"error: {path}: not UTF-8 text (it has the byte 0xeb); save it as UTF-8"
+    )
+    path = tmp_path / "commas.csv"
+    path.write_text("prompt,chosen,rejected\na,b,c\nd,e, f, g\n")
+    assert "Expected 3 fields in line 3, saw 4" in refused("validate", path)
+
+
+def test_what_is_read_is_not_written_over(tmp_path, ranked):
+    before = ranked.read_bytes()
+    assert "is also read" in refused("convert", ranked, "--out", ranked)
+    train = tmp_path / "train.jsonl"
+    train.write_bytes(before)
+    assert "is also read" in refused("split", train, "--out", tmp_path)
+    assert ranked.read_bytes() == train.read_bytes() == before

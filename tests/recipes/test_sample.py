@@ -122,3 +122,18 @@ def test_with_other_rows_or_another_model_it_begins_anew(files, causal_lm, batch
         batches.clear()
         sample.main(options(files, "out.jsonl"))
         assert batches
+
+
+def test_a_file_of_others_is_not_written_over(files):
+    """The prompts themselves, and what another command or a person wrote; its own file is drawn anew."""
+    before = (files / "prompts.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="is also read; choose another name"):
+        sample.main(options(files, "prompts.jsonl"))
+    write_jsonl(files / "mine.jsonl", [{"prompt": "by hand"}])
+    with pytest.raises(SystemExit, match=r"mine\.jsonl is there, and this command did not write it"):
+        sample.main(options(files, "mine.jsonl"))
+    assert (files / "prompts.jsonl").read_bytes() == before
+    assert read_jsonl(files / "mine.jsonl") == [{"prompt": "by hand"}]
+    for k_max in (2, 3):
+        sample.main(options(files, "drawn.jsonl", k_max=k_max))
+    assert max(len(row["completions"]) for row in read_jsonl(files / "drawn.jsonl")) == 3
