@@ -123,11 +123,14 @@ def read_run(path: str | os.PathLike) -> Run:
         )
     state = max(states, key=lambda state: state["global_step"])
     log = [entry for entry in state["log_history"] if isinstance(entry, dict)]
-    if not log:
-        raise ValueError(f"the log of {folder} is empty: it has fewer steps than logging_steps; lower that")
     callbacks = state.get("stateful_callbacks") or {}
     watch = callbacks.get("TrainingWatch") or {}
-    return Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
+    run = Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
+    if not run.training:
+        raise ValueError(
+            f"the log of {folder} has no step: the run is shorter than logging_steps; lower that"
+        )
+    return run
 
 
 def _read_state(file: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The recipe folders that come with prefopt: one YAML file per step, to be copied and changed.
 
-prefopt recipes                  # which there are
+prefopt recipes list             # which there are
 prefopt recipes copy tiny        # into the folder tiny/
 prefopt recipes copy tiny mine   # into the folder mine/
 """
@@ -56,15 +56,16 @@ def copy(name: str, target: Path, *, force: bool = False) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     """List the recipe folders, or copy one."""
     parser = argparse.ArgumentParser(
-        "prefopt recipes", description="The recipe folders that come with prefopt; without a command: which."
+        "prefopt recipes", description="The recipe folders that come with prefopt."
     )
-    commands = parser.add_subparsers(dest="command", metavar="{copy}")
+    commands = parser.add_subparsers(dest="command", metavar="{list,copy}")
+    commands.add_parser("list", help="which there are; also without a command")
     of_copy = commands.add_parser("copy", help="copy a recipe folder, to be changed and run")
     of_copy.add_argument("name", help=", ".join(recipe_folders()))
     of_copy.add_argument("folder", nargs="?", type=Path, help="where to; default: the recipe's name")
     of_copy.add_argument("--force", action="store_true", help="overwrite files that are there")
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    if arguments.command != "copy":
         width = max(map(len, recipe_folders()))
         for name, title in recipe_folders().items():
             print(f"{name:<{width}}  {title}")

@@ -107,11 +107,13 @@ def test_errors_say_what_to_do(tmp_path):
     save(tmp_path / "runs" / "ppo", ppo_log(3))
     save(tmp_path / "runs" / "dpo", DPO_LOG)
     save(tmp_path / "empty", [])
+    save(tmp_path / "short", [{"step": 4, "train_loss": 2.0, "objective/kl": 0.1, "loss/policy": 0.5}])
     (tmp_path / "none").mkdir()
     for path, message in [
         ("missing", "is not a folder: give the output_dir"),
         ("none", r"no trainer_state.json in .* \(save_strategy\)"),
-        ("empty", "is empty: .* logging_steps"),
+        ("empty", "has no step: .* logging_steps"),
+        ("short", "has no step: .* logging_steps"),
         ("runs", r"holds several runs, name one of them: .*runs/dpo, .*runs/ppo"),
     ]:
         with pytest.raises(SystemExit, match=message) as error:

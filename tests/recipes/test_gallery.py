@@ -12,8 +12,9 @@ from prefopt.recipes import environment, gallery, pipeline, sweep
 SHIPPED = {path.parent.name for path in Path(gallery.__file__).parent.glob("*/*.yaml")}
 
 
-def test_every_folder_is_listed_with_a_line(capsys):
-    assert cli.main(["recipes"]) == 0
+@pytest.mark.parametrize("command", [[], ["list"]])
+def test_every_folder_is_listed_with_a_line(capsys, command):
+    assert cli.main(["recipes", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
     listed = {
         line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and line.split()[0] in SHIPPED
