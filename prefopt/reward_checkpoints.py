@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _NO_HEAD = (
     "{} has no trained head, so its scores would be random: it is a language model; give the output of "
-    "RankedRewardTrainer"
+    "`prefopt reward` (RankedRewardTrainer)"
 )
 
 # Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.

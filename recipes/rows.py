@@ -227,5 +227,6 @@ def require_chat_template(
         if is_chat and tokenizer.chat_template is None:
             raise UserError(
                 "the rows are chat messages, but the tokenizer has no chat template; use the tokenizer of a chat "
-                "model, set tokenizer.chat_template and save it beside the model, or give prompts as plain text"
+                "model, give `prefopt sft` one as chat_template_path, which the later steps find beside the model, or "
+                "give prompts as plain text"
             )
