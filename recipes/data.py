@@ -47,7 +47,10 @@ class ConvertArguments:
         default=False,
         metadata={"help": "Keep rows in which all completions tie; `ties: half` learns from them."},
     )
-    out: str = field(default="rankings.jsonl", metadata={"help": "File for the ranked comparisons."})
+    out: str | None = field(
+        default=None,
+        metadata={"help": "File for the ranked comparisons; default: rankings.jsonl, if it is new."},
+    )
 
 
 @dataclass
@@ -121,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
 def convert_(argv: list[str]) -> None:
     """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns"""
     source, args = _parse(ConvertArguments, argv, "convert")
-    keep_inputs(Path(args.out), [str(source.data)])
+    out = Path(args.out or "rankings.jsonl")
+    keep_inputs(out, [str(source.data)])
+    if args.out is None and out.exists():
+        raise UserError(f"{out} is there already, perhaps with the labels of people: name a file with --out")
     counts: Counter[str] = Counter()
     read: list[str | None] = []  # of each row read, its format, of the first alone
 
@@ -138,11 +144,11 @@ def convert_(argv: list[str]) -> None:
         if row is None:
             raise ValueError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_told(counts)}")
 
-    written = write_jsonl(args.out, ranked())
+    written = write_jsonl(out, ranked())
     print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
     if counts:
         print(f"left out: {_told(counts)}")
-    print(f"ranked comparisons: {args.out} ({written:,} rows)")
+    print(f"ranked comparisons: {out} ({written:,} rows)")
 
 
 def validate(argv: list[str]) -> None:

@@ -191,6 +191,8 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
         trainer.save_model(args.output_dir)
     trainer.save_state()
     trainer.create_model_card(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        print(f"saved: {args.output_dir}")
     if push:
         try:
             trainer.push_to_hub(dataset_name=data.dataset_name)

@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args, args)
     check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
     require_chat_template(tokenizer, train, evaluation, demonstrations)
-    args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     model = load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token)
+    if isinstance(model, str):  # TRL warns of options for a model that is loaded already
+        args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = RankedRewardTrainer(
         model=model,
         args=args,

@@ -195,8 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         texts = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
 
-    args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     model = load_policy(model_args, init_kwargs)
+    if isinstance(model, str):  # TRL warns of options for a model that is loaded already
+        args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
     trainer = SFTStepTrainer(
         model=model,
         args=args,

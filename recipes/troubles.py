@@ -9,6 +9,7 @@ import linecache
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,12 @@ TO_LOWER = {
 }
 PLANNED = ("sft", "reward", "dpo", "ppo-ptx")  # of these `prefopt plan` knows the memory
 
+# Of how TRL and peft call transformers and torch, which no key of a command changes.
+NOISE = (
+    r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated",
+    "'pin_memory' argument is set as true but no accelerator is found",
+)
+
 
 class UserError(SystemExit):
     """A mistake in the input, reported as one line without a traceback."""
@@ -38,6 +45,8 @@ class UserError(SystemExit):
 
 def run_command(main: Callable[[list[str] | None], Any], command: str, argv: list[str] | None = None) -> None:
     """Run a command; a trouble of every day ends it with one sentence in place of a traceback."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         main(argv)
     except KeyboardInterrupt:

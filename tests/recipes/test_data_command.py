@@ -96,6 +96,16 @@ def test_convert_reads_csv_parquet_and_gz(tmp_path, capsys):
         out.unlink()
 
 
+def test_the_default_name_does_not_write_over_labels(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("hh.jsonl", HH)
+    run(capsys, "convert", "hh.jsonl")
+    before = (tmp_path / "rankings.jsonl").read_bytes()
+    assert "is there already" in refused("convert", "hh.jsonl")
+    assert (tmp_path / "rankings.jsonl").read_bytes() == before
+    run(capsys, "convert", "hh.jsonl", "--out", "rankings.jsonl")  # asked for by name
+
+
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
 @pytest.mark.parametrize("where", [["--config_name", "helpful"], ["--data_dir", "helpful"]])
 def test_a_hub_dataset_by_split_and_configuration(tmp_path, capsys, streaming, where):

@@ -72,9 +72,12 @@ def test_the_steps_chain_with_lora_adapters(files):
         assert not torch.allclose(policies["sft"], policies[name], atol=1e-6)
 
 
-def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer):
+def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer, capsys, caplog):
     run(sft, files, "base", "demos.jsonl", "sft", *LORA)
+    run(sft, files, "sft", "demos.jsonl", "sft-again")
     run(reward, files, "sft", "rankings.jsonl", "rm", "--learning_rate", 0)
+    assert f"saved: {files / 'rm'}" in capsys.readouterr().out
+    assert "model_init_kwargs" not in caplog.text  # which nobody has set
     hidden = AutoModelForCausalLM.from_pretrained(files / "sft")(
         torch.tensor([[5, 6, 7]]), output_hidden_states=True
     ).hidden_states[-1][0, -1]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -241,3 +242,17 @@ def test_dashes_in_a_key_are_underscores(tmp_path):
 
     (args,) = parse((SampleArguments,), ["--output=a-b.jsonl", "--k-min", "3", "--k_max=3"], "prefopt sample")
     assert (args.output, args.k_min, args.k_max) == ("a-b.jsonl", 3, 3)
+
+
+def test_warnings_that_no_key_changes_are_left_out(recwarn):
+    def main(argv):
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.",
+            FutureWarning,
+            stacklevel=1,
+        )
+        warnings.warn("'pin_memory' argument is set as true but no accelerator is found, then", stacklevel=1)
+        warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
+
+    run_command(main, "dpo")
+    assert [str(warning.message) for warning in recwarn] == ["`something_else` is deprecated"]
