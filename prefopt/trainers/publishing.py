@@ -118,7 +118,7 @@ class PublishingMixin:
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write README.md and `model_card.json` to `args.output_dir`; arguments as in TRL.
+        """Write README.md and `model_card.json` to `args.output_dir`, beside the model saved there; arguments as in TRL.
 
         The card is headed by the repository's name, or the folder's, whatever `model_name` is.
         """

@@ -610,7 +610,7 @@ def test_best_model_comes_with_its_value_function(make, tmp_path):
 
 def test_model_card_names_the_method(make, tmp_path):
     trainer = make()
-    os.makedirs(tmp_path / "run", exist_ok=True)
+    trainer.save_model()
     trainer.create_model_card(model_name="x")
     card = (tmp_path / "run" / "README.md").read_text()
     assert all(text in card for text in ("PPO-ptx", "2203.02155", "prefopt", "ppo-ptx", "Ouyang"))

@@ -560,7 +560,9 @@ def test_refused_options_raise_with_the_reason(name, value, tmp_path):
 
 
 def test_model_card_names_the_paper(causal_lm, tokenizer, tmp_path):
-    trainer_on(causal_lm, PAIRS, tokenizer, tmp_path).create_model_card(model_name="tiny-dpo")
+    trainer = trainer_on(causal_lm, PAIRS, tokenizer, tmp_path)
+    trainer.save_model()
+    trainer.create_model_card(model_name="tiny-dpo")
     card = (tmp_path / "README.md").read_text()
     assert "Direct Preference Optimization: Your Language Model is Secretly a Reward Model" in card
     assert "2305.18290" in card

@@ -570,7 +570,11 @@ def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
             assert a == pytest.approx(b, abs=1e-5, rel=1e-4), case
         # Thirteen rows: accelerate fills the last batch with repeated ones, which must not count.
         assert len(expected["metrics"]) > 8
-        assert result["metrics"] == pytest.approx(expected["metrics"], abs=1e-5, rel=1e-4), case
+        # The calibration error jumps where rounding moves a pair over the edge of a bin.
+        assert result["metrics"].keys() == expected["metrics"].keys()
+        for key, value in expected["metrics"].items():
+            near = {"abs": 5e-3} if "ece" in key else {"abs": 1e-5, "rel": 1e-4}
+            assert result["metrics"][key] == pytest.approx(value, **near), (case, key)
         for name, weight in expected["weights"].items():
             torch.testing.assert_close(
                 result["weights"][name], weight, rtol=0, atol=1e-6, msg=f"{case} {name}"

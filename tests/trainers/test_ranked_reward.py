@@ -600,6 +600,7 @@ def test_every_own_field_of_trl_is_decided(tmp_path):
 
 def test_model_card_names_the_paper(reward_model, tokenizer, tmp_path):
     trainer = trainer_on(reward_model, PAIRS, tokenizer, tmp_path)
+    trainer.save_model()
     trainer.create_model_card(model_name="tiny-rm")
     card = (tmp_path / "README.md").read_text()
     assert "Training language models to follow instructions with human feedback" in card

@@ -145,7 +145,8 @@ def test_trained_saved_reloaded(kind, rows, base_path, tokenizer, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(embeddings(loaded), embeddings(trainer.model))
     scores = score_texts(loaded, tokenizer, PROMPTS, COMPLETIONS)  # the policy's tokenizer, without the token
-    assert scores == pytest.approx(expected, abs=1e-6)
+    # Batches of another shape round a logit, of which the bias is taken off, by an ulp or two.
+    assert scores == pytest.approx(expected, abs=2e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "rm").convert_tokens_to_ids(TOKEN) == token_id
     if kind == "lora":
         plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm", num_labels=1)
