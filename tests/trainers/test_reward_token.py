@@ -122,7 +122,9 @@ def test_score_is_read_at_the_token(side, reward_model):
 def test_trained_saved_reloaded(kind, rows, base_path, tokenizer, tmp_path):
     if rows == "grown":  # the tokenizer has a token for each of the model's 320 rows
         tokenizer.add_tokens([f"<extra_{i}>" for i in range(320 - len(tokenizer))])
-    trainer = trainer_on(base_path, tokenizer, tmp_path / "rm", peft=kind == "lora")
+    is_lora = kind == "lora"  # all weights at its learning rate make activations whose rounding shows in the scores
+    rate = 1e-2 if is_lora else 1e-3
+    trainer = trainer_on(base_path, tokenizer, tmp_path / "rm", peft=is_lora, learning_rate=rate)
     token_id = trainer.model.config.reward_token_id
     assert token_id == trainer.processing_class.convert_tokens_to_ids(TOKEN) == len(tokenizer)
     assert TOKEN not in tokenizer.get_vocab()  # the caller's tokenizer is left alone
@@ -145,8 +147,7 @@ def test_trained_saved_reloaded(kind, rows, base_path, tokenizer, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(embeddings(loaded), embeddings(trainer.model))
     scores = score_texts(loaded, tokenizer, PROMPTS, COMPLETIONS)  # the policy's tokenizer, without the token
-    # Batches of another shape round a logit, of which the bias is taken off, by an ulp or two.
-    assert scores == pytest.approx(expected, abs=2e-6)
+    assert scores == pytest.approx(expected, abs=1e-6)
     assert AutoTokenizer.from_pretrained(tmp_path / "rm").convert_tokens_to_ids(TOKEN) == token_id
     if kind == "lora":
         plain = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm", num_labels=1)
