@@ -122,7 +122,9 @@ def test_score_is_read_at_the_token(side, reward_model):
 def test_trained_saved_reloaded(kind, rows, base_path, tokenizer, tmp_path):
     if rows == "grown":  # the tokenizer has a token for each of the model's 320 rows
         tokenizer.add_tokens([f"<extra_{i}>" for i in range(320 - len(tokenizer))])
-    is_lora = kind == "lora"  # all weights at its learning rate make activations whose rounding shows in the scores
+    is_lora = (
+        kind == "lora"
+    )  # all weights at its learning rate make activations whose rounding shows in the scores
     rate = 1e-2 if is_lora else 1e-3
     trainer = trainer_on(base_path, tokenizer, tmp_path / "rm", peft=is_lora, learning_rate=rate)
     token_id = trainer.model.config.reward_token_id
