@@ -1,6 +1,6 @@
 """What every number of the evaluation means and where its definition comes from."""
 
-from prefopt.evaluation.bench_tasks import BENCH_DEFINITIONS
+from prefopt.evaluation.benchmarks.tasks import BENCH_DEFINITIONS
 
 # name: (higher is better, definition, source). A name before the first dot covers the names below it.
 DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
@@ -25,7 +25,7 @@ DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
     "winrate_heldout_use_case": (
         True,
         "win rate on prompts of the use case kept out of reward-model and RL training",
-        "Ouyang et al. 2022, section 5.3 (generalisation)",
+        "Ouyang et al. 2022, section 5.3 (generalization)",
     ),
     "winrate_use_case": (True, "win rate on the prompts of one use case", "as win rate"),
     "gold_reward": (
@@ -41,7 +41,7 @@ DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
     ),
     "gold_component": (True, "mean of one part of the gold reward over temperature-1 samples", "sandbox"),
     "gold_component_greedy": (True, "mean of one part of the gold reward over greedy completions", "sandbox"),
-    "rm_score": (None, "mean reward-model score of temperature-1 samples (what PPO maximises)", "prefopt"),
+    "rm_score": (None, "mean reward-model score of temperature-1 samples (what PPO maximizes)", "prefopt"),
     "pretraining_bits_per_byte": (
         False,
         "sum of nats / ln 2 / UTF-8 bytes of held-out pretraining text, BOS-conditioned, EOS unscored; interval over "
@@ -57,7 +57,7 @@ DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
         None,
         "full-vocabulary KL of the model from the baseline in nats, summed over a completion, mean over "
         "temperature-1 samples; interval over prompts",
-        "Ouyang et al. 2022, C.4 (the penalised quantity)",
+        "Ouyang et al. 2022, C.4 (the penalized quantity)",
     ),
     "kl_to_sft_per_token": (None, "the same, divided by tokens", "as kl_to_sft"),
     "completion_tokens": (

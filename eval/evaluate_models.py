@@ -1,4 +1,4 @@
-"""Evaluate the models of a run on the same prompts, documents and tasks: generate, score, summarise."""
+"""Evaluate the models of a run on the same prompts, documents and tasks: generate, score, summarize."""
 
 import logging
 import random
@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.generate import Completion, generate, write_jsonl
-from prefopt.evaluation.language_model import (
+from prefopt.evaluation.results import BASELINE, FAILED, GROUPS, MODELS, build_results, measure
+from prefopt.evaluation.summary import CONTRASTS, summarize
+from prefopt.inference.generate import Completion, generate
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.inference.language_model import (
     KL,
     BitsPerByte,
     bits_per_byte,
@@ -18,9 +21,7 @@ from prefopt.evaluation.language_model import (
     task_accuracy,
     validate_tasks,
 )
-from prefopt.evaluation.results import BASELINE, FAILED, GROUPS, MODELS, build_results, measure
-from prefopt.evaluation.reward import gold_accuracy, reward_accuracy, score_completions
-from prefopt.evaluation.summary import CONTRASTS, summarise
+from prefopt.inference.scoring import gold_accuracy, reward_accuracy, score_completions
 
 logger = logging.getLogger(__name__)
 Gold = Callable[[Any, str], Any]
@@ -191,7 +192,7 @@ def evaluate(
             measures.append(measure(f"{name}.{group}", model, found.get(group), reason=reasons.get("")))
     for name in MODELS:
         scores.setdefault(name, Scores(reasons={"": "no such model in this run"}))
-    summary, samples = summarise(scores, prompts, labels, heldout_use_case, seed, contrasts)
+    summary, samples = summarize(scores, prompts, labels, heldout_use_case, seed, contrasts)
     return build_results(
         measures + summary, wall_seconds=wall_seconds, settings=settings, samples=samples, curves=curves
     )

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from prefopt.metrics import pair_accuracy
+from prefopt.statistics.intervals import pair_accuracy
 
 _DESCRIPTION = """\
 K-wise accuracy: the share of strictly ranked pairs among the K completions of a prompt that the scores order as the

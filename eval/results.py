@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prefopt.evaluation.definitions import DEFINITIONS
-from prefopt.evaluation.generate import write_whole
-from prefopt.metrics import Estimate
+from prefopt.inference.jsonl import write_whole
+from prefopt.statistics.intervals import Estimate
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 BASELINE = "sft"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
 from prefopt.evaluation.results import jsonable
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefopt.evaluation.language_model import bits_per_byte_difference
+from prefopt.evaluation.report.worst import main_model, pick_samples
 from prefopt.evaluation.results import BASELINE, FAILED, measure
-from prefopt.evaluation.worst import main_model, pick_samples
-from prefopt.metrics import Estimate, mean_estimate, paired_difference, win_rate
+from prefopt.inference.language_model import bits_per_byte_difference
+from prefopt.statistics.intervals import Estimate, mean_estimate, paired_difference, win_rate
 
 if TYPE_CHECKING:
     from prefopt.evaluation.evaluate_models import Scores
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CONTRASTS = (("ppo_ptx", "ppo"),)  # paired differences shown besides those to the baseline
 
 
-def summarise(
+def summarize(
     scores: Mapping[str, Scores],
     prompts: Sequence[Any],
     labels: Sequence[str],

@@ -162,7 +162,7 @@ def _why_not(measures: Measures, recovered: Sequence[Point], ppo: Point) -> list
         return []
     settings = ", ".join(f"{p.kl_coef:g}" for p in better)
     return [
-        f"Why: with kl_coef {ppo.kl_coef:g} PPO over-optimises the reward model, for at kl_coef {settings} the gold "
+        f"Why: with kl_coef {ppo.kl_coef:g} PPO over-optimizes the reward model, for at kl_coef {settings} the gold "
         "reward is higher, not lower; up to there a larger coefficient costs nothing."
     ]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from prefopt.trainers.ppo_ptx_watch import WINDOW, Trouble, diagnose
+from prefopt.trainers.ppo_ptx.watch import WINDOW, Trouble, diagnose
 
 STATE_FILE = "trainer_state.json"
 Log = Sequence[Mapping[str, Any]]

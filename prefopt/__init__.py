@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "OveroptimisationStop": "prefopt.trainers.overoptimisation",
-    "PPOPtxConfig": "prefopt.trainers.ppo_ptx_config",
-    "PPOPtxTrainer": "prefopt.trainers.ppo_ptx_trainer",
-    "RankedCollator": "prefopt.comparisons",
-    "RankedDPOConfig": "prefopt.trainers.ranked_dpo_config",
-    "RankedDPOTrainer": "prefopt.trainers.ranked_dpo_trainer",
-    "RankedRewardConfig": "prefopt.trainers.ranked_reward_config",
-    "RankedRewardTrainer": "prefopt.trainers.ranked_reward_trainer",
-    "format_ranking": "prefopt.comparisons",
-    "load_reward_model": "prefopt.reward_checkpoints",
-    "merge_reward_model": "prefopt.reward_checkpoints",
-    "parse_ranking": "prefopt.comparisons",
-    "push_folder": "prefopt.hub",
+    "OveroptimizationStop": "prefopt.trainers.ppo_ptx.overoptimization",
+    "PPOPtxConfig": "prefopt.trainers.ppo_ptx.config",
+    "PPOPtxTrainer": "prefopt.trainers.ppo_ptx.trainer",
+    "RankedCollator": "prefopt.rankings.dataset",
+    "RankedDPOConfig": "prefopt.trainers.dpo.config",
+    "RankedDPOTrainer": "prefopt.trainers.dpo.trainer",
+    "RankedRewardConfig": "prefopt.trainers.reward.config",
+    "RankedRewardTrainer": "prefopt.trainers.reward.trainer",
+    "format_ranking": "prefopt.rankings.row",
+    "load_reward_model": "prefopt.models.checkpoints",
+    "merge_reward_model": "prefopt.models.checkpoints",
+    "parse_ranking": "prefopt.rankings.row",
+    "push_folder": "prefopt.hub.push",
     "ranking_loss": "prefopt.losses",
 }
 
 __all__ = [
-    "OveroptimisationStop",
+    "OveroptimizationStop",
     "PPOPtxConfig",
     "PPOPtxTrainer",
     "RankedCollator",
@@ -43,17 +43,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from prefopt.comparisons import RankedCollator, format_ranking, parse_ranking
-    from prefopt.hub import push_folder
+    from prefopt.hub.push import push_folder
     from prefopt.losses import ranking_loss
-    from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
-    from prefopt.trainers.overoptimisation import OveroptimisationStop
-    from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
-    from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
-    from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
-    from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
-    from prefopt.trainers.ranked_reward_config import RankedRewardConfig
-    from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
+    from prefopt.models.checkpoints import load_reward_model, merge_reward_model
+    from prefopt.rankings.dataset import RankedCollator
+    from prefopt.rankings.row import format_ranking, parse_ranking
+    from prefopt.trainers.dpo.config import RankedDPOConfig
+    from prefopt.trainers.dpo.trainer import RankedDPOTrainer
+    from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+    from prefopt.trainers.ppo_ptx.overoptimization import OveroptimizationStop
+    from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+    from prefopt.trainers.reward.config import RankedRewardConfig
+    from prefopt.trainers.reward.trainer import RankedRewardTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-from prefopt.recipes.troubles import run_command
+from prefopt.recipes.common.errors import run_command
 
 # Group -> command -> the module whose `main(argv)` runs it, and its line in the help.
 GROUPS = {
@@ -30,8 +30,8 @@ GROUPS = {
     "start and help": {
         "pipeline": ("prefopt.recipes.pipeline", "all steps on a small closed world, ending in a report"),
         "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),
-        "recipes": ("prefopt.recipes.gallery", "settings that work, one folder per purpose: list, copy"),
-        "env": ("prefopt.recipes.environment", "versions and hardware, for a bug report"),
+        "recipes": ("prefopt.recipes.recipes", "settings that work, one folder per purpose: list, copy"),
+        "env": ("prefopt.recipes.env", "versions and hardware, for a bug report"),
     },
 }
 COMMANDS = {name: entry for group in GROUPS.values() for name, entry in group.items()}

@@ -19,18 +19,18 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
-from prefopt.evaluation.batching import batches_by_length
-from prefopt.evaluation.generate import Completion, derived_seed, generate, prompt_ids
-from prefopt.evaluation.kept import Journal, continued_rows, source_state
-from prefopt.evaluation.models import load_classifier
-from prefopt.evaluation.overoptimisation import best_of_n_distance
-from prefopt.evaluation.reward import score_samples
-from prefopt.metrics import mean_estimate
-from prefopt.recipes.arguments import UserError, parse
-from prefopt.recipes.checks import check_prompts
-from prefopt.recipes.models import load_tokenizer, model_init_kwargs
-from prefopt.recipes.progress import counting
-from prefopt.recipes.rows import require_chat_template
+from prefopt.inference.batching import batches_by_length
+from prefopt.inference.generate import Completion, derived_seed, generate, prompt_ids
+from prefopt.inference.journal import Journal, continued_rows, source_state
+from prefopt.inference.scoring import score_samples
+from prefopt.models.checkpoints import check_reward_model
+from prefopt.models.loading import load_classifier
+from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs
+from prefopt.recipes.common.preflight import check_prompts
+from prefopt.recipes.common.progress import counting
+from prefopt.recipes.common.rows import require_chat_template
 from prefopt.recipes.sample import (
     OF_OTHER_COMPLETIONS,
     SamplingArguments,
@@ -39,8 +39,8 @@ from prefopt.recipes.sample import (
     load_sampler,
     sampling_inputs,
 )
-from prefopt.recipes.troubles import run_command
-from prefopt.reward_checkpoints import check_reward_model
+from prefopt.statistics.intervals import mean_estimate
+from prefopt.statistics.overoptimization import best_of_n_distance
 
 logger = logging.getLogger(__name__)
 

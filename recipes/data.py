@@ -20,14 +20,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from prefopt.evaluation.jsonl import write_jsonl, write_whole
-from prefopt.formats import FORMATS, convert, detect
-from prefopt.ranked_rows import from_preference
-from prefopt.recipes.arguments import UserError, named, parse
-from prefopt.recipes.checked_rows import Kind, SourceArguments, checked_rows, good_rows, read_rows
-from prefopt.recipes.sources import keep_inputs
-from prefopt.row_splits import most_per_key, one_per_prefix, split_by_key
-from prefopt.row_statistics import Statistics, prompt_key, statistics
+from prefopt.inference.jsonl import write_jsonl, write_whole
+from prefopt.rankings.formats import FORMATS, convert, detect
+from prefopt.rankings.row import from_preference
+from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
+from prefopt.rankings.statistics import Statistics, prompt_key, statistics
+from prefopt.recipes.common.arguments import UserError, named, parse
+from prefopt.recipes.common.checked_rows import Kind, SourceArguments, checked_rows, good_rows, read_rows
+from prefopt.recipes.common.sources import keep_inputs
 
 Row = Mapping[str, Any]
 
@@ -275,7 +275,7 @@ def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, t
     """How far labelers agree: numbers, and the same in words; nothing if no two of them saw one prompt."""
     if not found.prompts_of_several_labelers:
         return {}
-    from prefopt.labeling.agreement import agreement
+    from prefopt.statistics.agreement import agreement
 
     of = agreement(judged, source=source)
     if not of.shared_items:
@@ -301,10 +301,10 @@ def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, t
 
 
 def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
-    """Token counts as every step sees them: `prefopt.comparisons.build_ids`."""
+    """Token counts as every step sees them: `prefopt.rankings.dataset.build_ids`."""
     from transformers import AutoTokenizer
 
-    from prefopt.comparisons import build_ids
+    from prefopt.rankings.tokens import build_ids
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

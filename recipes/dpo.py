@@ -9,9 +9,9 @@ part of both answers. The reference is the model the run starts from.
 
 from trl import ModelConfig
 
-from prefopt.recipes.arguments import ComparisonArguments, parse
-from prefopt.recipes.checks import check_length, is_finished
-from prefopt.recipes.models import (
+from prefopt.recipes.common.arguments import ComparisonArguments, parse
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import (
     check_hub,
     load_policy,
     load_tokenizer,
@@ -20,10 +20,10 @@ from prefopt.recipes.models import (
     quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import load_comparisons, require_chat_template
-from prefopt.recipes.troubles import run_command
-from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
-from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
+from prefopt.recipes.common.preflight import check_length, is_finished
+from prefopt.recipes.common.rows import load_comparisons, require_chat_template
+from prefopt.trainers.dpo.config import RankedDPOConfig
+from prefopt.trainers.dpo.trainer import RankedDPOTrainer
 
 
 def main(argv: list[str] | None = None) -> None:

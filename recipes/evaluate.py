@@ -15,25 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation import (
-    bench,
-    compare,
-    diversity,
-    drift,
-    generation,
-    judges,
-    metadata,
-    overopt,
-    report_stage,
-    reward_model,
-    tax,
-)
 from prefopt.evaluation.results import FAILED
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.recipes.arguments import UserError, parse
-from prefopt.recipes.conversations import prompts_from_messages
-from prefopt.recipes.rows import check_fields, load_rows
-from prefopt.recipes.troubles import run_command
+from prefopt.evaluation.stages import benchmarks as bench
+from prefopt.evaluation.stages import compare, diversity, drift, reward_model, tax
+from prefopt.evaluation.stages import generate as generation
+from prefopt.evaluation.stages import judge as judges
+from prefopt.evaluation.stages import overoptimization as overopt
+from prefopt.evaluation.stages import ratings as metadata
+from prefopt.evaluation.stages import report as report_stage
+from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.recipes.common.conversations import prompts_from_messages
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.rows import check_fields, load_rows
 
 logger = logging.getLogger(__name__)
 Given = dict[type, Any]
@@ -155,7 +149,7 @@ def diversities(run: EvaluationRun, args: EvaluationArguments, given: Given) -> 
     diversity.run(run, args, given[diversity.DiversityArguments], progress=print)
 
 
-def overoptimisation(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
+def overoptimization(run: EvaluationRun, args: EvaluationArguments, given: Given) -> None:
     """gold and proxy reward against the KL, best of n"""
     overopt.run(run, args, given[overopt.OveroptArguments], given[judges.JudgeArguments], progress=print)
 
@@ -170,7 +164,7 @@ STAGES: dict[str, Callable[[EvaluationRun, EvaluationArguments, Given], None]] =
     "tax": alignment_tax,
     "drift": drifts,
     "diversity": diversities,
-    "overopt": overoptimisation,
+    "overopt": overoptimization,
 }
 
 

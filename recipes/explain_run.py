@@ -11,9 +11,9 @@ import argparse
 import os
 from pathlib import Path
 
-from prefopt.evaluation.run_page import build_page
+from prefopt.evaluation.report.training_run import build_page
 from prefopt.evaluation.training_run import read_run, summary
-from prefopt.recipes.arguments import UserError
+from prefopt.recipes.common.arguments import UserError
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,20 +20,20 @@ from typing import Any, Literal
 
 from rich.progress import track
 
-from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
-from prefopt.evaluation.models import load_classifier
-from prefopt.evaluation.reward import score_rows
-from prefopt.labeling.agreement import agreement
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.scoring import score_rows
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
 from prefopt.labeling.argilla import read_argilla, write_argilla
 from prefopt.labeling.key import Key, blind, read_key, write_key
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
-from prefopt.recipes.arguments import UserError, named, parse
-from prefopt.recipes.rows import check_fields, load_rows
-from prefopt.recipes.sources import keep_inputs
-from prefopt.row_checks import row_problem
+from prefopt.models.loading import load_classifier
+from prefopt.rankings.checks import row_problem
+from prefopt.recipes.common.arguments import UserError, named, parse
+from prefopt.recipes.common.rows import check_fields, load_rows
+from prefopt.recipes.common.sources import keep_inputs
+from prefopt.statistics.agreement import agreement
 
 logger = logging.getLogger(__name__)
 

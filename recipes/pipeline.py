@@ -17,14 +17,15 @@ from pathlib import Path
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl, write_whole
-from prefopt.evaluation.reward import score_completions
 from prefopt.evaluation.run import EvaluationRun
+from prefopt.inference.generate import generate
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.scoring import score_completions
+from prefopt.models.checkpoints import load_reward_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.arguments import UserError, config_folder, parse
-from prefopt.recipes.steps import Steps
-from prefopt.recipes.troubles import run_command
-from prefopt.reward_checkpoints import load_reward_model
+from prefopt.recipes.common.arguments import UserError, config_folder, parse
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
@@ -206,7 +207,7 @@ class Pipeline:
                   dataset_name=self.data / "rankings_rm_train_labelers.jsonl")  # fmt: skip
 
     def train_ppo(self, argv: list[str]) -> None:
-        """PPO is trained on the reward model; the gold reward is only watched, to show over-optimisation."""
+        """PPO is trained on the reward model; the gold reward is only watched, to show over-optimization."""
 
         def gold(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
             return [self.world.gold_reward(p, c).total for p, c in zip(prompts, completions, strict=True)]

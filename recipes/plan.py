@@ -22,19 +22,19 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
-from prefopt.evaluation.jsonl import write_whole
+from prefopt.inference.jsonl import write_whole
 from prefopt.memory_plan.fitting import NESTED_NF4, NF4, Fit, fit, largest_batch
 from prefopt.memory_plan.models import Adapter, Architecture, Precision
 from prefopt.memory_plan.passes import Moment
 from prefopt.memory_plan.steps import CUDA_CONTEXT, FRAGMENTATION, STEPS, Settings, moments, peak
-from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.models import is_adapter
+from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.models import is_adapter
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
 from prefopt.recipes.reward import RewardArguments
 from prefopt.recipes.sft import SFTArguments, SFTStepConfig
-from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
-from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+from prefopt.trainers.dpo.config import RankedDPOConfig
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.reward.config import RankedRewardConfig
 
 GIB = 2**30
 ARGUMENTS: dict[str, tuple[type, type]] = {
@@ -157,8 +157,8 @@ def settings_of(
         completion=plan.completion_length,
         optimizer=optimizer_state(str(getattr(args.optim, "value", args.optim))),
         continues_adapter=continues,
-        # TRL's SFTTrainer rounds adapters on a quantised base to bf16; prefopt's trainers do not
-        adapter_bytes=2 if step == "sft" and precision.is_quantised else 4,
+        # TRL's SFTTrainer rounds adapters on a quantized base to bf16; prefopt's trainers do not
+        adapter_bytes=2 if step == "sft" and precision.is_quantized else 4,
     )
     if step == "ppo-ptx":
         episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -195,7 +195,7 @@ def lora_of(model_args: ModelConfig, first: ModelConfig | None) -> tuple[LoraCon
         return PeftConfig.from_pretrained(model_args.model_name_or_path), True
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise UserError(
-            "quantised weights cannot be trained: add use_peft, or --after with the file of an SFT step with it"
+            "quantized weights cannot be trained: add use_peft, or --after with the file of an SFT step with it"
         )
     return get_peft_config(model_args), False
 
@@ -218,7 +218,7 @@ def adapter_of(config: PreTrainedConfig, lora: LoraConfig, disable_dropout: bool
 
 
 def precision_of(model_args: ModelConfig, bf16: bool) -> Precision:
-    """Bytes of weights, from `dtype` and the quantisation."""
+    """Bytes of weights, from `dtype` and the quantization."""
     weights = 4 if model_args.dtype in (None, "float32") else 2
     linear = float(weights)
     if model_args.load_in_4bit:

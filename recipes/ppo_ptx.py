@@ -1,4 +1,4 @@
-"""Step 3, PPO-ptx: maximise the reward model's score, stay near SFT, keep what pretraining taught (InstructGPT Eq. 2).
+"""Step 3, PPO-ptx: maximize the reward model's score, stay near SFT, keep what pretraining taught (InstructGPT Eq. 2).
 
     prefopt ppo-ptx --config recipes/tiny/ppo_ptx.yaml
     accelerate launch -m prefopt.recipes.ppo_ptx --config recipes/tiny/ppo_ptx.yaml
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.checks import check_length, check_prompts, is_finished
-from prefopt.recipes.conversations import prompts_from_messages
-from prefopt.recipes.models import (
+from prefopt.models.checkpoints import check_reward_model
+from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.conversations import prompts_from_messages
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import (
     check_hub,
     load_policy,
     load_tokenizer,
@@ -27,18 +28,17 @@ from prefopt.recipes.models import (
     quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import (
+from prefopt.recipes.common.preflight import check_length, check_prompts, is_finished
+from prefopt.recipes.common.rows import (
     check_fields,
     load_rows,
     load_train_and_eval,
     require_chat_template,
     stream_rows,
 )
-from prefopt.recipes.troubles import run_command
-from prefopt.reward_checkpoints import check_reward_model
-from prefopt.trainers.overoptimisation import OveroptimisationStop
-from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.overoptimization import OveroptimizationStop
+from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
 
 @dataclass
@@ -59,7 +59,7 @@ class PPOPtxArguments(DataArguments):
         default=None,
         metadata={"help": "Held-out judge, logged and not trained on: reward model or `module.function`."},
     )
-    overoptimisation_patience: int | None = field(
+    overoptimization_patience: int | None = field(
         default=None,
         metadata={"help": "Evaluations with a falling gold reward and a rising score before training stops."},
     )
@@ -90,8 +90,8 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
 
     gold = [] if data.gold_reward is None else [_gold_reward(data.gold_reward)]
     monitors = [*gold, *monitors]
-    if data.overoptimisation_patience is not None and (not monitors or args.eval_strategy == "no"):
-        raise UserError("overoptimisation_patience needs gold_reward, eval_strategy and evaluation prompts")
+    if data.overoptimization_patience is not None and (not monitors or args.eval_strategy == "no"):
+        raise UserError("overoptimization_patience needs gold_reward, eval_strategy and evaluation prompts")
 
     tokenizer = load_tokenizer(model_args)
     if args.ptx_coef > 0:
@@ -123,9 +123,9 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
         quantization_config=quantization_for(model, model_args),
         peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
-    if data.overoptimisation_patience is not None:
+    if data.overoptimization_patience is not None:
         proxy, held_out = (f"eval_rewards/{name}/mean" for name in trainer.reward_func_names[:2])
-        trainer.add_callback(OveroptimisationStop(held_out, proxy, data.overoptimisation_patience))
+        trainer.add_callback(OveroptimizationStop(held_out, proxy, data.overoptimization_patience))
     train_and_save(trainer, data)
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prefopt.hub import HubError, files_to_publish, push_command, push_folder, save_merged
-from prefopt.model_cards import is_handwritten, read_facts, write_card
-from prefopt.recipes.arguments import UserError, parse
+from prefopt.hub.cards import is_handwritten, read_facts, write_card
+from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
+from prefopt.recipes.common.arguments import UserError, parse
 
 # Measures of results.json that a card shows, with what follows behind a dot, and what the card calls them.
 SHOWN = {

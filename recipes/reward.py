@@ -13,10 +13,10 @@ from functools import partial
 
 from trl import ModelConfig
 
-from prefopt.recipes.arguments import ComparisonArguments, parse
-from prefopt.recipes.checks import check_length, is_finished
-from prefopt.recipes.conversations import demonstrations_from_messages
-from prefopt.recipes.models import (
+from prefopt.recipes.common.arguments import ComparisonArguments, parse
+from prefopt.recipes.common.conversations import demonstrations_from_messages
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import (
     check_hub,
     load_reward_start,
     load_tokenizer,
@@ -25,10 +25,10 @@ from prefopt.recipes.models import (
     quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import check_fields, load_comparisons, load_rows, require_chat_template
-from prefopt.recipes.troubles import run_command
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
-from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
+from prefopt.recipes.common.preflight import check_length, is_finished
+from prefopt.recipes.common.rows import check_fields, load_comparisons, load_rows, require_chat_template
+from prefopt.trainers.reward.config import RankedRewardConfig
+from prefopt.trainers.reward.trainer import RankedRewardTrainer
 
 
 @dataclass
@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         quantization_config=quantization_for(model, model_args),
         peft_config=adapter,
     )
-    centre = partial(trainer.center_on, demonstrations) if demonstrations is not None else None
-    train_and_save(trainer, data, then=centre)
+    center = partial(trainer.center_on, demonstrations) if demonstrations is not None else None
+    train_and_save(trainer, data, then=center)
 
 
 if __name__ == "__main__":

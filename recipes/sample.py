@@ -19,16 +19,23 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_quantization_config
 
-from prefopt.evaluation.generate import Completion, generate
-from prefopt.evaluation.kept import Journal, continued_rows, fingerprint_of, is_foreign, is_kept, source_state
-from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.checks import check_prompts
-from prefopt.recipes.conversations import prompts_from_messages
-from prefopt.recipes.models import load_policy, load_tokenizer, model_init_kwargs
-from prefopt.recipes.progress import counting
-from prefopt.recipes.rows import check_fields, load_rows, require_chat_template
-from prefopt.recipes.sources import keep_inputs
-from prefopt.recipes.troubles import run_command
+from prefopt.inference.generate import Completion, generate
+from prefopt.inference.journal import (
+    Journal,
+    continued_rows,
+    fingerprint_of,
+    is_foreign,
+    is_kept,
+    source_state,
+)
+from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.conversations import prompts_from_messages
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
+from prefopt.recipes.common.preflight import check_prompts
+from prefopt.recipes.common.progress import counting
+from prefopt.recipes.common.rows import check_fields, load_rows, require_chat_template
+from prefopt.recipes.common.sources import keep_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -18,16 +18,17 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from prefopt.comparisons import validate_comparisons
-from prefopt.recipes.arguments import DataArguments, UserError, parse
-from prefopt.recipes.checks import check_length, is_finished
-from prefopt.recipes.demonstrations import (
+from prefopt.models.reward import keep_4bit_gradients
+from prefopt.rankings.checks import validate_comparisons
+from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.demonstrations import (
     check_sft_rows,
     kind_of,
     rated_demonstrations,
     tokenize_demonstrations,
 )
-from prefopt.recipes.models import (
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.models import (
     check_hub,
     load_policy,
     load_tokenizer,
@@ -36,19 +37,18 @@ from prefopt.recipes.models import (
     quantization_for,
     train_and_save,
 )
-from prefopt.recipes.rows import (
+from prefopt.recipes.common.preflight import check_length, is_finished
+from prefopt.recipes.common.rows import (
     check_fields,
     load_rows,
     load_train_and_eval,
     require_chat_template,
     stream_rows,
 )
-from prefopt.recipes.troubles import run_command
-from prefopt.shared_base import keep_4bit_gradients
-from prefopt.trainers.complete_checkpoints import CompleteCheckpointsMixin
-from prefopt.trainers.pretraining_data import StreamedText, pack_documents
-from prefopt.trainers.publishing import PublishingMixin
-from prefopt.trainers.ranked import bf16_by_default
+from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
+from prefopt.trainers.ranked.base import bf16_by_default
+from prefopt.trainers.shared.cards import PublishingMixin
+from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 
 
 @dataclass

@@ -15,17 +15,17 @@ from typing import Any
 import yaml
 
 from prefopt.evaluation.evaluate_models import evaluate
-from prefopt.evaluation.generate import read_jsonl, write_whole
-from prefopt.evaluation.overoptimisation import rollout_gains
+from prefopt.evaluation.report.sweep import VERDICT, build_sweep_page
 from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
-from prefopt.evaluation.sweep_page import VERDICT, build_sweep_page
 from prefopt.evaluation.training_run import read_run
-from prefopt.recipes.arguments import UserError, config_folder, parse
+from prefopt.inference.jsonl import read_jsonl, write_whole
+from prefopt.models.checkpoints import load_reward_model
+from prefopt.recipes.common.arguments import UserError, config_folder, parse
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.steps import Steps
 from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, load_causal_lm
-from prefopt.recipes.steps import Steps
-from prefopt.recipes.troubles import run_command
-from prefopt.reward_checkpoints import load_reward_model
+from prefopt.statistics.overoptimization import rollout_gains
 
 INPUTS = ("data", "reward", "ppo_start")  # steps of the pipeline whose results the sweep uses
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefopt import prefix_sharing
+from prefopt.models.prefix import sharing as prefix_sharing
 
 collect_ignore = ["benchmarks"]  # scripts, which tests/test_benchmarks.py runs
 

@@ -14,63 +14,21 @@ PACKAGES = {
 }
 
 # Part of prefopt -> parts it may import, libraries it may import (None: any). A new part needs a line here.
-MODELS = {"torch", "datasets", "transformers", "tokenizers", "peft"}
-LIBRARY = {
-    "plackett_luce",
-    "losses",
-    "advantages",
-    "metrics",
-    "ranking_metrics",
-    "rollout_statistics",
-    "row_checks",
-    "ranked_rows",
-    "collator",
-    "comparisons",
-    "prefix_layout",
-    "prefix_attention",
-    "prefix_sharing",
-    "shared_base",
-    "reward_checkpoints",
-    "adapter_roles",
-    "model_cards",
-    "hub",
-    "trainers",
-}
+MODELS = {"torch", "datasets", "transformers", "tokenizers", "peft", "safetensors"}
+LIBRARY = {"losses", "statistics", "rankings", "models", "inference", "hub", "trainers"}
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
-    "plackett_luce": (set(), {"torch"}),
-    "losses": ({"plackett_luce"}, {"torch"}),
-    "advantages": (set(), {"torch"}),
-    "metrics": (set(), {"numpy", "scipy", "sklearn"}),
-    "ranking_metrics": ({"metrics"}, {"numpy", "scipy", "sklearn"}),
-    "rollout_statistics": ({"advantages"}, {"torch"}),
-    "row_checks": (set(), {"datasets"}),
-    "ranked_rows": ({"row_checks"}, set()),
-    "formats": ({"row_checks", "ranked_rows"}, set()),
-    "row_statistics": ({"ranked_rows"}, set()),
-    "row_splits": (set(), set()),
-    "collator": (set(), {"torch"}),
-    "comparisons": ({"row_checks", "ranked_rows", "collator"}, {"datasets"}),
-    "prefix_layout": (set(), {"torch"}),
-    "prefix_attention": ({"prefix_layout"}, MODELS),
-    "prefix_sharing": ({"prefix_layout", "prefix_attention"}, MODELS),
-    "shared_base": ({"row_checks", "comparisons", "prefix_layout", "prefix_sharing"}, MODELS),
-    "reward_checkpoints": ({"shared_base"}, MODELS),
-    "adapter_roles": ({"prefix_sharing", "shared_base", "reward_checkpoints"}, MODELS | {"safetensors"}),
-    "model_cards": (set(), {"huggingface_hub", "safetensors", "transformers"}),
-    "hub": ({"model_cards", "reward_checkpoints"}, {"huggingface_hub", "peft", "torch", "transformers"}),
-    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy", "safetensors"}),
-    "labeling": (
-        {"row_checks", "ranked_rows", "metrics"},
-        {"numpy", "scipy", "krippendorff", "markdown_it"},
-    ),
-    "sandbox": ({"ranked_rows", "comparisons", "labeling"}, MODELS | {"numpy"}),
-    "memory_plan": ({"prefix_sharing"}, MODELS),
+    "losses": (set(), {"torch"}),
+    "statistics": ({"rankings"}, {"numpy", "scipy", "krippendorff"}),
+    "rankings": (set(), {"torch", "datasets", "transformers", "accelerate"}),
+    "models": ({"rankings"}, MODELS),
+    "inference": ({"rankings", "models", "statistics"}, MODELS | {"numpy"}),
+    "hub": ({"models"}, {"huggingface_hub", "peft", "safetensors", "torch", "transformers"}),
+    "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy"}),
+    "labeling": ({"rankings", "statistics", "inference"}, {"numpy", "scipy", "markdown_it"}),
+    "sandbox": ({"rankings", "labeling"}, MODELS | {"numpy"}),
+    "memory_plan": ({"models"}, MODELS),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (
-        LIBRARY
-        | {"labeling", "sandbox", "evaluation", "formats", "row_statistics", "row_splits", "memory_plan"},
-        None,
-    ),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory_plan"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }
@@ -185,14 +143,14 @@ def test_the_checks_see_what_they_are_for():
     assert offences("import torch, math\nfrom torch.nn import functional", "prefopt.losses") == []
     for source, module in [
         ("import numpy", "prefopt.losses"),
-        ("def f():\n    from trl import RewardTrainer", "prefopt.shared_base"),
-        ("from prefopt.trainers.ppo_ptx_config import PPOPtxConfig", "prefopt.comparisons"),
-        ("from prefopt import RankedRewardTrainer", "prefopt.comparisons"),
+        ("def f():\n    from trl import RewardTrainer", "prefopt.models.reward"),
+        ("from prefopt.trainers.ppo_ptx.config import PPOPtxConfig", "prefopt.rankings.dataset"),
+        ("from prefopt import RankedRewardTrainer", "prefopt.rankings.dataset"),
         ("from prefopt import trainers", "prefopt.sandbox.world"),
-        ("from .trainers import ppo_ptx_config", "prefopt.metrics"),
-        ("from .. import recipes", "prefopt.trainers.ppo_ptx_trainer"),
-        ("import prefopt.recipes.sft", "prefopt.evaluation.report"),
-        ("from prefopt.losses import _token_mean", "prefopt.trainers.ppo_ptx_trainer"),
+        ("from ..trainers import ppo_ptx", "prefopt.statistics.intervals"),
+        ("from .. import recipes", "prefopt.trainers.ppo_ptx.trainer"),
+        ("import prefopt.recipes.sft", "prefopt.evaluation.report.page"),
+        ("from prefopt.losses import _token_mean", "prefopt.trainers.ppo_ptx.trainer"),
         ("", "prefopt.newcomer"),
     ]:
         assert len(offences(source, module)) == 1, source

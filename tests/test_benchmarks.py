@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt.evaluation.generate import write_jsonl
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
 TINY = ["--layers", "2", "--hidden", "32", "--vocab", "64", "--repeats", "2", "--device", "cpu"]

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from trl import TrlParser
 
 from prefopt import cli
-from prefopt.evaluation.generate import write_jsonl
+from prefopt.inference.jsonl import write_jsonl
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from typing import Any
 
 from prefopt.labeling.flags import FLAGS
 from prefopt.labeling.key import Key, Shown, Task, read_lines
-from prefopt.row_checks import dense_ranks, shorten
+from prefopt.rankings.checks import dense_ranks, shorten
 
 ANSWERS_FORMAT = "prefopt-answers"
 STATUSES = ("done", "skipped", "started")
@@ -33,7 +33,7 @@ MIN_RATING, MAX_RATING = 1, 7
 # characters a second. Three times that is skimming at best; East Asian characters carry more, so the bound is mild.
 CHARACTERS_PER_SECOND = 72.0
 
-# Fields of a sample's row that speak of an earlier labelling.
+# Fields of a sample's row that speak of an earlier labeling.
 _OF_EARLIER_LABELS = {"ranks", "ratings", "flags", "labeler", "group", "seconds", "notes", "sheet", "task"}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefopt.labeling.answers import Answer
 from prefopt.labeling.key import Key, as_text
-from prefopt.row_checks import dense_ranks, shorten
+from prefopt.rankings.checks import dense_ranks, shorten
 
 RANKING, NOTES = "ranking", "notes"
 _STATUS = {"submitted": "done", "discarded": "skipped", "draft": "started"}

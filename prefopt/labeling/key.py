@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt.row_checks import ranks_problem, row_problem, shorten
+from prefopt.rankings.checks import ranks_problem, row_problem, shorten
 
 KEY_FORMAT = "prefopt-label-key"
 MIN_OUTPUTS, MAX_OUTPUTS = 2, 9

@@ -16,7 +16,7 @@ from xml.sax.saxutils import quoteattr
 
 from prefopt.labeling.answers import Answer
 from prefopt.labeling.key import Key, as_text
-from prefopt.row_checks import dense_ranks, shorten
+from prefopt.rankings.checks import dense_ranks, shorten
 
 RANKER, NOTES = "ranking", "notes"
 _BUCKET = "rank_"

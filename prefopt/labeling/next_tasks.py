@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit
 
-from prefopt.row_checks import PER_COMPLETION, row_problem
+from prefopt.rankings.checks import PER_COMPLETION, row_problem
 
 By = Literal["margin", "disagreement"]
 BY: tuple[By, ...] = ("margin", "disagreement")

@@ -83,7 +83,7 @@ Change = tuple[dict[str, Any], Settings]
 
 
 def _four_bit(s: Settings, adapter: Adapter) -> Change | None:
-    if s.precision.is_quantised:
+    if s.precision.is_quantized:
         return None
     precision = Precision(weights=2, autocast=s.precision.autocast, linear=NF4)
     keys = {"load_in_4bit": True, "dtype": "bfloat16"} | ({} if s.adapter else {"use_peft": True})

@@ -8,7 +8,7 @@ adapter, the norm's division, attention and the gate's product need.
 from dataclasses import dataclass
 
 from prefopt.memory_plan.models import Adapter, Architecture, Precision
-from prefopt.prefix_sharing import is_faster
+from prefopt.models.prefix.sharing import is_faster
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Layer:
         return tokens * per_token
 
     def _norm(self, width: int) -> int:
-        """The input in fp32 and 1 / RMS; with full training also the normalised input, which scales the weight."""
+        """The input in fp32 and 1 / RMS; with full training also the normalized input, which scales the weight."""
         return 4 * width + 4 + (0 if self.adapter else self.precision.weights * width)
 
     def _inputs(self, names: tuple[str, ...], width: int) -> int:
@@ -212,7 +212,7 @@ class Layer:
         """Bytes needed for a moment in the layer's forward pass where nothing is kept.
 
         The embeddings, the layer's input and the residual stream behind attention are there all the while; in the MLP
-        the normalised input, the gate, the other factor and their product.
+        the normalized input, the gate, the other factor and their product.
         """
         a, p = self.architecture, self.precision
         stream = batch.tokens * a.hidden
@@ -222,8 +222,8 @@ class Layer:
 
     @property
     def unpacked(self) -> int:
-        """The largest quantised weight, which exists unpacked while it multiplies."""
-        if not self.precision.is_quantised:
+        """The largest quantized weight, which exists unpacked while it multiplies."""
+        if not self.precision.is_quantized:
             return 0
         a = self.architecture
         return a.hidden * max(a.intermediate, a.q) * self.precision.compute

@@ -28,7 +28,7 @@ class Architecture:
     has_qk_norm: bool
     embedding: int
     lm_head: int
-    layer_linear: int  # weights of a layer's linear maps, which quantisation packs
+    layer_linear: int  # weights of a layer's linear maps, which quantization packs
     layer_other: int  # norms and biases
     last_norm: int
 
@@ -147,9 +147,9 @@ class Precision:
     """Bytes of a weight, and in which dtype the linear maps compute.
 
     Attributes:
-        weights: bytes of a weight that is not quantised; embeddings, and so the residual stream, are in this dtype.
+        weights: bytes of a weight that is not quantized; embeddings, and so the residual stream, are in this dtype.
         autocast: linear maps and attention compute in 16 bit whatever the weights are.
-        linear: bytes of a weight of a layer's linear map, `weights` unless quantised.
+        linear: bytes of a weight of a layer's linear map, `weights` unless quantized.
     """
 
     weights: int = 4
@@ -157,19 +157,19 @@ class Precision:
     linear: float = 4.0
 
     @property
-    def is_quantised(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether the layers' linear maps are packed in 4 or 8 bit."""
         return self.linear < 2
 
     @property
     def compute(self) -> int:
         """Bytes of a number that comes out of a linear map; bitsandbytes' compute in the dtype of the weights."""
-        return 2 if self.autocast and not self.is_quantised else self.weights
+        return 2 if self.autocast and not self.is_quantized else self.weights
 
     @property
     def casts_weights(self) -> bool:
         """Whether autocast makes 16-bit copies of fp32 weights."""
-        return self.autocast and self.weights == 4 and not self.is_quantised
+        return self.autocast and self.weights == 4 and not self.is_quantized
 
     @property
     def adapter(self) -> int:

@@ -88,7 +88,7 @@ class Model:
         return 2 * batch.tokens * a.head_dim * p.weights + self.layer.masks(batch) + 24 * batch.row_tokens
 
     def last_norm(self, batch: Batch) -> int:
-        """Its input, and with full training its normalised input."""
+        """Its input, and with full training its normalized input."""
         width = self.architecture.hidden
         return batch.tokens * width * (4 + (0 if self.adapter else self.precision.weights))
 

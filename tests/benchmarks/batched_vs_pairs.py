@@ -14,7 +14,7 @@ as much of what `--match` says, once for each:
     tokens       tokens forwarded through the backbone, padding not counted: of rows all of theirs, of packed rows a
                  shared prefix once; for DPO those of the policy and of the reference
     positions    the same with padding, all that input_ids hold
-    seconds      wall time of train(), the first step's self-check included, model loading and tokenisation not
+    seconds      wall time of train(), the first step's self-check included, model loading and tokenization not
     cpu_seconds  CPU time of the process in train(): the wall time of a machine that does nothing else (no GPU)
 
 Every pass is in a new order, and a budget may end within a pass. The learning rate goes up over the first 5 % of the
@@ -40,13 +40,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
-from prefopt.comparisons import prepare_comparisons, to_preferences, tokenize_comparisons
-from prefopt.evaluation.generate import read_jsonl
-from prefopt.evaluation.reward import score_rows
-from prefopt.metrics import ratio_of_sums
-from prefopt.prefix_sharing import backbone
-from prefopt.ranking_metrics import negative_log_likelihoods, pairs_right
-from prefopt.shared_base import init_score_head
+from prefopt.inference.jsonl import read_jsonl
+from prefopt.inference.scoring import score_rows
+from prefopt.models.prefix.sharing import backbone
+from prefopt.models.reward import init_score_head
+from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
+from prefopt.rankings.row import to_preferences
+from prefopt.statistics.intervals import ratio_of_sums
+from prefopt.statistics.rankings import negative_log_likelihoods, pairs_right
 
 TRAINERS = {
     ("reward", "all K"): (RankedRewardTrainer, RankedRewardConfig),

@@ -1,4 +1,4 @@
-"""What `prefopt label next` is worth on the sandbox: accuracy of the reward model against the number of labelled prompts.
+"""What `prefopt label next` is worth on the sandbox: accuracy of the reward model against the number of labeled prompts.
 
     prefopt pipeline --config recipes/tiny/pipeline.yaml
     python tests/benchmarks/label_next.py --run_dir runs/demo --out runs/label_next
@@ -37,14 +37,14 @@ from scipy.stats import t as student
 from transformers import AutoTokenizer
 
 from prefopt import load_reward_model
-from prefopt.evaluation.generate import read_jsonl, write_jsonl, write_whole
-from prefopt.evaluation.reward import score_rows
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.scoring import score_rows
 from prefopt.labeling.next_tasks import choose_next
-from prefopt.metrics import ratio_of_sums
-from prefopt.ranking_metrics import pairs_right
+from prefopt.rankings.checks import dense_ranks
 from prefopt.recipes import reward
-from prefopt.row_checks import dense_ranks
 from prefopt.sandbox import World, labelers
+from prefopt.statistics.intervals import ratio_of_sums
+from prefopt.statistics.rankings import pairs_right
 
 STRATEGIES = ("random", "margin", "disagreement")
 Rows = Sequence[Mapping[str, Any]]
@@ -85,11 +85,11 @@ class Team:
         return score_rows(model, self.tokenizer, rows, batch_size=256)
 
     def run(self, strategy: str) -> list[np.ndarray]:
-        """Per number of labelled prompts, `sums_over_pairs` of labelers and of gold: [prompts, 4]."""
-        args, labelled, models, found = self.args, [], [], []
+        """Per number of labeled prompts, `sums_over_pairs` of labelers and of gold: [prompts, 4]."""
+        args, labeled, models, found = self.args, [], [], []
         members = (0, 1) if strategy == "disagreement" else (0,)
         for round_, budget in enumerate(args.budgets):
-            known = {row["prompt"] for row in labelled}
+            known = {row["prompt"] for row in labeled}
             left = [row for row in self.pool if row["prompt"] not in known]
             if round_ == 0 or strategy == "random":
                 scores = [[[0.0] * len(row["completions"])] for row in left]
@@ -98,15 +98,15 @@ class Team:
                 scores = list(zip(*(self.scores(model, left) for model in models), strict=True))
                 how = {"random_share": args.random_share, "by": strategy}
             chosen = choose_next(
-                left, scores, n=budget - len(labelled), k=args.k, seed=1000 * self.seed + round_, **how
+                left, scores, n=budget - len(labeled), k=args.k, seed=1000 * self.seed + round_, **how
             )
-            labelled += [self.label(row) for row in chosen]
-            models = [self.train(labelled, seed=1000 * self.seed + member) for member in members]
+            labeled += [self.label(row) for row in chosen]
+            models = [self.train(labeled, seed=1000 * self.seed + member) for member in members]
             got = self.scores(models[0], self.test)
             sums = [sums_over_pairs(got, ranks) for ranks in ([row["ranks"] for row in self.test], self.gold)]
             found.append(np.concatenate(sums, axis=1))
             share = found[-1].sum(axis=0)
-            print(f"seed {self.seed}  {strategy:<13}{len(labelled):>5} prompts   accuracy {share[0] / share[1]:.4f}   "
+            print(f"seed {self.seed}  {strategy:<13}{len(labeled):>5} prompts   accuracy {share[0] / share[1]:.4f}   "
                   f"against gold {share[2] / share[3]:.4f}", flush=True)  # fmt: skip
         return found
 
@@ -209,9 +209,7 @@ def plot(found: Mapping[str, Any], args: argparse.Namespace, path: Path) -> None
         axes.set_xscale("log")
         axes.set_xticks(args.budgets, [str(budget) for budget in args.budgets])
         axes.minorticks_off()
-        axes.set(
-            title=title, xlabel=f"labelled prompts (K = {args.k})", ylabel="accuracy on held-out prompts"
-        )
+        axes.set(title=title, xlabel=f"labeled prompts (K = {args.k})", ylabel="accuracy on held-out prompts")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path)
@@ -230,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world_seed", type=int, default=0, help="seed of the run")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument(
-        "--budgets", type=int, nargs="+", default=[100, 200, 400, 800], help="prompts labelled so far"
+        "--budgets", type=int, nargs="+", default=[100, 200, 400, 800], help="prompts labeled so far"
     )
     parser.add_argument("--pool", type=int, default=1600, help="prompts to choose from")
     parser.add_argument("--test", type=int, help="held-out prompts; default: all")

@@ -55,9 +55,9 @@ from trl import ModelConfig, get_peft_config
 
 from prefopt import PPOPtxTrainer, RankedDPOTrainer, RankedRewardTrainer
 from prefopt.memory_plan.steps import STEPS, Settings, peak
+from prefopt.models.checkpoints import save_reward_model
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, on_its_machine, settings_of
 from prefopt.recipes.sft import SFTStepTrainer
-from prefopt.reward_checkpoints import save_reward_model
 
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 MARK = "optimizer step "
@@ -261,7 +261,7 @@ def trainer_of(shape: Shape, folder: str) -> Trainer:
     auto = AutoModelForSequenceClassification if shape.step == "reward" else AutoModelForCausalLM
     given |= {"model": auto.from_config(config), "peft_config": get_peft_config(model_args)}
     if shape.step == "sft":
-        from prefopt.comparisons import build_ids
+        from prefopt.rankings.tokens import build_ids
 
         def to_ids(row: dict[str, str]) -> dict[str, list[int]]:
             prompt, completion = build_ids(tokenizer, row["prompt"], row["completion"])

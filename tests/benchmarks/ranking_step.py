@@ -62,9 +62,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
-from prefopt.comparisons import to_preferences
-from prefopt.shared_base import keep_4bit_gradients
-from prefopt.trainers.ranked_forward import RankedForwardMixin
+from prefopt.models.reward import keep_4bit_gradients
+from prefopt.rankings.row import to_preferences
+from prefopt.trainers.ranked.forward import RankedForwardMixin
 
 SIDES = ("trl", "rows", "shared")
 NAMES = {"trl": "TRL, all pairs", "rows": "K rows", "shared": "shared prefixes"}
@@ -266,7 +266,7 @@ class Side:
                 if "lora_B" in name:
                     nn.init.normal_(parameter, std=0.02)
                 trainables[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-            # on a quantised base TRL rounds them to bf16, the ranked trainers do not
+            # on a quantized base TRL rounds them to bf16, the ranked trainers do not
             dtype = torch.float32 if self.is_quantized else parameter.dtype
             parameter.data = trainables[name].to(parameter.device, dtype, copy=True)
 
@@ -289,13 +289,13 @@ class Side:
             yield
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        self._synchronise()
+        self._synchronize()
         start = time.perf_counter()
         result = work()
-        self._synchronise()
+        self._synchronize()
         return time.perf_counter() - start, result
 
-    def _synchronise(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -315,7 +315,7 @@ class Side:
         self.step()
         self.model.zero_grad(set_to_none=False)
         if self.device.type == "cuda":
-            self._synchronise()
+            self._synchronize()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             loss = self.step().item()

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/shared_base_memory.py --layers 16 --hidden 2048 --vocab 128256
 
-Counts the bytes of real tensors: embeddings (bf16, tied to the LM head) and nf4 weights with their quantisation
+Counts the bytes of real tensors: embeddings (bf16, tied to the LM head) and nf4 weights with their quantization
 constants, fp32 LoRA weights of policy, reference, value and reward on every linear layer, and the state of an AdamW
 that has taken a step on policy and value. Activations are left out. Layers are built, counted and freed one by one, so
 that shapes larger than the machine can be measured. The last line is JSON; `ratio_vs_four_4bit` is four / shared.
@@ -26,7 +26,7 @@ def num_bytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def quantised_layer(config: LlamaConfig) -> nn.Module:
+def quantized_layer(config: LlamaConfig) -> nn.Module:
     """A decoder layer as bitsandbytes loads it: nf4 linear layers, bf16 norms."""
     layer = LlamaDecoderLayer(config, layer_idx=0).to(torch.bfloat16)
     for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
@@ -83,7 +83,7 @@ def measure(layers: int, hidden: int, vocab: int, rank: int, intermediate: int |
     )
     adapters = optimizer = 0
     for _ in range(layers):
-        layer = quantised_layer(config)
+        layer = quantized_layer(config)
         base += base_bytes(layer)
         weights, state = adapter_bytes(layer, rank)
         adapters, optimizer = adapters + weights, optimizer + state

@@ -35,7 +35,7 @@ from transformers import (
     TrainerCallback,
 )
 
-MODULES = {"ours": "prefopt.trainers.ppo_ptx_trainer", "trl112": "trl.experimental.ppo.ppo_trainer"}
+MODULES = {"ours": "prefopt.trainers.ppo_ptx.trainer", "trl112": "trl.experimental.ppo.ppo_trainer"}
 ARCHITECTURES = (LlamaForCausalLM, LlamaForSequenceClassification)  # imported before memory is measured
 
 

@@ -11,7 +11,7 @@ import transformers.utils.hub
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.hub import push_folder
+from prefopt.hub.push import push_folder
 from tests.hub.local_hub import LocalHub
 
 

@@ -9,12 +9,12 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx_trainer import PPOPtxTrainer
-from prefopt.trainers.ranked_dpo_config import RankedDPOConfig
-from prefopt.trainers.ranked_dpo_trainer import RankedDPOTrainer
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
-from prefopt.trainers.ranked_reward_trainer import RankedRewardTrainer
+from prefopt.trainers.dpo.config import RankedDPOConfig
+from prefopt.trainers.dpo.trainer import RankedDPOTrainer
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from prefopt.trainers.reward.config import RankedRewardConfig
+from prefopt.trainers.reward.trainer import RankedRewardTrainer
 
 QUESTION, ANSWER = "What is 2 + 2?", " 4"  # what the cards ask
 ROWS = [

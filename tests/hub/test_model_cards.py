@@ -6,8 +6,8 @@ import logging
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from prefopt.hub import push_folder
-from prefopt.model_cards import FACTS, README, build_card, is_handwritten, read_facts, write_card
+from prefopt.hub.cards import FACTS, README, build_card, is_handwritten, read_facts, write_card
+from prefopt.hub.push import push_folder
 from tests.hub.models import ROWS, dpo_trainer, ppo_trainer, reward_trainer, run_card
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])

@@ -11,8 +11,8 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 from prefopt import cli
-from prefopt.hub import HubError, files_to_publish, push_command, push_folder
-from prefopt.model_cards import README
+from prefopt.hub.cards import README
+from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder
 from tests.hub.models import dpo_trainer, reward_trainer
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])

@@ -7,9 +7,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefopt.hub import push_folder, save_merged
-from prefopt.reward_checkpoints import load_reward_model, merge_reward_model
-from prefopt.shared_base import sequence_scores
+from prefopt.hub.push import push_folder, save_merged
+from prefopt.models.checkpoints import load_reward_model, merge_reward_model
+from prefopt.models.reward import sequence_scores
 from tests.hub.models import (
     ANSWER,
     DEMONSTRATIONS,
@@ -77,7 +77,7 @@ def test_a_reward_token_travels_along(lora, hub, base, tokenizer, tmp_path):
     trainer.push_to_hub()
     text = hub.files("me/rm")["README.md"].decode()
     assert f"ids += [{len(tokenizer)}]" in text
-    assert "reward_bias" not in text  # it was never centred
+    assert "reward_bias" not in text  # it was never centered
     assert run_card(text)["score"] == pytest.approx(trainer.score([QUESTION], [ANSWER])[0], abs=1e-5)
 
 

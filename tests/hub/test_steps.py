@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from prefopt import cli
-from prefopt.evaluation.generate import write_jsonl
-from prefopt.hub import push_folder
+from prefopt.hub.push import push_folder
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.models.checkpoints import load_reward_model
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
-from prefopt.reward_checkpoints import load_reward_model
 from tests.hub.models import DEMONSTRATIONS, ROWS, dpo_trainer, reward_trainer
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
@@ -69,7 +69,7 @@ def test_every_step_starts_from_the_adapter_that_the_step_before_has_published(h
         assert not {"training_args.bin", "optimizer.pt", "value_function.safetensors"} & set(
             hub.files(f"me/{name}")
         )
-    # Published once, and centred: not what had been saved before centring.
+    # Published once, and centered: not what had been saved before centering.
     assert hub.repositories["me/rm"].messages == ["End of training"]
     published = load_reward_model("me/rm").get_base_model().config.reward_bias
     assert published == json.loads((files / "rm" / "config.json").read_text())["reward_bias"] != 0

@@ -7,10 +7,11 @@ from itertools import permutations
 import pytest
 
 from prefopt import cli
-from prefopt.comparisons import prepare_comparisons, validate_comparisons
 from prefopt.labeling.answers import Answer, import_answers, read_answers
 from prefopt.labeling.flags import FLAGS
 from prefopt.labeling.key import blind, read_key, write_key
+from prefopt.rankings.checks import validate_comparisons
+from prefopt.rankings.dataset import prepare_comparisons
 
 ROWS = [
     {"prompt": "2 + 2?", "completions": ["4", "5", "four"], "truncated": [False, True, False], "models": list("abc")},

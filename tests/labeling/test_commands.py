@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from prefopt import cli
-from prefopt.evaluation.generate import read_jsonl, write_jsonl
-from prefopt.evaluation.reward import score_rows
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.inference.scoring import score_rows
 from prefopt.labeling.key import read_key
-from prefopt.reward_checkpoints import save_reward_model
+from prefopt.models.checkpoints import save_reward_model
 
 ROWS = [{"prompt": f"p{i}", "completions": [f"a{i}", f"b{i}", f"c{i}"], "id": i} for i in range(4)]
 

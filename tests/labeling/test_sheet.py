@@ -95,13 +95,13 @@ def test_nothing_is_fetched_and_only_our_script_and_style_count(page):
 
 def test_every_control_has_a_name(page):
     elements = Elements(page)
-    labelled = {attrs.get("for") for tag, attrs in elements.tags if tag == "label"}
+    labeled = {attrs.get("for") for tag, attrs in elements.tags if tag == "label"}
     for tag, attrs in elements.tags:
         if tag in ("input", "textarea", "select") and attrs.get("type") not in (
             "file",
             "checkbox",
         ):  # those are inside
-            assert attrs["id"] in labelled, attrs
+            assert attrs["id"] in labeled, attrs
         if tag in ("dialog", "progress"):
             assert "aria-labelledby" in attrs or "aria-label" in attrs
         for name in ("aria-labelledby", "aria-describedby", "for"):

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from prefopt import cli
-from prefopt.evaluation.generate import read_jsonl, write_jsonl
-from prefopt.evaluation.reward import score_rows
-from prefopt.reward_checkpoints import load_reward_model
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.inference.scoring import score_rows
+from prefopt.models.checkpoints import load_reward_model
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
 pytestmark = pytest.mark.timeout(600)

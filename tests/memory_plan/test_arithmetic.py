@@ -106,7 +106,7 @@ def test_a_4bit_weight_takes_what_bitsandbytes_takes(nested, bytes_of_weight):
     )
 
 
-def test_quantisation_packs_linear_maps_alone():
+def test_quantization_packs_linear_maps_alone():
     architecture = Architecture.of(tiny())
     whole = base_bytes(architecture, Precision(2, False, 2.0), architecture.lm_head)
     packed = base_bytes(architecture, Precision(2, False, 0.5), architecture.lm_head)

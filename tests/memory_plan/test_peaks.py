@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt import prefix_sharing
 from prefopt.memory_plan.steps import STEPS
+from prefopt.models.prefix import sharing as prefix_sharing
 
 TOLERANCE = 0.15
 

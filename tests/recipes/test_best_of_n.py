@@ -7,13 +7,16 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from prefopt.evaluation import drift, generation, judges, tax
-from prefopt.evaluation.generate import Completion, read_jsonl, write_jsonl
-from prefopt.evaluation.kept import Journal
-from prefopt.evaluation.reward import score_completions, score_texts
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.stages import drift, tax
+from prefopt.evaluation.stages import generate as generation
+from prefopt.evaluation.stages import judge as judges
+from prefopt.inference.generate import Completion
+from prefopt.inference.journal import Journal
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.inference.scoring import score_completions, score_texts
+from prefopt.models.checkpoints import load_reward_model, save_reward_model
 from prefopt.recipes import best_of_n, evaluate
-from prefopt.reward_checkpoints import load_reward_model, save_reward_model
 
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?", "the mat"]
 

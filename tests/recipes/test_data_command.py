@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from prefopt import cli
-from prefopt.comparisons import validate_comparisons
-from prefopt.evaluation.jsonl import read_jsonl, write_jsonl
-from prefopt.recipes.arguments import ComparisonArguments, UserError
-from prefopt.recipes.rows import load_comparisons
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.rankings.checks import validate_comparisons
+from prefopt.recipes.common.arguments import ComparisonArguments, UserError
+from prefopt.recipes.common.rows import load_comparisons
+from prefopt.trainers.reward.config import RankedRewardConfig
 
 SAID = "\n\nHuman: Name a fruit.\n\nAssistant:"
 HH = [

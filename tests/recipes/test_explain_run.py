@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt import cli
-from prefopt.evaluation.generate import write_jsonl
-from prefopt.evaluation.run_page import build_page
+from prefopt.evaluation.report.training_run import build_page
 from prefopt.evaluation.training_run import ptx_share, read_run, sentences, summary, table, thirds
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import explain_run, ppo_ptx
 
 SETTINGS = {"episodes_per_rollout": 128, "max_grad_norm": 1.0, "kl_coef": 0.02, "ptx_coef": 27.8}
@@ -286,7 +286,7 @@ def arguments(*extra):
 
 def test_a_run_with_a_judge_is_trained_and_explained(files, capsys):
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_dataset_name", "prompts.jsonl"]
-    watched = ["--gold_reward", "my_judges.judge", "--overoptimisation_patience", "1"]
+    watched = ["--gold_reward", "my_judges.judge", "--overoptimization_patience", "1"]
     ppo_ptx.main(arguments(*evaluation, "--per_device_eval_batch_size", "4", *watched))
     capsys.readouterr()
     assert cli.main(["explain-run", "ppo"]) == 0
@@ -302,9 +302,9 @@ def test_a_run_with_a_judge_is_trained_and_explained(files, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--overoptimisation_patience", "2"], "needs gold_reward, eval_strategy"),
+        (["--overoptimization_patience", "2"], "needs gold_reward, eval_strategy"),
         (
-            ["--overoptimisation_patience", "2", "--gold_reward", "my_judges.judge"],
+            ["--overoptimization_patience", "2", "--gold_reward", "my_judges.judge"],
             "needs gold_reward, eval_strategy",
         ),
         (["--gold_reward", "my_judges.nobody"], "gold_reward: 'my_judges.nobody' is neither"),

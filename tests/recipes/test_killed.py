@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from prefopt.evaluation.generate import write_jsonl
-from prefopt.reward_checkpoints import save_reward_model
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.models.checkpoints import save_reward_model
 
 PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]
 

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from prefopt.cli import main
 from prefopt.memory_plan.steps import STEPS
-from prefopt.recipes.arguments import UserError
+from prefopt.recipes.common.arguments import UserError
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
 
 SIZES = {
@@ -158,10 +158,10 @@ def test_an_adapter_of_the_step_before_is_planned_as_it_is(tmp_path):
 
 def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, tmp_path):
     first, config = tmp_path / "sft.yaml", tmp_path / "dpo.yaml"
-    quantised = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
-    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["k_proj", "v_proj"], **quantised}
+    quantized = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
+    lora = {"use_peft": True, "lora_r": 2, "lora_target_modules": ["k_proj", "v_proj"], **quantized}
     first.write_text(yaml.safe_dump({"model_name_or_path": model, **lora}))
-    config.write_text(yaml.safe_dump({"model_name_or_path": "runs/sft", **quantised}))
+    config.write_text(yaml.safe_dump({"model_name_or_path": "runs/sft", **quantized}))
     found = plan(tmp_path, "dpo", "--config", str(config), "--after", str(first), "--gpu", "24GB")["dpo"]
     assert found["settings"]["adapter"] == 36 * 2 * 2 * (4096 + 1024)
     assert found["parts"]["adapters"] == 2 * 4 * found["settings"]["adapter"]

@@ -10,11 +10,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from prefopt.evaluation.generate import read_jsonl, write_jsonl
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.models.checkpoints import load_reward_model
+from prefopt.models.reward import get_reward_bias
 from prefopt.recipes import best_of_n, dpo, evaluate, pipeline, ppo_ptx, reward, sample, sft, sweep
-from prefopt.recipes.gallery import copy
-from prefopt.reward_checkpoints import load_reward_model
-from prefopt.shared_base import get_reward_bias
+from prefopt.recipes.recipes import copy
 from tests.conftest import tiny_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prefopt.evaluation.generate import read_jsonl, write_jsonl
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.models.checkpoints import load_reward_model
+from prefopt.models.reward import sequence_scores
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
-from prefopt.reward_checkpoints import load_reward_model
-from prefopt.shared_base import sequence_scores
 
 SHORT = [
     "--max_steps",
@@ -87,7 +87,7 @@ def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer, capsys, ca
     torch.testing.assert_close(score[0], hidden @ head, atol=1e-5, rtol=0)
 
 
-def test_centred_demonstrations_score_zero_after_reloading(files, tokenizer):
+def test_centered_demonstrations_score_zero_after_reloading(files, tokenizer):
     run(reward, files, "base", "rankings.jsonl", "rm", "--center_on", files / "demos.jsonl")
     model = load_reward_model(files / "rm")
     scores = []
@@ -102,8 +102,8 @@ def test_centred_demonstrations_score_zero_after_reloading(files, tokenizer):
 
 def test_samples_keep_the_prompt_and_forget_other_completions(files):
     rows = [{**row, "id": i, "labeler": "ann"} for i, row in enumerate(read_jsonl(files / "rankings.jsonl"))]
-    write_jsonl(files / "labelled.jsonl", rows)
-    argv = ["--model_name_or_path", str(files / "base"), "--dataset_name", str(files / "labelled.jsonl")]
+    write_jsonl(files / "labeled.jsonl", rows)
+    argv = ["--model_name_or_path", str(files / "base"), "--dataset_name", str(files / "labeled.jsonl")]
     argv += ["--output", str(files / "out.jsonl"), "--max_new_tokens", "4", "--k_min", "2", "--k_max", "3"]
     sample.main(argv)
     drawn = read_jsonl(files / "out.jsonl")
@@ -121,8 +121,9 @@ def test_a_truncated_completion_gets_no_eos_whichever_row_says_so(files):
     write_jsonl(files / "cut.jsonl", rows)
     from transformers import AutoTokenizer
 
-    from prefopt.comparisons import prepare_comparisons, tokenize_comparisons, validate_comparisons
-    from prefopt.recipes.rows import load_rows
+    from prefopt.rankings.checks import validate_comparisons
+    from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
+    from prefopt.recipes.common.rows import load_rows
 
     tokenizer = AutoTokenizer.from_pretrained(files / "base")
     loaded = load_rows(str(files / "cut.jsonl"), check=validate_comparisons, key="dataset_name")

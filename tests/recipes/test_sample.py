@@ -2,7 +2,8 @@
 
 import pytest
 
-from prefopt.evaluation.generate import generate, read_jsonl, write_jsonl
+from prefopt.inference.generate import generate
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.recipes import sample
 
 PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]

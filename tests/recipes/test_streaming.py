@@ -8,12 +8,13 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prefopt.evaluation.jsonl import write_jsonl
-from prefopt.recipes import dpo, ppo_ptx, reward, rows, sft
-from prefopt.recipes.arguments import ComparisonArguments
-from prefopt.recipes.rows import check_comparisons, check_fields, stream_rows
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
-from prefopt.trainers.ranked_stream import ComparisonStream
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.rankings.stream import ComparisonStream
+from prefopt.recipes import dpo, ppo_ptx, reward, sft
+from prefopt.recipes.common import rows
+from prefopt.recipes.common.arguments import ComparisonArguments
+from prefopt.recipes.common.rows import check_comparisons, check_fields, stream_rows
+from prefopt.trainers.reward.config import RankedRewardConfig
 
 RANKED = [
     {

@@ -12,8 +12,7 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from prefopt import cli
-from prefopt.evaluation.generate import write_jsonl
-from prefopt.evaluation.overoptimisation import fit_rl, rollout_gains
+from prefopt.evaluation.report.sweep import VERDICT
 from prefopt.evaluation.results import measure
 from prefopt.evaluation.sweep import (
     Gain,
@@ -23,11 +22,12 @@ from prefopt.evaluation.sweep import (
     gain,
     last_third,
 )
-from prefopt.evaluation.sweep_page import VERDICT
-from prefopt.metrics import Estimate
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import sweep
-from prefopt.recipes.arguments import UserError
+from prefopt.recipes.common.arguments import UserError
 from prefopt.sandbox import World, build_tokenizer
+from prefopt.statistics.intervals import Estimate
+from prefopt.statistics.overoptimization import fit_rl, rollout_gains
 
 pytestmark = pytest.mark.timeout(600)  # three trainings and their evaluation on a busy machine
 
@@ -107,7 +107,7 @@ def test_why_a_larger_kl_coefficient_may_recover_is_said():
     change = {KL[1].name: (1.4, 0.02, 0.0), PTX[2].name: (1.5, 0.01, 0.0)}
     second = findings(measures_of(PAPER | change), PTX, KL)[1]
     assert second.holds is False
-    assert any("over-optimises" in e and "kl_coef 0.5 " in e for e in second.evidence)
+    assert any("over-optimizes" in e and "kl_coef 0.5 " in e for e in second.evidence)
     best = second.evidence[-1]
     assert "ptx_coef 20 against kl_coef 0.5" in best
     assert "gold reward +0.100 [+0.090, +0.110]; bits per byte +0.010 [0.000, +0.020]" in best.replace(

@@ -26,8 +26,8 @@ from prefopt import (
     RankedDPOTrainer,
     RankedRewardConfig,
     RankedRewardTrainer,
-    prefix_sharing,
 )
+from prefopt.models.prefix import sharing as prefix_sharing
 
 ROWS = [
     {

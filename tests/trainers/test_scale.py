@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from prefopt.reward_checkpoints import save_reward_model
-from prefopt.shared_base import keep_head_fp32, set_reward_bias
-from prefopt.trainers.ppo_ptx_config import PPOPtxConfig
-from prefopt.trainers.ranked_reward_config import RankedRewardConfig
+from prefopt.models.checkpoints import save_reward_model
+from prefopt.models.reward import keep_head_fp32, set_reward_bias
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.reward.config import RankedRewardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("scale_worker.py")

@@ -137,7 +137,7 @@ IMPORTS = {
     ],
 }
 
-FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").glob("*.py"))
+FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").rglob("*.py"))
 
 
 def source_of(cls):
@@ -197,7 +197,7 @@ def test_imports_exist():
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_trainers_use_no_unlisted_private_name(path):
     used, _ = private_names(ast.parse(path.read_text()))
     own = set().union(*(private_names(ast.parse(file.read_text()))[1] for file in FILES))
@@ -208,7 +208,7 @@ def test_trainers_use_no_unlisted_private_name(path):
     )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_trainers_import_no_unlisted_inner_name(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):

@@ -1,0 +1,147 @@
+"""Labels that people gave to models' completions: ranks, ratings and flags, or plain pairwise preferences.
+
+A file has one JSON object per line, of either kind:
+
+    {"id": 3, "models": ["sft", "ppo"], "ranks": [2, 1], "ratings": [4, 6], "flags": [{...}, {...}], "labeler": "ann"}
+    {"id": 3, "a": "ppo", "b": "sft", "preference": 1, "labeler": "ann"}
+
+`id` is the number of the prompt; `prompt`, its text, does as well. The first kind is a ranked comparison whose
+`models` say who wrote each completion; of `ranks`, `ratings` and `flags` any may be absent. With `completions` in it,
+labels of a text that is not the one generated now are left out and counted.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+Completions = Mapping[str, Sequence[Row]]  # of every model, one row per prompt
+
+
+def check_labels(
+    rows: Iterable[Row], completions: Completions, source: str
+) -> tuple[list[dict[str, Any]], int]:
+    """The rows with their `id`, and how many labels were left out because they are of other completions.
+
+    Raises:
+        ValueError: "SOURCE row 12: field 'ranks': expected ..., got ...".
+    """
+    ids = {prompt_key(row["prompt"]): row["id"] for one in completions.values() for row in one}
+    texts = {(model, row["id"]): row["completion"] for model, one in completions.items() for row in one}
+    known = set(ids.values())
+    kept, stale = [], 0
+    for number, row in enumerate(rows):
+
+        def wrong(field: str, expected: str, number: int = number, row: Row = row) -> ValueError:
+            return ValueError(
+                f"{source} row {number}: field {field!r}: expected {expected}, got {row.get(field)!r:.80}"
+            )
+
+        if "id" in row:
+            if not isinstance(row["id"], (int, str)):
+                raise wrong("id", "the number of a prompt")
+            label = dict(row)
+        elif prompt_key(row.get("prompt")) in ids:
+            label = {**row, "id": ids[prompt_key(row["prompt"])]}
+        else:
+            raise wrong("prompt", "`id`, or the text of a prompt that was generated for")
+        if "preference" in row:
+            if not (isinstance(row.get("a"), str) and isinstance(row.get("b"), str) and row["a"] != row["b"]):
+                raise wrong(
+                    "b" if isinstance(row.get("a"), str) else "a", "the names of two models in a and b"
+                )
+            if not _is_number(row["preference"]) or not 0 <= row["preference"] <= 1:
+                raise wrong("preference", "1 (a is better), .5 (a tie) or 0 (b is better)")
+            if label["id"] in known:
+                kept.append(label)
+            else:
+                stale += 1
+            continue
+        models = row.get("models")
+        if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
+            raise wrong("models", "the list of models that wrote the completions")
+        if len(set(models)) < len(models):
+            raise wrong("models", "every model once")
+        for field in ("ranks", "ratings", "flags", "completions"):
+            if row.get(field) is not None and (
+                not isinstance(row[field], list) or len(row[field]) != len(models)
+            ):
+                raise wrong(field, f"a list of {len(models)}, one per model")
+        if not any(row.get(field) is not None for field in ("ranks", "ratings", "flags")):
+            raise wrong("ranks", "`ranks`, `ratings` or `flags`")
+        for field, least, most in (("ranks", 1, None), ("ratings", 1, 7)):
+            if any(not _is_number(x) or x < least or (most and x > most) for x in row.get(field) or []):
+                raise wrong(field, f"numbers from {least}" + (f" to {most}" if most else " on"))
+        if any(not isinstance(flags, Mapping) for flags in row.get("flags") or []):
+            raise wrong("flags", "one object of name: true, false or null per completion")
+        if label["id"] not in known:
+            stale += 1
+            continue
+        current = [
+            row.get("completions") is None or texts.get((model, label["id"]), text) == text
+            for model, text in zip(models, row.get("completions") or [None] * len(models), strict=True)
+        ]
+        stale += current.count(False)
+        label["models"] = [m for m, is_current in zip(models, current, strict=True) if is_current]
+        for field in ("ranks", "ratings", "flags", "completions"):
+            if row.get(field) is not None:
+                label[field] = [x for x, is_current in zip(row[field], current, strict=True) if is_current]
+        kept.append(label)
+    if stale:
+        logger.warning(
+            "%s: %d labels left out, which are of other prompts or completions than the generated ones",
+            source,
+            stale,
+        )
+    return kept, stale
+
+
+def preferences(labels: Iterable[Row]) -> list[dict[str, Any]]:
+    """Judgements from labels: every pair of a ranking (by `ranks`, else by `ratings`), and the pairwise ones.
+
+    Example:
+        >>> preferences([{"id": 0, "models": ["x", "y"], "ratings": [3, 5], "labeler": "ann"}])
+        [{'id': 0, 'a': 'x', 'b': 'y', 'preference': 0.0, 'labeler': 'ann'}]
+    """
+    found = []
+    for row in labels:
+        who = {"labeler": row["labeler"]} if row.get("labeler") is not None else {}
+        if "preference" in row:
+            found.append(
+                {"id": row["id"], "a": row["a"], "b": row["b"], "preference": float(row["preference"]), **who}
+            )
+            continue
+        better = [-x for x in row["ranks"]] if row.get("ranks") is not None else row.get("ratings")
+        for i, j in combinations(range(len(row["models"])) if better is not None else (), 2):
+            preference = 0.5 * (1 + (better[i] > better[j]) - (better[i] < better[j]))
+            pair = {"a": row["models"][i], "b": row["models"][j]}
+            found.append({"id": row["id"], **pair, "preference": preference, **who})
+    return found
+
+
+def label_side_by_side(
+    completions: Completions, label: Callable[[Any, list[str]], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of the first kind from a labeler that is a function: `label(prompt, completions)` gives a ranked comparison
+    (`ranks`, `ratings`, `flags`, `labeler`), as `prefopt.sandbox.Labeler.label` does. Prompts that every model answered.
+    """
+    by_id = {model: {row["id"]: row for row in rows} for model, rows in completions.items()}
+    shared = sorted(set.intersection(*(set(rows) for rows in by_id.values())))
+    rows = []
+    for i in shared:
+        answers = [by_id[model][i] for model in by_id]
+        labeled = label(answers[0]["prompt"], [answer["completion"] for answer in answers])
+        rows.append({**labeled, "id": i, "models": list(by_id)})
+    return rows
+
+
+def prompt_key(prompt: Any) -> str:
+    """A prompt, text or messages, as a key."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == x

@@ -1,0 +1,334 @@
+"""Stage `compare`: which model is better, from judgements: win rates and Bradley-Terry strengths, with intervals."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prefopt.evaluation.results import FAILED, measure
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.evaluation.stages.judge import JUDGES, scores_path
+from prefopt.inference.jsonl import read_jsonl
+from prefopt.statistics import bradley_terry
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
+
+logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+_NO_JUDGE = "no judgements; name a judge (gold_judge, reward_judge, lm_judge or human_judgements) and run `prefopt eval judge`"
+
+
+@dataclass
+class CompareArguments:
+    """Which judge the headline is from, and who the labelers are."""
+
+    main_judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Judge of the headline win rates; default: the first there is of gold, human, lm, reward."
+        },
+    )
+    labeler_groups: dict[str, list[str]] | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Groups of labelers, name: [labelers], whose win rates are reported apart."},
+    )
+
+    def __post_init__(self) -> None:
+        self.labeler_groups = parsed_mapping("labeler_groups", self.labeler_groups)
+
+
+# ---- judgements to numbers ------------------------------------------------------------------------------------------
+def preferences_by_prompt(judgements: Sequence[Row], model: str, against: str) -> dict[Any, list[float]]:
+    """Preferences for `model` over `against` (1 / .5 / 0), by prompt; several where several labelers judged one.
+
+    >>> preferences_by_prompt([{"id": 7, "a": "sft", "b": "ppo", "preference": 0.0}], "ppo", "sft")
+    {7: [1.0]}
+    """
+    found: dict[Any, list[float]] = {}
+    for row in judgements:
+        if {row["a"], row["b"]} == {model, against}:
+            preference = row["preference"] if row["a"] == model else 1 - row["preference"]
+            found.setdefault(row["id"], []).append(float(preference))
+    return found
+
+
+def win_rate(by_prompt: Mapping[Any, Sequence[float]]) -> Estimate:
+    """Mean over prompts of the preference for the model; labelers of one prompt are averaged first.
+
+        value = 1/N sum over prompts of (1 if preferred, 1/2 if tied, 0 if not)
+
+    Example:
+        >>> win_rate({0: [1.0], 1: [0.5], 2: [0.0, 1.0], 3: [1.0]}).value
+        0.75
+    """
+    estimate = mean_estimate([float(np.mean(p)) for p in by_prompt.values()])
+    return replace(estimate, n=sum(len(p) for p in by_prompt.values()))
+
+
+def length_controlled_win_rate(
+    preferences: ArrayLike, length_differences: ArrayLike, *, n_resamples: int = 2000
+) -> Estimate:
+    """Win rate at equal length (after Dubois et al. 2024, arXiv:2404.04475, without their prompt-difficulty term).
+
+        logit P(model preferred) = theta + phi * tanh(dlen / sd(dlen)),    value = sigmoid(theta)
+
+    Fitted by maximum likelihood over prompts, a tie being half a win; half a win for each side at equal length and a
+    penalty of phi^2 / 200 keep the fit finite where one side always wins.
+
+    Args:
+        preferences: one number in [0, 1] per prompt.
+        length_differences: the model's length minus the other's, same unit throughout.
+        n_resamples: of the bootstrap over prompts.
+
+    Raises:
+        ValueError: lengths of the two differ, or a number is not finite.
+
+    Example:
+        The longer answer won every time, and the model's was the longer one in three of four.
+
+        >>> length_controlled_win_rate([1, 1, 1, 0] * 25, [9, 9, 9, -9] * 25).value < 0.75
+        True
+    """
+    differences = np.asarray(length_differences, dtype=float)
+    spread = differences.std() if len(differences) else 0.0
+    controlled = (
+        np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
+    )  # nothing to control for
+    return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, controlled, n_resamples=n_resamples)
+
+
+def _win_rate_at_equal_length(preferences: NDArray, x: NDArray, axis: int) -> NDArray:
+    """Newton's method on the penalized log-likelihood, for all resamples at once."""
+    y, x = np.moveaxis(np.atleast_2d(preferences), axis, -1), np.moveaxis(np.atleast_2d(x), axis, -1)
+    theta, phi = np.zeros(len(y)), np.zeros(len(y))
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * x)))
+        middle = 1 / (1 + np.exp(-theta))
+        slope = np.stack([(y - p).sum(-1) + 0.5 - middle, ((y - p) * x).sum(-1) - phi / 100], -1)
+        weight = p * (1 - p)
+        cross = (weight * x).sum(-1)
+        curvature = np.stack(
+            [
+                np.stack([weight.sum(-1) + middle * (1 - middle), cross], -1),
+                np.stack([cross, (weight * x * x).sum(-1) + 0.01], -1),
+            ],
+            -2,
+        )
+        step = np.linalg.solve(curvature, slope[..., None])[..., 0].clip(-1.5, 1.5)
+        theta, phi = theta + step[:, 0], phi + step[:, 1]
+        if np.abs(step).max() < 1e-8:
+            break
+    value = 1 / (1 + np.exp(-theta))
+    return value if np.ndim(preferences) > 1 else value[0]
+
+
+# ---- the stage ------------------------------------------------------------------------------------------------------
+def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) -> None:
+    """Write stages/compare.json: win rates and strengths of every judge; those of the main judge in full.
+
+    `data`: `main_judge`, `judges`, `pairs` (win rate of every pair of models under every judge), `matrix` (what the
+    Bradley-Terry fit of the main judge says of every pair).
+    """
+    models = list(args.models)
+    completions = {}
+    for model in models:
+        try:
+            completions[model] = {r["id"]: r for r in run.completions(model) if r["sample"] == 0}
+        except FileNotFoundError:
+            completions[model] = {}
+    use_cases = {i: r.get("use_case") for one in completions.values() for i, r in one.items()}
+    heldout = {i for i, use_case in use_cases.items() if use_case and use_case == args.heldout_use_case}
+    if run.is_stale("judge"):
+        raise ValueError(
+            "the completions are others than those that were judged; run `prefopt eval judge` again"
+        )
+    every = {path.stem: read_jsonl(path) for path in sorted((run.folder / "judgements").glob("*.jsonl"))}
+    broken = {
+        judge: status
+        for judge, status in ((run.stage("judge") or {}).get("data", {}).get("judges") or {}).items()
+        if status.startswith(FAILED)
+    }
+    if own.main_judge and own.main_judge not in {*every, *broken}:
+        raise ValueError(
+            f"main_judge {own.main_judge!r}: there are judgements of {sorted(every) or 'nobody'}"
+        )
+    named = [judge for judge in [*JUDGES, *every] if judge in every or judge in broken]
+    main = own.main_judge or (named[0] if named else None)  # also one that broke: its headline says so
+    measures: list[dict[str, Any]] = []
+
+    def add(
+        name: str, model: str, compute: Callable[[], Estimate], judge: str | None, against: str | None
+    ) -> None:
+        estimate, reason = None, _NO_JUDGE
+        try:
+            if judge in broken:
+                raise LookupError(broken[judge])
+            estimate = compute() if judge else None
+            if judge and estimate.n == 0:
+                estimate, reason = None, f"judge {judge} has no judgement of this"
+        except LookupError as error:
+            reason = str(error.args[0])
+        except Exception as error:  # any trouble of one number is that number's
+            logger.exception("compare: %s of %s failed", name, model)
+            reason = f"{FAILED}{type(error).__name__}: {error}"
+        one = measure(name, model, estimate, against=against, reason=None if estimate else reason)
+        if name.startswith("winrate") and judge:
+            one["definition"] = one["definition"].replace(
+                "has the higher gold reward", f"is preferred by {judge}"
+            )
+        measures.append({**one, "judge": judge})
+
+    def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = models) -> None:
+        rows = [row for row in every.get(judge or "", []) if keep(row)]
+        itself = {row["id"]: [0.5] for row in rows if args.baseline in (row["a"], row["b"])}
+        for model in of:
+            by_prompt = (
+                itself if model == args.baseline else preferences_by_prompt(rows, model, args.baseline)
+            )
+            add(name, model, lambda p=by_prompt: win_rate(p), judge, args.baseline)
+
+    def sampled(row: Row) -> bool:
+        return row.get("decoding", "sampled") == "sampled" and row["id"] not in heldout
+
+    others = [model for model in models if model != args.baseline]
+    rates("winrate", main, sampled)
+    rates("winrate_greedy", main, lambda r: r.get("decoding") == "greedy" and r["id"] not in heldout, others)
+    if heldout:
+        rates(
+            "winrate_heldout_use_case",
+            main,
+            lambda r: r["id"] in heldout and r.get("decoding") != "greedy",
+            others,
+        )
+    for use_case in sorted({u for u in use_cases.values() if u}):
+        rates(
+            f"winrate_use_case.{use_case}",
+            main,
+            lambda r, u=use_case: use_cases.get(r["id"]) == u and r.get("decoding") != "greedy",
+            others,
+        )
+    for judge in dict.fromkeys([*every, *broken]):
+        rows = every.get(judge, [])
+        if judge != main:
+            rates(f"winrate_judge.{judge}", judge, sampled, others)
+        names = {row["labeler"] for row in rows if row.get("labeler") is not None}
+        for group, members in own.labeler_groups.items():
+            if names & set(members):
+                rates(
+                    f"winrate_labelers.{group}",
+                    judge,
+                    lambda r, m=members: sampled(r) and r.get("labeler") in m,
+                    others,
+                )
+    main_rows = [row for row in every.get(main or "", []) if sampled(row)]
+    for model in others:
+        add(
+            "winrate_length_controlled",
+            model,
+            lambda m=model: _length_controlled(main_rows, completions, m, args.baseline),
+            main,
+            args.baseline,
+        )
+    found = _strengths(main_rows, args) if main else {}
+    for model in models:
+        add("bradley_terry", model, lambda m=model: _known(found, m), main, None)
+    for judge in every:
+        measures += _score_measures(run, models, judge, heldout, args.baseline)
+    pairs = [
+        {"judge": judge, "model": a, "against": b, **asdict(win_rate(preferences))}
+        for judge, rows in every.items()
+        for a, b in combinations(models, 2)
+        if (preferences := preferences_by_prompt([r for r in rows if sampled(r)], a, b))
+    ]
+    matrix = {
+        a: {b: float(1 / (1 + np.exp(found[b].value - found[a].value))) for b in found if b != a}
+        for a in found
+    }
+    run.write_stage(
+        "compare",
+        measures,
+        {
+            "main_judge": main,
+            "judges": {judge: len(rows) for judge, rows in every.items()},
+            "baseline": args.baseline,
+            "heldout_use_case": args.heldout_use_case,
+            "pairs": pairs,
+            "matrix": matrix,
+        },
+    )
+
+
+def _length_controlled(
+    rows: Sequence[Row], completions: Mapping[str, Mapping[Any, Row]], model: str, against: str
+) -> Estimate:
+    by_prompt = preferences_by_prompt(rows, model, against)
+    ours, theirs = completions.get(model, {}), completions.get(against, {})
+    ids = [i for i in by_prompt if i in ours and i in theirs]
+    if by_prompt and not ids:
+        raise LookupError("the lengths are unknown: there are no generated completions of these judgements")
+    return length_controlled_win_rate(
+        [float(np.mean(by_prompt[i])) for i in ids],
+        [len(ours[i]["completion"]) - len(theirs[i]["completion"]) for i in ids],
+    )
+
+
+def _strengths(rows: Sequence[Row], args: EvaluationArguments) -> dict[str, Estimate]:
+    try:
+        return bradley_terry.strengths(rows, args.baseline, seed=args.seed)
+    except ValueError:  # the baseline was not judged: nothing to refer to
+        return {}
+
+
+def _known(found: Mapping[str, Estimate], model: str) -> Estimate:
+    if model not in found:
+        raise LookupError("no chain of judgements joins this model to the baseline")
+    return found[model]
+
+
+# Means of the scores that a judge gave, and what the results call them.
+_SCORES = {"gold": "gold_reward", "reward": "rm_score"}
+
+
+def _score_measures(
+    run: EvaluationRun, models: Sequence[str], judge: str, heldout: set[Any], baseline: str
+) -> list[dict[str, Any]]:
+    """Mean scores of a scoring judge, greedy and held out apart, the parts of the score, and differences to the
+    baseline."""
+    scores = {m: read_jsonl(path) for m in models if (path := scores_path(run, judge, m)).is_file()}
+    name = _SCORES.get(judge, f"judge_score.{judge}")
+    found = []
+
+    def values(model: str, decoding: str, inside: bool, part: str | None = None) -> dict[Any, float]:
+        return {
+            row["id"]: row["score"] if part is None else row["parts"][part]
+            for row in scores[model]
+            if row["decoding"] == decoding and (row["id"] in heldout) == inside
+        }
+
+    def add(name: str, model: str, decoding: str, inside: bool = False, part: str | None = None) -> None:
+        one = values(model, decoding, inside, part)
+        if one:
+            found.append({**measure(name, model, mean_estimate(list(one.values()))), "judge": judge})
+
+    for model, rows in scores.items():
+        add(name, model, "sampled")
+        if judge != "gold":
+            continue
+        add("gold_reward_greedy", model, "greedy")
+        add("gold_reward_heldout_use_case", model, "sampled", inside=True)
+        for part in rows[0].get("parts") or {}:
+            add(f"gold_component.{part}", model, "sampled", part=part)
+            add(f"gold_component_greedy.{part}", model, "greedy", part=part)
+    differences = [(m, baseline) for m in scores if m != baseline and baseline in scores]
+    differences += [("ppo_ptx", "ppo")] if {"ppo_ptx", "ppo"} <= set(scores) else []
+    for model, against in differences:
+        for decoding, suffix in (("sampled", ""), ("greedy", "_greedy")):
+            ours, theirs = values(model, decoding, False), values(against, decoding, False)
+            ids = sorted(set(ours) & set(theirs))
+            if ids and (judge == "gold" or not suffix):
+                estimate = paired_difference([ours[i] for i in ids], [theirs[i] for i in ids])
+                found.append({**measure(name + suffix, model, estimate, against=against), "judge": judge})
+    return found

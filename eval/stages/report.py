@@ -1,0 +1,237 @@
+"""Stage `report`: results.json, report.html and report.md from what the other stages left in the folder."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.evaluation.report.markdown import build_markdown
+from prefopt.evaluation.report.page import build_report
+from prefopt.evaluation.report.worst import main_model, pick_samples
+from prefopt.evaluation.results import build_results, measure, write_results
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_baseline, parsed_mapping
+from prefopt.evaluation.stages.judge import judgements_path
+from prefopt.inference.jsonl import read_jsonl
+from prefopt.statistics.intervals import mean_estimate
+
+logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+
+# In the order of the report.
+STAGES = (
+    "generate",
+    "judge",
+    "compare",
+    "metadata",
+    "reward_model",
+    "bench",
+    "tax",
+    "drift",
+    "diversity",
+    "overopt",
+)
+JUDGES = {
+    "gold": "the gold reward",
+    "human": "people",
+    "lm": "the language-model judge",
+    "reward": "the reward model",
+}
+
+
+@dataclass
+class ReportArguments:
+    """What the report shows besides the stages."""
+
+    worst_samples: int = field(
+        default=20, metadata={"help": "Prompts on which the main model loses most that the report shows."}
+    )
+    rl_runs: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of an RL run and its folder with trainer_state.json, for the curves; default: models that have one."
+        },
+    )
+    report_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of results.json, report.html and report.md; default: output_dir."},
+    )
+    sft_selection: str | None = field(
+        default=None,
+        metadata={"help": "JSON file of the SFT epochs and the chosen one, as `prefopt pipeline` writes it."},
+    )
+
+    def __post_init__(self) -> None:
+        self.rl_runs = parsed_mapping("rl_runs", self.rl_runs)
+
+
+def run(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: ReportArguments,
+    *,
+    wall_seconds: Mapping[str, float] | None = None,
+) -> Path:
+    """Write results.json, report.html and report.md, and return their folder.
+
+    Args:
+        wall_seconds: of steps that the report shows instead of those of the evaluation.
+    """
+    folder = Path(own.report_dir) if own.report_dir else run.folder
+    results = collect(run, args, own, wall_seconds=wall_seconds)
+    write_results(results, folder / "results.json")
+    build_report(results, folder / "report.html")
+    build_markdown(results, folder / "report.md")
+    return folder
+
+
+def collect(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: ReportArguments,
+    *,
+    wall_seconds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The content of results.json from the files of all stages that ran.
+
+    What `prefopt eval all` knows of them stands in stages/all.json: `seconds`, and `notes` on why one did not run.
+
+    Raises:
+        ValueError: a stage measured against another baseline.
+    """
+    every = (run.stage("all") or {"data": {}})["data"]
+    measures: list[dict[str, Any]] = []
+    stages: dict[str, Any] = {}
+    for name in STAGES:
+        content = run.stage(name)
+        if content is not None:
+            measures += content["measures"]
+            stages[name] = content["data"]
+    check_baseline(stages, args)
+    completions = {model: _first_samples(run, model) for model in args.models}
+    measures += [
+        m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)
+    ]
+    judge = (stages.get("compare") or {}).get("main_judge")
+    settings = {
+        "judge": JUDGES.get(judge, judge),
+        "baseline": args.baseline,
+        "models": list(args.models),
+        "heldout_use_case": args.heldout_use_case,
+        "prompts": max((len(rows) for rows in completions.values()), default=0),
+        "max_new_tokens": (stages.get("generate") or {}).get("settings", {}).get("max_new_tokens"),
+        "documents": (stages.get("tax") or {}).get("documents"),
+        "tasks": (stages.get("tax") or {}).get("tasks"),
+        "seed": args.seed,
+        "load_in_4bit": args.load_in_4bit,
+    }
+    return build_results(
+        measures,
+        wall_seconds=every.get("seconds") if wall_seconds is None else wall_seconds,
+        settings=settings,
+        samples=_samples(run, args, own, completions, judge),
+        curves=_curves(args, own),
+        stages=stages,
+        notes={name: note for name, note in every.get("notes", {}).items() if run.stage(name) is None},
+    )
+
+
+def _first_samples(run: EvaluationRun, model: str) -> list[dict[str, Any]]:
+    try:
+        return [row for row in run.completions(model) if row["sample"] == 0]
+    except FileNotFoundError:
+        return []
+
+
+def _lengths(model: str, rows: Sequence[Row], heldout: str | None) -> list[dict[str, Any]]:
+    rows = [row for row in rows if heldout is None or row.get("use_case") != heldout]
+    columns = {
+        "completion_tokens": [float(len(row["ids"])) for row in rows],
+        "truncated": [float(row["truncated"]) for row in rows],
+    }
+    reason = None if rows else "nothing was generated; `prefopt eval generate` does"
+    found = []
+    for name, values in columns.items():
+        if (
+            name == "completion_tokens" and values and not all(values)
+        ):  # even an empty completion has its end token
+            why = "its file of completions has no `ids`"
+            found.append(measure(name, model, None, reason=why))
+        else:
+            found.append(measure(name, model, mean_estimate(values) if values else None, reason=reason))
+    return found
+
+
+def _samples(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: ReportArguments,
+    completions: Mapping[str, Sequence[Row]],
+    judge: str | None,
+) -> list[dict[str, Any]]:
+    """The worst by the main judge, on the prompts that all models answered."""
+    drawn = {model: {row["id"]: row for row in rows} for model, rows in completions.items() if rows}
+    ids = sorted(set.intersection(*(set(rows) for rows in drawn.values()))) if drawn else []
+    if not ids:
+        return []
+    shown: dict[str, dict[Any, dict[str, Any]]] = {
+        model: {i: {"text": rows[i]["completion"], "truncated": rows[i]["truncated"]} for i in ids}
+        for model, rows in drawn.items()
+    }
+    judged = sorted((run.folder / "scores").glob("*/*.jsonl")) if not run.is_stale("judge") else []
+    for path in judged:
+        for row in read_jsonl(path) if path.stem in shown else []:
+            if row["decoding"] == "sampled" and row["id"] in shown[path.stem]:
+                shown[path.stem][row["id"]][path.parent.name] = row["score"]
+    rows = [drawn[next(iter(drawn))][i] for i in ids]
+    main = main_model(list(drawn), args.baseline)
+    gain = _gain(run, judge, main, args.baseline, ids) if judged and judge and main else None
+    use_cases = [str(row.get("use_case") or "") for row in rows]
+    return pick_samples(
+        [row["prompt"] for row in rows],
+        use_cases,
+        {model: [one[i] for i in ids] for model, one in shown.items()},
+        gain,
+        main or "",
+        baseline=args.baseline,
+        heldout=[bool(u) and u == args.heldout_use_case for u in use_cases],
+        seed=args.seed,
+        worst=own.worst_samples,
+    )
+
+
+def _gain(run: EvaluationRun, judge: str, model: str, against: str, ids: Sequence[Any]) -> np.ndarray | None:
+    """By how much the judge likes `model` more on every prompt: difference of its scores, else of its verdicts."""
+    found: dict[Any, list[float]] = {}
+    for row in read_jsonl(judgements_path(run, judge)) if judgements_path(run, judge).is_file() else []:
+        if {row["a"], row["b"]} == {model, against} and row.get("decoding", "sampled") == "sampled":
+            scored = row.get("score_a") is not None and row.get("score_b") is not None
+            gain = row["score_a"] - row["score_b"] if scored else 2 * row["preference"] - 1
+            found.setdefault(row["id"], []).append(gain if row["a"] == model else -gain)
+    if not found:
+        return None
+    # What nobody judged is neither better nor worse.
+    return np.array([float(np.mean(found[i])) if i in found else 0.0 for i in ids])
+
+
+def _curves(args: EvaluationArguments, own: ReportArguments) -> dict[str, Any]:
+    """Training curves: the SFT epochs, and reward and KL over the steps of RL."""
+    curves: dict[str, Any] = {}
+    if own.sft_selection is not None:
+        selection = json.loads(Path(own.sft_selection).read_text(encoding="utf-8"))
+        curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
+    for name, folder in {**args.models, **own.rl_runs}.items():
+        state = Path(folder) / "trainer_state.json"
+        if state.is_file():
+            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            log = [
+                {**entry, "gold": entry.get("rewards/gold/mean")}
+                for entry in history
+                if "objective/scores" in entry
+            ]
+            if log:
+                curves[name] = log
+    return curves

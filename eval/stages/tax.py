@@ -1,0 +1,189 @@
+"""Stage `tax`: what a model still knows of its pretraining: bits per byte of held-out text, and multiple-choice tasks.
+
+The alignment tax (Ouyang et al. 2022, section 4.2) on one's own data; stage `bench` has the public benchmarks.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.evaluation.results import FAILED, measure
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.summary import CONTRASTS
+from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
+from prefopt.inference.jsonl import read_jsonl
+from prefopt.inference.language_model import (
+    BitsPerByte,
+    bits_per_byte,
+    bits_per_byte_difference,
+    bits_per_byte_of,
+    task_accuracy,
+    validate_tasks,
+)
+from prefopt.models.loading import load_language_model
+from prefopt.statistics.intervals import Estimate, mean_estimate, paired_difference
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str], None]
+
+TEXT, TASKS = "pretraining_bits_per_byte", "heldout_task_accuracy"
+NO_TEXT = "no held-out pretraining text given; set `pretraining_text`"
+NO_TASKS = "no held-out tasks given; set `heldout_tasks`"
+
+
+@dataclass
+class TaxArguments:
+    """Held-out text and tasks of one's own."""
+
+    pretraining_text: str | None = field(
+        default=None, metadata={"help": "JSONL file of documents kept out of pretraining; column `text`."}
+    )
+    heldout_tasks: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file of multiple-choice tasks: `context`, `choices` and `answer`."},
+    )
+    tax_max_length: int | None = field(
+        default=None, metadata={"help": "Window of bits per byte in tokens; default: the model's positions."}
+    )
+
+
+def run(
+    run: EvaluationRun, args: EvaluationArguments, own: TaxArguments, *, progress: Progress = logger.info
+) -> None:
+    """Measure every model of `args.models`, and its paired differences to `args.baseline`; write `stages/tax.json`.
+
+    Nats, bytes and answers are kept in `tax/<model>.*.jsonl`; a model that breaks costs its own numbers.
+
+    Raises:
+        ValueError: a file is missing, or a task in it is none.
+    """
+    texts = [row["text"] for row in _rows("pretraining_text", own.pretraining_text)]
+    tasks = _rows("heldout_tasks", own.heldout_tasks)
+    validate_tasks(tasks)
+    bits: dict[str, BitsPerByte | str] = {}
+    answers: dict[str, np.ndarray | str] = {}
+    for name in args.models:
+        loaded: list[Any] = []
+        bits[name] = (
+            _attempt(lambda n=name, m=loaded: _bits(run, args, own, n, texts, m, progress))
+            if texts
+            else NO_TEXT
+        )
+        answers[name] = (
+            _attempt(lambda n=name, m=loaded: _answers(run, args, n, tasks, m, progress))
+            if tasks
+            else NO_TASKS
+        )
+    measures = []
+    for model in args.models:
+        measures.append(_one(TEXT, model, bits, lambda x: x.estimate))
+        measures.append(_one(TASKS, model, answers, mean_estimate))
+    pairs = [(m, args.baseline) for m in args.models if m != args.baseline and args.baseline in args.models]
+    for model, against in pairs + [c for c in CONTRASTS if set(c) <= set(args.models) and c not in pairs]:
+        measures.append(_difference(TEXT, model, against, bits, bits_per_byte_difference))
+        measures.append(_difference(TASKS, model, against, answers, paired_difference))
+    run.write_stage(
+        "tax", measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
+    )
+
+
+def _rows(key: str, path: str | None) -> list[dict[str, Any]]:
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        raise ValueError(f"{key}: no file {path!r}")
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows):
+        if key == "pretraining_text" and not isinstance(row.get("text"), str):
+            raise ValueError(
+                f"{path} row {number}: field 'text': expected a text, got {row.get('text')!r:.80}"
+            )
+    return rows
+
+
+def _bits(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: TaxArguments,
+    name: str,
+    texts: Sequence[str],
+    loaded: list[Any],
+    progress: Progress,
+) -> BitsPerByte:
+    def compute() -> list[dict[str, float]]:
+        model, tokenizer = _load(args, name, loaded)
+        progress(f"tax: {name}, {len(texts)} documents")
+        found = bits_per_byte(model, tokenizer, texts, args.batch_size, own.tax_max_length)
+        return [
+            {"nats": n, "bytes": b} for n, b in zip(found.nats.tolist(), found.bytes.tolist(), strict=True)
+        ]
+
+    inputs = [_state(args, name), own.tax_max_length, fingerprint_of(list(texts))]
+    rows = kept_rows(run.folder / "tax" / f"{name}.text.jsonl", inputs, compute)
+    return bits_per_byte_of(np.array([row["nats"] for row in rows]), np.array([row["bytes"] for row in rows]))
+
+
+def _answers(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    name: str,
+    tasks: Sequence[Mapping[str, Any]],
+    loaded: list[Any],
+    progress: Progress,
+) -> np.ndarray:
+    def compute() -> list[dict[str, float]]:
+        model, tokenizer = _load(args, name, loaded)
+        progress(f"tax: {name}, {len(tasks)} tasks")
+        return [
+            {"right": right} for right in task_accuracy(model, tokenizer, tasks, args.batch_size).tolist()
+        ]
+
+    inputs = [_state(args, name), fingerprint_of(list(tasks))]
+    return np.array(
+        [r["right"] for r in kept_rows(run.folder / "tax" / f"{name}.tasks.jsonl", inputs, compute)]
+    )
+
+
+def _state(args: EvaluationArguments, name: str) -> list[Any]:
+    return [source_state(args.models[name]), args.load_in_4bit, args.dtype]
+
+
+def _load(args: EvaluationArguments, name: str, loaded: list[Any]) -> tuple[Any, Any]:
+    if not loaded:
+        loaded += load_language_model(args.models[name], load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+    return loaded[0], loaded[1]
+
+
+def _attempt(compute: Callable[[], Any]) -> Any:
+    try:
+        return compute()
+    except FileNotFoundError as error:  # a file of completions
+        return str(error)
+    except Exception as error:  # any trouble of one model is that model's
+        logger.exception("tax: a model failed")
+        return f"{FAILED}{type(error).__name__}: {error}"
+
+
+def _one(
+    name: str, model: str, found: Mapping[str, Any], estimate: Callable[[Any], Estimate]
+) -> dict[str, Any]:
+    of = found[model]
+    return (
+        measure(name, model, None, reason=of) if isinstance(of, str) else measure(name, model, estimate(of))
+    )
+
+
+def _difference(
+    name: str, model: str, against: str, found: Mapping[str, Any], estimate: Callable[[Any, Any], Estimate]
+) -> dict[str, Any]:
+    for owner in (model, against):
+        if isinstance(found[owner], str):
+            failed = FAILED if found[owner].startswith(FAILED) else ""
+            why = found[owner].removeprefix(FAILED)
+            reason = f"{failed}{why}" if owner == model else f"{failed}{owner}: {why}"
+            return measure(name, model, None, against=against, reason=reason)
+    return measure(name, model, estimate(found[model], found[against]), against=against)

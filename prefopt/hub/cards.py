@@ -1,0 +1,242 @@
+"""Model cards: what is known of a run is kept in `model_card.json`, and README.md is written from it.
+
+A README.md whose text somebody has edited is kept. In one that is written anew, metadata that somebody has added
+(`license`, `language`, ...) stay.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from transformers import BitsAndBytesConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+logger = logging.getLogger(__name__)
+
+README = "README.md"
+FACTS = "model_card.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TEMPLATE = Path(__file__).with_name("card.md")
+_EMPTY_FORM = "# Model Card for Model ID"  # heads what PEFT saves beside an adapter
+
+
+def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of `model_card.json`: `method`, `paper`, `data`, `hyperparameters`, `results`, ...; empty without it."""
+    return _read_json(Path(folder) / FACTS)
+
+
+def holds_model(folder: str | os.PathLike) -> bool:
+    """Whether a model or an adapter is saved in a folder."""
+    return any((Path(folder) / name).is_file() for name in (ADAPTER_CONFIG, CONFIG_NAME))
+
+
+def write_card(
+    folder: str | os.PathLike,
+    facts: Mapping[str, Any],
+    location: str | None = None,
+    saved_in: str | os.PathLike | None = None,
+) -> None:
+    """Write `model_card.json` and, unless somebody has edited it, README.md.
+
+    Args:
+        folder: where to.
+        facts: as in `read_facts`.
+        location: where the code in the card loads the model from: a Hub id; default: the folder.
+        saved_in: folder of the model, full or LoRA adapter; default: `folder`.
+    """
+    folder = Path(folder)
+    if is_handwritten(folder):
+        logger.warning(
+            "%s was edited by hand and is kept; delete it to have it written anew", folder / README
+        )
+        _drop_local_base(folder / README)
+        written = read_facts(folder).get("written")
+    else:
+        card = build_card(saved_in or folder, facts, location or os.fspath(folder))
+        _keep_added_metadata(card, folder / README)
+        card.save(folder / README)
+        written = _digest(card.text)
+    text = json.dumps({**facts, "written": written}, ensure_ascii=False, indent=1) + "\n"
+    (folder / FACTS).write_text(text, encoding="utf-8")
+
+
+def is_handwritten(folder: str | os.PathLike) -> bool:
+    """Whether the text of README.md is neither that of `write_card` nor PEFT's empty form; its metadata do not count."""
+    path = Path(folder) / README
+    if not path.is_file():
+        return False
+    text = ModelCard.load(path, ignore_metadata_errors=True).text
+    return _EMPTY_FORM not in text and _digest(text) != read_facts(folder).get("written")
+
+
+def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: str | None = None) -> ModelCard:
+    """The card of a saved model: metadata with `model-index`, code that loads it, results, training; see `write_card`."""
+    folder = Path(folder)
+    location = os.fspath(folder) if location is None else location
+    model = _describe(folder, facts)
+    base, datasets = model["base"] or facts.get("base_model"), facts.get("datasets", [])
+    title = location.rstrip("/").split("/")[-1]
+    task = "text-classification" if model["is_reward"] else "text-generation"
+    tags = {"trl", "prefopt", *facts.get("tags", ())} | ({"lora"} if model["is_adapter"] else set())
+    data = ModelCardData(
+        model_name=title,
+        base_model=base if is_hub_id(base) else None,
+        base_model_relation="adapter" if model["is_adapter"] and is_hub_id(base) else None,
+        datasets=[name for name in datasets if is_hub_id(name)] or None,
+        library_name="peft" if model["is_adapter"] else "transformers",
+        pipeline_tag=task,
+        tags=sorted(tags),
+        eval_results=[_eval_result(row, task) for row in facts.get("results", [])] or None,
+    )
+    content = {
+        "summary": "",
+        "method": "",
+        "paper": {},
+        "builds_on": None,
+        "data": {},
+        "hyperparameters": {},
+        "links": {},
+        "versions": {},
+        **facts,
+        **model,
+        "title": title,
+        "base": base and (f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else Path(base).name),
+        "datasets": [
+            f"[{name}](https://huggingface.co/datasets/{name})" if is_hub_id(name) else Path(name).name
+            for name in datasets
+        ],
+        "location": json.dumps(location),
+        "results": [
+            {
+                **row,
+                "shown": f"{row['value']:.4g}",
+                "interval": _interval(row),
+                "dataset": Path(row["dataset"]).name,
+            }
+            for row in facts.get("results", [])
+        ],
+    }
+    return ModelCard.from_template(data, template_path=os.fspath(_TEMPLATE), **content)
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be a repository `owner/name` of the Hub and is no local path.
+
+    >>> is_hub_id("Qwen/Qwen3-0.6B-Base"), is_hub_id("runs/demo/sft"), is_hub_id("./sft"), is_hub_id(None)
+    (True, False, False, False)
+    """
+    if not name or name.count("/") != 1 or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _describe(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files of a saved model say about how to load and use it."""
+    adapter, config = _read_json(folder / ADAPTER_CONFIG), _read_json(folder / CONFIG_NAME)
+    is_adapter = bool(adapter)
+    names = config.get("architectures") or []
+    if is_adapter:
+        is_reward = adapter.get("task_type") == "SEQ_CLS"
+    else:
+        is_reward = any(name.endswith("ForSequenceClassification") for name in names)
+    quantization = config.get("quantization_config") or facts.get("quantization")
+    has_bias = is_reward and bool(config.get("reward_bias"))
+    has_generation_config = (folder / GENERATION_CONFIG_NAME).is_file()
+    auto_model = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
+    imports = {auto_model, "AutoTokenizer"}
+    if is_adapter:
+        imports |= {"AutoConfig"} if has_bias else set()
+        imports |= {"BitsAndBytesConfig"} if quantization else set()
+        imports |= {"GenerationConfig"} if has_generation_config and not is_reward else set()
+    return {
+        "is_adapter": is_adapter,
+        "is_reward": is_reward,
+        "base": adapter.get("base_model_name_or_path"),
+        "base_path": json.dumps(adapter.get("base_model_name_or_path")),
+        "auto_model": auto_model,
+        "imports": sorted(imports),
+        "quantization": _quantization_code(quantization) if is_adapter and quantization else "",
+        "vocabulary": saved_vocabulary(folder) if is_adapter else None,
+        "pad_token_id": config.get("pad_token_id"),
+        "has_bias": has_bias,
+        "has_generation_config": has_generation_config,
+        "reward_token_id": config.get("reward_token_id") if is_reward else None,
+        "is_chat": facts.get("is_chat", (folder / "chat_template.jinja").is_file()),
+        "adds_eos": facts.get("adds_eos", False),
+    }
+
+
+def _quantization_code(quantization: Mapping[str, Any]) -> str:
+    """Keyword arguments of BitsAndBytesConfig, as far as they are not its defaults."""
+    defaults = BitsAndBytesConfig().to_dict()
+    own = {key: value for key, value in quantization.items() if key in defaults and value != defaults[key]}
+    return ", ".join(f"{key}={value!r}" for key, value in own.items() if key[0] != "_")
+
+
+def saved_vocabulary(folder: Path) -> int | None:
+    """Rows of the embedding matrix that an adapter carries whole, as it does for a vocabulary that has grown."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as weights:
+        whole = [name for name in list(weights.keys()) if name.endswith("embed_tokens.weight")]
+        return weights.get_slice(whole[0]).get_shape()[0] if whole else None
+
+
+def _eval_result(row: Mapping[str, Any], task: str) -> EvalResult:
+    interval = _interval(row)
+    dataset = row["dataset"]
+    return EvalResult(
+        task_type=task,
+        dataset_type=dataset if is_hub_id(dataset) else "local",
+        dataset_name=dataset if is_hub_id(dataset) else Path(dataset).name,
+        dataset_split=row.get("split"),
+        metric_type=row["metric"],
+        metric_name=row["title"] + (f" (95 % interval {interval})" if interval else ""),
+        metric_value=row["value"],
+    )
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    low, high = row.get("low"), row.get("high")
+    return "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+
+
+def _keep_added_metadata(card: ModelCard, path: Path) -> None:
+    if not path.is_file():
+        return
+    new = card.data.to_dict()
+    old = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    for key, value in old.items():
+        if key not in new and key not in ("base_model", "base_model_relation", "model-index", "model_name"):
+            card.data[key] = value
+
+
+def _drop_local_base(path: Path) -> None:
+    """PEFT writes the base's local path into the metadata at every save, and the Hub then refuses the upload."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    base = card.data.get("base_model")
+    if isinstance(base, str) and not is_hub_id(base):
+        card.data.pop("base_model")
+        card.save(path)
+
+
+def _digest(text: str) -> str:
+    lines = [line.rstrip() for line in text.strip().splitlines()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,198 @@
+"""Draw completions from a causal language model, and keep them in JSONL files."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from prefopt.inference.batching import batches_by_length, pad
+from prefopt.inference.journal import Journal
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.rankings.tokens import build_ids
+
+__all__ = [
+    "Completion",
+    "derived_seed",
+    "end_token_ids",
+    "generate",
+    "prompt_ids",
+    "read_jsonl",
+    "write_jsonl",
+    "write_whole",
+]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion: its text without the end token, the ids as they were sampled (end token included), and
+    whether it hit the length limit before it ended."""
+
+    text: str
+    ids: list[int]
+    truncated: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    num_return: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
+) -> list[list[Completion]]:
+    """Draw `num_return` completions of every prompt from the model's own distribution.
+
+    y ~ pi(. | x)^(1 / temperature), with no top-k, top-p, penalty or other change, whatever the model's
+    `generation_config` says (InstructGPT, appendix C.4: temperature 1); temperature 0 is greedy decoding. A
+    completion ends at any of the end tokens of the model or its tokenizer. Never drawn is `config.reward_token_id`, which
+    belongs to the reward model that the policy was trained against. Prompt ids are those that
+    `prefopt.rankings.dataset.build_ids` gives, so policies, reward models and this function read the same ids.
+
+    Args:
+        prompts: plain texts, or lists of messages for a chat tokenizer.
+        max_new_tokens: tokens at most, end token included; a completion without one by then is `truncated`.
+        batch_size: sequences per forward (prompts times `num_return`).
+        seed: the same seed, prompts and batch size give the same completions; global random state is left alone. Every
+            batch has random numbers of its own, which its place and the seed decide.
+        progress: called with (prompts done, prompts in all) after every batch.
+        journal: has an entry for every batch; those that are there are not drawn again.
+
+    Returns:
+        One list of `num_return` completions per prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
+            model whose logits are NaN.
+
+    Example:
+        >>> completions = generate(model, tokenizer, ["Name a fruit:"], max_new_tokens=8)  # doctest: +SKIP
+        >>> completions[0][0].text  # doctest: +SKIP
+        ' an apple .'
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+    if num_return < 1 or max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            "num_return, max_new_tokens and batch_size: expected 1 or more, "
+            f"got {num_return}, {max_new_tokens}, {batch_size}"
+        )
+    if temperature == 0 and num_return > 1:
+        raise ValueError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
+    end_ids = end_token_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    reward_token = getattr(model.config, "reward_token_id", None)
+    sampling = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=pad_id,
+        num_return_sequences=num_return,
+        suppress_tokens=None if reward_token is None else [reward_token],
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    batches = batches_by_length([len(row) for row in ids], max(1, batch_size // num_return))
+    results: list[list[Completion]] = [[] for _ in ids]
+    devices = [model.device] if model.device.type == "cuda" else []
+
+    def draw(number: int, batch: list[int]) -> list[list[Completion]]:
+        torch.manual_seed(derived_seed(seed, number))
+        input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, model.device, left=True)
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=[_refuse_nan],
+        )
+        drawn = [_completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
+        return [drawn[i : i + num_return] for i in range(0, len(drawn), num_return)]
+
+    with torch.random.fork_rng(devices), _plain_generation(model), torch.no_grad():
+        done = 0
+        for number, batch in enumerate(batches):
+            drawn = (
+                draw(number, batch)
+                if journal is None
+                else _kept(journal, lambda n=number, b=batch: draw(n, b))
+            )
+            for i, completions in zip(batch, drawn, strict=True):
+                results[i] = completions
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(ids))
+    return results
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed for each part of a whole, such that their random numbers have nothing to do with each other.
+
+    >>> derived_seed(0, "sft") == derived_seed(0, "sft"), derived_seed(0, "sft") == derived_seed(0, "dpo")
+    (True, False)
+    """
+    return random.Random("/".join(map(str, parts))).getrandbits(32)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+    """The ids a policy is fed for `prompt`: the first half of `prefopt.rankings.dataset.build_ids`."""
+    return build_ids(tokenizer, prompt, ".")[0]  # the completion has no say in the prompt's ids
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the tokenizer's end token and those of the model's generation config."""
+    found = [tokenizer.eos_token_id]
+    of_model = model.generation_config.eos_token_id
+    found += of_model if isinstance(of_model, list) else [of_model]
+    found = list(dict.fromkeys(i for i in found if i is not None))
+    if not found:
+        raise ValueError(
+            "neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token"
+        )
+    return found
+
+
+def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[list[Completion]]:
+    rows = journal.entry(lambda: [[asdict(completion) for completion in mine] for mine in draw()])
+    return [[Completion(**completion) for completion in mine] for mine in rows]
+
+
+def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding would go on without a word, and write nonsense."""
+    if scores.isnan().any():
+        raise ValueError("the model's logits are NaN: its weights are broken")
+    return scores
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end_ids: list[int]) -> Completion:
+    end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
+    body = tokens[:end]
+    # Special tokens inside the body stay visible: dropping them would show a text the policy did not write.
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Completion(text=text, ids=body if end is None else tokens[: end + 1], truncated=end is None)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and an empty generation config: `generate` fills what a given config leaves open (penalties,
+    suppressed tokens, ...) from the model's own, which would no longer be the model's distribution."""
+    owners = [model]
+    if hasattr(model, "get_base_model"):
+        owners.append(model.get_base_model())
+    kept = [owner.generation_config for owner in owners]
+    training = model.training
+    model.eval()
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
+        model.train(training)

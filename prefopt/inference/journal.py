@@ -1,0 +1,168 @@
+"""Rows on disk that are computed once: a second run with the same inputs reads them, a killed run goes on."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+
+logger = logging.getLogger(__name__)
+Rows = Iterable[Mapping[str, Any]]
+
+
+def kept_rows(path: Path, inputs: Any, compute: Callable[[], Rows]) -> list[dict[str, Any]]:
+    """The rows of `path` if they were made from `inputs`; else `compute()`, kept there.
+
+    `path` + ".inputs" holds the fingerprint and appears behind the rows, so that an interrupted run leaves nothing
+    that looks finished. Rows of other inputs stay until those in their place are computed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
+        >>> kept_rows(path, {"up to": 2}, lambda: [{"x": x * x} for x in range(2)])
+        [{'x': 0}, {'x': 1}]
+        >>> kept_rows(path, {"up to": 2}, lambda: 1 / 0)  # not computed again
+        [{'x': 0}, {'x': 1}]
+    """
+    if not is_kept(path, inputs):
+        rows = [dict(row) for row in compute()]
+        mark = _mark(path)
+        mark.unlink(missing_ok=True)
+        write_jsonl(path, rows)
+        write_whole(mark, fingerprint_of(inputs))
+    return read_jsonl(path)
+
+
+def is_kept(path: Path, inputs: Any) -> bool:
+    """Whether `path` has the finished rows that were made from `inputs`."""
+    mark = _mark(path)
+    return path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint_of(inputs)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is a file that `continued_rows` did not write: it has neither a fingerprint nor a journal beside it."""
+    return path.is_file() and not _mark(path).is_file() and not _journal(path).is_file()
+
+
+def _mark(path: Path) -> Path:
+    return path.with_name(path.name + ".inputs")
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]) -> list[dict[str, Any]]:
+    """`kept_rows` of a long computation: what it writes into the journal, a hidden file beside `path`, outlives a kill.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
+        >>> def squares(journal, numbers):
+        ...     return [{"x": journal.entry(lambda: next(numbers) ** 2)} for _ in range(3)]
+        >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([0, 1])))
+        Traceback (most recent call last):
+        StopIteration
+        >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([2])))  # the first two are read
+        [{'x': 0}, {'x': 1}, {'x': 4}]
+    """
+    if not is_kept(path, inputs):
+        journal = Journal(_journal(path), inputs)
+        kept_rows(path, inputs, lambda: compute(journal))
+        journal.path.unlink(missing_ok=True)
+    return read_jsonl(path)
+
+
+class Journal:
+    """Entries of a long computation in a file, written one by one as they are found, in an order that is always the same.
+
+    The first line is the fingerprint of `inputs`, every other one `[number, entry]`. A file of other inputs is begun
+    anew, which is told; so is an end that a kill left half written, and only that entry is computed again.
+
+    An entry may depend on its number and on `inputs` alone; random numbers are seeded for each.
+    """
+
+    def __init__(self, path: Path, inputs: Any) -> None:
+        self.path = path
+        self._head = fingerprint_of(inputs).encode()
+        self._known = self._read()
+        self._asked = 0
+
+    def entry(self, compute: Callable[[], Any]) -> Any:
+        """The next entry as JSON gives it back: of an earlier run, or else `compute()`, on disk when this returns."""
+        number = self._asked
+        self._asked += 1
+        if number < len(self._known):
+            return self._known[number]
+        line = json.dumps([number, compute()])  # plain ASCII, which cannot be cut inside a character
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # What other inputs gave is written over only now: a run that stops before its first entry costs nothing.
+        with self.path.open("ab" if number else "wb") as file:
+            file.write((b"" if number else self._head + b"\n") + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return json.loads(line)[1]
+
+    def _read(self) -> list[Any]:
+        """The whole entries in their order, behind which the file is cut."""
+        head, *lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else [b""]
+        if head != self._head:
+            if len(lines) > 1:
+                logger.warning(
+                    "%s: %d parts were made from other data, models or settings; begun anew",
+                    self.path,
+                    len(lines) - 1,
+                )
+            return []
+        entries: list[Any] = []
+        for line in lines[:-1]:  # behind the last line break stands nothing, or what a kill left half written
+            try:
+                number, entry = json.loads(line)
+            except (ValueError, TypeError):
+                break
+            if number != len(entries):
+                break
+            entries.append(entry)
+        end = sum(len(line) + 1 for line in [head, *lines[: len(entries)]])
+        if end < self.path.stat().st_size:
+            logger.warning("%s: the end is half written; that part is made again", self.path)
+            os.truncate(self.path, end)
+        return entries
+
+
+def fingerprint_of(inputs: Any) -> str:
+    """A short name for anything that JSON can write (paths and the like by their text)."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_state(source: str) -> list[Any]:
+    """A model by what would change if it were trained again: its name, and the size and time of its files; those of its
+    base too if it is an adapter."""
+    folder = Path(source)
+    if folder.is_file():
+        return [source, folder.stat().st_size, folder.stat().st_mtime_ns]
+    suffixes = (".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken")
+    files = sorted(f for f in folder.glob("*") if f.suffix in suffixes and f.name != "trainer_state.json")
+    state = [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
+    adapter = folder / "adapter_config.json"
+    base = (
+        json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if adapter.is_file()
+        else None
+    )
+    return state if base is None else [*state, source_state(base)]
+
+
+def function_state(name: str) -> list[Any]:
+    """A function `package.module:name` by its module's file, whose edit may change what it says; else as a model."""
+    module = name.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module) if ":" in name else None
+    except (ImportError, ValueError):
+        found = None
+    return [name, source_state(found.origin if found is not None and found.origin else name)]

@@ -1,0 +1,76 @@
+"""JSONL files: read with errors that name the line, written whole or not at all. Light to import, without torch."""
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Read one JSON object per line; a line that is none is an error that names it."""
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of `read_jsonl` one after the other, also of a file ending in .gz."""
+    opened = gzip.open if str(path).endswith(".gz") else open
+    # newline="\n": lines end there alone, not at U+2028 and the like, which may stand inside a JSON string.
+    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(_utf8(lines, path), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
+            yield row
+
+
+def _utf8(lines: Iterable[str], path: str | os.PathLike) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object per line, as the rows come; the file appears whole or not at all. Returns their number."""
+    number = 0
+    with _whole(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
+            number += 1
+    return number
+
+
+def _as_json(value: Any) -> str:
+    if isinstance(value, date):  # or datetime, of which Parquet has columns
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Write to a temporary neighbor and rename it: readers never see half a file."""
+    with _whole(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def _whole(path: str | os.PathLike) -> Iterator[TextIO]:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A lone surrogate has no UTF-8 form: written as \udXXX, which JSON reads back as the same character.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

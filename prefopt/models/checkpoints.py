@@ -1,0 +1,299 @@
+"""Reward models on disk and on the Hub: saving, loading, merging a LoRA adapter into its base, going on with one.
+
+A LoRA reward model is an adapter directory whose `modules_to_save` holds the head, with a `config.json` beside it that
+holds what is not a weight: `reward_bias`, `reward_token_id`, `pad_token_id`, how the base was quantized.
+
+transformers' own forward reads the score at the last token that is not the pad token. Where the pad token is EOS, that
+is the token before EOS and another score, so such a model is saved with `config.pad_token_id=None`: transformers then
+scores single rows, at their last token, and refuses batches. Plain peft takes the base model's config instead: set
+`model.config.pad_token_id = None` there too, or use the result of `merge_reward_model`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
+
+from prefopt.models.reward import (
+    add_reward_token,
+    init_score_head,
+    keep_4bit_gradients,
+    keep_head_fp32,
+    set_reward_bias,
+    train_reward_token,
+)
+
+logger = logging.getLogger(__name__)
+
+_NO_HEAD = (
+    "{} has no trained head, so its scores would be random: it is a language model; give the output of "
+    "`prefopt reward` (RankedRewardTrainer)"
+)
+
+# Keyword arguments of `from_pretrained` that say where a file is rather than how to build the model.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLike, **kwargs: Any) -> None:
+    """`model.save_pretrained(path)`; beside a LoRA adapter also `config.json`, which carries `reward_bias`.
+
+    A pad token that is EOS is left out of the model's config, with a warning: see the top of this module.
+    """
+    keep_pad_from_eos(model)
+    model.save_pretrained(path, **kwargs)
+    if isinstance(model, PeftModel):
+        model.get_base_model().config.save_pretrained(path)
+
+
+def load_reward_model(
+    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """Load a reward model for scoring: full checkpoint or LoRA adapter, head in fp32, eval mode, frozen.
+
+    The base of an adapter is quantized as it was in training, unless `quantization_config` says otherwise (None: not).
+
+    Args:
+        path: directory or Hub id of a checkpoint or of an adapter.
+        base_model: for an adapter, the base to put it on (path, Hub id or one-label classifier) when it is not where
+            the adapter's own `base_model_name_or_path` says.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to fp32, as in TRL's
+            trainers; whatever it is, the head is the one that was saved, bit for bit.
+
+    Raises:
+        ValueError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
+    """
+    path = os.fspath(path)
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    if not is_adapter(path, **hub_arguments):
+        if base_model is not None:
+            raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
+        with head_loaded_in_fp32():
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True, **kwargs
+            )
+        if any(name.startswith("score.") for name in loading["missing_keys"]):
+            raise ValueError(_NO_HEAD.format(path))
+        keep_head_fp32(model)
+        keep_4bit_gradients(model)
+    else:
+        model = _on_base(path, _adapter_base(path, base_model, hub_arguments, kwargs), hub_arguments)
+    return model.eval().requires_grad_(False)
+
+
+def check_reward_model(path: str | os.PathLike) -> None:
+    """Raise what `load_reward_model` would raise about the head, without loading weights.
+
+    Raises:
+        ValueError: the checkpoint is no one-label classifier, or the adapter does not contain a head.
+    """
+    if is_adapter(path):
+        _require_head(os.fspath(path), PeftConfig.from_pretrained(path))
+        return
+    architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(_NO_HEAD.format(os.fspath(path)))
+
+
+def merge_reward_model(
+    path: str | os.PathLike, base_model: str | os.PathLike | PreTrainedModel | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a LoRA reward model and merge it into its base: a full reward model, head, bias and reward token included.
+
+    A quantized base is dequantized first: W = dequantized(W_4bit) + scale * B A, the weights the adapter was trained
+    on. PEFT's own `merge_and_unload` on it would quantize the sum again and so move every score. Save the result with
+    `save_reward_model`, and the tokenizer beside it.
+
+    Args:
+        path, base_model, **kwargs: as in `load_reward_model`. `dtype` (default fp32) is also that of the result; its
+            head is fp32 always.
+
+    Raises:
+        ValueError: the adapter does not contain the head or names no base model, or `path` is no adapter.
+    """
+    path = os.fspath(path)
+    hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    if not is_adapter(path, **hub_arguments):
+        raise ValueError(f"{path} is no adapter: there is nothing to merge")
+    base = _adapter_base(path, base_model, hub_arguments, kwargs)
+    if getattr(base, "is_quantized", False):
+        dtype = kwargs["dtype"]
+        base = base.dequantize(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model = _on_base(path, base, hub_arguments).merge_and_unload()
+    keep_head_fp32(model)
+    return model.eval().requires_grad_(False)
+
+
+def keep_pad_from_eos(model: PreTrainedModel | PeftModel, eos_token_id: int | None = None) -> None:
+    """Empty the config's `pad_token_id` where transformers would take the closing EOS for padding.
+
+    Nothing of prefopt reads it: padding is known from the attention mask. A reward token ends the row behind EOS, so
+    transformers finds it whatever the pad token is, and the config stays as it is.
+
+    Args:
+        model: reward model, full or PEFT.
+        eos_token_id: the tokenizer's, beside those of the config.
+    """
+    config = model.config
+    text_config = config.get_text_config()
+    ends = text_config.eos_token_id
+    ends = {eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
+    if text_config.pad_token_id is None or text_config.pad_token_id not in ends:
+        return
+    if getattr(config, "reward_token_id", None) is not None:
+        return
+    logger.warning(
+        "the reward model's pad token %d is an EOS token, at which its scores are read: its config is saved with "
+        "pad_token_id=None, with which plain transformers scores one row at a time, rightly; a tokenizer with a pad "
+        "token of its own keeps padded batches working there",
+        text_config.pad_token_id,
+    )
+    text_config.pad_token_id = None
+
+
+@contextmanager
+def head_loaded_in_fp32() -> Iterator[None]:
+    """transformers would round the head to `dtype` on the way in; this is its own switch for such modules."""
+    kept = PreTrainedModel._keep_in_fp32_modules_strict
+    PreTrainedModel._keep_in_fp32_modules_strict = {*(kept or ()), "score"}
+    try:
+        yield
+    finally:
+        PreTrainedModel._keep_in_fp32_modules_strict = kept
+
+
+def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint or beside an adapter; empty if there is none, as plain peft leaves it."""
+    path = os.fspath(path)
+    file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+    return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+
+
+def remember_reward_token(
+    policy: PreTrainedModel | PeftModel, path: str | os.PathLike, **hub_arguments: Any
+) -> None:
+    """Give a policy loaded from an adapter the `reward_token_id` kept beside it, which it must never sample."""
+    policy.config.reward_token_id = saved_config(path, **hub_arguments).get("reward_token_id")
+
+
+def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
+    """Whether a directory or Hub repository holds an adapter rather than a whole model."""
+    return find_adapter_config_file(os.fspath(path), **hub_arguments) is not None
+
+
+def _require_head(path: str, adapter: PeftConfig) -> None:
+    if "score" not in (getattr(adapter, "modules_to_save", None) or []):
+        raise ValueError(
+            f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
+            "scores would be random; train it again with RankedRewardTrainer, which adds it"
+        )
+
+
+def _adapter_base(
+    path: str,
+    base: str | os.PathLike | PreTrainedModel | None,
+    hub_arguments: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The base of a reward adapter, quantized as in training, loaded unless it was given."""
+    adapter = PeftConfig.from_pretrained(path, **hub_arguments)
+    _require_head(path, adapter)
+    base = base or adapter.base_model_name_or_path
+    if not base:
+        raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
+    if isinstance(base, PreTrainedModel):
+        return base
+    of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}
+    kwargs = {name: value for name, value in kwargs.items() if name not in of_adapter}
+    quantization = saved_config(path, **hub_arguments).get("quantization_config")
+    if quantization is not None:
+        kwargs.setdefault("quantization_config", quantization)
+    if kwargs.get("quantization_config", ...) is None:
+        del kwargs["quantization_config"]
+    return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
+
+
+def _on_base(
+    path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False
+) -> PeftModel:
+    """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
+    saved = saved_config(path, **hub_arguments)
+    if saved.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(saved["vocab_size"])  # the adapter holds the rows that this adds
+    keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
+    keep_4bit_gradients(base)
+    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_arguments)
+    set_reward_bias(model, saved.get("reward_bias", 0.0))
+    base.config.reward_token_id = saved.get("reward_token_id")
+    if saved:  # the pad token of the tokenizer beside the adapter
+        pad_token_id = type(base.config).from_dict(saved).get_text_config().pad_token_id
+        base.config.get_text_config().pad_token_id = pad_token_id
+    return model
+
+
+def reward_model_from_adapter(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward_token: str | None = None,
+    **kwargs: Any,
+) -> PeftModel:
+    """A trainable reward model that starts from a LoRA adapter: the SFT step's with a new head, or a reward model's.
+
+    InstructGPT's initialization (section 3.5): the SFT model, its unembedding replaced by a projection to one scalar.
+
+    Args:
+        path: directory or Hub id of the adapter.
+        tokenizer, reward_token: read the score at this token, which is added to the tokenizer (see
+            `add_reward_token`). An adapter that is a reward model keeps the token it has.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained` of the base model; `revision` is the
+            adapter's.
+    """
+    path = os.fspath(path)
+    adapter_at = {"revision": kwargs.pop("revision", None)}
+    config = PeftConfig.from_pretrained(path, **adapter_at)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        config.base_model_name_or_path, revision=config.revision, num_labels=1, **kwargs
+    )
+    if "score" in (config.modules_to_save or []):
+        return _on_base(path, base, adapter_at, is_trainable=True)
+    keep_head_fp32(base)
+    keep_4bit_gradients(base)
+    config.task_type, config.inference_mode = "SEQ_CLS", False
+    config.modules_to_save = [*(config.modules_to_save or []), "score"]
+    if reward_token is not None:
+        add_reward_token(base, tokenizer, reward_token)
+        train_reward_token(config, base)
+    model = get_peft_model(base, config)
+    init_score_head(model)
+    # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
+    set_peft_model_state_dict(
+        model, {**get_peft_model_state_dict(model), **load_peft_weights(path, **adapter_at)}
+    )
+    return model

@@ -1,0 +1,210 @@
+"""Every role on one base: reward model and value function as LoRA adapters beside the policy's.
+
+PPO needs a policy, the SFT model it must stay near, a value function and a reward model. With LoRA they differ in
+their adapters and heads alone, so one base, quantized or not, serves them all:
+
+    base (4-bit, 8-bit or 16-bit) + adapter `default` -> policy
+                                  + adapter `ref`     -> SFT model, frozen
+                                  + adapter `value`   + fp32 head -> value function
+                                  + adapter `reward`  + fp32 head -> reward model, frozen
+
+An `AdapterScorer` is one of the last two: it behaves like a one-label sequence classifier, so that everything that
+reads scores (`prefopt.models.reward`) reads it.
+"""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+from prefopt.models.checkpoints import saved_config
+from prefopt.models.prefix.sharing import backbone
+
+_HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class AdapterScorer(nn.Module):
+    """A reward model or value function on another model's base.
+
+    The adapter is active during the forward only. For a backward pass, which may run the forward once more (gradient
+    checkpointing), keep it active until that is over:
+
+        with scorer.active():
+            loss(token_scores(scorer, input_ids, attention_mask)).backward()
+
+    Attributes:
+        score: the head, in fp32; it belongs to this role alone.
+        config: of a reward model: `num_labels` 1, `reward_bias`, `reward_token_id`.
+        adapter: name of the adapter on the shared base.
+        peft_config: what the adapter is saved with, so that it loads as a reward model by itself.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        adapter: str,
+        score: nn.Module,
+        config: PreTrainedConfig,
+        peft_config: PeftConfig,
+    ) -> None:
+        super().__init__()
+        self._model = [model]  # in a list: the base is not part of this module
+        self.adapter, self.score, self.config, self.peft_config = adapter, score.float(), config, peft_config
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The transformer below the head, which is the shared one."""
+        return backbone(self._model[0])
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make this role's adapter the active one, and its weights the ones that take gradients."""
+        model = self._model[0]
+        before = model.active_adapter
+        if before == self.adapter:
+            yield
+            return
+        model.set_adapter(self.adapter)
+        try:
+            yield
+        finally:
+            model.set_adapter(before)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = False,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits `[N, T, 1]`: the head's output at every position, no pooling."""
+        with self.active():
+            hidden_states = self.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+            ).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden_states.float()))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's weights by their name on the shared base."""
+        return {
+            name: parameter
+            for name, parameter in self._model[0].named_parameters()
+            if f".{self.adapter}." in name
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a LoRA reward model, which `load_reward_model` and plain peft load by themselves."""
+        os.makedirs(folder, exist_ok=True)
+        weights = get_peft_model_state_dict(self._model[0], adapter_name=self.adapter)
+        weights |= {f"{_HEAD}{name}": weight for name, weight in self.score.state_dict().items()}
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(weights, os.path.join(folder, _ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        self.peft_config.save_pretrained(folder)
+        self.config.save_pretrained(folder)
+
+
+def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:
+    """The reason why the reward adapter at `path` cannot use the base of `model`, or None when it can."""
+    if not isinstance(model, PeftModel):
+        return "the policy is a full model"
+    config = PeftConfig.from_pretrained(path)
+    ours, theirs = model.peft_config["default"].base_model_name_or_path, config.base_model_name_or_path
+    if not _same_place(ours, theirs):
+        return f"it was trained on {theirs!r}, the policy on {ours!r}"
+    if config.peft_type != model.peft_type:
+        return f"it is a {config.peft_type.value} adapter, the policy's a {model.peft_type.value} adapter"
+    if extra := set(config.modules_to_save or ()) - {"score", "classifier"}:  # names PEFT tries for a head
+        return f"it has weights of its own for {', '.join(sorted(extra))}"
+    if getattr(config, "trainable_token_indices", None):
+        return "it has token embeddings of its own"
+    saved = saved_config(path)
+    if saved.get("vocab_size", 0) > model.get_input_embeddings().num_embeddings:
+        return "its vocabulary is larger than the policy's"
+    bits, own_bits = (
+        _bits(c)
+        for c in (saved.get("quantization_config"), model.config.to_dict().get("quantization_config"))
+    )
+    if bits != own_bits:
+        return f"its base is {bits}, the policy's {own_bits}"
+    return None
+
+
+def load_scorer(model: PeftModel, path: str | os.PathLike, adapter: str = "reward") -> AdapterScorer:
+    """Load a LoRA reward model onto the base of `model`, as the frozen adapter `adapter`.
+
+    Args:
+        model: a policy whose base is that of the reward model (`why_not_shared` is None).
+        path: directory of the reward adapter, as `RankedRewardTrainer` saves it.
+
+    Raises:
+        ValueError: the base is another one, or the adapter has no head.
+    """
+    if reason := why_not_shared(model, path):
+        raise ValueError(f"the reward model {os.fspath(path)} needs a base of its own: {reason}")
+    weights = load_peft_weights(os.fspath(path), device="cpu")
+    head = {name.removeprefix(_HEAD): weights.pop(name) for name in [*weights] if name.startswith(_HEAD)}
+    if not head:
+        raise ValueError(f"the adapter {os.fspath(path)} has no trained head: it is no reward model")
+    score = nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
+    score.load_state_dict({name: weight.float() for name, weight in head.items()})
+    peft_config = PeftConfig.from_pretrained(path)
+    config = copy.deepcopy(model.config)
+    for name, value in {"num_labels": 1, "reward_bias": 0.0, "reward_token_id": None}.items():
+        setattr(config, name, saved_config(path).get(name, value))
+    config.num_labels, config.name_or_path = 1, os.fspath(path)
+    config.architectures = saved_config(path).get("architectures")
+    _add_adapter(model, adapter, peft_config, weights)
+    return AdapterScorer(model, adapter, score, config, peft_config).requires_grad_(False)
+
+
+def trainable_copy(scorer: AdapterScorer, adapter: str = "value") -> AdapterScorer:
+    """A trainable copy beside a scorer, head and bias included: InstructGPT's initial value function (C.4).
+
+    The copy's weights take gradients inside its `active()`.
+    """
+    model = scorer._model[0]
+    weights = get_peft_model_state_dict(model, adapter_name=scorer.adapter)
+    _add_adapter(model, adapter, scorer.peft_config, {n: w.clone() for n, w in weights.items()})
+    head = copy.deepcopy(scorer.score).requires_grad_(True)
+    return AdapterScorer(model, adapter, head, copy.deepcopy(scorer.config), scorer.peft_config)
+
+
+def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[str, Tensor]) -> None:
+    config = copy.deepcopy(config)
+    config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
+    config.lora_dropout = 0.0  # scores and values are those of the weights, also while the policy trains
+    model.add_adapter(name, config)
+    result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"the adapter does not fit the base: {len(missing)} weights missing, {len(result.unexpected_keys)} too "
+            f"many, such as {[*missing, *result.unexpected_keys][0]}"
+        )
+    model.set_adapter(model.active_adapter)  # the new weights are frozen unless their role is active
+
+
+def _same_place(ours: str | None, theirs: str | None) -> bool:
+    if not ours or not theirs:
+        return False
+    return ours == theirs or (os.path.isdir(ours) and os.path.realpath(ours) == os.path.realpath(theirs))
+
+
+def _bits(quantization: Any) -> str:
+    if not quantization:
+        return "not quantized"
+    if quantization.get("load_in_4bit"):
+        return f"4-bit {quantization.get('bnb_4bit_quant_type')}"
+    return "8-bit" if quantization.get("load_in_8bit") else str(quantization.get("quant_method"))

@@ -1,0 +1,272 @@
+"""Ranked comparisons as token ids in batches `[B, K, T]`: checked rows, nothing dropped without a count."""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, List, Value
+
+from prefopt.rankings.checks import (
+    PER_COMPLETION,
+    dense_ranks,
+    margin_problem,
+    shorten,
+    validate_comparisons,
+    validate_ratings,
+    validate_tokenized,
+)
+from prefopt.rankings.row import from_preference
+from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids
+
+logger = logging.getLogger(__name__)
+
+_TIES = ("drop", "half")
+
+
+def prepare_comparisons(
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    *,
+    ties: str = "drop",
+    margins: bool = False,
+    source: str = "train",
+) -> Dataset:
+    """A validated dataset of ranked rows, from ranked or TRL preference rows.
+
+    Rows in which all completions tie have no gradient under `ties="drop"`: they are dropped and counted in the log.
+    Of a dataset that already has token ids, lengths and ranks are checked. With `margins`, the ratings will make margins: they are
+    checked by `validate_ratings` and rows without are counted in the log.
+
+    Raises:
+        ValueError: as `validate_comparisons` and `validate_ratings`, and when no row is left.
+
+    >>> rows = prepare_comparisons([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
+    >>> rows[0]["completions"], rows[0]["ranks"]
+    ([' 4', ' 5'], [1, 2])
+    """
+    check_ties(ties)
+    if isinstance(dataset, Dataset) and _is_tokenized(dataset):
+        validate_tokenized(dataset, source)
+        if dataset.features["ranks"] != List(Value("int64")):
+            dataset = dataset.cast_column("ranks", List(Value("int64")))
+        if margins:
+            _check_margins(dataset, source)
+        return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+    if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
+        dataset = dataset.with_format(None)  # rows as Python objects, not tensors
+    validate_comparisons(dataset, source)
+    if not isinstance(dataset, Dataset):
+        columns = dict.fromkeys(key for row in dataset for key in row)
+        dataset = Dataset.from_dict({name: [row.get(name) for row in dataset] for name in columns})
+    if "completions" not in dataset.column_names:
+        dataset = _from_preferences(dataset, source, margins)
+    if dataset.features["ranks"] != List(Value("int64")):  # e.g. 1.0, which some writers make of 1
+        dataset = dataset.cast_column("ranks", List(Value("int64")))
+    if margins:
+        _check_margins(dataset, source)
+    return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+
+
+def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
+    if "margin" not in dataset.column_names:
+        return dataset.map(from_preference, remove_columns=["chosen", "rejected"])
+    given = dataset.with_format(None)["margin"][:]
+    for index, margin in enumerate(given):
+        if margins and (problem := margin_problem(margin)):
+            raise ValueError(f"{source} row {index}: {problem}")
+    if (count := sum(margin is not None for margin in given)) and not margins:
+        logger.warning(
+            f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
+        )
+    # Not by `map`, which cannot tell the type of a column whose first rows are empty.
+    rest = [name for name in dataset.column_names if name not in ("margin", "ratings")]
+    dataset = dataset.select_columns(rest).map(from_preference, remove_columns=["chosen", "rejected"])
+    ratings = [None if margin is None else [margin, 0.0] for margin in given]
+    return dataset.add_column("ratings", ratings, feature=List(Value("float64")))
+
+
+def _check_margins(dataset: Dataset, source: str) -> None:
+    if missing := validate_ratings(dataset, source):
+        logger.warning(
+            f"{source}: {missing} of {len(dataset)} rows have no ratings: the margin of their pairs is 0"
+        )
+
+
+def tokenize_comparisons(
+    dataset: Dataset,
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    ties: str = "drop",
+    source: str = "train",
+    num_proc: int | None = None,
+) -> Dataset:
+    """Add `prompt_ids` and `completion_ids` (K lists) to prepared rows.
+
+    A completion that makes prompt + completion longer than `max_length` is dropped and the ranks of the others are
+    made dense again; a row goes only if fewer than two completions, or under `ties="drop"` no strict pair, remain.
+    One warning gives the counts. The chat template sees the row's `tools` and `chat_template_kwargs`, as in TRL.
+    A second warning counts the prompts that the tokenizer ends with EOS: the completion stands behind EOS, in generation
+    too, until the tokenizer stops adding it. Applying it to its own result changes nothing.
+
+    Raises:
+        ValueError: as `build_ids`, a `max_length` below 1, and when no row is left.
+    """
+    check_ties(ties)
+    if max_length is not None and max_length < 1:
+        raise ValueError(
+            f"max_length={max_length!r}: expected a number of tokens from 1, or None to drop nothing for its length"
+        )
+    if not _is_tokenized(dataset):
+        dataset = dataset.map(
+            tokenize_row,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "source": source},
+            num_proc=num_proc,
+            desc=f"Tokenizing {source}",
+        )
+        ended = sum(ids[-1] == tokenizer.eos_token_id for ids in dataset.with_format(None)["prompt_ids"][:])
+        if ended and isinstance(dataset[0]["prompt"], str) and ends_texts(tokenizer):
+            logger.warning(f"{source}: {ended} of {len(dataset)} {ENDED_PROMPTS}")
+    if max_length is None:
+        return dataset
+    fitting = dataset.map(
+        fit_row, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}"
+    )
+    return _keep_rows_with_a_comparison(
+        dataset, fitting, ties, source, f" longer than max_length={max_length} tokens"
+    )
+
+
+def tokenize_row(
+    row: Mapping[str, Any], index: int, tokenizer: Any, source: str, of: str = " of the prepared rows"
+) -> dict[str, Any]:
+    """`prompt_ids` and `completion_ids` of one checked row; a ValueError names `source` and the row's number."""
+    template_kwargs = dict(row.get("chat_template_kwargs") or {})
+    if tools := row.get("tools"):
+        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    cuts = row.get("truncated") or [False] * len(row["completions"])
+    try:
+        prompt_ids, completion_ids = row_ids(
+            tokenizer, row["prompt"], row["completions"], cuts, template_kwargs
+        )
+        if not prompt_ids:
+            raise ValueError("field 'prompt': expected at least one token, got none; drop the row")
+    except Exception as error:  # a chat template may raise anything; say for which row
+        prompt = shorten(row["prompt"])
+        raise ValueError(f"{source} row {index}{of} (prompt {prompt}): {error}") from error
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+
+def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """The lists of a tokenized row without the completions that are too long; `ranks` dense again, perhaps empty."""
+    room = max_length - len(row["prompt_ids"])
+    keep = [i for i, ids in enumerate(row["completion_ids"]) if len(ids) <= room]
+    kept = {name: [row[name][i] for i in keep] for name in PER_COMPLETION if row.get(name) is not None}
+    return {**kept, "ranks": dense_ranks(kept["ranks"])}
+
+
+def _keep_rows_with_a_comparison(
+    before: Dataset, after: Dataset, ties: str, source: str, why: str
+) -> Dataset:
+    """Drop rows of `after` that compare nothing, and log what is gone since `before`."""
+    ranks = after["ranks"][:]
+    few = sum(len(r) < 2 for r in ranks)
+    tied = sum(len(r) >= 2 and len(set(r)) < 2 for r in ranks) if ties == "drop" else 0
+    dropped_completions = sum(map(len, before["ranks"][:])) - sum(map(len, ranks))
+    if not (few or tied or dropped_completions):
+        return after
+    kept = [i for i, r in enumerate(ranks) if len(r) >= 2 and (ties != "drop" or len(set(r)) > 1)]
+    counts = [f"{dropped_completions} completions{why}"] if dropped_completions else []
+    counts += [f"{few} rows with fewer than two completions left"] if few else []
+    counts += [f"{tied} rows in which all completions tie"] if tied else []
+    message = f"{source}: dropped {', '.join(counts)}; {len(kept)} of {len(ranks)} rows remain"
+    if not kept:
+        remedy = "raise max_length" if few or dropped_completions else "add rows with a preference"
+        raise ValueError(f"{message}; {remedy}")
+    logger.warning(message)
+    return after.select(kept) if len(kept) < len(ranks) else after
+
+
+def _is_tokenized(dataset: Dataset) -> bool:
+    return {"prompt_ids", "completion_ids", "ranks"} <= set(dataset.column_names)
+
+
+def check_ties(ties: str) -> None:
+    """Raise ValueError for what is no way to treat ties."""
+    if ties not in _TIES:
+        raise ValueError(f"ties: expected one of {', '.join(_TIES)}, got {ties!r}")
+
+
+@dataclass
+class RankedCollator:
+    """Tokenized rows to tensors `[B, K, T]`: B prompts, K completions, T tokens, padded on the right.
+
+    `input_ids` and `attention_mask` (0/1) cover prompt and completion; `completion_mask` (bool) is True on the
+    completion's tokens; `ranks [B, K]` is 0 where a row has fewer completions than the largest of the batch. Those
+    absent completions are all padding: run the model on `ranks > 0` only. Rows with the field `ratings` also give
+    `ratings [B, K]` (float, 0 for absent completions and throughout a row whose ratings are None).
+
+    Args:
+        pad_token_id: fills `input_ids`.
+        pad_to_multiple_of: makes T a multiple of this number.
+
+    >>> collate = RankedCollator(pad_token_id=0)
+    >>> batch = collate([
+    ...     {"prompt_ids": [5, 6], "completion_ids": [[7, 1], [8, 9, 1], [1]], "ranks": [2, 1, 2]},
+    ...     {"prompt_ids": [5], "completion_ids": [[9, 1], [7, 1]], "ranks": [1, 2]},
+    ... ])
+    >>> batch["input_ids"]
+    tensor([[[5, 6, 7, 1, 0],
+             [5, 6, 8, 9, 1],
+             [5, 6, 1, 0, 0]],
+    <BLANKLINE>
+            [[5, 9, 1, 0, 0],
+             [5, 7, 1, 0, 0],
+             [0, 0, 0, 0, 0]]])
+    >>> batch["attention_mask"][0]
+    tensor([[1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1],
+            [1, 1, 1, 0, 0]])
+    >>> batch["completion_mask"][0].int()
+    tensor([[0, 0, 1, 1, 0],
+            [0, 0, 1, 1, 1],
+            [0, 0, 1, 0, 0]], dtype=torch.int32)
+    >>> batch["ranks"]
+    tensor([[2, 1, 2],
+            [1, 2, 0]])
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        k = max(len(row["ranks"]) for row in rows)
+        t = max(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["completion_ids"])
+        if self.pad_to_multiple_of:
+            t = math.ceil(t / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = torch.full((len(rows), k, t), self.pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(len(rows), k, t, dtype=torch.long)
+        completion_mask = torch.zeros(len(rows), k, t, dtype=torch.bool)
+        ranks = torch.zeros(len(rows), k, dtype=torch.long)
+        ratings = torch.zeros(len(rows), k)
+        for b, row in enumerate(rows):
+            ranks[b, : len(row["ranks"])] = torch.tensor(row["ranks"])
+            if row.get("ratings") is not None:
+                ratings[b, : len(row["ratings"])] = torch.tensor(row["ratings"], dtype=ratings.dtype)
+            start = len(row["prompt_ids"])
+            for j, completion in enumerate(row["completion_ids"]):
+                end = start + len(completion)
+                input_ids[b, j, :end] = torch.tensor([*row["prompt_ids"], *completion])
+                attention_mask[b, j, :end] = 1
+                completion_mask[b, j, start:end] = True
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": completion_mask,
+            "ranks": ranks,
+        }
+        return {**batch, "ratings": ratings} if any("ratings" in row for row in rows) else batch

@@ -1,0 +1,188 @@
+"""Two answers and which is better: plain chosen/rejected, summarize-from-feedback, WebGPT, HelpSteer's preferences."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prefopt.rankings.checks import shorten
+from prefopt.rankings.formats.fields import answer, entries, field, number, user
+from prefopt.rankings.formats.rated import helpsteer_messages
+
+_PROMPTS = ("question", "instruction", "input", "query")  # what some data sets call it
+
+
+def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
+    """`chosen` and `rejected`, texts or messages, with a `prompt` or with the prompt inside both of them.
+
+    TRL's preference format (https://huggingface.co/docs/trl/dataset_formats#preference), standard or conversational,
+    explicit or implicit; HuggingFaceH4/ultrafeedback_binarized has a `prompt` and repeats it inside both. A prompt inside
+    messages is the messages both start with. Inside texts it is what both start with up to the last white space (unlike
+    `trl.extract_prompt`, which cuts a word that both begin alike). `score_chosen` and `score_rejected`, or a `margin`,
+    become `ratings`. Kept: `labeler`.
+
+    >>> list(chosen_rejected([{"chosen": "The sky is blue", "rejected": "The sky is black"}], Counter()))
+    [{'prompt': 'The sky is', 'completions': [' blue', ' black'], 'ranks': [1, 2], 'ratings': None, 'labeler': None}]
+    """
+    for row in rows:
+        prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+        if all(isinstance(answer, str) for answer in answers):
+            if prompt is None:
+                if elsewhere := [name for name in _PROMPTS if row.get(name)]:
+                    raise ValueError(
+                        f"field 'prompt': expected a text or messages, got nothing, but a field {elsewhere[0]!r}; rename "
+                        "that to prompt if it is what was answered, or remove it if the answers begin with the prompt"
+                    )
+                prompt, answers = _text_prefix(*answers)
+        elif all(_is_chat(answer) for answer in answers):
+            shared = _shared(*answers)
+            if shared:
+                prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+            elif answers[0][0].get("role") != "assistant":
+                counts["pairs that share no prompt"] += 1
+                continue
+            if any(answer[0].get("role") not in ("assistant", "tool") for answer in answers):
+                counts["pairs that part before an answer"] += 1
+                continue
+            prompt = user(prompt) if isinstance(prompt, str) else prompt
+        else:
+            raise ValueError(
+                f"field 'chosen': expected two texts or two lists of messages, got {shorten(answers[0])} and "
+                f"{shorten(answers[1])} in 'rejected'; give both in one format"
+            )
+        if not isinstance(prompt, str | list):
+            raise ValueError(
+                f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it"
+            )
+        scores = [number(row.get(name), name) for name in ("score_chosen", "score_rejected")]
+        if (margin := number(row.get("margin"), "margin")) is not None:
+            scores = [margin, 0]
+        yield {
+            "prompt": prompt,
+            "completions": answers,
+            "ranks": [1, 2],
+            "ratings": None if None in scores else scores,
+            "labeler": _name(row.get("labeler")),
+        }
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(one, Mapping) for one in messages)
+
+
+def _text_prefix(chosen: str, rejected: str) -> tuple[str, list[str]]:
+    length = _shared(chosen, rejected)
+    while length and not chosen[length].isspace():
+        length -= 1
+    return chosen[:length], [chosen[length:], rejected[length:]]
+
+
+def _shared(a: str | list, b: str | list) -> int:
+    """Length of the common start, such that something is left of both."""
+    most = min(len(a), len(b)) - 1
+    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
+
+
+def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
+    r"""openai/summarize_from_feedback, configuration `comparisons`: two `summaries` of `info`, and the `choice` (0 or 1).
+
+    A row is one worker's judgement and stays one, with `worker` as `labeler`. The prompt is laid out as in the paper's
+    code: "SUBREDDIT: r/...\n\nTITLE: ...\n\nPOST: ...\n\nTL;DR:", of a news story "Article:\n\n...\n\nTL;DR:". Kept: `id`,
+    `confidence` (1 to 9, in validation rows), `source` (`batch`). Source: the loading script of the dataset, and
+    https://github.com/openai/summarize-from-feedback.
+
+    >>> info = {"post": "Long story.", "title": "Me", "subreddit": "tifu"}
+    >>> row = {"info": info, "summaries": [{"text": " short"}, {"text": " wrong"}], "choice": 1, "worker": "w"}
+    >>> next(summarize([row], Counter()))["completions"]
+    [' short', ' wrong']
+    """
+    for row in rows:
+        info, choice = field(row, "info", Mapping), field(row, "choice", int)
+        texts = [answer(one, "text", "summaries.") for one in entries(row, "summaries", "text")]
+        if choice not in (0, 1) or len(texts) != 2:
+            raise ValueError(
+                f"field 'choice': expected 0 or 1 of two summaries, got {choice} of {len(texts)}; mend or delete the row"
+            )
+        if info.get("post"):
+            heading = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: "
+            prompt = f"{heading}{info['post']}\n\nTL;DR:"
+        else:
+            prompt = f"Article:\n\n{field(info, 'article', str, 'info.')}\n\nTL;DR:"
+        yield {
+            "prompt": prompt,
+            "completions": [text if text[:1].isspace() or not text else f" {text}" for text in texts],
+            "ranks": [1, 2] if choice == 0 else [2, 1],
+            "labeler": _name(row.get("worker")),
+            "confidence": (row.get("extra") or {}).get("confidence"),
+            "id": info.get("id"),
+            "source": row.get("batch"),
+        }
+
+
+def webgpt(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
+    """openai/webgpt_comparisons: `question`, two answers and their scores from -1 to 1, which sum to 0; 0 is a tie.
+
+    Kept: `id` and `source` of the question. Source: the dataset card.
+
+    >>> row = {"question": {"full_text": "Why?"}, "answer_0": "So.", "answer_1": "No.", "score_0": 0.5, "score_1": -0.5}
+    >>> next(webgpt([row], Counter()))["ratings"]
+    [0.5, -0.5]
+    """
+    for row in rows:
+        question = field(row, "question", Mapping)
+        yield {
+            "prompt": user(field(question, "full_text", str, "question.")),
+            "completions": [answer(row, f"answer_{i}") for i in (0, 1)],
+            "ratings": [number(row.get(name), name) for name in ("score_0", "score_1")],
+            "id": question.get("id"),
+            "source": question.get("dataset"),
+        }
+
+
+def helpsteer2_preference(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
+    """nvidia/HelpSteer2, folder `preference`: `prompt`, `response_1`, `response_2` and `preference_strength`.
+
+    The strength is -3 (response 1 is much better) to 3 (response 2 is much better), 0 a tie; the difference of the two
+    `ratings` is its size. Source: the dataset card.
+
+    >>> row = {"prompt": "Why?", "response_1": "No.", "response_2": "So.", "preference_strength": 2}
+    >>> next(helpsteer2_preference([row], Counter()))["ratings"]
+    [0, 2]
+    """
+    for row in rows:
+        yield {
+            "prompt": helpsteer_messages(field(row, "prompt", str)),
+            "completions": [answer(row, "response_1"), answer(row, "response_2")],
+            "ratings": _of_strength(row, "preference_strength"),
+        }
+
+
+def helpsteer3(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
+    """nvidia/HelpSteer3, configuration `preference`: `context` (messages), two responses and `overall_preference`.
+
+    The preference is as the strength of `helpsteer2_preference`. Kept: `source` (`domain`), `lang` (`language`). Source:
+    the dataset card.
+
+    >>> context = [{"role": "user", "content": "Why?"}]
+    >>> row = {"context": context, "response1": "So.", "response2": "No.", "overall_preference": -3}
+    >>> next(helpsteer3([row], Counter()))["ratings"]
+    [3, 0]
+    """
+    for row in rows:
+        yield {
+            "prompt": list(field(row, "context", list)),
+            "completions": [answer(row, "response1"), answer(row, "response2")],
+            "ratings": _of_strength(row, "overall_preference"),
+            "source": row.get("domain"),
+            "lang": row.get("language"),
+        }
+
+
+def _of_strength(row: Mapping[str, Any], name: str) -> list[float | None]:
+    strength = number(row.get(name), name)
+    if strength is None:
+        return [None, None]
+    return [max(-strength, 0), max(strength, 0)]
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,150 @@
+"""The ranked row: K completions of one prompt and the labeler's ranks; its notations and conversions.
+
+A row is `{"prompt": ..., "completions": [...], "ranks": [...]}`. The prompt is a string, or a list of chat messages;
+the completions are strings, or lists of chat messages when the prompt is one. `ranks` are integers, 1 = best,
+equal = tie, dense (A = B > C is 1, 1, 2). Optional: `labeler` (str) and, one entry per completion, `ratings`,
+`flags` and `truncated` (True: cut at a length limit). TRL preference rows (`prompt`, `chosen`, `rejected`) are the
+case K = 2, and their optional `margin` is `ratings` of [margin, 0]. `prefopt.rankings.checks` holds rows to this;
+`prefopt.rankings.dataset` has the public names of both modules too.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem, row_problem, shorten
+
+
+def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
+    """Ranks of a ranking written with `>` (better than) and `=` (as good as), in the order of `labels`.
+
+    Args:
+        text: every label exactly once, e.g. `"D > C > A = B"`.
+        labels: names of the completions in row order; default the letters A, B, C, ...
+
+    Returns:
+        Dense ranks, 1 = best, one per label.
+
+    Raises:
+        ValueError: an unknown, repeated (which a cycle needs) or missing label, or fewer than two.
+
+    >>> parse_ranking("D > C > A = B")
+    [3, 3, 2, 1]
+    >>> parse_ranking("right > left", labels=["left", "right"])
+    [2, 1]
+    """
+    groups = [[name.strip() for name in group.split("=")] for group in text.split(">")]
+    names = [name for group in groups for name in group]
+    labels = _default_labels(len(names)) if labels is None else _checked_labels(labels)
+    where = f"ranking {shorten(text)}"
+    for name in names:
+        if not name:
+            raise ValueError(f"{where}: a label is missing beside '>' or '='; write e.g. 'B > A = C'")
+        if name not in labels:
+            raise ValueError(
+                f"{where}: unknown label {shorten(name)}; the labels are {', '.join(labels)}, "
+                "joined by '>' (better) and '=' (tie) only"
+            )
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{where}: label {name!r} appears {names.count(name)} times, but a ranking has no cycles and "
+                "no repeats; write each label once"
+            )
+    if missing := [label for label in labels if label not in names]:
+        raise ValueError(f"{where}: {', '.join(missing)} not ranked; write each of {', '.join(labels)} once")
+    if len(names) < 2:
+        raise ValueError(f"{where}: expected at least two labels, got {len(names)}")
+    rank = {name: position for position, group in enumerate(groups, start=1) for name in group}
+    return [rank[label] for label in labels]
+
+
+def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) -> str:
+    """The ranking as text: the inverse of `parse_ranking`, with tied labels in their row order.
+
+    Raises:
+        ValueError: ranks that are not dense integers from 1, or another number of labels.
+
+    >>> format_ranking([3, 3, 2, 1])
+    'D > C > A = B'
+    >>> format_ranking([2, 1], labels=["left", "right"])
+    'right > left'
+    """
+    labels = _default_labels(len(ranks)) if labels is None else _checked_labels(labels)
+    if problem := ranks_problem(list(ranks), len(labels), "labels"):
+        raise ValueError(problem)
+    groups = [
+        [label for label, r in zip(labels, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))
+    ]
+    return " > ".join(" = ".join(group) for group in groups)
+
+
+def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
+    """Dense ranks from ratings such as a 1-7 Likert scale: a higher rating is better, equal ratings tie.
+
+    Raises:
+        ValueError: a rating that is not a finite number.
+
+    >>> ranks_from_ratings([6, 2, 7, 6])
+    [2, 3, 1, 2]
+    """
+    if problem := ratings_problem(ratings, len(ratings)):
+        raise ValueError(problem)
+    return dense_ranks([-rating for rating in ratings])
+
+
+def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A TRL preference row (`prompt`, `chosen`, `rejected`) as a ranked row with K = 2; other fields are kept.
+
+    A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1.
+
+    Raises:
+        ValueError: a field that is missing or not as described at the top of this module.
+
+    >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
+    {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'ranks': [1, 2]}
+    >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "margin": 3})["ratings"]
+    [3, 0]
+    """
+    if problem := row_problem(row, ("prompt", "chosen", "rejected")):
+        raise ValueError(problem)
+    ranked = {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
+    if "margin" in row:
+        ranked["ratings"] = None if row["margin"] is None else [row["margin"], 0]
+    converted = ("prompt", "chosen", "rejected", "margin")
+    return {**{key: value for key, value in row.items() if key not in converted}, **ranked}
+
+
+def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All strict pairs of a ranked row as TRL preference rows; ties give none, so the list may be empty.
+
+    Raises:
+        ValueError: a field that is missing or not as described at the top of this module.
+
+    >>> pairs = to_preferences({"prompt": "2 + 2 =", "completions": [" 5", " 4", " four"], "ranks": [2, 1, 1]})
+    >>> [(pair["chosen"], pair["rejected"]) for pair in pairs]
+    [(' 4', ' 5'), (' four', ' 5')]
+    """
+    if problem := row_problem(row, ("prompt", "completions", "ranks")):
+        raise ValueError(problem)
+    pairs = []
+    for (a, rank_a), (b, rank_b) in combinations(zip(row["completions"], row["ranks"], strict=True), 2):
+        if rank_a != rank_b:
+            chosen, rejected = (a, b) if rank_a < rank_b else (b, a)
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def _default_labels(k: int) -> list[str]:
+    if k > 26:
+        raise ValueError(f"ranking of {k} completions: the letters end at 26; pass labels")
+    return [chr(ord("A") + i) for i in range(k)]
+
+
+def _checked_labels(labels: Sequence[str]) -> list[str]:
+    if len(set(labels)) != len(labels) or any(
+        not s.strip() or s != s.strip() or set(s) & set(">=") for s in labels
+    ):
+        raise ValueError(
+            f"labels {shorten(list(labels))}: expected distinct names without '>', '=' or outer spaces"
+        )
+    return list(labels)

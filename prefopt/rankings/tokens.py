@@ -1,0 +1,188 @@
+"""Token ids of a prompt and its completion: `build_ids` is the only place where this package turns text into ids.
+
+Reward-model training, scoring, centering, PPO rewards and DPO all take their ids from it, so a reward model is never
+asked about a sequence that is spelled differently from its training data.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+ENDED_PROMPTS = (
+    "prompts end with EOS, which the tokenizer adds to every text, so completions stand behind EOS, here and in "
+    "generation; if that is not meant, set tokenizer.add_eos_token=False, or take EOS out of its post-processor"
+)
+
+
+def build_ids(
+    tokenizer: Any,
+    prompt: str | list[dict],
+    completion: str | list[dict],
+    *,
+    truncated: bool = False,
+    **chat_template_kwargs: Any,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of one completion: the only place where this package turns text into ids.
+
+    `prompt_ids` are the ids that TRL's GRPOTrainer feeds the policy for this prompt, and `completion_ids` those a
+    policy would have sampled after it, the closing token included. For plain text that is `tokenizer(prompt)` and the
+    rest of `tokenizer(prompt + completion)` plus EOS; for chat, the template's rendering of the conversation.
+    Together they are the ids TRL's RewardTrainer builds, with these exceptions:
+
+    - Chat: what the template adds behind the closing end-of-turn token (a newline in ChatML) is left out, because a
+      policy stops at that token. If the template closes the answer with text alone, EOS is appended.
+    - A prompt whose ids are not a prefix of the joint ids (tokens merge across the boundary, the tokenizer ends every
+      text with EOS, or the template opens the answer with a thought that it does not render afterwards) keeps its
+      own ids, since generation feeds those, and the text of the completion is tokenized by itself behind them.
+      Completions of several messages or with tool calls continue instead from where the two renderings part.
+    - `truncated`: the completion was cut at a length limit, so no closing token is invented.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        prompt: text, or chat messages.
+        completion: text, or chat messages; text behind a chat prompt is an assistant message.
+        truncated: the completion was cut at a length limit.
+        chat_template_kwargs: passed to the chat template, e.g. `tools` or `enable_thinking`.
+
+    Returns:
+        `(prompt_ids, completion_ids)`, two lists of int.
+
+    Raises:
+        ValueError: the tokenizer lacks the EOS token or the chat template that the row needs.
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"</s>": 0, "two": 1, "plus": 2, "is": 3, "four": 4}, unk_token="</s>"))
+    >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    >>> build_ids(tokenizer, "two plus two is", " four")
+    ([1, 2, 1, 3], [4, 0])
+    >>> build_ids(tokenizer, "two plus two is", " four", truncated=True)
+    ([1, 2, 1, 3], [4])
+    """
+    prompt_ids, (completion_ids,) = row_ids(
+        tokenizer, prompt, [completion], [truncated], chat_template_kwargs
+    )
+    return prompt_ids, completion_ids
+
+
+def row_ids(
+    tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], template_kwargs: dict
+) -> tuple[list[int], list[list[int]]]:
+    """`build_ids` for all completions of a prompt."""
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        render = None
+    else:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
+                "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
+            )
+        prompt = without_nulls_in_calls(prompt)
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_kwargs)
+        generation = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+        )
+        prompt_ids = generation["input_ids"]
+    tail, closing = _answer_tail(tokenizer, render) if render else ("", "")
+
+    completion_ids = []
+    for completion, cut in zip(completions, truncated, strict=True):
+        if render is None:
+            if not isinstance(completion, str):
+                raise ValueError(
+                    "the prompt is text but the completion is chat messages; give both in one format"
+                )
+            answer, joint = completion, tokenizer(prompt + completion)["input_ids"]
+        else:
+            messages = (
+                [{"role": "assistant", "content": completion}]
+                if isinstance(completion, str)
+                else without_nulls_in_calls(completion)
+            )
+            text = render([*prompt, *messages])
+            if tail and text.endswith(tail):
+                text = text.removesuffix(tail) + ("" if cut else closing or tail)
+            joint = tokenizer(text, add_special_tokens=False)["input_ids"]
+            content = (
+                messages[0]["content"] if len(messages) == 1 and not messages[0].get("tool_calls") else None
+            )
+            answer = content if isinstance(content, str) else None
+
+        if joint[: len(prompt_ids)] == prompt_ids:
+            ids = joint[len(prompt_ids) :]
+        elif answer is not None:
+            ids = _ids_of_continuation(tokenizer, answer if cut else answer + closing)
+        else:
+            parting = (i for i, (a, b) in enumerate(zip(prompt_ids, joint, strict=False)) if a != b)
+            ids = joint[next(parting, len(joint)) :]
+
+        if not (cut or closing):
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token to the token "
+                    "at which the policy stops"
+                )
+            if not ids or ids[-1] != tokenizer.eos_token_id:
+                ids = [*ids, tokenizer.eos_token_id]
+        completion_ids.append(ids)
+    return prompt_ids, completion_ids
+
+
+def without_nulls_in_calls(prompt: str | list[dict]) -> str | list[dict]:
+    """Messages whose tool calls have only the arguments they were written with; text as it is.
+
+    Arrow keeps one set of fields for a column, so in a row of a Dataset each call also has, as null, the arguments of all
+    other calls, and the template would write them out. An argument that was null from the start goes with them.
+
+    >>> call = {"function": {"name": "find", "arguments": {"city": "Rome", "street": None}}}
+    >>> without_nulls_in_calls([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
+    [{'function': {'name': 'find', 'arguments': {'city': 'Rome'}}}]
+    """
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "tool_calls": _without_nulls(message["tool_calls"])}
+        if message.get("tool_calls")
+        else message
+        for message in prompt
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[str, str]:
+    """What the chat template writes after an assistant's text, and that up to the token(s) that close the turn.
+
+    These are the first special tokens in a row: `<|im_end|>` of ChatML's `<|im_end|>\\n`, `<|end|>` of Phi's
+    `<|end|>\\n<|endoftext|>`, both of Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`; "" if there are none.
+    """
+    probe = "where-does-this-end"
+    exchange = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
+    tail = render(exchange).rpartition(probe)[2]
+    tokens = [
+        token for token in {*tokenizer.get_added_vocab(), tokenizer.eos_token} if token and token.strip()
+    ]
+    closing = re.search(f"(?:{'|'.join(map(re.escape, tokens))})+", tail) if tokens else None
+    return tail, tail[: closing.end()] if closing else ""
+
+
+def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text in mid-sequence: no special tokens, and no space where SentencePiece marks the start of a text."""
+    anchor = "\n"
+    anchor_ids = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    anchored = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+    if anchored[: len(anchor_ids)] == anchor_ids:
+        return anchored[len(anchor_ids) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def ends_texts(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts EOS behind every text by itself."""
+    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]

@@ -1,0 +1,350 @@
+"""Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
+
+from dataclasses import dataclass, field, fields
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import GRPOConfig
+
+from prefopt.trainers.shared.sharding import is_asked_for
+
+# GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
+HONORED = frozenset(
+    {
+        "model_init_kwargs",
+        "trust_remote_code",
+        "disable_dropout",
+        "cast_lm_head_to_fp32",
+        "num_generations",
+        "num_generations_eval",
+        "max_completion_length",
+        "shuffle_dataset",
+        "pad_to_multiple_of",
+        "generation_batch_size",
+        "steps_per_generation",
+        "temperature",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "cache_implementation",
+        "num_iterations",
+        "epsilon",
+        "reward_weights",
+        "log_completions",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "log_completions_hub_repo",
+        "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config",
+        "use_vllm",
+        "vllm_mode",
+        "vllm_model_impl",
+        "vllm_enable_sleep_mode",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_group_port",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
+        "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode",
+        "vllm_importance_sampling_clip_max",
+        "vllm_importance_sampling_clip_min",
+    }
+)
+
+_SAMPLER = "the ratio of PPO needs tokens drawn from the policy itself, so sampling stays unfiltered"
+_ENTROPY = "InstructGPT's objective (Eq. 2) has no entropy bonus; the entropy is logged as `entropy`"
+_LOSS = "the loss is PPO's clipped surrogate per token; `epsilon` is its clip range"
+_REFERENCE = "the KL reference is the SFT model and does not move"
+
+# Fields that keep one value: any other raises ValueError with this sentence.
+FIXED = {
+    "scale_rewards": "advantages come from GAE, not from group statistics; see `whiten_advantages`",
+    "multi_objective_aggregation": "rewards are weighted by `reward_weights` and summed",
+    "importance_sampling_level": "the ratio is per token, as are the advantages",
+    "loss_type": _LOSS,
+    "use_bias_correction_kl": "there is no KL term in the loss: the KL sits in the reward (`kl_coef`)",
+    "ds3_gather_for_generation": "DeepSpeed is not supported: it would step on each of the two backward passes",
+    "log_multimodal": "only text is supported",
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "sapo_temperature_neg": _LOSS,
+    "sapo_temperature_pos": _LOSS,
+    "vespo_k_pos": _LOSS,
+    "vespo_lambda_pos": _LOSS,
+    "vespo_k_neg": _LOSS,
+    "vespo_lambda_neg": _LOSS,
+    "vllm_structured_outputs_regex": _SAMPLER,
+    "vllm_importance_sampling_cap": "it is deprecated in TRL: set `vllm_importance_sampling_clip_max`",
+}
+
+# Features that would change the algorithm: switching one on raises ValueError with this sentence.
+REFUSED = {
+    "beta": "the KL penalty sits in the reward, not in the loss: set `kl_coef` (the paper's beta) instead",
+    "router_aux_loss_coef": "the load-balancing loss of mixture-of-experts models is not added; 0.0 turns it off",
+    "top_p": _SAMPLER,
+    "top_k": _SAMPLER,
+    "min_p": _SAMPLER,
+    "repetition_penalty": _SAMPLER,
+    "delta": _LOSS,
+    "epsilon_high": _LOSS,
+    "off_policy_mask_threshold": _LOSS,
+    "top_entropy_quantile": _LOSS,
+    "entropy_coef": _ENTROPY,
+    "use_adaptive_entropy": _ENTROPY,
+    "mask_truncated_completions": "a completion without EOS is real: see `missing_eos_penalty`",
+    "sync_ref_model": _REFERENCE,
+    "max_tool_calling_iterations": "episodes are a prompt and one response; tools are not supported",
+    "use_transformers_paged": "it is deprecated in TRL: set `use_transformers_continuous_batching`",
+    "neftune_noise_alpha": "noise in the embeddings moves the ratio of PPO off 1 before the policy has moved",
+    "label_smoothing_factor": "no term of Eq. 2 has labels to smooth",
+    "data_seed": "prompts and pretraining text are drawn by `seed`",
+}
+
+
+# Why parameters cannot be sharded over processes.
+SHARDING = {
+    "deepspeed": "DeepSpeed takes an optimizer step with each backward pass, of which a step of PPO-ptx has three (policy, "
+    "value function, pretraining)",
+    "fsdp": "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx need whole parameters, and "
+    "FSDP leaves a process a part of each",
+}
+
+
+class _OnePerPrompt(int):
+    """The number 1 past GRPOConfig's `num_generations < 2` check: PPO has a value function and needs no group."""
+
+    def __lt__(self, other: object) -> bool:
+        return False
+
+
+@dataclass
+class PPOPtxConfig(GRPOConfig):
+    r"""
+    Configuration of [`PPOPtxTrainer`]. Fields not listed are those of [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`]; `HONORED`, `FIXED` and `REFUSED` in this module say what becomes of each of
+    GRPOConfig's own.
+
+    InstructGPT's schedule (C.4: 512 episodes per rollout, 8 minibatches of 64, one inner epoch) on one process:
+
+    | paper | here |
+    |---|---|
+    | minibatch 64 | `per_device_train_batch_size=8`, `gradient_accumulation_steps=8` (times processes) |
+    | batch 512 | `generation_batch_size=512`, or `steps_per_generation=64`: 512 / 8 micro-batches |
+    | 1 inner epoch | `num_iterations=1` |
+    | 512 pretraining examples per step | `ptx_batch_ratio=8` |
+
+    By default a rollout is one minibatch, whatever its size. Every inner epoch divides the rollout into minibatches
+    anew.
+
+    Parameters:
+        > Objective (InstructGPT Eq. 2): policy + vf_coef * value + ptx_coef * LM
+
+        kl_coef (`float`, defaults to `0.02`): the paper's beta; 0 turns the penalty off, the KL is logged all the same.
+        kl_estimator (`str`, defaults to `"k1"`): KL per token in the reward and in `objective/kl`. `"k1"`: log-ratio of
+            the sampled token, the paper's; `"k3"`: never negative, less variance; `"full"`: exact sum over the
+            vocabulary, for two more forward passes over each rollout.
+        kl_target (`float`, *optional*): KL per episode (nats) towards which `kl_coef`, then the first coefficient only,
+            is adapted after each rollout (Ziegler et al. 2019, section 2.2). None keeps it fixed, as in the paper.
+        kl_horizon (`float`, defaults to `10000`): episodes in which an error at its limit changes the coefficient by
+            about a fifth; at least those of one rollout.
+        ptx_coef (`float`, defaults to `27.8`): the paper's gamma, on the mean loss per pretraining token; 0 is "PPO".
+        ptx_batch_ratio (`float`, defaults to `8.0`): pretraining sequences per episode of a minibatch (at least one
+            sequence a step). Changes the variance of the pretraining gradient, not its scale.
+        vf_coef (`float`, defaults to `0.1`): weight of the value loss. The paper gives none, as its value function is
+            a network of its own; it matters where the value head shares the policy's trunk.
+
+        > Rewards and advantages
+
+        discount (`float`, defaults to `1.0`), gae_lambda (`float`, defaults to `0.95`): of GAE; the paper does not
+            discount and gives no lambda.
+        normalize_scores (`bool`, defaults to `False`): subtract the mean and divide by the standard deviation of the
+            scores of all training episodes so far. A value function that starts as the reward model predicts scores
+            that are not normalized.
+        score_clip (`float`, *optional*): scores are clipped to +- this, after normalization; None is off.
+        missing_eos_penalty (`float`, defaults to `0.0`): subtracted from the score of a completion without EOS, after
+            normalization and clipping.
+        whiten_advantages (`bool`, defaults to `True`): mean 0, variance 1 over the whole rollout on all processes.
+
+        > Clipping and learning rates
+
+        epsilon (`float`, defaults to `0.2`): clip range of the ratio (TRL's name).
+        value_clip_range (`float`, defaults to `0.2`): clip range of the values, in units of the reward.
+        max_grad_norm (`float`, defaults to `1.0`): clips the gradient of the policy and that of the value function,
+            each by itself.
+        value_learning_rate (`float`, defaults to `9e-6`): of the value function, on the schedule of `learning_rate`.
+        value_warmup_steps (`int`, defaults to `0`): first optimizer steps in which the value function learns and the
+            policy stays (no pretraining text is taken either). Worth having where no reward model gives it a start.
+        warmup_start_ratio (`float`, defaults to `0.1`): the warm-up rises from this share of both learning rates.
+        warmup_steps (`float`, *optional*): as in `TrainingArguments`; None is the paper's, the optimizer steps of the
+            first 10 rollouts.
+
+        > Average of the weights
+
+        ema_decay (`float`, *optional*): after every optimizer step, average = ema_decay * average + (1 - ema_decay) *
+            weights, over the policy's trainable weights (with LoRA: the factors); the paper's is 0.992. `save_model`
+            writes the policy with averaged weights to `ema/`, beside the last one, and
+            `PPOPtxTrainer.averaged_weights()` evaluates it. Needs one more copy of those weights in fp32; None is off.
+
+        > Pretraining text
+
+        ptx_max_length (`int`, defaults to `2048`): documents are packed into blocks of this many tokens.
+        ptx_per_device_batch_size (`int`, defaults to `1`): sequences per forward. Their hidden states are in memory;
+            their logits are computed in tiles of 4096 positions x 32768 words, and again in the backward pass.
+
+    > [!NOTE]
+    > Rollouts come from transformers, from its continuous batching (with `bf16=False`), or from vLLM, as in
+    > GRPOTrainer. The log-probabilities of PPO's ratio and of the KL are the policy's own in any case; what vLLM
+    > sampled by is corrected for by TRL's importance weights, which multiply the advantages of the policy loss. vLLM
+    > is tested against a stand-in for the engine only: the engine itself needs a GPU.
+
+    > [!NOTE]
+    > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first
+    > ratio differ from 1), `bf16` only on a GPU that has it, `learning_rate=5e-6` (the paper's runs above 8.05e-6
+    > diverged), `adam_beta2=0.95`, constant schedule after the warm-up. The paper batches 512 episodes; here the batch
+    > follows the device settings.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt of a rollout."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Disable dropout in policy and value model."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "Fixed: advantages come from GAE."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of the policy."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's beta2; InstructGPT: 0.95."})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "InstructGPT: constant after the warm-up."}
+    )
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Warm-up steps of the learning rates; default: those of 10 rollouts."}
+    )
+    warmup_start_ratio: float = field(
+        default=0.1, metadata={"help": "Share of the peak learning rates that the warm-up starts from."}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Average the policy's weights with this decay (InstructGPT: 0.992)."}
+    )
+
+    kl_coef: float = field(
+        default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."}
+    )
+    kl_estimator: str = field(
+        default="k1", metadata={"help": "KL per token in the reward.", "choices": ["k1", "k3", "full"]}
+    )
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL per episode that `kl_coef` is adapted to; None: a fixed one."}
+    )
+    kl_horizon: float = field(default=10_000, metadata={"help": "Episodes over which `kl_coef` adapts."})
+    ptx_coef: float = field(
+        default=27.8, metadata={"help": "Weight of the pretraining loss (the paper's gamma); 0: plain PPO."}
+    )
+    ptx_batch_ratio: float = field(
+        default=8.0, metadata={"help": "Pretraining sequences per episode of a minibatch."}
+    )
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    discount: float = field(default=1.0, metadata={"help": "Discount of GAE."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
+    normalize_scores: bool = field(
+        default=False, metadata={"help": "Mean 0, variance 1 over all scores so far."}
+    )
+    score_clip: float | None = field(
+        default=None, metadata={"help": "Bound of the scores, after normalization; None: off."}
+    )
+    missing_eos_penalty: float = field(
+        default=0.0, metadata={"help": "Subtracted from the score of a completion without EOS."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Whiten advantages over the whole rollout."}
+    )
+    value_clip_range: float = field(default=0.2, metadata={"help": "Clip range of the values."})
+    value_warmup_steps: int = field(
+        default=0, metadata={"help": "First steps in which only the value function learns."}
+    )
+    value_learning_rate: float = field(
+        default=9e-6, metadata={"help": "Peak learning rate of the value function."}
+    )
+    ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
+    ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
+
+    def __post_init__(self) -> None:
+        self._refuse_options()
+        if self.bf16 is None:  # TRL's default is True, which raises without a GPU
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        completions = self.num_generations
+        if completions == 1:
+            self.num_generations = _OnePerPrompt(1)
+        warmup_steps, self.warmup_steps = self.warmup_steps, self.warmup_steps or 0
+        super().__post_init__()
+        self.num_generations = completions
+        if (self.generation_kwargs or {}).get("do_sample") is False:  # parsed by now, if it was a JSON string
+            raise ValueError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
+        if self.fp16:
+            raise ValueError(
+                "fp16 loss scaling does not carry over several backward passes: use bf16 or fp32"
+            )
+        if self.use_transformers_continuous_batching and self.bf16:
+            raise ValueError(
+                "use_transformers_continuous_batching with bf16=True: TRL casts the policy's weights to 16 bit in "
+                "place, and they would train so; set bf16=False (a policy may be loaded in 16 bit), or leave it off"
+            )
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"a rollout must hold whole minibatches: steps_per_generation ({self.steps_per_generation}; "
+                "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
+            )
+        if warmup_steps is None:  # InstructGPT C.4: "the first 10 iterations", each a batch of 512 episodes
+            micro_batches = 10 * self.steps_per_generation * self.num_iterations
+            self.warmup_steps = micro_batches // self.gradient_accumulation_steps
+        if self.kl_target is not None and self.kl_horizon < self.generation_batch_size:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon} is shorter than a rollout ({self.generation_batch_size} episodes)"
+            )
+
+    def _refuse_options(self) -> None:
+        for engine, sentence in SHARDING.items():
+            if is_asked_for(engine, self):
+                raise ValueError(
+                    f"{sentence}: launch with recipes/accelerate/ddp.yaml; a model too large for one GPU as a whole fits "
+                    "with load_in_4bit and use_peft, its four roles on one base"
+                )
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, sentence in {**FIXED, **REFUSED}.items():
+            value = getattr(self, name)
+            off = value is False and defaults[name] == "none"  # GRPOConfig's other spelling of scale_rewards
+            if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
+                raise ValueError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
+        limits = {
+            "num_generations": 1,
+            "num_iterations": 1,
+            "ptx_max_length": 2,
+            "ptx_per_device_batch_size": 1,
+            "kl_coef": 0,
+            "ptx_coef": 0,
+            "ptx_batch_ratio": 0,
+            "vf_coef": 0,
+            "value_learning_rate": 0,
+            "value_warmup_steps": 0,
+            "value_clip_range": 0,
+            "epsilon": 0,
+        }
+        for name, least in limits.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
+        if self.kl_estimator not in ("k1", "k3", "full"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
+        for name in ("kl_target", "kl_horizon", "score_clip"):
+            value = getattr(self, name)
+            if not (value is None or value > 0):
+                raise ValueError(f"{name}={value!r}: expected a number above 0, or None")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
+        for name in ("discount", "gae_lambda", "warmup_start_ratio", "ema_decay"):
+            value = getattr(self, name)
+            if not ((value is None and name == "ema_decay") or 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r}: expected a number from 0 to 1")

@@ -1,0 +1,228 @@
+"""The models around PPO's policy: the frozen KL reference, the reward model's tokenizer, the value function."""
+
+import copy
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head, pad
+
+from prefopt.models.checkpoints import is_adapter, load_reward_model, saved_config
+from prefopt.models.last_layer import last_mlp_at
+from prefopt.models.reward import sequence_scores, token_scores
+from prefopt.models.roles import AdapterScorer, load_scorer, why_not_shared
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+
+logger = logging.getLogger(__name__)
+
+VALUE_FILE = "value_function.safetensors"
+
+
+def check_same_tokenizer(
+    model: PreTrainedModel | PeftModel,
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    role: str,
+) -> None:
+    """Refuse a reward or value model of another tokenizer: it reads the policy's token ids.
+
+    The tokenizer saved beside the model decides; without one, the sizes of the two vocabularies. A reward token, which
+    the policy need not know, makes no difference.
+    """
+    path = model.config._name_or_path
+    token = getattr(model.config, "reward_token_id", None)
+    if os.path.isfile(os.path.join(path, "tokenizer_config.json")):
+        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
+        is_same = ours == {word: i for word, i in theirs.items() if i != token or word in ours}
+    else:
+        sizes = [m.config.get_text_config().vocab_size for m in (model, policy)]
+        is_same = sizes[0] == sizes[1] or (token == sizes[1] == sizes[0] - 1)
+    if not is_same:
+        raise ValueError(
+            f"the {role} {path!r} has another tokenizer than the policy, whose token ids it is to read: train it "
+            "with the policy's tokenizer, or call it from a Python reward function on the text"
+        )
+
+
+def load_reward_role(path: str, policy: PreTrainedModel | PeftModel, adapter: str) -> nn.Module:
+    """A reward model for PPO: on the policy's base where that is its own, else loaded by itself, with a word of why."""
+    if is_adapter(path):
+        reason = why_not_shared(policy, path)
+        if reason is None:
+            return load_scorer(policy, path, adapter)
+        if isinstance(policy, PeftModel):
+            logger.warning("The reward model %s is loaded with a base of its own: %s.", path, reason)
+    return load_reward_model(path)
+
+
+@torch.no_grad()
+def score_ids(
+    model: PreTrainedModel | PeftModel,
+    sequences: list[list[int]],
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+) -> list[float]:
+    """The reward model's score of each sequence of token ids, `batch_size` at a time."""
+    scores: list[float] = []
+    with _active(model):  # switched once for all batches
+        for start in range(0, len(sequences), batch_size):
+            rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
+            ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
+            shortest = min(map(len, rows))  # a reward token may be appended to all of them
+            with last_mlp_at(model, shortest - 1, ids.size(1) + 1):
+                scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
+    return scores
+
+
+def _active(model: nn.Module) -> AbstractContextManager:
+    return model.active() if isinstance(model, AdapterScorer) else nullcontext()
+
+
+def suppress_reward_tokens(args: PPOPtxConfig, models: list[str | PreTrainedModel | PeftModel]) -> list[int]:
+    """Keep rollouts from sampling a token at which a reward model reads its score; returns the ids."""
+    ids = {
+        saved_config(model).get("reward_token_id")
+        if isinstance(model, str)
+        else getattr(model.config, "reward_token_id", None)
+        for model in models
+    } - {None}
+    if ids:
+        options = args.generation_kwargs or {}
+        suppressed = sorted({*(options.get("suppress_tokens") or ()), *ids})
+        args.generation_kwargs = {**options, "suppress_tokens": suppressed}
+    return sorted(ids)
+
+
+def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
+    """The full model as it is now, with a fused LM head of its own. In-memory models work: nothing is reloaded."""
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    del reference.forward  # TRL's fused forward, which is bound to the policy
+    add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
+    return reference
+
+
+def add_reference_adapter(policy: PeftModel) -> str:
+    """Copy the trained adapter `default` to a frozen adapter `ref`; returns that name. An existing `ref` is kept."""
+    if "ref" not in policy.peft_config:
+        config = copy.deepcopy(policy.peft_config["default"])
+        config.lora_dropout = 0.0  # the reference is the weights, also while the policy trains
+        policy.add_adapter("ref", config)
+        for name, parameter in policy.named_parameters():
+            if ".default." in name:
+                reference = policy.get_parameter(name.replace(".default.", ".ref."))
+                reference.data = parameter.data.clone()  # the dtype too, or the first KL is not 0
+    for name, parameter in policy.named_parameters():
+        if ".ref." in name:
+            parameter.requires_grad_(False)
+    return "ref"
+
+
+class ValueFunction:
+    """V(state before each completion token), kept apart from the policy's modules.
+
+    DDP, generation and the saved policy therefore know nothing of it; its gradients are averaged, clipped and zeroed,
+    and its weights saved, by the PPO trainer.
+
+    Attributes:
+        module: what is trained: a one-label sequence classifier (full, `PeftModel`, or an adapter on the policy's base),
+            or an `nn.Linear`.
+        is_head: the last case; the values then come with the policy's own forward passes, and their gradient
+            reaches the trunk.
+        named_parameters: the trainable ones by name, in fp32.
+    """
+
+    def __init__(self, module: nn.Module, trunk: nn.Module | None = None) -> None:
+        self.module, self.is_head = module, trunk is not None
+        named = dict(module.named_parameters())
+        if isinstance(module, AdapterScorer):
+            with module.active():
+                named |= module.adapter_parameters()
+                self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        else:
+            self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        if not self.named_parameters:
+            raise ValueError("value_model has no trainable parameter; make one with `value_model_from`")
+        for parameter in self.parameters:  # 16-bit weights would swallow small updates
+            parameter.data = parameter.data.float()
+        self._reads_trunk = False
+        self._trunk_values: list[Tensor] = []
+        if trunk is not None:
+            trunk.register_forward_hook(self._read_trunk)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return list(self.named_parameters.values())
+
+    def active(self) -> AbstractContextManager:
+        """To be entered around forward and backward: an adapter must stay the active one until both are over."""
+        return _active(self.module)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @classmethod
+    def on_trunk_of(cls, policy: PreTrainedModel | PeftModel) -> "ValueFunction":
+        """A linear head on the backbone's last hidden states; it starts at 0 for every state."""
+        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        return cls(head, trunk=model.base_model)
+
+    def _read_trunk(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._reads_trunk:
+            hidden_states = output.last_hidden_state
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                self._trunk_values.append(self.module(hidden_states.float()).squeeze(-1))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Policy forwards inside this context leave the head's values behind; nothing happens without a head."""
+        self._trunk_values, self._reads_trunk = [], self.is_head
+        try:
+            yield
+        finally:
+            self._reads_trunk = False
+
+    def __call__(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Values `[B, length]` of the states before the last `length` tokens of `ids` (`[B, T]`).
+
+        With a head they are those of the policy forwards in the last `reading()`, which must have been of these ids, up to
+        padding at the end of the rows.
+        """
+        if self.is_head:
+            width = ids.size(1)
+            values = torch.cat([F.pad(v, (0, width - v.size(1))) for v in self._trunk_values])
+            self._trunk_values = []
+        else:
+            values = token_scores(self.module, ids, attention_mask)
+        return values[:, -length - 1 : -1]
+
+    def save(self, folder: str) -> None:
+        """Write the trained weights to `folder`."""
+        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters.items()}
+        save_file(weights, os.path.join(folder, VALUE_FILE))
+
+    def load(self, folder: str) -> None:
+        """Read what `save` wrote; raises ValueError if it is missing or of another value function."""
+        path = os.path.join(folder, VALUE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder} has no {VALUE_FILE}: it is no checkpoint of PPOPtxTrainer")
+        weights = load_file(path)
+        if set(weights) != set(self.named_parameters):
+            differing = sorted(set(self.named_parameters) ^ set(weights))[:5]
+            raise ValueError(f"{path} is of another value function; they differ in {differing}")
+        for name, parameter in self.named_parameters.items():
+            parameter.data.copy_(weights[name])

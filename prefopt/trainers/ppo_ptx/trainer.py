@@ -1,0 +1,340 @@
+"""PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
+
+import functools
+import inspect
+import logging
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from trl import GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from prefopt.losses.kl_control import KLController, RunningStatistics
+from prefopt.models.checkpoints import check_reward_model, load_reward_model
+from prefopt.models.reward import keep_4bit_gradients, value_model_from
+from prefopt.models.roles import AdapterScorer, trainable_copy
+from prefopt.trainers.ppo_ptx.checkpoints import CheckpointMixin
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.generation import check_vllm
+from prefopt.trainers.ppo_ptx.pretraining import PretrainingStream, StreamedText, pack_documents
+from prefopt.trainers.ppo_ptx.prompts import PromptOrder, check_prompts
+from prefopt.trainers.ppo_ptx.roles import (
+    ValueFunction,
+    add_reference_adapter,
+    check_same_tokenizer,
+    frozen_copy,
+    load_reward_role,
+    score_ids,
+    suppress_reward_tokens,
+)
+from prefopt.trainers.ppo_ptx.rollout import RolloutMixin
+from prefopt.trainers.ppo_ptx.step import OptimizationMixin
+from prefopt.trainers.ppo_ptx.watch import TrainingWatch
+from prefopt.trainers.shared.averaging import WeightAverage
+from prefopt.trainers.shared.cards import PublishingMixin
+from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
+from prefopt.trainers.shared.fused_head import add_untempered_head
+from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
+
+logger = logging.getLogger(__name__)
+
+RewardModel = PreTrainedModel | PeftModel
+
+
+class PPOPtxTrainer(
+    RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, CheckpointMixin, PublishingMixin, GRPOTrainer
+):
+    """PPO with a value function, the KL penalty in the reward, and pretraining gradients in the same step.
+
+    Each optimizer step minimizes, over one minibatch of episodes and its share of pretraining text,
+
+        L = policy + vf_coef * value + ptx_coef * LM                                     (InstructGPT Eq. 2)
+
+    Each term is a mean over all tokens of the step, whatever the micro-batches and processes. The KL penalty against
+    the SFT model is part of the reward of each token. Generation, buffering, logging and checkpoints are TRL's.
+
+    Args:
+        model: the SFT model: path, model or `PeftModel`. It is also the KL reference: a frozen copy of the model or
+            of the adapter `default`; with `peft_config` (a new adapter), the model without the adapter.
+        reward_funcs: one or a list of: Python function (TRL's signature), reward model (sequence classifier with one
+            label or a `PeftModel` of it, same tokenizer as the policy), path of either. Reward models are frozen and
+            score the sampled token ids.
+        args: [`PPOPtxConfig`].
+        train_dataset, eval_dataset: rows `{"prompt"}`, text or messages; other columns go to Python reward functions.
+        processing_class: the tokenizer.
+        pretrain_dataset: rows `{"text"}` or `{"input_ids"}`; required unless `ptx_coef=0`. A stream is read as needed.
+        value_model: a trainable reward model or path; `"head"`, a linear head on the policy's trunk. Default: a copy
+            of the (first) reward model, bias included; without a reward model, `"head"`.
+        callbacks, optimizers, quantization_config, peft_config: as in `GRPOTrainer`.
+
+    Log keys (means over the steps between two logs; TRL's key where TRL logs the quantity):
+
+    | key | quantity |
+    |---|---|
+    | `reward`, `reward_std`, `rewards/<name>/mean` | scores as the reward functions give them |
+    | `completions/mean_length`, `completions/clipped_ratio`, ... | length in tokens; share without EOS |
+    | `kl` | KL to the reference per token, TRL's estimator (k3), at the rollout |
+    | `entropy` | of the policy, per token |
+    | `clip_ratio/low_mean`, `high_mean`, `region_mean` | share of tokens whose ratio is clipped |
+    | `objective/scores` | score per episode, missing-EOS penalty included, before KL |
+    | `objective/kl` | KL per episode in nats: sum over its tokens of what `kl_estimator` estimates |
+    | `objective/rewards` | scores - kl_coef * KL per episode: what PPO maximizes |
+    | `objective/kl_coef` | coefficient of the KL in this rollout; adapted between rollouts with `kl_target` |
+    | `objective/unscored` | episodes of a rollout without a usable reward: in no loss, in no whitening |
+    | `value/explained_variance` | 1 - Var(returns - values) / Var(returns), at the rollout |
+    | `loss/policy`, `loss/value`, `loss/ptx` | terms of L before their coefficients |
+    | `grad_norm` | gradient of the policy before clipping (PPO + ptx) |
+    | `grad_norm/ppo`, `grad_norm/ptx` | its two parts: policy (with a value head, + vf_coef * value); ptx_coef * LM |
+    | `grad_norm/value` | gradient of vf_coef * value in the value function, before clipping |
+    """
+
+    _tag_names = ["trl", "prefopt", "ppo-ptx"]  # noqa: RUF012  (TRL's class attribute)
+    _name = "PPO-ptx"
+    _builds_on = ("Proximal Policy Optimization Algorithms", "1707.06347")
+    _paper = {  # noqa: RUF012
+        "title": "Training language models to follow instructions with human feedback",
+        "id": "2203.02155",
+        "citation": textwrap.dedent("""\
+            @inproceedings{ouyang2022training,
+                title        = {{Training language models to follow instructions with human feedback}},
+                author       = {Long Ouyang and Jeffrey Wu and Xu Jiang and Diogo Almeida and Carroll Wainwright and Pamela Mishkin and Chong Zhang and Sandhini Agarwal and Katarina Slama and Alex Ray and others},
+                booktitle    = {Advances in Neural Information Processing Systems},
+                year         = 2022,
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: str | RewardModel | Callable[..., list] | list,
+        args: PPOPtxConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        pretrain_dataset: Dataset | IterableDataset | None = None,
+        value_model: RewardModel | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOPtxConfig(f"{os.path.basename(name) or 'model'}-PPO-ptx")
+        if not isinstance(args, PPOPtxConfig):
+            raise TypeError(f"args: expected PPOPtxConfig, got {type(args).__name__}")
+        if args.ptx_coef > 0 and pretrain_dataset is None:
+            raise ValueError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
+        check_prompts(train_dataset, args)
+        _check_policy(model)
+        self.reward_models: list[Any] = []  # paths until the policy, whose base they may share, is there
+        self._prompt_ids: list[list[int]] = []  # of the rollout being scored
+        self._scores: Tensor | None = None  # of the rollout being scored
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = [self._as_function(reward) for reward in reward_funcs]
+        suppressed = suppress_reward_tokens(args, self.reward_models)
+        given = trainable_weights(model)
+        check_vllm(args, model, quantization_config, suppressed)
+
+        super().__init__(
+            model,
+            functions,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP are not supported: a step has a backward pass each for policy, value function and "
+                "pretraining, and DeepSpeed steps on every one of them; use DDP (accelerate launch --multi_gpu)"
+            )
+        if self._is_vlm:
+            raise ValueError("only text models are supported")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
+            )
+
+        check_vllm(args, self.model, None, [])  # what was a path
+        keep_4bit_gradients(self.model)
+        undo_rounding(self.model, given)
+        if suppressed:  # the saved policy shall not sample it either
+            self.model.config.reward_token_id = suppressed[0]
+            self.model.generation_config.suppress_tokens = args.generation_kwargs["suppress_tokens"]
+        self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
+        self.score_statistics = RunningStatistics()  # of the scores of all training episodes so far
+        self._prompt_order = PromptOrder()
+        self.add_callback(self._prompt_order)
+        self.add_callback(TrainingWatch())
+        for number, reward_model in enumerate(self.reward_models, start=1):
+            if isinstance(reward_model, str):
+                adapter = "reward" if number == 1 else f"reward_{number}"
+                reward_model = load_reward_role(reward_model, self.model, adapter)
+                self.reward_models[number - 1] = reward_model
+            check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
+            keep_4bit_gradients(reward_model)  # the value function may be a copy of it
+            reward_model.to(self.accelerator.device).eval().requires_grad_(False)
+        # The KL reference: a copy of the full model, adapter `ref`, or (None) no adapter where a new one is trained.
+        self._reference_adapter = None
+        if not isinstance(self.model, PeftModel):
+            reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        elif peft_config is None:
+            self._reference_adapter = add_reference_adapter(self.model)
+        self.value_function = self._make_value_function(value_model)
+        self.weight_average = None
+        if args.ema_decay is not None:
+            values = {id(p) for p in self.value_function.parameters}
+            policy = {
+                n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values
+            }
+            self.weight_average = WeightAverage(policy, args.ema_decay)
+            self.add_callback(self.weight_average)
+        self.pretraining = None
+        if args.ptx_coef > 0:
+            longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            if longest is not None and args.ptx_max_length > longest:
+                raise ValueError(
+                    f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions"
+                )
+            if isinstance(pretrain_dataset, IterableDataset):
+                self.pretraining = StreamedText(
+                    pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed
+                )
+            else:
+                with self.accelerator.main_process_first():
+                    blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
+                self.pretraining = PretrainingStream(blocks, args.seed)
+            if self.temperature != 1:
+                add_untempered_head(self.model, args.cast_lm_head_to_fp32)
+
+    # ---- roles ------------------------------------------------------------------------------------------------
+    def _as_function(self, reward: Any) -> Callable[..., list]:
+        """A reward model becomes a reward function of token ids, so that TRL neither decodes nor wraps it."""
+        if isinstance(reward, (str, os.PathLike)):
+            reward = os.fspath(reward)
+            check_reward_model(reward)
+        elif not isinstance(reward, (PreTrainedModel, PeftModel)):
+            if not callable(reward):
+                raise TypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
+            return _returning_scores(reward)
+
+        number = len(self.reward_models)
+
+        def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+            return self._score(self.reward_models[number], completion_ids)
+
+        self.reward_models.append(reward)
+        count = len(self.reward_models)
+        score.__name__ = "reward_model" if count == 1 else f"reward_model_{count}"
+        return score
+
+    def _score(self, model: RewardModel, completion_ids: list[list[int]]) -> list[float]:
+        """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenized again."""
+        sequences = [p + c for p, c in zip(self._prompt_ids, completion_ids, strict=True)]
+        size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
+        was_training = (
+            self.model.training
+        )  # a reward model may share the policy's base, whose dropout is not its own
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                return score_ids(model, sequences, size, pad_id, self.accelerator.device)
+        finally:
+            self.model.train(was_training)
+
+    def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
+        if value_model is None:
+            value_model = self._value_model_from_reward() if self.reward_models else "head"
+        if value_model == "head":
+            value_function = ValueFunction.on_trunk_of(self.model)
+        else:
+            if isinstance(value_model, (str, os.PathLike)):
+                value_model = value_model_from(load_reward_model(value_model))
+            check_same_tokenizer(value_model, self.model, self._tokenizer, "value model")
+            value_function = ValueFunction(value_model.train())
+            if isinstance(value_model, AdapterScorer):  # the base's settings are the policy's
+                value_function.module.to(self.accelerator.device)
+                return value_function
+            if self.args.disable_dropout:
+                disable_dropout_in_model(value_model)
+            if self.args.activation_checkpointing:
+                value_model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+                if isinstance(value_model, PeftModel):
+                    value_model.enable_input_require_grads()
+        value_function.module.to(self.accelerator.device)
+        return value_function
+
+    def _value_model_from_reward(self) -> nn.Module:
+        reward_model = self.reward_models[0]
+        if isinstance(reward_model, AdapterScorer):
+            return trainable_copy(reward_model)
+        return value_model_from(reward_model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        roles = [*self.reward_models, self.value_function.module]
+        for role in roles if self.args.should_save else ():
+            if isinstance(role, AdapterScorer):  # with its head, over what PEFT has written of the adapter
+                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
+
+    def _card_data(self) -> dict[str, Any]:
+        data = super()._card_data()
+        names = [os.path.basename(model.config.name_or_path.rstrip("/")) for model in self.reward_models]
+        functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
+        data["reward"] = ", ".join(name for name in [*names, *functions] if name)
+        if self.pretraining is not None:
+            data["pretraining text"] = f"sequences of {self.args.ptx_max_length} tokens"
+        return data
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        self._prompt_order.sampler = super()._get_train_sampler(dataset)
+        return self._prompt_order.sampler
+
+
+def _returning_scores(reward: Callable) -> Callable:
+    """The reward function, named where it forgets to return; one that is awaited is left to TRL."""
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        return reward
+
+    @functools.wraps(reward)
+    def scores(*args: Any, **columns: Any) -> list:
+        returned = reward(*args, **columns)
+        if returned is None:
+            raise ValueError(
+                f"reward function {getattr(reward, '__name__', reward)!r} returned None; expected a list with a score, or "
+                "None, for each completion: does it end without `return`?"
+            )
+        return returned
+
+    return scores
+
+
+def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
+    if isinstance(model, str):
+        if os.path.isfile(os.path.join(model, "adapter_config.json")):
+            raise ValueError(
+                f"{model} is an adapter: pass peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)"
+            )
+        return
+    if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
+        raise ValueError(f"the policy adapter must be called 'default', got {model.active_adapters}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the policy has no trainable parameter; load a PEFT model with is_trainable=True")

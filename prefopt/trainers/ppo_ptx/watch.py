@@ -1,0 +1,308 @@
+"""What goes wrong in PPO training, told from its log: every trouble once, with its remedy."""
+
+import logging
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.overoptimization import (
+    PATIENCE,
+    Evaluation,
+    evaluation_set,
+    overoptimization_message,
+    overoptimized_since,
+    read_evaluation,
+)
+
+logger = logging.getLogger(__name__)
+
+# Where training counts as gone wrong. The runs of the sandbox (PPO and PPO-ptx, four seeds) stay well inside each.
+WINDOW = 5  # log entries that are averaged: one noisy entry is no trouble
+KL_PER_TOKEN = (
+    2.0  # nats: sampled tokens e^2 = 7 times as probable as under the reference; sandbox PPO ends near 1
+)
+ENTROPY_LEFT = 0.1  # share of the entropy at the start; the sandbox ends at .35 to .6
+EXPLAINED_VARIANCE = -1.0  # errors with twice the variance of the returns, where a constant value gets 0
+LEARNING_TO_VALUE = 20  # log entries before that counts: a copy of the reward model may start there
+VALUE_LOSS_GROWTH = 10.0  # times the lowest value loss so far
+GRADIENT_RATIO = 10.0  # of two norms: the smaller term turns the sum by at most asin(1 / 10), 6 degrees
+CLIPPED = 0.3  # share of tokens whose ratio is clipped: their gradient is 0; the sandbox stays below .03
+UNSCORED = 0.1  # share of episodes: lost work, and if the unscored ones are alike, a bias
+WITHOUT_EOS = 0.9  # share of episodes
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that goes wrong in a run: its name, the step and the log key it was seen at, and what to do."""
+
+    name: str
+    step: int
+    key: str
+    message: str
+
+
+def diagnose(
+    history: Sequence[Mapping[str, Any]], settings: Mapping[str, float] | None = None
+) -> list[Trouble]:
+    """The troubles of a run of PPOPtxTrainer, each at the step where its log first showed it.
+
+    Args:
+        history: `trainer.state.log_history`, or `log_history` of trainer_state.json. A key that is missing, or None,
+            leaves out what is told from it.
+        settings: `TrainingWatch.settings`, which trainer_state.json keeps. Of these, `episodes_per_rollout` tells the
+            share of unscored episodes, and `normalize_scores` the unit of the scores.
+
+    Example:
+        >>> log = [{"step": s, "entropy": 2.0 * 0.8**s} for s in range(20)]
+        >>> [(trouble.name, trouble.step) for trouble in diagnose(log)]
+        [('entropy collapse', 15)]
+    """
+    diagnosis = Diagnosis(settings)
+    return [trouble for entry in history for trouble in diagnosis.add(entry)]
+
+
+class Diagnosis:
+    """`diagnose`, one log entry after the other."""
+
+    def __init__(self, settings: Mapping[str, float] | None = None) -> None:
+        settings = settings or {}
+        self.episodes = settings.get("episodes_per_rollout")
+        self.is_normalized = bool(settings.get("normalize_scores"))
+        self.found: set[str] = set()
+        self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._first: dict[str, list[float]] = defaultdict(list)
+        self._values_seen = 0
+        self._lowest_value_loss = math.inf
+        self._evaluations: dict[tuple[str, str], list[Evaluation]] = defaultdict(list)
+
+    def add(self, entry: Mapping[str, Any]) -> list[Trouble]:
+        """The troubles that this entry shows and no earlier one did."""
+        for key, value in entry.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._last[key].append(float(value))
+                if len(self._first[key]) < WINDOW:
+                    self._first[key].append(float(value))
+        checks = [
+            self._not_finite(entry),
+            self._kl_runaway(),
+            self._entropy_collapse(),
+            self._value_divergence(entry),
+            self._unbalanced_gradients(),
+            self._equal_rewards(),
+            self._unscored(),
+            self._without_eos(),
+            self._clipped(),
+            *self._over_optimization(entry),
+        ]
+        troubles = []
+        for name, key, message in filter(None, checks):
+            if name not in self.found:
+                self.found.add(name)
+                troubles.append(Trouble(name, int(entry.get("step", 0)), key, message))
+        return troubles
+
+    def _now(self, key: str) -> float | None:
+        """Mean of the last `WINDOW` values under `key`; None before there are so many."""
+        return fmean(self._last[key]) if len(self._last[key]) == WINDOW else None
+
+    def _start(self, key: str) -> float:
+        return fmean(self._first[key])
+
+    # ---- the troubles: (name, key, message) or None -----------------------------------------------------------
+    def _not_finite(self, entry: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        for key, value in entry.items():
+            if key.startswith(("loss", "grad_norm")) and (value is None or not math.isfinite(value)):
+                return (
+                    "not finite",
+                    key,
+                    f"the value of {key} is not a finite number, and the weights may not be either: go back to the last good "
+                    "checkpoint with a lower learning_rate, and look for rewards or inputs that are NaN or infinite",
+                )
+        return None
+
+    def _kl_runaway(self) -> tuple[str, str, str] | None:
+        kl, length = self._now("objective/kl"), self._now("completions/mean_length")
+        if kl is not None and length and kl / length > KL_PER_TOKEN:
+            return (
+                "KL runaway",
+                "objective/kl",
+                f"the policy is {kl / length:.1f} nats per token from the reference (above {KL_PER_TOKEN:g}): its text "
+                "is no longer what the reward model was trained on; raise kl_coef, lower learning_rate, or go back to "
+                "an earlier checkpoint",
+            )
+        reward, spread = self._now("reward"), self._now("reward_std")
+        scores, rewards = self._now("objective/scores"), self._now("objective/rewards")
+        if None in (reward, spread, scores, rewards) or self._rewards_are_equal():
+            return None
+        spread = max(spread, self._start("reward_std"))
+        cost, gain = scores - rewards, reward - self._start("reward")
+        if self.is_normalized:
+            gain, spread = gain / spread, 1.0
+        if cost > max(gain, 0) + spread:
+            return (
+                "KL runaway",
+                "objective/kl",
+                f"the KL penalty ({cost:.2g} per episode) costs more than the score has gained ({gain:+.2g}), by more "
+                "than one standard deviation of the score: the policy drifts without learning; lower learning_rate or "
+                "num_iterations, and check that the reward tells good answers from bad ones",
+            )
+        return None
+
+    def _entropy_collapse(self) -> tuple[str, str, str] | None:
+        now = self._now("entropy")
+        if now is None or not now < ENTROPY_LEFT * self._start("entropy"):
+            return None
+        return (
+            "entropy collapse",
+            "entropy",
+            f"the entropy per token fell from {self._start('entropy'):.2g} to {now:.2g} (below {_percent(ENTROPY_LEFT)} of "
+            "the start): samples of a prompt are nearly the same, and PPO learns from their differences; raise kl_coef "
+            "or lower learning_rate, and read samples for text that exploits the reward",
+        )
+
+    def _value_divergence(self, entry: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        loss, explained = self._now("loss/value"), self._now("value/explained_variance")
+        if loss is not None:
+            self._lowest_value_loss = min(self._lowest_value_loss, loss)
+        self._values_seen += entry.get("value/explained_variance") is not None
+        if explained is None:
+            return None
+        grown = loss is not None and loss > VALUE_LOSS_GROWTH * self._lowest_value_loss and explained < 0
+        if not grown and (explained > EXPLAINED_VARIANCE or self._values_seen < LEARNING_TO_VALUE):
+            return None
+        seen = f"explained variance {explained:.2g}"
+        if grown:
+            seen += f", value loss {loss:.2g} after {self._lowest_value_loss:.2g}"
+        return (
+            "value divergence",
+            "value/explained_variance",
+            f"the value function is worse than a constant ({seen}), so the advantages are noise: lower "
+            "value_learning_rate, start it from the reward model that gives the scores, or let it learn alone for "
+            "some value_warmup_steps",
+        )
+
+    def _unbalanced_gradients(self) -> tuple[str, str, str] | None:
+        ppo, ptx = self._now("grad_norm/ppo"), self._now("grad_norm/ptx")
+        if not ppo or not ptx or not min(self._last["grad_norm/ppo"]) > 0:  # 0: the policy does not move yet
+            return None
+        if ptx > GRADIENT_RATIO * ppo:
+            return (
+                "ptx drowns PPO",
+                "grad_norm/ptx",
+                f"the pretraining gradient is {ptx / ppo:.0f} times PPO's (norms {ptx:.2g} and {ppo:.2g}): the policy "
+                "hardly follows the reward; lower ptx_coef",
+            )
+        if ppo > GRADIENT_RATIO * ptx:
+            return (
+                "PPO drowns ptx",
+                "grad_norm/ptx",
+                f"PPO's gradient is {ppo / ptx:.0f} times the pretraining one (norms {ppo:.2g} and {ptx:.2g}): ptx "
+                "hardly protects what pretraining taught; raise ptx_coef, or set it to 0 and save its time",
+            )
+        return None
+
+    def _rewards_are_equal(self) -> bool:
+        if self._now("reward") is None or self._now("reward_std") is None:
+            return False
+        level = max(map(abs, self._last["reward"]))
+        return max(self._last["reward_std"]) <= 1e-5 * max(1.0, level)  # the rounding of a mean in fp32
+
+    def _equal_rewards(self) -> tuple[str, str, str] | None:
+        if not self._rewards_are_equal():
+            return None
+        return (
+            "equal rewards",
+            "reward_std",
+            f"every episode gets the same reward ({self._now('reward'):.3g}): there is nothing to learn from; check the reward "
+            "model (was its head saved?), the reward function, and clipping of rewards",
+        )
+
+    def _unscored(self) -> tuple[str, str, str] | None:
+        unscored = self._now("objective/unscored")
+        if not self.episodes or unscored is None or not unscored > UNSCORED * self.episodes:
+            return None
+        return (
+            "unscored episodes",
+            "objective/unscored",
+            f"{_percent(unscored / self.episodes)} of the episodes got no usable reward (None, NaN or infinite) and are in "
+            "no loss: make the reward functions return a number for them, or take out the prompts they cannot judge",
+        )
+
+    def _without_eos(self) -> tuple[str, str, str] | None:
+        share = self._now("completions/clipped_ratio")
+        if share is None or not share > WITHOUT_EOS:
+            return None
+        return (
+            "no EOS",
+            "completions/clipped_ratio",
+            f"{_percent(share)} of the completions run into the length limit without EOS: the reward sees cut-off text; "
+            "raise max_completion_length, set missing_eos_penalty, or check that the SFT model learned to end",
+        )
+
+    def _clipped(self) -> tuple[str, str, str] | None:
+        share = self._now("clip_ratio/region_mean")
+        if share is None or not share > CLIPPED:
+            return None
+        return (
+            "clipping",
+            "clip_ratio/region_mean",
+            f"the ratio of {_percent(share)} of the tokens is clipped, which takes them out of the gradient: one rollout "
+            "moves the policy too far; lower learning_rate or num_iterations, or make minibatches larger",
+        )
+
+    def _over_optimization(self, entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        found = []
+        for key in entry:
+            if key.startswith("eval_rewards/") and key.endswith("/mean"):
+                evaluations = self._evaluations[key, evaluation_set(entry)]
+                evaluations.extend(read_evaluation(entry, key, "eval_reward"))
+                best = overoptimized_since(evaluations, PATIENCE)
+                if best is not None:
+                    found.append(("over-optimization", key, overoptimization_message(key, evaluations, best)))
+        return found
+
+
+class TrainingWatch(TrainerCallback, ExportableState):
+    """Warns, once each, of the troubles that `diagnose` tells from the log; PPOPtxTrainer adds it by itself.
+
+    trainer_state.json keeps `settings`, for whoever reads the log later.
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, float] = {}
+        self._diagnosis = Diagnosis()
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"settings": self.settings}}
+
+    def on_train_begin(
+        self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.settings = {
+            "episodes_per_rollout": args.generation_batch_size,
+            "max_grad_norm": args.max_grad_norm,
+            "kl_coef": args.kl_coef,
+            "ptx_coef": args.ptx_coef,
+            "vf_coef": args.vf_coef,
+            "normalize_scores": args.normalize_scores,
+        }
+        state.stateful_callbacks["TrainingWatch"] = self.state()
+        self._diagnosis = Diagnosis(self.settings)
+        for entry in state.log_history:  # of the run that this one resumes: warned of before
+            self._diagnosis.add(entry)
+
+    def on_log(self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            for trouble in self._diagnosis.add(state.log_history[-1]):
+                logger.warning("step %d: %s: %s", trouble.step, trouble.name, trouble.message)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

@@ -1,0 +1,200 @@
+"""Models for every recipe: a path that the trainer loads, or a trained LoRA adapter to go on with."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
+
+from prefopt.hub.push import HubError, create_repo, hub_errors
+from prefopt.models.checkpoints import is_adapter, remember_reward_token, reward_model_from_adapter
+from prefopt.models.reward import keep_4bit_gradients
+from prefopt.recipes.common.arguments import DataArguments, UserError
+from prefopt.recipes.common.errors import explain
+from prefopt.recipes.common.progress import show_progress
+
+
+def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
+    """`from_pretrained` arguments of a `ModelConfig`, as TRL's own scripts build them."""
+    if not model_args.model_name_or_path:
+        raise UserError("model_name_or_path is required: a local folder or a Hub id")
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+
+
+def load_tokenizer(
+    model_args: ModelConfig, args: SFTConfig | RewardConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a missing padding token is replaced by EOS, as TRL does.
+
+    `eos_token` and the template file `chat_template_path` of `args` are set here, before any row is tokenized; TRL's
+    trainers set the same once more and tell the model.
+    """
+    path = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+    except (OSError, ValueError) as error:
+        reason = explain(error) or str(error).splitlines()[0]
+        raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
+    if args is not None and args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary"
+            )
+        tokenizer.eos_token = args.eos_token
+    if args is not None and args.chat_template_path is not None:
+        template = Path(args.chat_template_path)
+        if template.suffix not in (".jinja", ".j2") or not template.is_file():
+            raise UserError(
+                f"chat_template_path: expected a file with a .jinja template, got {args.chat_template_path!r}; of another "
+                "model's template, save tokenizer.chat_template into one"
+            )
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {path!r} has neither a padding nor an end-of-sequence token: set tokenizer.eos_token and "
+            "save the tokenizer beside the model"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_hub(args: TrainingArguments) -> None:
+    """With `push_to_hub`, make the repository before anything is loaded: what would fail at the end fails now."""
+    if not args.push_to_hub or args.process_index > 0:
+        return
+    if args.hub_token:
+        raise UserError(
+            "hub_token: Trainer would publish it inside training_args.bin; set HF_TOKEN or run `hf auth login` instead"
+        )
+    repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+    try:
+        with hub_errors(f"push_to_hub: cannot publish as {repo_id}", "nothing was trained yet"):
+            create_repo(HfApi(), repo_id, private=args.hub_private_repo, revision=args.hub_revision)
+    except (HubError, ValueError) as error:
+        raise UserError(error) from error
+
+
+def load_policy(
+    model_args: ModelConfig, init_kwargs: dict[str, Any], *, is_trainable: bool = True
+) -> str | PeftModel:
+    """A language model: a path for the trainer to load, or the trained LoRA adapter, to be trained further.
+
+    Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA leaves behind.
+    """
+    path = model_args.model_name_or_path
+    if not is_adapter(path, revision=model_args.model_revision):
+        architectures = AutoConfig.from_pretrained(path, revision=model_args.model_revision).architectures
+        if any("SequenceClassification" in name for name in architectures or ()):
+            raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
+        return path
+    _refuse_second_adapter(model_args)
+    if PeftConfig.from_pretrained(path, revision=model_args.model_revision).task_type == "SEQ_CLS":
+        raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
+    model = AutoPeftModelForCausalLM.from_pretrained(
+        path,
+        is_trainable=is_trainable,
+        quantization_config=get_quantization_config(model_args),
+        **init_kwargs,
+    )
+    keep_4bit_gradients(model)
+    remember_reward_token(model, path, revision=model_args.model_revision)
+    return model
+
+
+def quantization_for(model: str | PeftModel, model_args: ModelConfig) -> BitsAndBytesConfig | None:
+    """How a trainer is to quantize the model that it loads from a path; an adapter's base is loaded and quantized."""
+    return get_quantization_config(model_args) if isinstance(model, str) else None
+
+
+def load_reward_start(
+    model_args: ModelConfig,
+    init_kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reward_token: str | None = None,
+) -> str | PeftModel:
+    """What reward modeling starts from: a path, or the SFT step's LoRA adapter with a new head on it.
+
+    With `reward_token` the tokenizer gets it here if a new head is put on an adapter, else in the trainer.
+    """
+    if not is_adapter(model_args.model_name_or_path, revision=model_args.model_revision):
+        return model_args.model_name_or_path
+    _refuse_second_adapter(model_args)
+    quantization = get_quantization_config(model_args)
+    try:
+        return reward_model_from_adapter(
+            model_args.model_name_or_path,
+            tokenizer,
+            reward_token,
+            quantization_config=quantization,
+            **init_kwargs,
+        )
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _refuse_second_adapter(model_args: ModelConfig) -> None:
+    if model_args.use_peft:
+        raise UserError(
+            f"{model_args.model_name_or_path} is a LoRA adapter and is used as it is: leave use_peft unset"
+        )
+
+
+def peft_config(
+    model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()
+) -> PeftConfig | None:
+    """TRL's LoRA configuration for this task, or None without `use_peft`."""
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise UserError(f"lora_r is {model_args.lora_r}; expected at least 1")
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    if quantized and not model_args.use_peft and not is_adapter(model_args.model_name_or_path):
+        raise UserError(
+            "quantized weights cannot be trained: add use_peft, which trains a LoRA adapter on them, or drop load_in_"
+            + ("4bit" if model_args.load_in_4bit else "8bit")
+        )
+    model_args.lora_task_type = task_type
+    config = get_peft_config(model_args)
+    if config is not None and modules_to_save:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *modules_to_save})
+    return config
+
+
+def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], object] | None = None) -> None:
+    """Train, or go on from a checkpoint; save the model, its card and the trainer's state; push if asked to.
+
+    The model is saved before `then`, which may change it, and once more behind it: nothing that comes after training
+    may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
+    """
+    args = trainer.args
+    trainer.eval_dataset_name = data.eval_dataset_name
+    show_progress(trainer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    push = args.push_to_hub
+    args.push_to_hub = False  # or each save would push, the first one without what `then` does
+    trainer.save_model(args.output_dir)
+    if then is not None:
+        then()
+        trainer.save_model(args.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=data.dataset_name)
+    if trainer.is_world_process_zero():
+        print(f"saved: {args.output_dir}")
+    if push:
+        try:
+            trainer.push_to_hub(dataset_name=data.dataset_name)
+        except (HubError, ValueError) as error:
+            raise UserError(f"training is done and saved, but {error}") from error

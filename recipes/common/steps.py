@@ -1,0 +1,60 @@
+"""Run named steps once each: a finished step is kept, and a second run of the command goes on after it."""
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prefopt.inference.jsonl import write_whole
+from prefopt.recipes.common.arguments import UserError
+
+
+class Steps:
+    """The steps of one run folder, each with a marker file written when it is done.
+
+    `run(name, title, settings, work)` calls `work()` unless the marker is there. The marker holds the seconds the
+    step took and a fingerprint of its settings and of the steps before it: a step that ran with other settings, or
+    on other inputs, is never silently reused nor overwritten.
+    """
+
+    def __init__(self, folder: Path, total: int, console: Console | None = None) -> None:
+        self.folder = folder
+        self.total = total
+        self.console = console or Console()
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+        self._inputs = (
+            ""  # fingerprint of everything that ran before, so that a change early on is noticed later
+        )
+
+    def run(self, name: str, title: str, settings: Any, work: Callable[[], None]) -> None:
+        """Do one step, or skip it because it is done."""
+        marker = self.folder / "steps" / f"{name}.json"
+        text = self._inputs + json.dumps(settings, sort_keys=True, default=str)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        heading = f"[{len(self.seconds) + 1}/{self.total}] {title}"
+        if marker.exists():
+            done = json.loads(marker.read_text(encoding="utf-8"))
+            if done["fingerprint"] != fingerprint:
+                raise UserError(
+                    f"step {name!r} of {self.folder} ran with other settings or before an earlier step ran again; "
+                    f"choose another output_dir, or delete {marker} (and the later ones) to run it again"
+                )
+            self._inputs = done["run"]
+            self.seconds[name] = done["seconds"]
+            self.console.print(f"{heading}: done before ({done['seconds']:.0f} s)")
+            return
+        elapsed = time.monotonic() - self._started
+        self.console.rule(f"{heading}  ({elapsed / 60:.1f} min so far)", align="left")
+        start = time.monotonic()
+        work()
+        self.seconds[name] = round(time.monotonic() - start, 2)
+        self._inputs = uuid.uuid4().hex
+        done = {"fingerprint": fingerprint, "run": self._inputs, "seconds": self.seconds[name]}
+        write_whole(marker, json.dumps(done))
+        self.console.print(f"{heading}: {self.seconds[name]:.0f} s")

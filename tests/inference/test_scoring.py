@@ -1,0 +1,84 @@
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prefopt.inference.generate import Completion
+from prefopt.inference.scoring import (
+    gold_accuracy,
+    reward_accuracy,
+    score_completions,
+    score_rows,
+    score_texts,
+)
+from prefopt.models.reward import set_reward_bias
+from prefopt.rankings.tokens import build_ids
+
+ROWS = [
+    {"prompt": "the cat", "completions": [" sat", " ran to the red house", " a"], "ranks": [2, 1, 2]},
+    {"prompt": "question: what is this? answer:", "completions": [" a dog", " a mat"], "ranks": [1, 2]},
+]
+
+
+def score_alone(model, ids):
+    return model(torch.tensor([ids])).logits.item()
+
+
+def test_scores_equal_one_forward_per_completion(reward_model, tokenizer):
+    set_reward_bias(reward_model, 0.25)
+    reward_model.eval()
+    expected = [
+        [
+            score_alone(reward_model, [*chain(*build_ids(tokenizer, r["prompt"], c))]) - 0.25
+            for c in r["completions"]
+        ]
+        for r in ROWS
+    ]
+    for batch_size in (1, 2, 8):
+        found = score_rows(reward_model, tokenizer, ROWS, batch_size)
+        assert [len(row) for row in found] == [3, 2]
+        assert [*chain(*found)] == pytest.approx([*chain(*expected)], abs=1e-5)
+    assert score_texts(reward_model, tokenizer, ["the cat"] * 2, [" sat", " a"]) == pytest.approx(
+        [expected[0][0], expected[0][2]], abs=1e-5
+    )
+
+
+def test_a_truncated_completion_is_scored_without_an_end_token(reward_model, tokenizer):
+    row = {"prompt": "the cat", "completions": [" sat", " sat"], "ranks": [1, 1], "truncated": [True, False]}
+    ids = tokenizer("the cat sat")["input_ids"]
+    expected = [score_alone(reward_model, ids), score_alone(reward_model, [*ids, tokenizer.eos_token_id])]
+    assert score_rows(reward_model, tokenizer, [row])[0] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
+def test_sampled_ids_are_scored_as_they_are(reward_model, tokenizer):
+    odd = Completion(text=" sat", ids=[5, 6, 7], truncated=True)  # not what the text would tokenize to
+    expected = score_alone(reward_model, [*tokenizer("the cat")["input_ids"], 5, 6, 7])
+    assert score_completions(reward_model, tokenizer, ["the cat"], [odd]) == pytest.approx(
+        [expected], abs=1e-5
+    )
+
+
+def test_accuracy_counts_strict_pairs_per_group(reward_model, tokenizer):
+    scores = score_rows(reward_model, tokenizer, ROWS)
+    (a, b, c), (d, e) = scores
+    expected = (float(b > a) + float(b > c) + float(d > e)) / 3
+    reverse = [{**r, "ranks": [3 - k for k in r["ranks"]]} for r in ROWS]
+    found = reward_accuracy(reward_model, tokenizer, {"train_labelers": ROWS, "heldout_labelers": reverse})
+    assert found["train_labelers"].value == pytest.approx(expected)
+    assert found["heldout_labelers"].value == pytest.approx(1 - expected)
+    assert (found["train_labelers"].n, found["train_labelers"].n_clusters) == (3, 2)
+
+
+def test_gold_accuracy():
+    def gold(prompt, completion):
+        return SimpleNamespace(total=len(completion))
+
+    found = gold_accuracy(gold, {"train_labelers": ROWS})["train_labelers"]
+    assert found.value == pytest.approx((1 + 1 + 0.5) / 3)  # the last two completions are equally long
+
+
+def test_too_long_for_the_reward_model_is_named(reward_model, tokenizer):
+    with pytest.raises(ValueError, match=r"completion 1: .* 256 positions"):
+        score_texts(reward_model, tokenizer, ["a", "a"], [" dog", " dog" * 300])

@@ -1,0 +1,164 @@
+"""Bad input stops a recipe with one line that names the place and the remedy, before any model is loaded."""
+
+import json
+
+import pytest
+
+from prefopt import cli
+from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.recipes.common.rows import check_fields, load_rows
+
+GOOD = {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}
+NO_MODEL = "/no/such/model"  # loading it would raise OSError, not the error a test expects
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def run_reward(tmp_path, rows, *extra):
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = [
+        "--model_name_or_path",
+        NO_MODEL,
+        "--dataset_name",
+        data,
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit) as stop:
+        reward.main([*arguments, *extra])
+    return str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "p", "completions": ["a", "b"]}, ["row 1", "'ranks'"]),
+        ({**GOOD, "completions": [" 4"], "ranks": [1]}, ["row 1", "'completions'", "at least 2"]),
+        ({**GOOD, "ranks": [1, 2, 3]}, ["row 1", "'ranks'", "2 ranks"]),
+        ({**GOOD, "ranks": [1, float("nan")]}, ["row 1", "'ranks'", "nan"]),
+        ({**GOOD, "completions": [" 4", ""]}, ["row 1", "completions[1]", "non-empty"]),
+        ({**GOOD, "ranks": ["1", "2"]}, ["row 1", "'ranks'", "integer"]),
+    ],
+    ids=["missing-field", "one-completion", "length", "nan", "empty", "strings"],
+)
+@pytest.mark.parametrize("recipe", [reward, dpo])
+def test_bad_rows_name_row_field_and_expectation(tmp_path, row, said, recipe):
+    data = write_rows(tmp_path / "rows.jsonl", [GOOD, row])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(
+            ["--model_name_or_path", NO_MODEL, "--dataset_name", data, "--output_dir", str(tmp_path / "out")]
+        )
+    for words in ("error", "rows.jsonl", *said):
+        assert words in str(stop.value)
+
+
+@pytest.mark.parametrize("recipe", [sft, reward, dpo, ppo_ptx, sample])
+def test_unknown_yaml_key_is_an_error_with_a_suggestion(tmp_path, recipe):
+    config = tmp_path / "step.yaml"
+    key, meant = ("temprature", "temperature") if recipe is sample else ("learnin_rate", "learning_rate")
+    config.write_text(f"model_name_or_path: {NO_MODEL}\n{key}: 0.1\n")
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["--config", str(config)])
+    assert f"'{key}' (did you mean '{meant}'?)" in str(stop.value)
+    assert "step.yaml" in str(stop.value)
+
+
+def test_unknown_command_line_key_is_an_error_with_a_suggestion(tmp_path):
+    with pytest.raises(SystemExit, match=r"command line: 'learnin_rate' .did you mean 'learning_rate'"):
+        reward.main(["--learnin_rate", "0.1", "--output_dir", str(tmp_path)])
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    config = tmp_path / "step.yaml"
+    config.write_text(f"model_name_or_path: {NO_MODEL}\ndataset_name: from_file.jsonl\n")
+    with pytest.raises(SystemExit, match=r"from_line\.jsonl"):
+        sample.main(["--config", str(config), "--dataset_name", "from_line.jsonl", "--output", "x.jsonl"])
+
+
+def test_all_rows_tied_is_said(tmp_path):
+    message = run_reward(tmp_path, [{**GOOD, "ranks": [1, 1]}])
+    assert "tied" in message
+
+
+def test_missing_file_and_broken_json(tmp_path):
+    with pytest.raises(SystemExit, match=r"nowhere\.jsonl does not exist"):
+        load_rows("nowhere.jsonl", check=check_fields("prompt"), key="dataset_name")
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"prompt": "a"}\n{"prompt": ')
+    with pytest.raises(SystemExit, match="line 2"):
+        load_rows(str(broken), check=check_fields("prompt"), key="dataset_name")
+
+
+def test_an_empty_cell_names_its_row(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": ""}])
+    with pytest.raises(SystemExit, match="row 1: field 'prompt'"):
+        load_rows(data, check=check_fields("prompt"), key="dataset_name")
+
+
+def test_csv_and_parquet_files_load(tmp_path):
+    rows = load_rows(
+        write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}]),
+        check=check_fields("prompt"),
+        key="d",
+    )
+    rows.to_csv(tmp_path / "rows.csv")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.save_to_disk(tmp_path / "folder")
+    for name in ("rows.csv", "rows.parquet", "folder"):
+        assert load_rows(str(tmp_path / name), check=check_fields("prompt"), key="d")["prompt"][:] == [
+            "a",
+            "b",
+        ]
+
+
+def test_cli_lists_every_command_and_refuses_others(capsys):
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in cli.COMMANDS)
+    assert cli.main(["rewrad"]) == 2
+    assert "rewrad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": 3}, "row 1: field 'prompt': expected a text or messages"),
+        ({"prompt": [{"role": "user"}]}, "row 1: field 'prompt': expected a text or messages"),
+        ({"prompt": [{"role": "user", "content": "hi"}]}, "text in some rows and messages in others"),
+    ],
+)
+def test_prompts_that_are_no_text_name_their_row(tmp_path, row, said):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
+    with pytest.raises(SystemExit, match=said):
+        load_rows(data, check=check_fields("prompt"), key="dataset_name")
+
+
+def test_a_field_of_mixed_types_is_named(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "two"}])
+    with pytest.raises(SystemExit, match="field 'id' has values of different types"):
+        load_rows(data, check=check_fields("prompt"), key="dataset_name")
+
+
+@pytest.mark.parametrize("text", ["a: [", "3: x", "- a", "learning_rate:"])
+def test_a_file_that_is_no_mapping_of_words_is_refused(tmp_path, text):
+    config = tmp_path / "step.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit, match=r"step\.yaml"):
+        reward.main([f"--config={config}"])
+    with pytest.raises(SystemExit, match="needs a YAML file"):
+        reward.main(["--config"])
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    message = run_reward(tmp_path, [GOOD])
+    assert message.startswith("error: model_name_or_path: cannot load")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("beta", ["0", "-1"])
+def test_dpo_refuses_a_beta_that_inverts_the_ranks(tmp_path, beta):
+    with pytest.raises(SystemExit, match="expected a positive number"):
+        dpo.main(["--output_dir", str(tmp_path), "--beta", beta])

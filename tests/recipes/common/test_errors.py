@@ -1,0 +1,258 @@
+"""Troubles of every day end a command with a sentence and a remedy; a bug keeps its traceback."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors import SafetensorError
+
+from prefopt import cli
+from prefopt.losses import ranking_loss
+from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.recipes.common.errors import explain, run_command
+
+
+def hub_error(kind, message):
+    response = types.SimpleNamespace(headers={}, request=None)
+    return kind(message, response=response)
+
+
+def wrapped(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+CPU_MEMORY = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "4096 bytes. Error code 12 (Cannot allocate memory)"
+)
+GPU_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB of which 1.2 GiB is free."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "command", "said"),
+    [
+        (GPU_MEMORY, "ppo-ptx", "on the GPU (tried to allocate 2.00 gib): lower per_device_train_batch_size"),
+        (GPU_MEMORY, "ppo-ptx", "ptx_per_device_batch_size"),
+        (GPU_MEMORY, "dpo", "max_tokens_per_forward"),
+        (GPU_MEMORY, "sft", "gradient_checkpointing: true; use_peft: true with load_in_4bit: true"),
+        (GPU_MEMORY, "reward", "`prefopt plan` says what fits"),
+        (CPU_MEMORY, "sample", "out of memory: lower batch_size or max_new_tokens"),
+        (MemoryError(), "eval", "out of memory: lower batch_size"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "sft", "the disk is full at out/x: free"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device"),
+            "sft",
+            "disk is full",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "sample", "the disk is full"),
+        (hub_error(errors.GatedRepoError, "403"), "sft", "accept its terms on its page at huggingface.co"),
+        (
+            hub_error(errors.RepositoryNotFoundError, "404"),
+            "sft",
+            "no such name on the Hub, or it is private",
+        ),
+        (wrapped(OSError("any text"), hub_error(errors.GatedRepoError, "403")), "sft", "accept its terms"),
+        (hub_error(errors.RevisionNotFoundError, "404"), "sft", "check model_revision"),
+        (
+            errors.LocalEntryNotFoundError("not cached"),
+            "sft",
+            "the Hub cannot be reached (HF_HUB_OFFLINE is set)",
+        ),
+        (ImportError("Using `bitsandbytes` 4-bit quantization requires it"), "reward", "`prefopt env` says"),
+        (
+            RuntimeError("Found no NVIDIA driver on your system."),
+            "sft",
+            "no usable GPU: Found no NVIDIA driver",
+        ),
+        (RuntimeError("WandbCallback requires wandb. Run `pip install wandb`."), "sft", "pip install wandb"),
+    ],
+)
+def test_a_trouble_is_told_with_its_remedy(error, command, said, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert said in explain(error, command)
+
+
+def test_the_allocators_own_error_is_known():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60)
+    assert explain(raised.value, "sample") == "out of memory: lower batch_size or max_new_tokens"
+
+
+def test_a_refusal_by_transformers_is_translated_where_the_settings_are_read(tmp_path):
+    if torch.cuda.is_available():
+        pytest.fail("this test says what happens without a GPU")
+    from prefopt.recipes.sft import SFTStepConfig
+
+    with pytest.raises(UserError, match=r"error: bf16: true needs a GPU that has bf16 .*leave bf16 unset"):
+        parse((SFTStepConfig,), ["--output_dir", str(tmp_path), "--bf16", "true"], "prefopt sft")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"),
+        KeyError("x"),
+        ZeroDivisionError(),
+        RuntimeError("shape mismatch"),
+        AttributeError("y"),
+    ],
+)
+def test_a_bug_is_no_trouble_of_every_day(error):
+    assert explain(error, "sft") is None
+
+
+def test_what_prefopt_refuses_itself_is_told_as_it_is():
+    with pytest.raises(ValueError, match="ties") as refused:
+        ranking_loss(torch.zeros(1, 2), torch.tensor([[1, 2]]), ties="none")
+    assert explain(refused.value) == str(refused.value)
+
+
+def test_an_error_that_arises_inside_prefopt_is_a_bug():
+    """Not raised by a `raise` of prefopt's: its text was not written for the user."""
+    scope = {"__name__": "prefopt.somewhere", "__spec__": types.SimpleNamespace(name="prefopt.somewhere")}
+    exec("def broken():\n    return int('x')\n", scope)
+    with pytest.raises(ValueError, match="invalid literal") as bug:
+        scope["broken"]()
+    assert explain(bug.value) is None
+
+
+# ---- how a command ends -----------------------------------------------------------------------------------------
+def raises(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_a_trouble_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(raises(GPU_MEMORY), "sft")
+    assert str(stop.value).startswith("error: out of memory on the GPU")
+    assert "PREFOPT_TRACEBACK=1" in str(stop.value)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback_and_fails(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(raises(ZeroDivisionError("a bug")), "sft")
+    assert stop.value.code == 1
+    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_the_traceback_behind_a_sentence(capsys, monkeypatch):
+    monkeypatch.setenv("PREFOPT_TRACEBACK", "1")
+    with pytest.raises(SystemExit) as stop:
+        run_command(raises(GPU_MEMORY), "sft")
+    assert stop.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(raises(KeyboardInterrupt()), "dpo")
+    assert stop.value.code == 130
+    assert "resume_from_checkpoint: true" in capsys.readouterr().err
+
+
+def test_of_several_processes_each_says_which_it_is(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit, match=r"^process 3: error: a bad row$"):
+        run_command(raises(UserError("a bad row")), "sft")
+
+
+def test_a_help_and_a_success_pass_through():
+    run_command(lambda argv: None, "sft")
+    with pytest.raises(SystemExit) as stop:
+        run_command(raises(SystemExit(0)), "sft")
+    assert stop.value.code == 0
+
+
+def test_a_command_and_its_module_end_alike(tmp_path, monkeypatch):
+    """`accelerate launch -m prefopt.recipes.dpo` runs the module."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}\n')
+    argv = ["--model_name_or_path", "no-one/nothing", "--dataset_name", "rows.jsonl", "--output_dir", "out"]
+    told = "the Hub cannot be reached (HF_HUB_OFFLINE is set)"
+    with pytest.raises(SystemExit, match=re.escape(told)) as stop:
+        cli.main(["dpo", *argv])
+    done = subprocess.run(
+        [sys.executable, "-m", "prefopt.recipes.dpo", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == str(stop.value)
+    assert "Traceback" not in done.stderr
+
+
+# ---- help -------------------------------------------------------------------------------------------------------
+def test_the_help_names_every_command_in_its_group(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for title, commands in cli.GROUPS.items():
+        part = shown[shown.index(f"{title}:") :].split("\n\n")[0]
+        assert [line.split()[0] for line in part.splitlines()[1:]] == list(commands)
+    assert "prefopt recipes copy tiny" in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "hidden"),
+    [
+        ("reward", ["--center_on", "--ties", "--learning_rate", "--model_name_or_path"], "--adam_beta1"),
+        ("ppo-ptx", ["--kl_coef", "--ptx_coef", "--reward_model_name_or_path"], "--beta"),
+        ("dpo", ["--beta", "--max_length"], "--adam_beta1"),
+    ],
+)
+def test_a_command_shows_its_own_keys_and_the_usual_ones_first(capsys, command, own, hidden):
+    from importlib import import_module
+
+    main = import_module(cli.COMMANDS[command][0]).main
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    short = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help-all"])
+    everything = capsys.readouterr().out
+    keys = {line.split()[0] for line in short.splitlines() if line.startswith("  --")}
+    assert set(own) <= keys
+    assert hidden not in keys
+    for key in (*own, hidden):
+        assert f"  {key} " in everything
+    number = int(next(line for line in short.splitlines() if "--help-all" in line).split()[0])
+    every = {line.split()[0] for line in everything.splitlines() if line.startswith("  --")}
+    assert number == len({key for key in every - keys if not key.startswith("--no_")})
+
+
+def test_dashes_in_a_key_are_underscores(tmp_path):
+    from prefopt.recipes.sample import SampleArguments
+
+    (args,) = parse((SampleArguments,), ["--output=a-b.jsonl", "--k-min", "3", "--k_max=3"], "prefopt sample")
+    assert (args.output, args.k_min, args.k_max) == ("a-b.jsonl", 3, 3)
+
+
+def test_warnings_that_no_key_changes_are_left_out(recwarn):
+    def main(argv):
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.",
+            FutureWarning,
+            stacklevel=1,
+        )
+        warnings.warn("'pin_memory' argument is set as true but no accelerator is found, then", stacklevel=1)
+        warnings.warn("`something_else` is deprecated", FutureWarning, stacklevel=1)
+
+    run_command(main, "dpo")
+    assert [str(warning.message) for warning in recwarn] == ["`something_else` is deprecated"]

@@ -1,0 +1,225 @@
+"""What stops a step before any weights are loaded, and what a finished run is left with."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.recipes.common import preflight as checks
+from prefopt.recipes.common.errors import UserError
+
+PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
+CONTEXT = 256  # max_position_embeddings of the tests' models
+SHORT = ["--max_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "2"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, causal_lm, reward_model, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("base", causal_lm), ("rm", reward_model)):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    write_jsonl("prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    write_jsonl("demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
+    write_jsonl("text.jsonl", [{"text": "the cat sat on the mat and the dog ran"}] * 8)
+    rows = [{"prompt": p, "completions": [" sat", " ran"], "ranks": [1, 2]} for p in PROMPTS]
+    write_jsonl("rankings.jsonl", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is the mistake that these tests look for."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", load)
+
+
+def command(rows, *extra, output="out"):
+    argv = ["--model_name_or_path", "base", "--dataset_name", rows, "--output_dir", output, *SHORT]
+    return [*argv, *map(str, extra)]
+
+
+def ppo_command(*extra):
+    prompts = ["--reward_model_name_or_path", "rm", "--per_device_train_batch_size", "4"]
+    return command("prompts.jsonl", *prompts, *extra)
+
+
+# ---- lengths ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("recipe", "argv"),
+    [
+        (sft, command("demos.jsonl", "--max_length", CONTEXT + 1)),
+        (reward, command("rankings.jsonl", "--max_length", CONTEXT + 1)),
+        (dpo, command("rankings.jsonl", "--max_length", CONTEXT + 1)),
+        (
+            ppo_ptx,
+            ppo_command("--pretrain_dataset_name", "text.jsonl", "--ptx_max_length", CONTEXT + 1),
+        ),
+    ],
+    ids=["sft", "reward", "dpo", "ppo-ptx"],
+)
+def test_a_length_beyond_the_context_names_the_limit(files, no_weights, recipe, argv):
+    with pytest.raises(SystemExit, match=rf"max_length is 257, but base reads at most {CONTEXT} tokens"):
+        recipe.main(argv)
+
+
+def test_a_default_length_is_lowered_to_the_context(files, caplog):
+    args = reward.RankedRewardConfig(output_dir="out", report_to="none")
+    assert args.max_length == 1024
+    checks.check_length(args, "max_length", "base")
+    assert args.max_length == CONTEXT
+    assert "max_length: lowered from its default 1024 to the 256 tokens that base reads" in caplog.text
+    args.max_length = CONTEXT  # just fits
+    checks.check_length(args, "max_length", "base")
+    assert args.max_length == CONTEXT
+
+
+@pytest.mark.parametrize("recipe", [ppo_ptx, sample])
+def test_a_prompt_that_leaves_no_room_for_a_completion_is_named(files, no_weights, recipe, tokenizer):
+    rows = [*PROMPTS[:2], " cat" * 50, PROMPTS[3]]
+    write_jsonl("prompts.jsonl", [{"prompt": p} for p in rows])
+    length = len(tokenizer(rows[2])["input_ids"])
+    room = CONTEXT - length
+    if recipe is sample:
+        argv = ["--model_name_or_path", "base", "--dataset_name", "prompts.jsonl", "--output", "s.jsonl"]
+        key = "max_new_tokens"
+    else:
+        argv, key = ppo_command("--ptx_coef", 0), "max_completion_length"
+    with pytest.raises(
+        SystemExit, match=rf"row 2: its prompt of {length} tokens and {key} {room + 1} are more than the 256"
+    ):
+        recipe.main([*argv, f"--{key}", str(room + 1)])
+    with pytest.raises(AssertionError, match="weights were loaded"):  # one token less fits
+        recipe.main([*argv, f"--{key}", str(room)])
+
+
+def test_chat_prompts_are_measured_as_their_template_renders_them(files, chat_tokenizer):
+    from datasets import Dataset
+
+    chat_tokenizer.save_pretrained("base")
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "the cat"}]}])
+    length = len(
+        chat_tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"]
+    )
+    fits = ("max_new_tokens", CONTEXT - length)
+    checks.check_prompts(rows, "rows", chat_tokenizer, ["base"], fits)
+    with pytest.raises(UserError, match=rf"row 0: its prompt of {length} tokens"):
+        checks.check_prompts(rows, "rows", chat_tokenizer, ["base"], ("max_new_tokens", fits[1] + 1))
+
+
+def test_positions_of_other_configurations(tmp_path):
+    GPT2Config(n_positions=64).save_pretrained(tmp_path / "gpt2")
+    assert checks.positions(str(tmp_path / "gpt2")) == 64
+    config = {
+        "model_type": "llama",
+        "max_position_embeddings": 100,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 100,
+        },
+    }
+    (tmp_path / "yarn").mkdir()
+    (tmp_path / "yarn" / "config.json").write_text(json.dumps(config))
+    assert checks.positions(str(tmp_path / "yarn")) == 400
+    (tmp_path / "bloom").mkdir()
+    (tmp_path / "bloom" / "config.json").write_text('{"model_type": "bloom"}')
+    assert checks.positions(str(tmp_path / "bloom")) is None
+
+
+def test_a_tokenizer_without_any_closing_token_is_refused(files, tokenizer_source):
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_source).save_pretrained("base")
+    assert AutoTokenizer.from_pretrained("base").eos_token is None
+    with pytest.raises(
+        SystemExit, match=r"neither a padding nor an end-of-sequence token: set tokenizer\.eos_token"
+    ):
+        reward.main(command("rankings.jsonl"))
+
+
+# ---- the folder of the run ------------------------------------------------------------------------------------
+def contents(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_run_is_neither_overwritten_nor_saved_again(files, capsys):
+    argv = command("demos.jsonl", "--save_steps", 1)
+    sft.main(argv)
+    before = contents(files / "out")
+    with pytest.raises(
+        SystemExit, match=r"output_dir: out holds a finished run.*resume_from_checkpoint: true"
+    ):
+        sft.main(argv)
+    capsys.readouterr()
+    sft.main([*argv, "--resume_from_checkpoint", "true"])
+    assert "out holds the finished run of 2 steps: nothing is left to train" in capsys.readouterr().out
+    assert contents(files / "out") == before
+    longer = [*argv, "--max_steps", "3", "--resume_from_checkpoint", "true"]
+    sft.main(longer)
+    assert json.loads((files / "out" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_checkpoints_of_an_unfinished_run_are_not_overwritten(files):
+    argv = command("demos.jsonl", "--save_steps", 1)
+    sft.main(argv)
+    (files / "out" / "trainer_state.json").unlink()  # as if killed at the end
+    with pytest.raises(SystemExit, match=r"holds 2 checkpoints of an unfinished run"):
+        sft.main(argv)
+    sft.main([*argv, "--resume_from_checkpoint", "latest"])
+    assert (files / "out" / "trainer_state.json").is_file()
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_made_longer(files):
+    argv = command("demos.jsonl", "--save_strategy", "no")
+    sft.main(argv)
+    before = contents(files / "out")
+    with pytest.raises(SystemExit, match="has no checkpoint to go on from"):
+        sft.main([*argv, "--max_steps", "5", "--resume_from_checkpoint", "true"])
+    assert contents(files / "out") == before
+
+
+def test_a_run_whose_weights_are_gone_is_not_finished(files):
+    argv = command("demos.jsonl", "--save_steps", 1, "--resume_from_checkpoint", "true")
+    sft.main(argv)
+    weights = (files / "out" / "model.safetensors").read_bytes()
+    (files / "out" / "model.safetensors").unlink()
+    sft.main(argv)
+    assert (files / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_epochs_are_counted_where_no_steps_are_asked_for(files):
+    argv = command("demos.jsonl", "--max_steps", -1, "--num_train_epochs", 1, "--save_strategy", "epoch")
+    sft.main(argv)
+    before = contents(files / "out")
+    sft.main([*argv, "--resume_from_checkpoint", "true"])
+    assert contents(files / "out") == before
+    sft.main([*argv, "--num_train_epochs", "2", "--resume_from_checkpoint", "true"])
+    assert json.loads((files / "out" / "trainer_state.json").read_text())["epoch"] == 2
+
+
+def test_a_run_of_another_step_is_not_gone_on_with(files):
+    reward.main(command("rankings.jsonl", "--save_steps", 1))
+    (files / "out" / "trainer_state.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 is of a RankedRewardTrainer, not of a RankedDPOTrainer"
+    ):
+        dpo.main(command("rankings.jsonl", "--resume_from_checkpoint", "true"))
+
+
+def test_a_checkpoint_that_is_not_there_is_told_at_once(files, no_weights):
+    with pytest.raises(SystemExit, match="resume_from_checkpoint: there is no folder nowhere"):
+        sft.main(command("demos.jsonl", "--resume_from_checkpoint", "nowhere"))
+
+
+# ---- logging --------------------------------------------------------------------------------------------------
+def test_an_unknown_or_missing_logger_is_told_at_once(files, no_weights, monkeypatch):
+    with pytest.raises(SystemExit, match=r"report_to: nope is not supported, only .*wandb"):
+        sft.main(command("demos.jsonl", "--report_to", "nope"))
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="report_to: wandb needs its package: pip install wandb"):
+        sft.main(command("demos.jsonl", "--report_to", "wandb"))

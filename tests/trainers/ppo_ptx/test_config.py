@@ -1,0 +1,83 @@
+"""PPOPtxConfig: defaults, refusals, and a decision for every field of GRPOConfig."""
+
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+from trl import GRPOConfig
+
+from prefopt.trainers.ppo_ptx.config import FIXED, HONORED, REFUSED, PPOPtxConfig
+
+
+def grpo_fields():
+    return {f.name: f for f in fields(GRPOConfig)}.keys() - {f.name for f in fields(GRPOConfig.__base__)}
+
+
+def test_default_config_constructs_without_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("prefopt.trainers.ppo_ptx.config.is_torch_bf16_gpu_available", lambda: False)
+    args = PPOPtxConfig(str(tmp_path))
+    assert (args.bf16, args.num_generations, args.beta) == (False, 1, 0.0)
+    assert (args.kl_coef, args.ptx_coef, args.ptx_batch_ratio) == (0.02, 27.8, 8.0)
+
+
+def test_every_grpo_field_has_one_decision():
+    decided = [*HONORED, *FIXED, *REFUSED]
+    assert grpo_fields() <= set(decided) <= grpo_fields() | {f.name for f in fields(TrainingArguments)}
+    assert len(decided) == len(set(decided))
+
+
+OTHER = {bool: True, int: 3, float: 0.375, str: "other", type(None): 0.375}
+
+
+@pytest.mark.parametrize("name", sorted(FIXED | REFUSED))
+def test_other_value_raises_its_sentence(name, tmp_path):
+    default = {f.name: f.default for f in fields(PPOPtxConfig)}[name]
+    other = (not default) if isinstance(default, bool) else OTHER[type(default)]
+    with pytest.raises(ValueError, match=f"^{name}=") as error:
+        PPOPtxConfig(str(tmp_path), **{name: other})
+    assert str(error.value).endswith({**FIXED, **REFUSED}[name])
+
+
+@pytest.mark.parametrize("name", sorted(FIXED | REFUSED))
+def test_default_spelled_out_is_accepted(name, tmp_path):
+    default = {f.name: f.default for f in fields(PPOPtxConfig)}[name]
+    assert getattr(PPOPtxConfig(str(tmp_path), **{name: default}), name) == default
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_any_rollout_size(rows, tmp_path):
+    args = PPOPtxConfig(str(tmp_path), per_device_train_batch_size=rows)
+    assert args.generation_batch_size == rows
+    assert type(args.num_generations) is int
+
+
+def test_paper_schedule(tmp_path):
+    args = PPOPtxConfig(
+        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=8, generation_batch_size=512
+    )
+    assert args.steps_per_generation / args.gradient_accumulation_steps == 512 / 64
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "whole minibatches"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "whole minibatches"),
+        ({"kl_coef": -0.1}, "kl_coef"),
+        ({"ptx_batch_ratio": float("nan")}, "ptx_batch_ratio"),
+        ({"gae_lambda": 1.5}, "gae_lambda"),
+        ({"num_generations": 0}, "num_generations"),
+        ({"generation_kwargs": {"do_sample": False}}, "greedy"),
+        ({"generation_kwargs": '{"do_sample": false}'}, "greedy"),
+        ({"fp16": True}, "fp16"),
+        ({"per_device_train_batch_size": 4, "num_generations": 3}, "divisible"),
+    ],
+)
+def test_bad_values_raise(options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        PPOPtxConfig(str(tmp_path), **options)
+
+
+def test_unknown_option_raises(tmp_path):
+    with pytest.raises(TypeError, match="learnin_rate"):
+        PPOPtxConfig(str(tmp_path), learnin_rate=1e-5)

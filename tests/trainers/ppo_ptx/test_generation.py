@@ -1,0 +1,275 @@
+"""TRL's ways to generate under PPOPtxTrainer: continuous batching on a CPU, vLLM with a stand-in for its engine."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from trl.generation.vllm_generation import VLLMGeneration
+
+from prefopt.losses import clipped_policy_loss
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+
+PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red"]
+
+
+def lora(model, **kwargs):
+    torch.manual_seed(5)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **kwargs))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture
+def make(causal_lm, tokenizer, tmp_path):
+    def make(
+        model=causal_lm,
+        reward=lambda completion_ids, **kwargs: [float(len(x)) for x in completion_ids],
+        **options,
+    ):
+        given = {
+            name: options.pop(name) for name in ("eval_dataset", "quantization_config") if name in options
+        }
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "max_completion_length": 6,
+            "max_steps": 2,
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+            "ptx_coef": 0.0,
+        }
+        torch.manual_seed(3)
+        return PPOPtxTrainer(
+            model,
+            reward,
+            PPOPtxConfig(**{**settings, **options}),
+            Dataset.from_dict({"prompt": PROMPTS * 4}),
+            processing_class=tokenizer,
+            **given,
+        )
+
+    return make
+
+
+# ---- continuous batching ------------------------------------------------------------------------------------------
+CONTINUOUS = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 256},
+}
+
+
+def goodness_of_fit(tokens, probabilities):
+    """p-value of Pearson's test; tokens that are expected less than five times are one class."""
+    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(tokens)
+    is_rare = expected < 5
+    observed, expected = (torch.cat([x[~is_rare], x[is_rare].sum()[None]]) for x in (counts, expected))
+    return chisquare(observed, expected * observed.sum() / expected.sum()).pvalue
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_continuous_batching_samples_from_the_policy(kind, make, causal_lm, tokenizer):
+    """Not from the base, not from another temperature; a suppressed token never."""
+    model = lora(causal_lm) if kind == "lora" else causal_lm
+    prompt = torch.tensor([tokenizer("the cat")["input_ids"]])
+
+    def next_token(model, temperature):
+        logits = model(prompt).logits[0, -1] / temperature
+        logits[50] = -torch.inf
+        return logits.softmax(-1)
+
+    trainer = make(
+        model,
+        temperature=0.5,
+        max_completion_length=1,
+        generation_kwargs={"suppress_tokens": [50]},
+        **CONTINUOUS,
+    )
+    rollout = trainer._generate_and_score_completions([{"prompt": "the cat"}] * 1000)
+    tokens = rollout["completion_ids"][:, 0]
+    assert goodness_of_fit(tokens, next_token(trainer.model, 0.5)) > 1e-3
+    assert goodness_of_fit(tokens, next_token(trainer.model, 1.0)) < 1e-6
+    if kind == "lora":
+        with trainer.model.disable_adapter():
+            assert goodness_of_fit(tokens, next_token(trainer.model, 0.5)) < 1e-6
+    assert trainer._metrics["train"]["objective/kl"] == [0.0]
+
+
+def test_continuous_batching_trains_and_evaluates(make, causal_lm):
+    """Completions stay with their prompts; evaluation stays evaluation; weights keep their dtype."""
+    seen = []
+
+    def reward(prompts, completion_ids, **kwargs):
+        seen.extend(prompts)
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = make(reward=reward, eval_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}), **CONTINUOUS)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    after = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(p.dtype == torch.float32 for p in after.values())
+    for log in trainer.state.log_history:
+        assert log.get("clip_ratio/region_mean", 0) == 0  # the policy that samples is the one that trains
+    seen.clear()
+    trainer.evaluate()
+    assert sorted(seen) == sorted(PROMPTS * 2)
+    assert "eval_objective/kl" in trainer.state.log_history[-1]
+    assert all(torch.equal(after[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_missing_completions_stop_the_run(make, monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(
+        trainer, "_generate_single_turn", lambda ids, *args, **kwargs: ([[5, 1]] * (len(ids) - 1), None)
+    )
+    with pytest.raises(RuntimeError, match="3 completions for 4 prompts"):
+        trainer.train()
+
+
+def test_continuous_batching_that_would_round_the_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="16 bit in place"):
+        PPOPtxConfig(str(tmp_path), use_cpu=True, bf16=True, use_transformers_continuous_batching=True)
+
+
+# ---- vLLM ---------------------------------------------------------------------------------------------------------
+class Engine(VLLMGeneration):
+    """TRL's vLLM client with a plain model for the engine, which has what weights it is sent, and nothing else.
+
+    It samples at another temperature than it is told, as an engine whose arithmetic differs would.
+    """
+
+    skew = 1.0
+
+    def _init_vllm(self):
+        model = getattr(self.model, "base_model", self.model)
+        self.engine = LlamaForCausalLM(getattr(model, "model", model).config).requires_grad_(False)
+        self.syncs = 0
+
+    @torch.no_grad()
+    def sync_weights(self):
+        sent = {name: parameter.clone() for name, parameter in self._iter_named_params()}
+        self.engine.load_state_dict(sent)  # strict: raises on a name too many or too few
+        self.syncs += 1
+
+    @torch.no_grad()
+    def generate(self, prompts, images, num_generations, profiler=None):
+        completions, logprobs = [], []
+        for prompt in prompts:
+            ids, chosen = list(prompt), []
+            for _ in range(self.max_completion_length):
+                logits = self.engine(torch.tensor([ids])).logits[0, -1] / (self.temperature * self.skew)
+                logps = logits.log_softmax(-1)
+                ids.append(int(torch.multinomial(logps.exp(), 1)))
+                chosen.append([float(logps[ids[-1]])])
+                if ids[-1] == 1:
+                    break
+            completions.append(ids[len(prompt) :])
+            logprobs.append(chosen)
+        return prompts, completions, logprobs, None
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    monkeypatch.setattr(Engine, "skew", 1.0)
+    return Engine
+
+
+@pytest.mark.parametrize("value_model", ["head", "network"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_vllm_gets_the_policys_weights_and_no_others(
+    kind, value_model, engine, make, causal_lm, reward_model
+):
+    trainer = make(
+        lora(causal_lm) if kind == "lora" else causal_lm,
+        reward_model if value_model == "network" else lambda completions, **kwargs: [1.0] * len(completions),
+        use_vllm=True,
+        max_steps=3,
+    )
+    trainer.train()
+    generation = trainer.vllm_generation
+    assert generation.syncs == 3  # before every rollout
+    first = [log for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
+    assert all(
+        log["sampling/sampling_logp_difference/max"] < 1e-4 for log in first
+    )  # one policy on both sides
+    generation.sync_weights()
+    ids = torch.randint(5, 300, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            generation.engine(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_importance_weights_multiply_the_policy_loss(correction, engine, make, causal_lm, monkeypatch):
+    """The engine samples by probabilities of its own; ratio and KL are of the policy's."""
+    monkeypatch.setattr(Engine, "skew", 1.5)
+    start = copy.deepcopy(causal_lm)
+    trainer = make(
+        use_vllm=True,
+        vllm_importance_sampling_correction=correction,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+        kl_coef=0.1,
+        max_steps=1,
+    )
+    rollouts = []
+    original = trainer._generate_and_score_completions
+
+    def keep(inputs):
+        rollouts.append(original(inputs))
+        return rollouts[-1]
+
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", keep)
+    trainer.train()
+    (rollout,) = rollouts
+    mask = rollout["completion_mask"].bool()
+    weights, logps = torch.ones(mask.shape), torch.zeros(mask.shape)
+    with torch.no_grad():
+        for row in range(4):
+            prompt = rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()]
+            completion = rollout["completion_ids"][row][mask[row]]
+            logits = start(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+            for t, token in enumerate(completion):
+                logps[row, t] = logits[t].log_softmax(-1)[token]
+                ratio = (logps[row, t] - (logits[t] / 1.5).log_softmax(-1)[token]).exp()
+                weights[row, t] = min(ratio, 2.0) if correction else 1.0
+    torch.testing.assert_close(rollout["old_per_token_logps"] * mask, logps, atol=1e-5, rtol=1e-5)
+    expected = clipped_policy_loss(logps, logps, rollout["advantages"] * weights, mask)
+    log = next(log for log in trainer.state.log_history if "loss/policy" in log)
+    assert log["loss/policy"] == pytest.approx(expected.item(), abs=1e-5)
+    assert log["objective/kl"] == 0.0
+    if correction:
+        plain = clipped_policy_loss(logps, logps, rollout["advantages"], mask)
+        assert abs(expected - plain) > 1e-3  # so that the check above can fail
+
+
+def test_policies_that_vllm_cannot_be_sent_are_refused(engine, make, causal_lm, reward_model):
+    with pytest.raises(ValueError, match="4-bit or 8-bit"):
+        make(use_vllm=True, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    causal_lm.is_loaded_in_4bit = True
+    with pytest.raises(ValueError, match="4-bit or 8-bit"):
+        make(lora(causal_lm), use_vllm=True)
+    causal_lm.is_loaded_in_4bit = False
+    with pytest.raises(ValueError, match="modules_to_save"):
+        make(lora(causal_lm, modules_to_save=["embed_tokens"]), use_vllm=True)
+    reward_model.config.reward_token_id = 7
+    with pytest.raises(ValueError, match="reward token"):
+        make(reward=reward_model, use_vllm=True)
