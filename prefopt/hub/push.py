@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from prefopt.errors import UserError
 from prefopt.hub.cards import (
     ADAPTER_CONFIG,
     FACTS,
@@ -78,7 +79,7 @@ def files_to_publish(folder: str | os.PathLike, roles: bool = False) -> list[str
     """
     folder = Path(folder)
     if not holds_model(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds no model: expected {ADAPTER_CONFIG} or {CONFIG_NAME}, as save_model leaves them"
         )
     found = []
@@ -167,7 +168,7 @@ def save_merged(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     """
     folder, out = Path(folder), Path(out)
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} is no adapter: there is nothing to merge")
+        raise UserError(f"{folder} is no adapter: there is nothing to merge")
     adapter = PeftConfig.from_pretrained(folder)
     dtype = AutoConfig.from_pretrained(adapter.base_model_name_or_path).dtype or torch.float32
     if adapter.task_type == "SEQ_CLS":
@@ -200,7 +201,7 @@ def create_repo(api: HfApi, repo_id: str, *, private: bool | None = None, revisi
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     api.auth_check(repo_id, write=True)
     if private and not api.repo_info(repo_id).private:
-        raise ValueError(
+        raise UserError(
             f"{repo_id} is there already and is public; make it private in its settings, or take another name"
         )
     if revision is not None and not revision.startswith("refs/"):  # of a pull request

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.inference.batching import batches_by_length, pad
 from prefopt.inference.journal import Journal
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
@@ -78,14 +79,14 @@ def generate(
         ' an apple .'
     """
     if temperature < 0:
-        raise ValueError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+        raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature}")
     if num_return < 1 or max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(
+        raise UserError(
             "num_return, max_new_tokens and batch_size: expected 1 or more, "
             f"got {num_return}, {max_new_tokens}, {batch_size}"
         )
     if temperature == 0 and num_return > 1:
-        raise ValueError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
+        raise UserError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
     end_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     reward_token = getattr(model.config, "reward_token_id", None)
@@ -152,7 +153,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     found += of_model if isinstance(of_model, list) else [of_model]
     found = list(dict.fromkeys(i for i in found if i is not None))
     if not found:
-        raise ValueError(
+        raise UserError(
             "neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token"
         )
     return found
@@ -166,7 +167,7 @@ def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[
 def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Greedy decoding would go on without a word, and write nonsense."""
     if scores.isnan().any():
-        raise ValueError("the model's logits are NaN: its weights are broken")
+        raise UserError("the model's logits are NaN: its weights are broken")
     return scores
 
 

@@ -9,6 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TextIO
 
+from prefopt.errors import UserError, UserTypeError
+
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read one JSON object per line; a line that is none is an error that names it."""
@@ -26,9 +28,9 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+                raise UserError(f"{path} line {number}: not valid JSON ({error.msg})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
+                raise UserError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
             yield row
 
 
@@ -37,7 +39,7 @@ def _utf8(lines: Iterable[str], path: str | os.PathLike) -> Iterator[str]:
         yield from lines
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise ValueError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
+        raise UserError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
 
 
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
@@ -53,7 +55,7 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
 def _as_json(value: Any) -> str:
     if isinstance(value, date):  # or datetime, of which Parquet has columns
         return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise UserTypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.inference.batching import batches_by_length, pad
 from prefopt.inference.generate import Completion, prompt_ids
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate
@@ -69,7 +70,7 @@ def bits_per_byte_of(nats: np.ndarray, sizes: np.ndarray) -> BitsPerByte:
 def bits_per_byte_difference(a: BitsPerByte, b: BitsPerByte) -> Estimate:
     """Bits per byte of `a` minus those of `b` on the same texts; the interval resamples texts (paired)."""
     if not np.array_equal(a.bytes, b.bytes):
-        raise ValueError("paired difference: the two results are not about the same texts")
+        raise UserError("paired difference: the two results are not about the same texts")
     return bootstrap_over_prompts(_bits_of, a.nats - b.nats, a.bytes)
 
 
@@ -108,9 +109,9 @@ def task_accuracy(
         for choice in task["choices"]:
             context_ids, choice_ids = _split_ids(tokenizer, task["context"], choice)
             if not choice_ids:
-                raise ValueError(f"task {number}: choice {choice!r} has no tokens")
+                raise UserError(f"task {number}: choice {choice!r} has no tokens")
             if len(context_ids) + len(choice_ids) > longest:
-                raise ValueError(
+                raise UserError(
                     f"task {number}: context and choice have {len(context_ids) + len(choice_ids)} tokens, "
                     f"the model has {longest} positions; shorten the task"
                 )
@@ -130,14 +131,14 @@ def validate_tasks(tasks: Sequence[Mapping]) -> None:
     for number, task in enumerate(tasks):
         missing = {"context", "choices", "answer"} - set(task)
         if missing:
-            raise ValueError(f"task {number}: missing field {sorted(missing)[0]!r}")
+            raise UserError(f"task {number}: missing field {sorted(missing)[0]!r}")
         choices, answer = task["choices"], task["answer"]
         if len(choices) < 2 or len(set(choices)) < len(choices):
-            raise ValueError(
+            raise UserError(
                 f"task {number}: field 'choices': expected two or more distinct texts, got {choices!r}"
             )
         if answer not in choices:
-            raise ValueError(
+            raise UserError(
                 f"task {number}: field 'answer': expected one of the choices {choices!r}, got {answer!r}"
             )
 
@@ -232,7 +233,7 @@ def token_divergence(
         logits = _logits(model, input_ids, attention_mask, predicts)
         ref_logits = _logits(reference, input_ids, attention_mask, predicts).to(logits.device)
         if logits.shape != ref_logits.shape:
-            raise ValueError(f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens")
+            raise UserError(f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens")
         sampled = torch.tensor([token for i in batch for token in rows[i][1]], device=logits.device)
         parts = [
             _divergence(*part)
@@ -273,11 +274,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _lossless_ids(tokenizer: PreTrainedTokenizerBase, text: str, number: int) -> list[int]:
     if not text:
-        raise ValueError(f"bits per byte: text {number} is empty")
+        raise UserError(f"bits per byte: text {number} is empty")
     ids = _ids(tokenizer, text)
     back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     if back != text:
-        raise ValueError(
+        raise UserError(
             f"bits per byte: {type(tokenizer).__name__} does not give text {number} back unchanged "
             f"({text[:60]!r} became {back[:60]!r}); use a lossless tokenizer, or clean the text"
         )
@@ -287,7 +288,7 @@ def _lossless_ids(tokenizer: PreTrainedTokenizerBase, text: str, number: int) ->
 def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise ValueError("the tokenizer has neither a BOS nor an EOS token to start a text with")
+        raise UserError("the tokenizer has neither a BOS nor an EOS token to start a text with")
     return start
 
 
@@ -308,7 +309,7 @@ def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], b
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
         nats[batch] = losses.double().sum(-1).cpu().numpy()
     if np.isnan(nats).any():
-        raise ValueError("the model's logits are NaN: its weights are broken")
+        raise UserError("the model's logits are NaN: its weights are broken")
     return nats
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.inference.batching import pad
 from prefopt.inference.generate import Completion, prompt_ids
 from prefopt.models.prefix import sharing as prefix_sharing
@@ -140,7 +141,7 @@ def score_samples(
         cuts = [completion.truncated for completion in completions]
         scores = score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size)
     if not all(map(math.isfinite, scores)):
-        raise ValueError("the reward model's scores are not finite: its weights are broken")
+        raise UserError("the reward model's scores are not finite: its weights are broken")
     return scores
 
 
@@ -156,7 +157,7 @@ def _score_ids(
     longest = reward_model.config.max_position_embeddings
     for number, row in enumerate(ids):
         if len(row) > longest:
-            raise ValueError(
+            raise UserError(
                 f"completion {number}: {len(row)} tokens, the reward model has {longest} positions"
             )
     shares = prompts is not None and prefix_sharing.why_not(reward_model) is None

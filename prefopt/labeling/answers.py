@@ -21,6 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.labeling.flags import FLAGS
 from prefopt.labeling.key import Key, Shown, Task, read_lines
 from prefopt.rankings.checks import dense_ranks, shorten
@@ -142,24 +143,24 @@ def read_answers(path: str | Path) -> list[Answer]:
         where = f"{path} line {number}"
         if "format" in line:
             if line["format"] != ANSWERS_FORMAT or line.get("version") != 1:
-                raise ValueError(
+                raise UserError(
                     f"{where}: expected format {ANSWERS_FORMAT!r}, version 1, got {shorten(line['format'])}, "
                     f"version {line.get('version')!r}; give the file that the sheet's download wrote"
                 )
             for name in ("sheet", "labeler"):
                 if not isinstance(line.get(name), str) or not line[name].strip():
-                    raise ValueError(
+                    raise UserError(
                         f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}"
                     )
             parts.append((line, []))
             continue
         if not parts:
-            raise ValueError(
+            raise UserError(
                 f"{where}: expected a first line with 'format', 'sheet' and 'labeler'; give the file that the "
                 "sheet's download wrote, whole"
             )
         if not isinstance(line.get("task"), str):
-            raise ValueError(f"{where}: field 'task': expected its number, got {shorten(line.get('task'))}")
+            raise UserError(f"{where}: field 'task': expected its number, got {shorten(line.get('task'))}")
         head, found = parts[-1]
         found.append(
             Answer(
@@ -177,10 +178,10 @@ def read_answers(path: str | Path) -> list[Answer]:
             )
         )  # fmt: skip
     if not parts:
-        raise ValueError(f"{path}: no answers; give the file that the sheet's download wrote")
+        raise UserError(f"{path}: no answers; give the file that the sheet's download wrote")
     for head, found in parts:
         if head.get("answers") not in (None, len(found)):
-            raise ValueError(
+            raise UserError(
                 f"{path}: expected {shorten(head['answers'])} answers of {head['labeler'].strip()}, as its first line "
                 f"says, got {len(found)}; the file was cut off or edited: ask for it again"
             )
@@ -210,17 +211,17 @@ def import_answers(
     newest: dict[tuple[str, str, str], Answer] = {}
     for answer in answers:
         if answer.sheet not in by_sheet:
-            raise ValueError(
+            raise UserError(
                 f"{answer.source}: no key for sheet {answer.sheet!r}, have {', '.join(sorted(by_sheet)) or 'none'}; "
                 "give the .key.jsonl file that was written beside that sheet"
             )
         task = by_sheet[answer.sheet].tasks.get(answer.task)
         if task is None:
-            raise ValueError(
+            raise UserError(
                 f"{answer.source}: field 'task': sheet {answer.sheet} has no task {answer.task!r}"
             )
         if problem := _problem_of(answer, len(task.shows)):
-            raise ValueError(f"{answer.source}: {problem}")
+            raise UserError(f"{answer.source}: {problem}")
         report.answers += 1
         name = (answer.labeler, answer.sheet, answer.task)
         if name in newest:

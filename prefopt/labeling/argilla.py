@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.labeling.answers import Answer
 from prefopt.labeling.key import Key, as_text
 from prefopt.rankings.checks import dense_ranks, shorten
@@ -87,14 +88,14 @@ def read_argilla(path: str | Path) -> list[Answer]:
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error.msg}); give the server's list of records") from None
+        raise UserError(f"{path}: not valid JSON ({error.msg}); give the server's list of records") from None
     pages = records if isinstance(records, list) else [records]
     if not all(isinstance(page, Mapping) and isinstance(page.get("items"), list) for page in pages):
-        raise ValueError(f"{path}: expected records as the server lists them, under 'items'")
+        raise UserError(f"{path}: expected records as the server lists them, under 'items'")
     records = [record for page in pages for record in page["items"]]
     total = max((page.get("total") or 0 for page in pages), default=0)
     if len(records) < total:
-        raise ValueError(
+        raise UserError(
             f"{path}: {len(records)} of {total} records; get the others too (&offset={len(records)}) and give the pages "
             "as one list: jq -s . page*.json"
         )
@@ -111,14 +112,14 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[Answer]:
     if isinstance(responses, Mapping):
         if not any(responses.values()):
             return
-        raise ValueError(
+        raise UserError(
             f"{where}: responses as the Python SDK writes them, without ranks: no ranking can be read from them; list "
             "the records from the server (GET /api/v1/datasets/ID/records?include=responses)"
         )
     if responses is None:
-        raise ValueError(f"{where}: no 'responses'; list the records with ?include=responses")
+        raise UserError(f"{where}: no 'responses'; list the records with ?include=responses")
     if not sheet:
-        raise ValueError(
+        raise UserError(
             f"{where}: field 'external_id': expected SHEET-TASK, got {shorten(record.get('external_id'))}; use records "
             "that `prefopt label export --format argilla` wrote"
         )
@@ -126,10 +127,10 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[Answer]:
     for response in responses:
         status = _STATUS.get(response.get("status"))
         if status is None:
-            raise ValueError(f"{where}: field 'status': expected one of {', '.join(_STATUS)}, "
+            raise UserError(f"{where}: field 'status': expected one of {', '.join(_STATUS)}, "
                              f"got {shorten(response.get('status'))}")  # fmt: skip
         if not response.get("user_id"):
-            raise ValueError(
+            raise UserError(
                 f"{where}: a response without 'user_id', whose account was deleted; name it there"
             )
         values = response.get("values") or {}
@@ -150,14 +151,14 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[Answer]:
 
 def _ranks(value: list[Any], k: int, where: str) -> list[int | None]:
     if not all(isinstance(one, Mapping) and {"value", "rank"} <= set(one) for one in value):
-        raise ValueError(
+        raise UserError(
             f"{where}: field {RANKING!r}: expected a value and a rank for each output, got {shorten(value)}; list the "
             "records from the server, as the Python SDK forgets the ranks"
         )
     options = [_option(place) for place in range(1, k + 1)]
     found = {one["value"]: one["rank"] for one in value}
     if len(found) < len(value) or not set(found) <= set(options):
-        raise ValueError(
+        raise UserError(
             f"{where}: field {RANKING!r}: expected each of {', '.join(options)} at most once, got {shorten(value)}"
         )
     return [found.get(option) for option in options]

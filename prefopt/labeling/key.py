@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import ranks_problem, row_problem, shorten
 
 KEY_FORMAT = "prefopt-label-key"
@@ -96,14 +97,14 @@ def blind(
     found, left_out = [], 0
     for number, row in enumerate(rows):
         if problem := row_problem(row, ("prompt", "completions")):
-            raise ValueError(f"{source} row {number}: {problem}")
+            raise UserError(f"{source} row {number}: {problem}")
         shows = _shuffled(row, random.Random(f"{seed}/{number}"), f"{source} row {number}")
         if len(shows) < MIN_OUTPUTS:
             left_out += 1
         else:
             found.append((row, shows, None))
     if not found:
-        raise ValueError(
+        raise UserError(
             f"{source}: expected a row with {MIN_OUTPUTS} different completions, got {left_out} rows, none with; draw "
             "more samples per prompt, at a higher temperature"
         )
@@ -111,10 +112,10 @@ def blind(
     for number, row in enumerate(screening):
         where = f"{screening_source} row {number}"
         if problem := row_problem(row, ("prompt", "completions", "ranks")):
-            raise ValueError(f"{where}: {problem}")
+            raise UserError(f"{where}: {problem}")
         shows = _shuffled(row, random.Random(f"{seed}/screening/{number}"), where)
         if len(set(row["ranks"])) < 2 or any(len({row["ranks"][i] for i in same}) > 1 for same in shows):
-            raise ValueError(
+            raise UserError(
                 f"{where}: field 'ranks': expected a known answer that orders different completions and ties "
                 f"equal ones, got {shorten(row['ranks'])}; correct it or drop the row"
             )
@@ -130,7 +131,7 @@ def _shuffled(row: Mapping[str, Any], rng: random.Random, where: str) -> tuple[t
     for i, completion in enumerate(row["completions"]):
         same.setdefault(json.dumps(shown(completion)), []).append(i)
     if len(same) > MAX_OUTPUTS:
-        raise ValueError(
+        raise UserError(
             f"{where}: field 'completions': expected at most {MAX_OUTPUTS} different completions, as a person can "
             f"order, got {len(same)}; leave some out"
         )
@@ -205,7 +206,7 @@ def read_key(path: str | Path) -> Key:
     lines = read_lines(path)
     head = lines[0] if lines else {}
     if head.get("format") != KEY_FORMAT or head.get("version") != 1:
-        raise ValueError(f"{path}: expected a key of a sheet (format {KEY_FORMAT!r}, version 1)")
+        raise UserError(f"{path}: expected a key of a sheet (format {KEY_FORMAT!r}, version 1)")
     tasks = {}
     for number, line in enumerate(lines[1:], start=2):
         try:
@@ -214,13 +215,13 @@ def read_key(path: str | Path) -> Key:
             task = Task(line["task"], line["row"], shows, expected)
             k = len(task.row["completions"])
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} line {number}: not a task of a key ({error!r}); restore the file"
             ) from None
         if sorted(i for places in shows for i in places) != list(range(k)) or (
             expected is not None and ranks_problem(list(expected), k, "completions")
         ):
-            raise ValueError(f"{path} line {number}: does not fit its {k} completions; restore the file")
+            raise UserError(f"{path} line {number}: does not fit its {k} completions; restore the file")
         tasks[task.id] = task
     return Key(head["sheet"], tasks, head["seed"], head["group"])
 
@@ -235,18 +236,16 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text ({error.reason}); give the file as it was written"
-        ) from None
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); give the file as it was written") from None
     # Not splitlines(): it would also cut at U+2028 and the like, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 found.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise ValueError(
+                raise UserError(
                     f"{path} line {number}: not valid JSON ({error.msg}); the file was cut off or edited, or is another"
                 ) from None
             if not isinstance(found[-1], dict):
-                raise ValueError(f"{path} line {number}: expected a JSON object, got {shorten(found[-1])}")
+                raise UserError(f"{path} line {number}: expected a JSON object, got {shorten(found[-1])}")
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from prefopt.errors import UserError
 from prefopt.labeling.answers import Answer
 from prefopt.labeling.key import Key, as_text
 from prefopt.rankings.checks import dense_ranks, shorten
@@ -81,11 +82,11 @@ def read_label_studio(path: str | Path) -> list[Answer]:
     try:
         tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error.msg}); give Label Studio's JSON export") from None
+        raise UserError(f"{path}: not valid JSON ({error.msg}); give Label Studio's JSON export") from None
     if not isinstance(tasks, list) or not all(
         isinstance(task, Mapping) and "annotations" in task for task in tasks
     ):
-        raise ValueError(
+        raise UserError(
             f"{path}: expected a list of tasks with 'annotations'; export in the format JSON, not JSON-MIN"
         )
     return [
@@ -102,7 +103,7 @@ def _answers(task: Mapping[str, Any], where: str) -> Iterator[Answer]:
         or not isinstance(data.get("sheet"), str)
         or not isinstance(data.get("outputs"), list)
     ):
-        raise ValueError(
+        raise UserError(
             f"{where}: expected 'data' with 'sheet', 'task' and 'outputs', got {shorten(data)}; import tasks that "
             "`prefopt label export --format label-studio` wrote"
         )
@@ -144,13 +145,13 @@ def _ranks(ranked: Any, ids: list[str], where: str) -> list[int | None]:
             continue
         rank = bucket.removeprefix(_BUCKET)
         if bucket == rank or not rank.isdecimal():
-            raise ValueError(
+            raise UserError(
                 f"{where}: bucket {bucket!r}: expected {_BUCKET}1, {_BUCKET}2, ...; use the labeling configuration "
                 "that was written beside the tasks"
             )
         for name in map(str, names):
             if name in found or name not in ids:
-                raise ValueError(f"{where}: output {name!r}: expected each of {', '.join(ids)} at most once")
+                raise UserError(f"{where}: output {name!r}: expected each of {', '.join(ids)} at most once")
             found[name] = int(rank)
     return [found.get(name) for name in ids]
 
@@ -160,5 +161,5 @@ def _labeler(completed_by: Any, where: str) -> str:
     if isinstance(completed_by, Mapping):
         completed_by = completed_by.get("email") or completed_by.get("username") or completed_by.get("id")
     if completed_by is None or isinstance(completed_by, bool) or not str(completed_by).strip():
-        raise ValueError(f"{where}: annotation without 'completed_by'; export with user details")
+        raise UserError(f"{where}: annotation without 'completed_by'; export with user details")
     return str(completed_by) if isinstance(completed_by, str) else f"user {completed_by}"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import PER_COMPLETION, row_problem
 
 By = Literal["margin", "disagreement"]
@@ -106,27 +107,27 @@ def choose_next(
         ValueError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy", or an argument out of range.
     """
     if n < 1 or k < 2 or not 0 <= random_share <= 1:
-        raise ValueError(
+        raise UserError(
             f"n {n}, k {k}, random_share {random_share}: expected n from 1, k from 2, a share between 0 and 1"
         )
     if by not in BY:
-        raise ValueError(f"by is {by!r}; expected one of {', '.join(BY)}")
+        raise UserError(f"by is {by!r}; expected one of {', '.join(BY)}")
     if len(scores) != len(rows):
-        raise ValueError(f"expected scores of {len(rows)} rows, got {len(scores)}")
+        raise UserError(f"expected scores of {len(rows)} rows, got {len(scores)}")
     rng = random.Random(seed)
     different: dict[int, list[int]] = {}
     uncertainty: dict[int, NDArray] = {}
     for number, (row, found) in enumerate(zip(rows, scores, strict=True)):
         if problem := row_problem(row, ("prompt", "completions")):
-            raise ValueError(f"{source} row {number}: {problem}")
+            raise UserError(f"{source} row {number}: {problem}")
         found = np.asarray(found, dtype=float)
         if found.ndim != 2 or found.shape[1] != len(row["completions"]) or not np.isfinite(found).all():
-            raise ValueError(
+            raise UserError(
                 f"{source} row {number}: expected finite scores of {len(row['completions'])} completions from each "
                 f"checkpoint, got shape {found.shape}"
             )
         if by == "disagreement" and len(found) < 2:
-            raise ValueError("by is 'disagreement': expected the scores of 2 checkpoints or more, got one")
+            raise UserError("by is 'disagreement': expected the scores of 2 checkpoints or more, got one")
         first: dict[str, int] = {}
         for i, completion in enumerate(row["completions"]):
             first.setdefault(json.dumps(completion, sort_keys=True), i)

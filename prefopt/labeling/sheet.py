@@ -17,6 +17,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
+from prefopt.errors import UserError
 from prefopt.labeling.flags import FLAG_WORDS
 from prefopt.labeling.key import Key, blind, write_key
 
@@ -62,7 +63,7 @@ def export_sheet(
     """
     path = Path(path)
     if path.suffix != ".html":
-        raise ValueError(f"{path}: expected a name ending in .html, as browsers open it by its name")
+        raise UserError(f"{path}: expected a name ending in .html, as browsers open it by its name")
     key, left_out = blind(
         rows, seed=seed, screening=screening, group=group, source=source, screening_source=screening_source
     )

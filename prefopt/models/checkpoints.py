@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
+from prefopt.errors import UserError
 from prefopt.models.reward import (
     add_reward_token,
     init_score_head,
@@ -93,13 +94,13 @@ def load_reward_model(
     kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
     if not is_adapter(path, **hub_arguments):
         if base_model is not None:
-            raise ValueError(f"{path} is a full checkpoint: `base_model` is for adapters")
+            raise UserError(f"{path} is a full checkpoint: `base_model` is for adapters")
         with head_loaded_in_fp32():
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 path, output_loading_info=True, **kwargs
             )
         if any(name.startswith("score.") for name in loading["missing_keys"]):
-            raise ValueError(_NO_HEAD.format(path))
+            raise UserError(_NO_HEAD.format(path))
         keep_head_fp32(model)
         keep_4bit_gradients(model)
     else:
@@ -118,7 +119,7 @@ def check_reward_model(path: str | os.PathLike) -> None:
         return
     architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise ValueError(_NO_HEAD.format(os.fspath(path)))
+        raise UserError(_NO_HEAD.format(os.fspath(path)))
 
 
 def merge_reward_model(
@@ -141,7 +142,7 @@ def merge_reward_model(
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
     if not is_adapter(path, **hub_arguments):
-        raise ValueError(f"{path} is no adapter: there is nothing to merge")
+        raise UserError(f"{path} is no adapter: there is nothing to merge")
     base = _adapter_base(path, base_model, hub_arguments, kwargs)
     if getattr(base, "is_quantized", False):
         dtype = kwargs["dtype"]
@@ -210,7 +211,7 @@ def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
 
 def _require_head(path: str, adapter: PeftConfig) -> None:
     if "score" not in (getattr(adapter, "modules_to_save", None) or []):
-        raise ValueError(
+        raise UserError(
             f"the adapter {path} has no trained head: it was made without `modules_to_save=['score']`, so its "
             "scores would be random; train it again with RankedRewardTrainer, which adds it"
         )
@@ -227,7 +228,7 @@ def _adapter_base(
     _require_head(path, adapter)
     base = base or adapter.base_model_name_or_path
     if not base:
-        raise ValueError(f"the adapter {path} names no base model; pass `base_model`")
+        raise UserError(f"the adapter {path} names no base model; pass `base_model`")
     if isinstance(base, PreTrainedModel):
         return base
     of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt.errors import UserError
 from prefopt.models.checkpoints import is_adapter, load_reward_model, remember_reward_token
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -52,7 +53,7 @@ def load_language_model(
     try:
         if not is_adapter(source):
             if merge:
-                raise ValueError(f"{source!r} is no adapter: there is nothing to merge")
+                raise UserError(f"{source!r} is no adapter: there is nothing to merge")
             _refuse_classifier(source, AutoConfig.from_pretrained(source).architectures)
             tokenizer = load_tokenizer(source)
             model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
@@ -64,7 +65,7 @@ def load_language_model(
             model = _on_base(source, base, len(tokenizer), merge)
             remember_reward_token(model, source)
     except OSError as error:
-        raise ValueError(f"cannot load a language model from {source!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a language model from {source!r}: {_first_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -96,7 +97,7 @@ def load_classifier(
     try:
         return load_reward_model(source, **kwargs), load_tokenizer(source)
     except OSError as error:
-        raise ValueError(f"cannot load a reward model from {source!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a reward model from {source!r}: {_first_line(error)}") from error
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -144,7 +145,7 @@ def _keywords(load_in_4bit: bool, dtype: str | None, device: str | torch.device 
 
 def _refuse_classifier(source: str, architectures: list[str] | None) -> None:
     if any("ForSequenceClassification" in name for name in architectures or ()):
-        raise ValueError(f"{source!r} is a reward model; expected a language model")
+        raise UserError(f"{source!r} is a reward model; expected a language model")
 
 
 def _first_line(error: Exception) -> str:

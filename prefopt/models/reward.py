@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.models.prefix.layout import PackedRows
 from prefopt.models.prefix.sharing import sharing
 
@@ -30,12 +31,12 @@ def _classifier(model: nn.Module) -> PreTrainedModel:
         model = model.module
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
-            raise ValueError(
+            raise UserError(
                 "prompt-learning adapters shift the token positions; use an adapter on weights, such as LoRA"
             )
         model = model.get_base_model()
     if getattr(model, "score", None) is None or getattr(model.config, "num_labels", None) != 1:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} is no reward model: expected a decoder loaded with "
             "`AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)`, whose head is called `score`"
         )
@@ -180,7 +181,7 @@ def sequence_scores(
         hidden_states = _hidden_states(model, input_ids, attention_mask, _positions(attention_mask))
         return _apply_head(model, hidden_states[row, last])
     if packed.index.shape != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"packed rows {tuple(packed.index.shape)} are not those of input_ids {tuple(input_ids.shape)}; append the "
             "reward token (`append_reward_token`) before packing"
         )
@@ -261,16 +262,16 @@ def add_reward_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         ValueError: the text already uses the token, or the model reads at another one.
     """
     if token in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
-        raise ValueError(
+        raise UserError(
             f"reward_token {token!r} has a role in the text already (EOS, PAD, BOS or UNK); take another"
         )
     if token in tokenizer.get_vocab() and token not in tokenizer.get_added_vocab():
-        raise ValueError(f"reward_token {token!r} is an ordinary token of the text; take a special one")
+        raise UserError(f"reward_token {token!r} is an ordinary token of the text; take a special one")
     tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)
     token_id = tokenizer.convert_tokens_to_ids(token)
     other = getattr(model.config, "reward_token_id", None)
     if other not in (None, token_id):
-        raise ValueError(
+        raise UserError(
             f"the model reads its score at token {other}, but reward_token {token!r} has the id {token_id}"
         )
     if other == token_id:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+from prefopt.errors import UserError
 from prefopt.models.checkpoints import saved_config
 from prefopt.models.prefix.sharing import backbone
 
@@ -152,11 +153,11 @@ def load_scorer(model: PeftModel, path: str | os.PathLike, adapter: str = "rewar
         ValueError: the base is another one, or the adapter has no head.
     """
     if reason := why_not_shared(model, path):
-        raise ValueError(f"the reward model {os.fspath(path)} needs a base of its own: {reason}")
+        raise UserError(f"the reward model {os.fspath(path)} needs a base of its own: {reason}")
     weights = load_peft_weights(os.fspath(path), device="cpu")
     head = {name.removeprefix(_HEAD): weights.pop(name) for name in [*weights] if name.startswith(_HEAD)}
     if not head:
-        raise ValueError(f"the adapter {os.fspath(path)} has no trained head: it is no reward model")
+        raise UserError(f"the adapter {os.fspath(path)} has no trained head: it is no reward model")
     score = nn.Linear(head["weight"].shape[1], 1, bias="bias" in head)
     score.load_state_dict({name: weight.float() for name, weight in head.items()})
     peft_config = PeftConfig.from_pretrained(path)
@@ -189,7 +190,7 @@ def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[
     result = set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
     if missing or result.unexpected_keys:
-        raise ValueError(
+        raise UserError(
             f"the adapter does not fit the base: {len(missing)} weights missing, {len(result.unexpected_keys)} too "
             f"many, such as {[*missing, *result.unexpected_keys][0]}"
         )

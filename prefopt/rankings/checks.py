@@ -10,6 +10,8 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from prefopt.errors import UserError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -28,12 +30,12 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
     ValueError: dataset row 0: field 'ranks': expected dense ranks, got [1, 3]; write [1, 2] for the same order
     """
     if isinstance(rows, Mapping) or not (isinstance(rows, Sequence) or _is_dataset(rows)):
-        raise ValueError(
+        raise UserError(
             f"{source}: expected a datasets.Dataset or a list of dicts, got {type(rows).__name__}; "
             "choose one split of a DatasetDict; the trainers take a stream as it is, and check its rows as they come"
         )
     if len(rows) == 0:
-        raise ValueError(f"{source}: expected at least one row, got none")
+        raise UserError(f"{source}: expected at least one row, got none")
     for _ in checked_comparisons(_iterate(rows), _required_columns(rows, source), source):
         pass
 
@@ -67,7 +69,7 @@ def checked_comparisons(
                     f"{row_layout[0]} with {row_layout[1]} completions; train on chat rows and plain rows separately"
                 )
         if problem:
-            raise ValueError(f"{source} row {index}: {problem}")
+            raise UserError(f"{source} row {index}: {problem}")
         yield row
 
 
@@ -80,7 +82,7 @@ def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
     names = ["prompt_ids", "completion_ids", "ranks"]
     for index, row in enumerate(rows.with_format(None).select_columns(names)):  # one at a time: ids are many
         if problem := tokenized_problem(row):
-            raise ValueError(f"{source} row {index}: {problem}")
+            raise UserError(f"{source} row {index}: {problem}")
 
 
 def tokenized_problem(row: Mapping[str, Any]) -> str | None:
@@ -109,7 +111,7 @@ def validate_demonstrations(rows: Sequence[Mapping[str, Any]], source: str = "da
     """
     for index, row in enumerate(rows):
         if problem := _demonstration_problem(row):
-            raise ValueError(f"{source} row {index}: {problem}")
+            raise UserError(f"{source} row {index}: {problem}")
 
 
 def _demonstration_problem(row: Any) -> str | None:
@@ -151,9 +153,9 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     ratings = rows["ratings"][:] if "ratings" in rows.column_names else [None] * len(rows)
     for index, (rated, ranks) in enumerate(zip(ratings, rows["ranks"][:], strict=True)):
         if rated is not None and (problem := margins_problem(rated, ranks)):
-            raise ValueError(f"{source} row {index}: {problem}")
+            raise UserError(f"{source} row {index}: {problem}")
     if (missing := sum(rated is None for rated in ratings)) == len(ratings):
-        raise ValueError(
+        raise UserError(
             f"{source}: field 'ratings': expected ratings to make margins of, got none in any of the {missing} rows; "
             "add them, or train without margins"
         )
@@ -185,7 +187,7 @@ def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
             remedy = (
                 "if the prompt is part of both answers, split it off with dataset.map(trl.extract_prompt)"
             )
-        raise ValueError(
+        raise UserError(
             f"{source}: field {missing[0]!r}: expected the columns {', '.join(required)}, "
             f"got {', '.join(sorted(columns)) or 'none'}; {remedy}"
         )

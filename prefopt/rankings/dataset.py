@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset, List, Value
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import (
     PER_COMPLETION,
     dense_ranks,
@@ -76,7 +77,7 @@ def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
     given = dataset.with_format(None)["margin"][:]
     for index, margin in enumerate(given):
         if margins and (problem := margin_problem(margin)):
-            raise ValueError(f"{source} row {index}: {problem}")
+            raise UserError(f"{source} row {index}: {problem}")
     if (count := sum(margin is not None for margin in given)) and not margins:
         logger.warning(
             f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
@@ -117,7 +118,7 @@ def tokenize_comparisons(
     """
     check_ties(ties)
     if max_length is not None and max_length < 1:
-        raise ValueError(
+        raise UserError(
             f"max_length={max_length!r}: expected a number of tokens from 1, or None to drop nothing for its length"
         )
     if not _is_tokenized(dataset):
@@ -154,10 +155,10 @@ def tokenize_row(
             tokenizer, row["prompt"], row["completions"], cuts, template_kwargs
         )
         if not prompt_ids:
-            raise ValueError("field 'prompt': expected at least one token, got none; drop the row")
+            raise UserError("field 'prompt': expected at least one token, got none; drop the row")
     except Exception as error:  # a chat template may raise anything; say for which row
         prompt = shorten(row["prompt"])
-        raise ValueError(f"{source} row {index}{of} (prompt {prompt}): {error}") from error
+        raise UserError(f"{source} row {index}{of} (prompt {prompt}): {error}") from error
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
 
 
@@ -186,7 +187,7 @@ def _keep_rows_with_a_comparison(
     message = f"{source}: dropped {', '.join(counts)}; {len(kept)} of {len(ranks)} rows remain"
     if not kept:
         remedy = "raise max_length" if few or dropped_completions else "add rows with a preference"
-        raise ValueError(f"{message}; {remedy}")
+        raise UserError(f"{message}; {remedy}")
     logger.warning(message)
     return after.select(kept) if len(kept) < len(ranks) else after
 
@@ -198,7 +199,7 @@ def _is_tokenized(dataset: Dataset) -> bool:
 def check_ties(ties: str) -> None:
     """Raise ValueError for what is no way to treat ties."""
     if ties not in _TIES:
-        raise ValueError(f"ties: expected one of {', '.join(_TIES)}, got {ties!r}")
+        raise UserError(f"ties: expected one of {', '.join(_TIES)}, got {ties!r}")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem, row_problem, shorten
 
 
@@ -39,21 +40,21 @@ def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
     where = f"ranking {shorten(text)}"
     for name in names:
         if not name:
-            raise ValueError(f"{where}: a label is missing beside '>' or '='; write e.g. 'B > A = C'")
+            raise UserError(f"{where}: a label is missing beside '>' or '='; write e.g. 'B > A = C'")
         if name not in labels:
-            raise ValueError(
+            raise UserError(
                 f"{where}: unknown label {shorten(name)}; the labels are {', '.join(labels)}, "
                 "joined by '>' (better) and '=' (tie) only"
             )
         if names.count(name) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{where}: label {name!r} appears {names.count(name)} times, but a ranking has no cycles and "
                 "no repeats; write each label once"
             )
     if missing := [label for label in labels if label not in names]:
-        raise ValueError(f"{where}: {', '.join(missing)} not ranked; write each of {', '.join(labels)} once")
+        raise UserError(f"{where}: {', '.join(missing)} not ranked; write each of {', '.join(labels)} once")
     if len(names) < 2:
-        raise ValueError(f"{where}: expected at least two labels, got {len(names)}")
+        raise UserError(f"{where}: expected at least two labels, got {len(names)}")
     rank = {name: position for position, group in enumerate(groups, start=1) for name in group}
     return [rank[label] for label in labels]
 
@@ -71,7 +72,7 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
     """
     labels = _default_labels(len(ranks)) if labels is None else _checked_labels(labels)
     if problem := ranks_problem(list(ranks), len(labels), "labels"):
-        raise ValueError(problem)
+        raise UserError(problem)
     groups = [
         [label for label, r in zip(labels, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))
     ]
@@ -88,7 +89,7 @@ def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
     [2, 3, 1, 2]
     """
     if problem := ratings_problem(ratings, len(ratings)):
-        raise ValueError(problem)
+        raise UserError(problem)
     return dense_ranks([-rating for rating in ratings])
 
 
@@ -106,7 +107,7 @@ def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     [3, 0]
     """
     if problem := row_problem(row, ("prompt", "chosen", "rejected")):
-        raise ValueError(problem)
+        raise UserError(problem)
     ranked = {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
     if "margin" in row:
         ranked["ratings"] = None if row["margin"] is None else [row["margin"], 0]
@@ -125,7 +126,7 @@ def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     [(' 4', ' 5'), (' four', ' 5')]
     """
     if problem := row_problem(row, ("prompt", "completions", "ranks")):
-        raise ValueError(problem)
+        raise UserError(problem)
     pairs = []
     for (a, rank_a), (b, rank_b) in combinations(zip(row["completions"], row["ranks"], strict=True), 2):
         if rank_a != rank_b:
@@ -136,7 +137,7 @@ def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _default_labels(k: int) -> list[str]:
     if k > 26:
-        raise ValueError(f"ranking of {k} completions: the letters end at 26; pass labels")
+        raise UserError(f"ranking of {k} completions: the letters end at 26; pass labels")
     return [chr(ord("A") + i) for i in range(k)]
 
 
@@ -144,7 +145,7 @@ def _checked_labels(labels: Sequence[str]) -> list[str]:
     if len(set(labels)) != len(labels) or any(
         not s.strip() or s != s.strip() or set(s) & set(">=") for s in labels
     ):
-        raise ValueError(
+        raise UserError(
             f"labels {shorten(list(labels))}: expected distinct names without '>', '=' or outer spaces"
         )
     return list(labels)

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefopt.errors import UserError
+
 Row = Mapping[str, Any]
 
 
@@ -83,7 +85,7 @@ def split_by_key(
     for position, row in enumerate(rows):
         groups[_key(row, by, position)].append(position)
     if len(groups) < len(shares):
-        raise ValueError(
+        raise UserError(
             f"field {by!r}: expected at least {len(shares)} different values, one for each of {', '.join(shares)}, got "
             f"{len(groups)}; split by another field, e.g. prompt, or into fewer sides"
         )
@@ -106,7 +108,7 @@ def split_by_key(
 
 def _key(row: Row, by: str, position: int) -> str:
     if row.get(by) is None:
-        raise ValueError(
+        raise UserError(
             f"row {position}: field {by!r}: expected a value to split by, got {'None' if by in row else 'nothing'}; "
             "fill it, or split by another field, e.g. prompt"
         )

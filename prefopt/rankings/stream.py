@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import (
     checked_comparisons,
     margin_problem,
@@ -77,7 +78,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             yield from self._one_pass()
             if not self.counts["kept"]:
                 problem = self._summary() if self.counts["read"] else "expected at least one row, got none"
-                raise ValueError(f"{self.source}: {problem}; raise max_length, or add rows with a preference")
+                raise UserError(f"{self.source}: {problem}; raise max_length, or add rows with a preference")
             self.report()
 
     def _one_pass(self) -> Iterator[dict[str, Any]]:
@@ -93,7 +94,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         if not columns:
             return iter(())
         if self.margins and self.rows.column_names and not {"ratings", "margin"} & set(columns):
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: field 'ratings': expected ratings to make margins of, got the columns "
                 f"{', '.join(sorted(columns))}; add them, or train without margins"
             )
@@ -114,7 +115,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             self.counts["unrated"] += row.get("ratings") is None
             problem = row.get("ratings") and margins_problem(row["ratings"], row["ranks"])
         if problem:
-            raise ValueError(f"{self.source} row {number}: {problem}")
+            raise UserError(f"{self.source} row {number}: {problem}")
         row = {**row, "ranks": [int(rank) for rank in row["ranks"]]}
         if "prompt_ids" in row:
             return row
@@ -141,7 +142,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
                 return None
         for check in self.checks:
             if problem := check(row):
-                raise ValueError(f"{self.source} row {number}: {problem}")
+                raise UserError(f"{self.source} row {number}: {problem}")
         return row
 
     # ---- counts ----
@@ -175,17 +176,17 @@ class ComparisonStream(torch.utils.data.IterableDataset):
 def check_stream_options(args: TrainingArguments) -> None:
     """Raise for what a training set without a length cannot have."""
     if args.max_steps <= 0:
-        raise ValueError(
+        raise UserError(
             "the train dataset is a stream, which has no length: set max_steps (number of rows x epochs / prompts per "
             "optimizer step)"
         )
     if args.dataloader_num_workers:
-        raise ValueError(
+        raise UserError(
             f"dataloader_num_workers={args.dataloader_num_workers}: expected 0 with a stream, whose rows are checked and "
             "counted in one place; tokenize them beforehand if this is slow"
         )
     if getattr(args, "precompute_ref_log_probs", False):
-        raise ValueError(
+        raise UserError(
             "precompute_ref_log_probs=True would read the stream to its end before training: leave it off, or load "
             "the rows without streaming"
         )

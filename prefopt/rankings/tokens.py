@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from prefopt.errors import UserError
+
 ENDED_PROMPTS = (
     "prompts end with EOS, which the tokenizer adds to every text, so completions stand behind EOS, here and in "
     "generation; if that is not meant, set tokenizer.add_eos_token=False, or take EOS out of its post-processor"
@@ -76,7 +78,7 @@ def row_ids(
         render = None
     else:
         if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(
+            raise UserError(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
                 "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
             )
@@ -92,7 +94,7 @@ def row_ids(
     for completion, cut in zip(completions, truncated, strict=True):
         if render is None:
             if not isinstance(completion, str):
-                raise ValueError(
+                raise UserError(
                     "the prompt is text but the completion is chat messages; give both in one format"
                 )
             answer, joint = completion, tokenizer(prompt + completion)["input_ids"]
@@ -121,7 +123,7 @@ def row_ids(
 
         if not (cut or closing):
             if tokenizer.eos_token_id is None:
-                raise ValueError(
+                raise UserError(
                     "the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token to the token "
                     "at which the policy stops"
                 )

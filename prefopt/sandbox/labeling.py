@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from prefopt.errors import UserError
 from prefopt.labeling.flags import FLAGS
 from prefopt.sandbox.gold import WEIGHTS, GoldScore
 from prefopt.sandbox.world import World
@@ -83,5 +84,5 @@ def _ranks(impressions: Sequence[float]) -> list[int]:
 def labelers(world: World, group: str) -> list[Labeler]:
     """The labelers of a group: five of "train", three of "heldout". Raises ValueError for another group."""
     if group not in GROUP_SIZES:
-        raise ValueError(f"group: expected one of {', '.join(GROUP_SIZES)}, got {group!r}")
+        raise UserError(f"group: expected one of {', '.join(GROUP_SIZES)}, got {group!r}")
     return [Labeler(world, group, i) for i in range(GROUP_SIZES[group])]

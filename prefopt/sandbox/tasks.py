@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from prefopt.errors import UserError
 from prefopt.sandbox import vocabulary as words
 from prefopt.sandbox.facts import (
     ENTITIES,
@@ -298,6 +299,6 @@ def parse_prompt(prompt: str) -> Request:
                 request = _request(use_case, template, m.groupdict()) if m else None
                 if request is not None:
                     return Request(**{**request.__dict__, "constraint": constraint})
-    raise ValueError(
+    raise UserError(
         f"not a sandbox prompt: {prompt!r}; expected 'Instruction: TASK CONSTRAINT\\nResponse:' as World.prompts writes it"
     )

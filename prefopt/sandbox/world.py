@@ -4,6 +4,7 @@ import hashlib
 import random
 from functools import cached_property
 
+from prefopt.errors import UserError
 from prefopt.sandbox.answers import DEMONSTRATOR, write_answer
 from prefopt.sandbox.corpus import Knowledge, Task, write_document
 from prefopt.sandbox.facts import Facts
@@ -46,7 +47,7 @@ class World:
         template combination, hence no prompt. Raises ValueError for an unknown split or an n out of reach.
         """
         if split not in SPLIT_SIZES:
-            raise ValueError(f"split: expected one of {', '.join(SPLIT_SIZES)}, got {split!r}")
+            raise UserError(f"split: expected one of {', '.join(SPLIT_SIZES)}, got {split!r}")
         n = SPLIT_SIZES[split] if n is None else n
         if (split, n) not in self._prompts:
             rng = random.Random(f"{self.seed}/prompts/{split}/{n}")
@@ -63,7 +64,7 @@ class World:
                 break
             prompts.setdefault(draw_prompt(rng.choice(cells), self.facts, rng))
         if len(prompts) < size:
-            raise ValueError(
+            raise UserError(
                 f"split {split!r} holds fewer than {size} distinct {use_case} prompts; ask for a smaller n"
             )
         return list(prompts)
@@ -108,7 +109,7 @@ class World:
     def corpus(self, split: str, n: int) -> list[str]:
         """`n` distinct pretraining documents of "train" or "test"; no text occurs in both."""
         if split not in ("train", "test"):
-            raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+            raise UserError(f"split: expected 'train' or 'test', got {split!r}")
         rng = random.Random(f"{self.seed}/corpus/{split}")
         forum = self.prompts("forum")
         documents: dict[str, None] = {}

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 
@@ -284,16 +285,16 @@ def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], 
 
 def _check(row: Mapping[str, Any], where: str, names: tuple[str, ...]) -> None:
     if problem := row_problem(row, names):
-        raise ValueError(f"{where}: {problem}")
+        raise UserError(f"{where}: {problem}")
     if not row.get("labeler"):
-        raise ValueError(
+        raise UserError(
             f"{where}: field 'labeler': expected a name, got {row.get('labeler')!r}; name who ranked the row"
         )
     group, seconds = row.get("group"), row.get("seconds")
     if not isinstance(group, str | None):
-        raise ValueError(f"{where}: field 'group': expected a name, got {group!r}; convert it with str()")
+        raise UserError(f"{where}: field 'group': expected a name, got {group!r}; convert it with str()")
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
-        raise ValueError(f"{where}: field 'seconds': expected a number, got {seconds!r}; correct or drop it")
+        raise UserError(f"{where}: field 'seconds': expected a number, got {seconds!r}; correct or drop it")
 
 
 def _groups(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -341,7 +342,7 @@ def _right_and_strict(row: Mapping[str, Any], where: str) -> NDArray:
     """Pairs of a screening task ordered as expected, and pairs with an expected order: a tie there is not right."""
     expected = row.get("expected_ranks")
     if problem := row_problem({**row, "ranks": expected}, ("prompt", "completions", "ranks")):
-        raise ValueError(f"{where}: {problem.replace('ranks', 'expected_ranks', 1)}")
+        raise UserError(f"{where}: {problem.replace('ranks', 'expected_ranks', 1)}")
     said, known = np.asarray(row["ranks"]), np.asarray(expected)
     orders = np.sign(known[:, None] - known)
     pairs = np.triu_indices(len(known), 1)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt.errors import UserError
 from prefopt.statistics.intervals import Estimate
 
 
@@ -37,7 +38,7 @@ def strengths(
     """
     names = sorted({row[side] for row in judgements for side in "ab"} - {baseline})
     if not any(baseline in (row["a"], row["b"]) for row in judgements):
-        raise ValueError(f"the baseline {baseline!r} is in no judgement")
+        raise UserError(f"the baseline {baseline!r} is in no judgement")
     names = [baseline, *names]
     prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(row["id"] for row in judgements))}
     wins = np.zeros((len(prompts), len(names), len(names)))  # [prompt, winner, loser]

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
 
+from prefopt.errors import UserError
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -65,11 +67,11 @@ def bootstrap_over_prompts(
     """
     arrays = [np.asarray(a, dtype=float) for a in per_prompt_arrays]
     if not arrays or any(a.ndim != 1 or a.shape != arrays[0].shape for a in arrays):
-        raise ValueError(f"expected sequences of one length, got shapes {[a.shape for a in arrays]}")
+        raise UserError(f"expected sequences of one length, got shapes {[a.shape for a in arrays]}")
     for a in arrays:
         if not np.isfinite(a).all():
             at = int(np.flatnonzero(~np.isfinite(a))[0])
-            raise ValueError(
+            raise UserError(
                 f"prompt {at}: {a[at]} is not a finite number; leave such prompts out and count them"
             )
     n = len(arrays[0])
@@ -199,7 +201,7 @@ def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[in
     for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
         s, r = np.asarray(s, dtype=float), np.asarray(r)
         if not np.isfinite(s[r > 0]).all():
-            raise ValueError(f"prompt {prompt}: scores must be finite, got {s.tolist()}")
+            raise UserError(f"prompt {prompt}: scores must be finite, got {s.tolist()}")
         s = np.where(r > 0, s, 0.0)
         strict = _order(r) > 0
         right.append(((1 + np.sign(s[:, None] - s[None, :])) / 2)[strict].sum())
@@ -245,15 +247,15 @@ def _order(ranks: NDArray) -> NDArray:
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"expected one number per prompt from both, got shapes {a.shape} and {b.shape}")
+        raise UserError(f"expected one number per prompt from both, got shapes {a.shape} and {b.shape}")
     return a, b
 
 
 def _require_same_lengths(a: Sequence[Sequence], b: Sequence[Sequence]) -> None:
     if len(a) != len(b):
-        raise ValueError(f"expected the same prompts in both, got {len(a)} and {len(b)}")
+        raise UserError(f"expected the same prompts in both, got {len(a)} and {len(b)}")
     for prompt, (x, y) in enumerate(zip(a, b, strict=True)):
         if len(x) != len(y):
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt}: expected the same completions in both, got {len(x)} and {len(y)}"
             )

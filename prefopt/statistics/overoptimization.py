@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from prefopt.errors import UserError
 from prefopt.statistics.intervals import Estimate, mean_estimate
 
 KEYS = {"proxy": "rewards/reward_model", "gold": "rewards/gold"}
@@ -58,12 +59,10 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]) -> NDArray
     """
     proxy, values = np.asarray(proxy, dtype=float), np.asarray(values, dtype=float)
     if proxy.shape != values.shape or proxy.ndim != 2:
-        raise ValueError(
-            f"expected proxy and values [prompts, samples], got {proxy.shape} and {values.shape}"
-        )
+        raise UserError(f"expected proxy and values [prompts, samples], got {proxy.shape} and {values.shape}")
     total = proxy.shape[1]
     if not all(1 <= n <= total for n in ns):
-        raise ValueError(f"best of n: expected n from 1 to {total}, the samples per prompt, got {list(ns)}")
+        raise UserError(f"best of n: expected n from 1 to {total}, the samples per prompt, got {list(ns)}")
     order = np.argsort(proxy, axis=1, kind="stable")
     in_order = np.stack([_mean_of_equals(p[o], v[o]) for p, v, o in zip(proxy, values, order, strict=True)])
     # Whole numbers, divided last: binomials of 1,000 samples have no place in a float.

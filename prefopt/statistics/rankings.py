@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit
 from scipy.stats import kendalltau
 
+from prefopt.errors import UserError
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 
 CALIBRATION_BINS = 10
@@ -270,7 +271,7 @@ def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str
     if labelers is None:
         return {}
     if len(labelers) != num_prompts:
-        raise ValueError(f"expected one labeler per prompt, got {len(labelers)} for {num_prompts} prompts")
+        raise UserError(f"expected one labeler per prompt, got {len(labelers)} for {num_prompts} prompts")
     groups = defaultdict(list)
     for prompt, name in enumerate(labelers):
         if name is not None:
@@ -283,12 +284,12 @@ def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str
 def _padded(rows: Sequence[ArrayLike], widths: Sequence[int], name: str) -> NDArray:
     """`[N, K]` with K >= 1, filled up with 0, from rows of the given widths."""
     if len(rows) != len(widths):
-        raise ValueError(f"expected the same prompts in ranks and {name}, got {len(widths)} and {len(rows)}")
+        raise UserError(f"expected the same prompts in ranks and {name}, got {len(widths)} and {len(rows)}")
     table = np.zeros((len(widths), max([1, *widths])))
     for prompt, (row, width) in enumerate(zip(rows, widths, strict=True)):
         row = np.asarray(row, dtype=float)
         if row.shape != (width,):
-            raise ValueError(
+            raise UserError(
                 f"prompt {prompt}: expected {width} {name}, one for each rank, got shape {row.shape}"
             )
         table[prompt, :width] = row
@@ -297,7 +298,7 @@ def _padded(rows: Sequence[ArrayLike], widths: Sequence[int], name: str) -> NDAr
 
 def _whole(ranks: NDArray) -> NDArray:
     for prompt in np.flatnonzero(~(np.isfinite(ranks) & (ranks == np.round(ranks))).all(axis=1)):
-        raise ValueError(f"prompt {prompt}: ranks must be whole numbers, got {ranks[prompt].tolist()}")
+        raise UserError(f"prompt {prompt}: ranks must be whole numbers, got {ranks[prompt].tolist()}")
     return ranks.astype(np.int64)
 
 
@@ -305,7 +306,7 @@ def _finite_where_ranked(values: NDArray, ranks: NDArray, name: str) -> NDArray:
     """The values, 0 at absent completions, whose own may be anything."""
     values = np.where(ranks >= 1, values, 0.0)
     for prompt in np.flatnonzero(~np.isfinite(values).all(axis=1)):
-        raise ValueError(
+        raise UserError(
             f"prompt {prompt}: {name} of ranked completions must be finite, got {values[prompt].tolist()}"
         )
     return values

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from prefopt.errors import UserError
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -187,9 +189,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRo
     lengths = real.sum(1)
     positions = torch.arange(ids.shape[1])
     if not torch.equal(real, positions < lengths[:, None]) or bool((lengths == 0).any()):
-        raise ValueError("rows must have at least one token and be padded on the right")
+        raise UserError("rows must have at least one token and be padded on the right")
     if bool((prompts.diff() < 0).any()):
-        raise ValueError("rows of one prompt must follow each other")
+        raise UserError("rows of one prompt must follow each other")
 
     _, owner, num_rows = prompts.unique_consecutive(return_inverse=True, return_counts=True)
     first = num_rows.cumsum(0) - num_rows

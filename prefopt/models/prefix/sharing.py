@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from prefopt.errors import UserError
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import PackedRows, pack
 
@@ -94,7 +95,7 @@ def enable(model: nn.Module) -> None:
         ValueError: the model cannot (`why_not`).
     """
     if reason := why_not(model):
-        raise ValueError(f"this model cannot share prefixes: {reason}")
+        raise UserError(f"this model cannot share prefixes: {reason}")
     unwrapped(model).set_attn_implementation(ATTENTION)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem, shorten
 from prefopt.rankings.formats import dialogues, openassistant, pairs, rated, shp, tables
 from prefopt.rankings.formats.cleaning import Cleaner
@@ -172,7 +173,7 @@ def convert(
     feed = counted()
     first = next(feed, None)
     if first is None:
-        raise ValueError(f"{source}: expected at least one row, got none")
+        raise UserError(f"{source}: expected at least one row, got none")
     known = _chosen(format, first, rating, source)
     cleaner = Cleaner(counts, keep_tied)
     options = {"rating": rating} if rating else {}
@@ -182,10 +183,10 @@ def convert(
             if cleaned is None:
                 continue
             if problem := row_problem(cleaned, ("prompt", "completions", "ranks")):
-                raise ValueError(problem)
+                raise UserError(problem)
             yield cleaned
     except ValueError as error:
-        raise ValueError(f"{source} row {at}: {error}") from error
+        raise UserError(f"{source} row {at}: {error}") from error
 
 
 def _rejoined(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
@@ -195,20 +196,20 @@ def _rejoined(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
 
 def _chosen(format: str | None, first: Row, rating: str | None, source: str) -> Format:
     if format is not None and format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     name = format or detect(first)
     if name is None:
         told = "; ".join(f"{name}: {', '.join(sorted(known.columns))}" for name, known in FORMATS.items())
-        raise ValueError(
+        raise UserError(
             f"{source}: no known format has the columns {', '.join(map(str, first)) or '(none)'}; rename them to those "
             f"of a format ({told}), or write rows of prompt, completions and ranks"
         )
     known = FORMATS[name]
     if rating is not None and rating not in known.ratings:
         expected = f"one of {', '.join(known.ratings)}" if known.ratings else "none, as it has only one"
-        raise ValueError(f"rating: expected {expected} for format {name}, got {shorten(rating)}")
+        raise UserError(f"rating: expected {expected} for format {name}, got {shorten(rating)}")
     if missing := known.columns - first.keys():
-        raise ValueError(
+        raise UserError(
             f"{source} row 0: field {min(missing)!r}: expected the columns {', '.join(sorted(known.columns))} of format "
             f"{name}, got {', '.join(map(str, first))}; choose another format"
         )

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.formats.fields import answer, entries, field, rank, user
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -49,7 +50,7 @@ def hh_rlhf(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator
     for row in rows:
         dialogues = [turns(field(row, name, str)) for name in ("chosen", "rejected")]
         if not all(dialogues):
-            raise ValueError(
+            raise UserError(
                 "field 'chosen': expected a dialogue of '\\n\\nHuman: ' and '\\n\\nAssistant: ', got none in it or in "
                 "'rejected'; mend or delete the row, or choose format pairs"
             )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 
 _KINDS = {str: "a text", list: "a list", Mapping: "an object", int: "a whole number"}
@@ -27,7 +28,7 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any
     if isinstance(value, kind) and not isinstance(value, bool):
         return value
     got = shorten(value) if name in row else "nothing"
-    raise ValueError(
+    raise UserError(
         f"field {where + name!r}: expected {_KINDS[kind]}, got {got}; mend or delete the row, or choose another format"
     )
 
@@ -73,7 +74,7 @@ def number(value: Any, name: str) -> float | None:
     if found is None or (isinstance(found, float) and math.isnan(found)):
         return None
     if isinstance(found, bool) or not isinstance(found, int | float) or math.isinf(found):
-        raise ValueError(f"field {name!r}: expected a number, got {shorten(value)}; mend or delete the row")
+        raise UserError(f"field {name!r}: expected a number, got {shorten(value)}; mend or delete the row")
     return found
 
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.formats.fields import answer, field, rank
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -53,7 +54,7 @@ def trees(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
 def _message(row: Mapping[str, Any]) -> dict[str, Any]:
     """Only what is needed, as a whole table of it is held."""
     if field(row, "role", str) not in _ROLES:
-        raise ValueError(f"field 'role': expected prompter or assistant, got {row['role']!r}; delete the row")
+        raise UserError(f"field 'role': expected prompter or assistant, got {row['role']!r}; delete the row")
     found = {"id": field(row, "message_id", str), "text": answer(row, "text"), "role": row["role"]}
     found |= {"parent": row.get("parent_id"), "rank": rank(row.get("rank")), "lang": row.get("lang")}
     found["problem"] = None

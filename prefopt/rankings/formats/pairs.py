@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
 from prefopt.rankings.formats.rated import helpsteer_messages
@@ -28,7 +29,7 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
                 if elsewhere := [name for name in _PROMPTS if row.get(name)]:
-                    raise ValueError(
+                    raise UserError(
                         f"field 'prompt': expected a text or messages, got nothing, but a field {elsewhere[0]!r}; rename "
                         "that to prompt if it is what was answered, or remove it if the answers begin with the prompt"
                     )
@@ -45,12 +46,12 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
                 continue
             prompt = user(prompt) if isinstance(prompt, str) else prompt
         else:
-            raise ValueError(
+            raise UserError(
                 f"field 'chosen': expected two texts or two lists of messages, got {shorten(answers[0])} and "
                 f"{shorten(answers[1])} in 'rejected'; give both in one format"
             )
         if not isinstance(prompt, str | list):
-            raise ValueError(
+            raise UserError(
                 f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it"
             )
         scores = [number(row.get(name), name) for name in ("score_chosen", "score_rejected")]
@@ -99,7 +100,7 @@ def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterat
         info, choice = field(row, "info", Mapping), field(row, "choice", int)
         texts = [answer(one, "text", "summaries.") for one in entries(row, "summaries", "text")]
         if choice not in (0, 1) or len(texts) != 2:
-            raise ValueError(
+            raise UserError(
                 f"field 'choice': expected 0 or 1 of two summaries, got {choice} of {len(texts)}; mend or delete the row"
             )
         if info.get("post"):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.rankings.checks import PER_COMPLETION, shorten
 from prefopt.rankings.formats.fields import number, rank
 from prefopt.rankings.row import parse_ranking
@@ -37,20 +38,20 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
             ranks = parse_ranking(ranking, list(columns))
             used |= set(columns.values())
         elif completions is None:
-            raise ValueError(
+            raise UserError(
                 "field 'completions': expected a list, got nothing; add it, or a ranking of columns"
             )
         elif isinstance(ranking, str):
             ranks = parse_ranking(ranking)
         judged = ratings if ranks is None else ranks
         if judged is None:
-            raise ValueError(
+            raise UserError(
                 f"fields {', '.join(_JUDGEMENTS)}: expected one of them, got none; fill or delete the row"
             )
         aligned = {name: _list(row, name) for name in PER_COMPLETION if row.get(name) and name not in used}
         for name, values in {"ranks": ranks, "ratings": ratings, **aligned}.items():
             if values is not None and len(values) != len(completions):
-                raise ValueError(
+                raise UserError(
                     f"field {name!r}: expected one for each of the {len(completions)} completions, got {shorten(values)}; "
                     "mend or delete the row"
                 )
@@ -73,7 +74,7 @@ def _column(row: Mapping[str, Any], name: str) -> str:
     for column in (name, f"completion_{name}", f"completion_{name.lower()}"):
         if column in row:
             return column
-    raise ValueError(
+    raise UserError(
         f"field 'ranking': expected names of columns, got {shorten(name)}, but the columns are {', '.join(row)}; name the "
         "columns as in the ranking, or give a list of completions"
     )
@@ -87,9 +88,9 @@ def _list(row: Mapping[str, Any], name: str) -> list | None:
         except json.JSONDecodeError:
             value = None
         if not isinstance(value, list):
-            raise ValueError(
+            raise UserError(
                 f'field {name!r}: expected a list, in CSV as JSON like ["a", "b"], got {shorten(row[name])}; mend the cell'
             )
     if value is not None and not isinstance(value, list):
-        raise ValueError(f"field {name!r}: expected a list, got {shorten(value)}; mend or delete the row")
+        raise UserError(f"field {name!r}: expected a list, got {shorten(value)}; mend or delete the row")
     return value

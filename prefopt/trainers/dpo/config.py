@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from prefopt.errors import UserError
 from prefopt.losses.divergences import F_DIVERGENCES
 from prefopt.trainers.ranked.base import RankedOptions, bf16_by_default, check_ranked_options
 from prefopt.trainers.ranked.options import check_number, is_number, refuse_options
@@ -95,11 +96,11 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
         refuse_options(self, REFUSED)
         check_number(self, "beta", "a positive number; 0 teaches nothing, less inverts the ranks", above=0)
         if self.f_divergence_type not in F_DIVERGENCES:
-            raise ValueError(
+            raise UserError(
                 f"f_divergence_type={self.f_divergence_type!r}: expected one of {', '.join(F_DIVERGENCES)}"
             )
         if self.f_divergence_type != "alpha_divergence" and self.f_alpha_divergence_coef != 0.5:
-            raise ValueError(
+            raise UserError(
                 f"f_alpha_divergence_coef={self.f_alpha_divergence_coef!r} is used by "
                 f"f_divergence_type='alpha_divergence' alone, which is {self.f_divergence_type!r} here"
             )
@@ -109,16 +110,16 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
     def _check_losses(self) -> None:
         for name in self.loss_type:
             if name in REFUSED_LOSSES:
-                raise ValueError(f"loss_type={name!r} is not supported for rankings: {REFUSED_LOSSES[name]}")
+                raise UserError(f"loss_type={name!r} is not supported for rankings: {REFUSED_LOSSES[name]}")
         if not self.loss_type or not set(self.loss_type) <= set(RANKED_LOSSES):
-            raise ValueError(f"loss_type={self.loss_type!r}: expected some of {', '.join(RANKED_LOSSES)}")
+            raise UserError(f"loss_type={self.loss_type!r}: expected some of {', '.join(RANKED_LOSSES)}")
         weights = self.loss_weights
         if weights is not None and not (
             isinstance(weights, list | tuple)
             and all(is_number(weight) and weight >= 0 for weight in weights)
             and (any(weights) or not weights)
         ):
-            raise ValueError(
+            raise UserError(
                 f"loss_weights={weights!r}: expected a list of finite numbers of at least 0, not all of them 0; less "
                 "inverts the ranks"
             )

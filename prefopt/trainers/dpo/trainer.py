@@ -17,6 +17,7 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins, strict_pairs
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.reward import keep_4bit_gradients
@@ -118,18 +119,18 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")
         if not isinstance(args, RankedDPOConfig):
-            raise TypeError(f"`args` must be a RankedDPOConfig, got {type(args).__name__}")
+            raise UserTypeError(f"`args` must be a RankedDPOConfig, got {type(args).__name__}")
         if peft_config is not None and peft_config.is_prompt_learning:
-            raise ValueError(
+            raise UserError(
                 f"{type(peft_config).__name__} adds virtual tokens, which rankings do not support; use an adapter on "
                 "weights, such as LoraConfig"
             )
         if isinstance(ref_model, PeftModel):
-            raise ValueError(
+            raise UserError(
                 "`ref_model` is a PeftModel: merge its adapter into its base (`merge_and_unload`) first"
             )
         if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
-            raise ValueError(
+            raise UserError(
                 f"the PeftModel's active adapters are {model.active_adapters}: expected one called 'default', which is "
                 "trained and of which TRL keeps a frozen copy as the reference"
             )
@@ -155,7 +156,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         self.loss_types, self.loss_weights = loss_type, args.loss_weights or [1.0] * len(loss_type)
         if self.aux_loss_enabled:
             if args.max_tokens_per_forward is not None:
-                raise ValueError(
+                raise UserError(
                     "max_tokens_per_forward cannot be used with the auxiliary loss of a mixture of experts, which is "
                     "that of a whole batch: set router_aux_loss_coef=0 or leave it out"
                 )
@@ -225,7 +226,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 
     def _require_reference(self) -> None:
         if self.ref_model is None and not is_peft_model(self.model):
-            raise ValueError(
+            raise UserError(
                 "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
@@ -344,17 +345,17 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
 def _check_models(model: Any, ref_model: Any) -> None:
     """Raise for what is neither a policy nor its reference."""
     if isinstance(ref_model, RankedDPOConfig):
-        raise TypeError(
+        raise UserTypeError(
             "`ref_model` is a RankedDPOConfig: the second place is the reference, as in TRL; pass args=..."
         )
     if ref_model is not None and not isinstance(ref_model, PreTrainedModel | PeftModel):
-        raise TypeError(
+        raise UserTypeError(
             f"`ref_model` is {ref_model!r}: expected a model; load a path with AutoModelForCausalLM.from_pretrained"
         )
     for name, given in (("model", model), ("ref_model", ref_model)):
         base = given.get_base_model() if isinstance(given, PeftModel) else given
         if isinstance(base, PreTrainedModel) and base.get_output_embeddings() is None:
-            raise TypeError(
+            raise UserTypeError(
                 f"`{name}` is a {type(base).__name__}, which predicts no tokens: expected a causal language model; "
                 "RankedRewardTrainer trains reward models"
             )

@@ -10,6 +10,8 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import nn
 
+from prefopt.errors import UserError
+
 logger = get_logger(__name__)
 
 STATE_FILE = "ppo_ptx_state.json"
@@ -79,7 +81,7 @@ class CheckpointMixin:
         Raises ValueError without `ema_decay`.
         """
         if self.weight_average is None:
-            raise ValueError("there are no averaged weights: set ema_decay (InstructGPT: 0.992)")
+            raise UserError("there are no averaged weights: set ema_decay (InstructGPT: 0.992)")
         return self.weight_average.swapped_in()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -104,7 +106,7 @@ class CheckpointMixin:
         if self.pretraining is not None:
             position = state["pretraining_sequences"]
             if type(position) is not type(self.pretraining.position):
-                raise ValueError(
+                raise UserError(
                     f"resume_from_checkpoint: the pretraining text of {checkpoint} was {'' if isinstance(position, dict) else 'not '}a stream: "
                     "give it as it was then"
                 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
+from prefopt.errors import UserError
 from prefopt.trainers.shared.sharding import is_asked_for
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
@@ -282,18 +283,16 @@ class PPOPtxConfig(GRPOConfig):
         super().__post_init__()
         self.num_generations = completions
         if (self.generation_kwargs or {}).get("do_sample") is False:  # parsed by now, if it was a JSON string
-            raise ValueError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
+            raise UserError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
         if self.fp16:
-            raise ValueError(
-                "fp16 loss scaling does not carry over several backward passes: use bf16 or fp32"
-            )
+            raise UserError("fp16 loss scaling does not carry over several backward passes: use bf16 or fp32")
         if self.use_transformers_continuous_batching and self.bf16:
-            raise ValueError(
+            raise UserError(
                 "use_transformers_continuous_batching with bf16=True: TRL casts the policy's weights to 16 bit in "
                 "place, and they would train so; set bf16=False (a policy may be loaded in 16 bit), or leave it off"
             )
         if self.steps_per_generation % self.gradient_accumulation_steps:
-            raise ValueError(
+            raise UserError(
                 f"a rollout must hold whole minibatches: steps_per_generation ({self.steps_per_generation}; "
                 "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
@@ -302,14 +301,14 @@ class PPOPtxConfig(GRPOConfig):
             micro_batches = 10 * self.steps_per_generation * self.num_iterations
             self.warmup_steps = micro_batches // self.gradient_accumulation_steps
         if self.kl_target is not None and self.kl_horizon < self.generation_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"kl_horizon={self.kl_horizon} is shorter than a rollout ({self.generation_batch_size} episodes)"
             )
 
     def _refuse_options(self) -> None:
         for engine, sentence in SHARDING.items():
             if is_asked_for(engine, self):
-                raise ValueError(
+                raise UserError(
                     f"{sentence}: launch with recipes/accelerate/ddp.yaml; a model too large for one GPU as a whole fits "
                     "with load_in_4bit and use_peft, its four roles on one base"
                 )
@@ -318,7 +317,7 @@ class PPOPtxConfig(GRPOConfig):
             value = getattr(self, name)
             off = value is False and defaults[name] == "none"  # GRPOConfig's other spelling of scale_rewards
             if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
-                raise ValueError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
+                raise UserError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
         limits = {
             "num_generations": 1,
             "num_iterations": 1,
@@ -335,16 +334,16 @@ class PPOPtxConfig(GRPOConfig):
         }
         for name, least in limits.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
+                raise UserError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
         if self.kl_estimator not in ("k1", "k3", "full"):
-            raise ValueError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
+            raise UserError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
         for name in ("kl_target", "kl_horizon", "score_clip"):
             value = getattr(self, name)
             if not (value is None or value > 0):
-                raise ValueError(f"{name}={value!r}: expected a number above 0, or None")
+                raise UserError(f"{name}={value!r}: expected a number above 0, or None")
         if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
+            raise UserError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
         for name in ("discount", "gae_lambda", "warmup_start_ratio", "ema_decay"):
             value = getattr(self, name)
             if not ((value is None and name == "ema_decay") or 0 <= value <= 1):
-                raise ValueError(f"{name}={value!r}: expected a number from 0 to 1")
+                raise UserError(f"{name}={value!r}: expected a number from 0 to 1")

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState
 
+from prefopt.errors import UserError
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -106,14 +107,14 @@ class OveroptimizationStop(TrainerCallback):
         threshold: float | None = None,
     ) -> None:
         if patience < 1:
-            raise ValueError(f"patience={patience}: expected at least 1 evaluation")
+            raise UserError(f"patience={patience}: expected at least 1 evaluation")
         self.metric, self.proxy, self.patience, self.threshold = metric, proxy, patience, threshold
 
     def on_train_begin(
         self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.eval_strategy == IntervalStrategy.NO:
-            raise ValueError("OveroptimizationStop needs evaluations: set eval_strategy and eval_dataset")
+            raise UserError("OveroptimizationStop needs evaluations: set eval_strategy and eval_dataset")
 
     def on_evaluate(
         self,
@@ -126,9 +127,7 @@ class OveroptimizationStop(TrainerCallback):
         for key in (self.metric, self.proxy):
             if key not in metrics:
                 known = ", ".join(sorted(k for k in metrics if k.endswith("/mean") and "rewards/" in k))
-                raise ValueError(
-                    f"OveroptimizationStop: no {key!r} among the metrics of evaluation ({known})"
-                )
+                raise UserError(f"OveroptimizationStop: no {key!r} among the metrics of evaluation ({known})")
         evaluations = [
             evaluation
             for entry in state.log_history

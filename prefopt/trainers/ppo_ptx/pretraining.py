@@ -10,6 +10,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
+from prefopt.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,14 +33,14 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         ValueError: a row is not a text or token list; the column is missing; nothing is left.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"pretrain_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+        raise UserError(f"pretrain_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
     column = _text_column(dataset.column_names)
     eos = _eos_token_id(tokenizer)
 
     def to_ids(batch: dict, numbers: list[int]) -> dict:
         for number, document in zip(numbers, batch[column], strict=True):
             if document is None:
-                raise ValueError(f"pretrain_dataset row {number}: field '{column}' is missing; drop the row")
+                raise UserError(f"pretrain_dataset row {number}: field '{column}' is missing; drop the row")
         if column == "text":
             documents = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         else:
@@ -49,7 +51,7 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
         to_ids, batched=True, with_indices=True, remove_columns=[column]
     )
     if len(documents) == 0:
-        raise ValueError("pretrain_dataset: no text in it")
+        raise UserError("pretrain_dataset: no text in it")
     if empty := len(dataset) - len(documents):
         logger.warning("pretrain_dataset: dropped %d empty of %d documents", empty, len(dataset))
     return pack_dataset(documents, max_length, strategy="wrapped")
@@ -58,13 +60,13 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
 def _text_column(columns: list[str]) -> str:
     column = next((name for name in ("input_ids", "text") if name in columns), None)
     if column is None:
-        raise ValueError(f"pretrain_dataset: expected a column 'text' or 'input_ids', got {columns}")
+        raise UserError(f"pretrain_dataset: expected a column 'text' or 'input_ids', got {columns}")
     return column
 
 
 def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError("pretrain_dataset: the tokenizer has no EOS token to end documents with")
+        raise UserError("pretrain_dataset: the tokenizer has no EOS token to end documents with")
     return tokenizer.eos_token_id
 
 
@@ -144,7 +146,7 @@ class StreamedText:
         self.seed, self.buffer_size, self.eos = seed, buffer_size, _eos_token_id(tokenizer)
         first = next(iter(self.documents), None)
         if first is None:
-            raise ValueError("pretrain_dataset: no text in it")
+            raise UserError("pretrain_dataset: no text in it")
         self.column = _text_column(list(first))
         self._go_to({"pass": 0, "row": 0, "empty": 0, "text": None, "rest": [], "buffer": 0})
 
@@ -226,7 +228,7 @@ class StreamedText:
     def _begin_pass(self) -> None:
         """The text from its beginning. What was left of its end stands before it, so that no token is lost."""
         if self._empty == self._row:
-            raise ValueError("pretrain_dataset: no text in it")
+            raise UserError("pretrain_dataset: no text in it")
         if self._empty and self._pass == 0:
             logger.warning("pretrain_dataset: dropped %d empty of %d documents", self._empty, self._row)
         self._pass, self._row, self._empty = self._pass + 1, 0, 0
@@ -238,7 +240,7 @@ class StreamedText:
         for row in self.documents:
             document = row.get(self.column)
             if not isinstance(document, str if self.column == "text" else list):
-                raise ValueError(
+                raise UserError(
                     f"pretrain_dataset row {self._row}: field {self.column!r}: expected "
                     f"{'a text' if self.column == 'text' else 'token ids'}, got {document!r}; drop the row"
                 )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
+from prefopt.errors import UserError
 from prefopt.models.checkpoints import is_adapter, load_reward_model, saved_config
 from prefopt.models.last_layer import last_mlp_at
 from prefopt.models.reward import sequence_scores, token_scores
@@ -46,7 +47,7 @@ def check_same_tokenizer(
         sizes = [m.config.get_text_config().vocab_size for m in (model, policy)]
         is_same = sizes[0] == sizes[1] or (token == sizes[1] == sizes[0] - 1)
     if not is_same:
-        raise ValueError(
+        raise UserError(
             f"the {role} {path!r} has another tokenizer than the policy, whose token ids it is to read: train it "
             "with the policy's tokenizer, or call it from a Python reward function on the text"
         )
@@ -150,7 +151,7 @@ class ValueFunction:
         else:
             self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
         if not self.named_parameters:
-            raise ValueError("value_model has no trainable parameter; make one with `value_model_from`")
+            raise UserError("value_model has no trainable parameter; make one with `value_model_from`")
         for parameter in self.parameters:  # 16-bit weights would swallow small updates
             parameter.data = parameter.data.float()
         self._reads_trunk = False
@@ -219,10 +220,10 @@ class ValueFunction:
         """Read what `save` wrote; raises ValueError if it is missing or of another value function."""
         path = os.path.join(folder, VALUE_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"{folder} has no {VALUE_FILE}: it is no checkpoint of PPOPtxTrainer")
+            raise UserError(f"{folder} has no {VALUE_FILE}: it is no checkpoint of PPOPtxTrainer")
         weights = load_file(path)
         if set(weights) != set(self.named_parameters):
             differing = sorted(set(self.named_parameters) ^ set(weights))[:5]
-            raise ValueError(f"{path} is of another value function; they differ in {differing}")
+            raise UserError(f"{path} is of another value function; they differ in {differing}")
         for name, parameter in self.named_parameters.items():
             parameter.data.copy_(weights[name])

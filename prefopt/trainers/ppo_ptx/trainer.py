@@ -21,6 +21,7 @@ from transformers import (
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
 from prefopt.models.reward import keep_4bit_gradients, value_model_from
@@ -134,9 +135,9 @@ class PPOPtxTrainer(
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOPtxConfig(f"{os.path.basename(name) or 'model'}-PPO-ptx")
         if not isinstance(args, PPOPtxConfig):
-            raise TypeError(f"args: expected PPOPtxConfig, got {type(args).__name__}")
+            raise UserTypeError(f"args: expected PPOPtxConfig, got {type(args).__name__}")
         if args.ptx_coef > 0 and pretrain_dataset is None:
-            raise ValueError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
+            raise UserError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
         check_prompts(train_dataset, args)
         _check_policy(model)
         self.reward_models: list[Any] = []  # paths until the policy, whose base they may share, is there
@@ -161,14 +162,14 @@ class PPOPtxTrainer(
             peft_config=peft_config,
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
+            raise UserError(
                 "DeepSpeed and FSDP are not supported: a step has a backward pass each for policy, value function and "
                 "pretraining, and DeepSpeed steps on every one of them; use DDP (accelerate launch --multi_gpu)"
             )
         if self._is_vlm:
-            raise ValueError("only text models are supported")
+            raise UserError("only text models are supported")
         if self.aux_loss_enabled:
-            raise ValueError(
+            raise UserError(
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
@@ -211,7 +212,7 @@ class PPOPtxTrainer(
         if args.ptx_coef > 0:
             longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             if longest is not None and args.ptx_max_length > longest:
-                raise ValueError(
+                raise UserError(
                     f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions"
                 )
             if isinstance(pretrain_dataset, IterableDataset):
@@ -233,7 +234,9 @@ class PPOPtxTrainer(
             check_reward_model(reward)
         elif not isinstance(reward, (PreTrainedModel, PeftModel)):
             if not callable(reward):
-                raise TypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
+                raise UserTypeError(
+                    f"reward_funcs: expected functions, reward models or paths, got {reward!r}"
+                )
             return _returning_scores(reward)
 
         number = len(self.reward_models)
@@ -318,7 +321,7 @@ def _returning_scores(reward: Callable) -> Callable:
     def scores(*args: Any, **columns: Any) -> list:
         returned = reward(*args, **columns)
         if returned is None:
-            raise ValueError(
+            raise UserError(
                 f"reward function {getattr(reward, '__name__', reward)!r} returned None; expected a list with a score, or "
                 "None, for each completion: does it end without `return`?"
             )
@@ -330,11 +333,11 @@ def _returning_scores(reward: Callable) -> Callable:
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
     if isinstance(model, str):
         if os.path.isfile(os.path.join(model, "adapter_config.json")):
-            raise ValueError(
+            raise UserError(
                 f"{model} is an adapter: pass peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)"
             )
         return
     if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
-        raise ValueError(f"the policy adapter must be called 'default', got {model.active_adapters}")
+        raise UserError(f"the policy adapter must be called 'default', got {model.active_adapters}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("the policy has no trainable parameter; load a PEFT model with is_trainable=True")
+        raise UserError("the policy has no trainable parameter; load a PEFT model with is_trainable=True")

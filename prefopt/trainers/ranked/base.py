@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_torch_bf16_gpu_available
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import ranking_loss, rating_margins, strict_pairs
 from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
 from prefopt.rankings.stream import ComparisonStream, check_stream_options
@@ -64,12 +65,12 @@ def check_ranked_options(args: RankedOptions, losses: Iterable[str]) -> None:
             "a finite number from 0, or none; less would drive rewards away from 0",
         )
     if args.label_smoothing_factor != 0:
-        raise ValueError(
+        raise UserError(
             f"label_smoothing_factor={args.label_smoothing_factor!r} is transformers' option for class labels, which a "
             "ranking has none of; `label_smoothing` is the share of pairs taken to be ordered wrongly"
         )
     if "inputs" in (args.include_for_metrics or ()):
-        raise ValueError(
+        raise UserError(
             f"include_for_metrics={args.include_for_metrics!r}: 'inputs' is not supported, because batches of token ids "
             "[B, K, T] differ in two sizes; read the rows of `trainer.eval_dataset`, which are in the same order"
         )
@@ -144,7 +145,7 @@ class RankedTrainerMixin(
         if isinstance(self.train_dataset, ComparisonStream):
             next(iter(self.train_dataset))  # what is wrong from the start stops here
         if self.args.train_sampling_strategy == "group_by_length":
-            raise ValueError(
+            raise UserError(
                 "train_sampling_strategy='group_by_length' is not supported: a row has several lengths; "
                 "`max_tokens_per_forward` groups the prompts of a batch by length instead"
             )
@@ -165,7 +166,7 @@ class RankedTrainerMixin(
         dataset_name: str,
     ) -> Dataset | ComparisonStream:
         if not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
+            raise UserTypeError(
                 f"{type(self).__name__} works on text: expected a tokenizer as `processing_class`, "
                 f"got {type(processing_class).__name__}"
             )
@@ -177,7 +178,7 @@ class RankedTrainerMixin(
                 )
             dataset = list(tqdm(dataset, desc=f"Reading {dataset_name}"))
         elif not isinstance(dataset, Dataset):
-            raise TypeError(
+            raise UserTypeError(
                 f"the {dataset_name} dataset is a {type(dataset).__name__}: expected a `datasets.Dataset` or "
                 "`IterableDataset`; choose one split of a DatasetDict"
             )

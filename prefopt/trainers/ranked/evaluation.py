@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from prefopt.errors import UserError
 from prefopt.statistics.rankings import flatten, ranking_metrics
 
 
@@ -174,7 +175,7 @@ def refuse_partial_predictions(args: TrainingArguments) -> None:
     """Raise for options that give `compute_metrics` its predictions in parts."""
     for name, whole in (("batch_eval_metrics", False), ("eval_do_concat_batches", True)):
         if getattr(args, name) != whole:
-            raise ValueError(
+            raise UserError(
                 f"{name}={getattr(args, name)!r} gives predictions batch by batch, but the measures on rankings need "
                 f"them all: leave it at {whole!r}, or pass a `compute_metrics` of your own"
             )

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch import Tensor, nn
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import strict_pairs
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.layout import PackedRows, pack
@@ -64,7 +65,7 @@ def check_positions(
         return
     for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"]).with_format(None)):
         if found := problem(row):
-            raise ValueError(f"{source} row {number} of the prepared rows: {found}")
+            raise UserError(f"{source} row {number} of the prepared rows: {found}")
 
 
 class RankedForwardMixin:
@@ -86,16 +87,16 @@ class RankedForwardMixin:
             if dataset is not None:
                 check_positions(self.model, dataset, self.args.max_length, name)
         if self.args.n_gpu > 1:
-            raise ValueError(
+            raise UserError(
                 "several GPUs in one process are not supported: start one process each with `accelerate launch`, or "
                 "set CUDA_VISIBLE_DEVICES to one of them"
             )
         if self.args.torch_compile:
-            raise ValueError(
+            raise UserError(
                 "torch_compile=True is not supported: every batch has another shape, and would be compiled anew"
             )
         if self.args.max_tokens_per_forward is not None and self.accelerator.distributed_type in SHARDED:
-            raise ValueError(
+            raise UserError(
                 "max_tokens_per_forward is not supported with sharded parameters (FSDP, DeepSpeed): all processes must "
                 "forward equally often; lower per_device_train_batch_size instead"
             )
@@ -344,12 +345,12 @@ class RankedForwardMixin:
         """
         for name, given in (("prompts", prompts), ("completions", completions)):
             if isinstance(given, str | Mapping):
-                raise TypeError(
+                raise UserTypeError(
                     f"score: field {name!r}: expected a list of texts or messages, got {given!r}; put it in one"
                 )
         prompts, completions = list(prompts), list(completions)
         if len(prompts) != len(completions):
-            raise ValueError(f"got {len(prompts)} prompts and {len(completions)} completions")
+            raise UserError(f"got {len(prompts)} prompts and {len(completions)} completions")
         pairs = zip(prompts, completions, strict=True)
         validate_demonstrations([{"prompt": x, "completion": y} for x, y in pairs], "score")
         by_prompt: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import RewardConfig
 
+from prefopt.errors import UserError
 from prefopt.trainers.ranked.base import RankedOptions, bf16_by_default, check_ranked_options
 from prefopt.trainers.ranked.options import refuse_options
 from prefopt.trainers.shared.sharding import is_asked_for
@@ -73,14 +74,14 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         if self.reward_token is not None and (
             not isinstance(self.reward_token, str) or self.reward_token in ("", self.eos_token)
         ):
-            raise ValueError(
+            raise UserError(
                 f"reward_token={self.reward_token!r}: take a token of its own, such as '<|reward|>'"
             )
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)
         if is_asked_for("deepspeed", self):
-            raise ValueError(
+            raise UserError(
                 "DeepSpeed is not supported for reward models: it keeps all weights in one dtype and leaves a process a "
                 "part of each, where the head is to be drawn whole and kept in fp32; launch with "
                 "recipes/accelerate/fsdp2.yaml, which shards as much"

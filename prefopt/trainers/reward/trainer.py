@@ -26,6 +26,7 @@ from transformers.utils import find_adapter_config_file
 from trl import RewardTrainer
 from trl.trainer.utils import create_model_from_path
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos, saved_config
 from prefopt.models.reward import (
@@ -108,7 +109,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedRewardConfig(f"{path.split('/')[-1] or 'model'}-RankedReward")
         if not isinstance(args, RankedRewardConfig):
-            raise TypeError(f"`args` must be a RankedRewardConfig, got {type(args).__name__}")
+            raise UserTypeError(f"`args` must be a RankedRewardConfig, got {type(args).__name__}")
         head_is_new = isinstance(model, str) and not _has_score_head(model, args)
         if isinstance(model, PeftModel):
             _require_trainable_head(model)
@@ -172,7 +173,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
                 )
         if isinstance(model, PeftModel):
             if getattr(model.config, "reward_token_id", None) is None:
-                raise ValueError(
+                raise UserError(
                     f"reward_token={args.reward_token!r}: the given adapter does not train the token's embedding; merge it "
                     "into its base (`merge_and_unload`) and pass `peft_config`, or make it with "
                     "`prefopt.models.checkpoints.reward_model_from_adapter`"
@@ -209,7 +210,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             return dataset
         for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
             if found := problem(row):
-                raise ValueError(f"{dataset_name} row {number}: {found}")
+                raise UserError(f"{dataset_name} row {number}: {found}")
         return dataset
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -283,7 +284,7 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         """
         rows = list(demonstrations)
         if not rows:
-            raise ValueError("`center_on` needs at least one demonstration")
+            raise UserError("`center_on` needs at least one demonstration")
         validate_demonstrations(rows, "center_on")
         scores = self.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
         set_reward_bias(self.model, get_reward_bias(self.model) + sum(scores) / len(scores))
@@ -317,7 +318,7 @@ def _revision(args: RankedRewardConfig) -> dict[str, str | None]:
 
 def _has_score_head(path: str, args: RankedRewardConfig) -> bool:
     if find_adapter_config_file(path, **_revision(args)) is not None:
-        raise ValueError(
+        raise UserError(
             f"{path} is an adapter: merge it into its base first (`merge_and_unload`, then save), or load it as a "
             "trainable PeftModel"
         )
@@ -336,11 +337,11 @@ def _reward_token_id(model: str | PreTrainedModel | PeftModel, args: RankedRewar
 
 def _with_score_head(peft_config: PeftConfig) -> PeftConfig:
     if peft_config.is_prompt_learning or not hasattr(peft_config, "modules_to_save"):
-        raise ValueError(
+        raise UserError(
             f"{type(peft_config).__name__} cannot keep a reward head; use an adapter on weights, such as LoraConfig"
         )
     if peft_config.task_type not in (None, "SEQ_CLS"):
-        raise ValueError(f"a reward model needs task_type='SEQ_CLS', got {str(peft_config.task_type)!r}")
+        raise UserError(f"a reward model needs task_type='SEQ_CLS', got {str(peft_config.task_type)!r}")
     peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = "SEQ_CLS"
     if "score" not in (peft_config.modules_to_save or []):
@@ -351,7 +352,7 @@ def _with_score_head(peft_config: PeftConfig) -> PeftConfig:
 
 def _require_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "`model` has no weight to train: every one has requires_grad=False, as `load_reward_model` freezes a model "
             "for scoring; to train a full reward model further, give its path or "
             "`AutoModelForSequenceClassification.from_pretrained(path)`, and for an adapter "
@@ -362,7 +363,7 @@ def _require_trainable(model: nn.Module) -> None:
 def _require_trainable_head(model: PeftModel) -> None:
     head = model.get_base_model().score
     if not (isinstance(head, ModulesToSaveWrapper) and any(p.requires_grad for p in head.parameters())):
-        raise ValueError(
+        raise UserError(
             "the PeftModel's `score` head is not trainable or would not be saved: make it with "
             "modules_to_save=['score'] and is_trainable=True (`prefopt.models.checkpoints.reward_model_from_adapter` "
             "loads a saved reward model so), or pass `peft_config` instead"

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState
 
+from prefopt.errors import UserError
+
 AVERAGE_FILE = "weight_average.safetensors"
 
 
@@ -88,11 +90,11 @@ class WeightAverage(TrainerCallback):
         """Read what `save` wrote; raises ValueError if it is missing or of other weights."""
         path = os.path.join(folder, AVERAGE_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"{folder} has no {AVERAGE_FILE}: it was saved without ema_decay")
+            raise UserError(f"{folder} has no {AVERAGE_FILE}: it was saved without ema_decay")
         saved = load_file(path)
         if saved.keys() != self.parameters.keys():
             differing = sorted(saved.keys() ^ self.parameters.keys())[:5]
-            raise ValueError(f"{path} averages other weights; they differ in {differing}")
+            raise UserError(f"{path} averages other weights; they differ in {differing}")
         for name, average in self.averages.items():
             average.copy_(saved[name])
 

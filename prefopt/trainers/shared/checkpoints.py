@@ -16,6 +16,8 @@ from transformers.trainer_utils import (
     sort_checkpoints,
 )
 
+from prefopt.errors import UserError
+
 logger = get_logger(__name__)
 
 MARKER = "complete.json"
@@ -111,14 +113,14 @@ class CompleteCheckpointsMixin:
         if wanted is None or str(wanted).lower() in ("false", "none", ""):
             return None
         if self.args.save_only_model:
-            raise ValueError(
+            raise UserError(
                 "resume_from_checkpoint: save_only_model=True saves no optimizer, so there is nothing to resume; "
                 "leave save_only_model off, or start from the saved model itself"
             )
         if str(wanted).lower() not in ("true", "latest"):
             missing = what_is_missing(wanted)
             if missing is not None and (Path(wanted) / MARKER).exists():
-                raise ValueError(
+                raise UserError(
                     f"resume_from_checkpoint: {wanted} is incomplete: {missing}; 'latest' finds a complete one"
                 )
             if missing is not None:
@@ -141,7 +143,7 @@ class CompleteCheckpointsMixin:
             return
         own = type(self).__name__
         if marker.get("trainer") not in (None, own):
-            raise ValueError(
+            raise UserError(
                 f"resume_from_checkpoint: {checkpoint} is of a {marker['trainer']}, not of a {own}; choose another "
                 "output_dir, or the checkpoint of another run"
             )
