@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class UserTypeError(UserError, TypeError):
     """The same of a value of the wrong type."""
+
+
+class UserImportError(UserError, ImportError):
+    """The same of an installed package."""

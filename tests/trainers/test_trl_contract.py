@@ -1,151 +1,45 @@
-"""Every private name of TRL and transformers that prefopt/trainers builds on, by class.
+"""The contract with TRL: it holds, it lists all that the trainers use, and a TRL that breaks it is refused by name.
 
-When a new release of TRL breaks one of these, this file says which. A private name that the trainers use without
-listing it here is an error too, and so is one of our own that happens to exist upstream.
+Names alone do not keep a subclass right: the values that the trainers rely on are pinned here too, on rows of two.
 """
 
 import ast
-import importlib
 import inspect
 import re
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import trl
-from transformers import PreTrainedConfig, Trainer
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer
-from trl.trainer.utils import RepeatSampler
+from datasets import Dataset
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer
+from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_tensor_dict
 
-TRAINERS = (RewardTrainer, DPOTrainer, GRPOTrainer)
-
-# class -> method -> parameters after self, in order; "..." ends a list of which the rest does not matter here
-METHODS = {
-    Trainer: {
-        "_clip_grad_norm": ["model"],
-        "_finish_current_push": [],
-        "_get_output_dir": ["trial"],
-        "_init_training_state": [
-            "max_steps",
-            "num_update_steps_per_epoch",
-            "num_train_epochs",
-            "resume_from_checkpoint",
-            "trial",
-        ],
-        "_load_best_model": [],
-        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
-        "_load_optimizer_and_scheduler": ["checkpoint"],
-        "_prepare_inputs": ["inputs"],
-        "_push_from_checkpoint": ["checkpoint_folder"],
-        "_save": ["output_dir", "state_dict"],
-        "compute_loss_context_manager": [],
-        "init_hf_repo": ["token", "private"],
-        "create_scheduler": ["num_training_steps", "optimizer"],
-        "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
-        "push_to_hub": ["commit_message", "blocking", "token", "revision", "private", "kwargs"],
-        "save_model": ["output_dir", "_internal_call"],
-        "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
-    },
-    RewardTrainer: {
-        "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
-        "_set_signature_columns_if_needed": [],
-        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
-        "create_model_card": ["model_name", "dataset_name", "tags"],
-        "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
-        "log": ["logs", "start_time"],
-    },
-    DPOTrainer: {
-        "_compute_loss": ["model", "inputs", "return_outputs"],
-        "_precompute_ref_logps": ["dataset", "name", "batch_size"],
-        "_prepare_dataset": ["dataset", "processing_class", "args", "dataset_name"],
-        "_set_signature_columns_if_needed": [],
-        "compute_ref_log_probs": ["model", "inputs"],
-        "evaluate": ["eval_dataset", "ignore_keys", "metric_key_prefix"],
-        "log": ["logs", "start_time"],
-        "prediction_step": ["model", "inputs", "prediction_loss_only", "ignore_keys"],
-    },
-    GRPOTrainer: {
-        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
-        "_compute_loss": ["model", "inputs"],
-        "_generate": ["prompts"],
-        "_generate_and_score_completions": ["inputs"],
-        "_get_per_token_logps_and_entropies": [
-            "model",
-            "input_ids",
-            "attention_mask",
-            "logits_to_keep",
-            "batch_size",
-            "compute_entropy",
-            "...",
-        ],
-        "_get_train_sampler": ["dataset"],
-        "_prepare_inputs": ["generation_batch"],
-        "_save_checkpoint": ["model", "trial"],
-    },
-}
-
-# class -> attributes that instances get, or that the class has
-ATTRIBUTES = {
-    PreTrainedConfig: ["_name_or_path"],
-    Trainer: ["_signature_columns"],
-    RewardTrainer: ["_metrics", "_name", "_paper", "_tag_names", "_total_train_tokens", "_tp_size"],
-    DPOTrainer: [
-        "_metrics",
-        "_name",
-        "_paper",
-        "_tag_names",
-        "_total_train_tokens",
-        "_tp_size",
-        "aux_loss_enabled",
-        "beta",
-        "precompute_ref_logps",
-        "ref_model",
-        "router_aux_loss_coef",
-    ],
-    GRPOTrainer: [
-        "_buffered_inputs",
-        "_is_vlm",
-        "_logs",
-        "_metrics",
-        "_name",
-        "_paper",
-        "_step",
-        "_tag_names",
-        "_tokenizer",
-        "aux_loss_enabled",
-        "eos_token_ids",
-        "num_generations_eval",
-        "ref_model",
-        "reward_weights",
-        "temperature",
-    ],
-    RepeatSampler: ["generator"],
-}
-
-# module -> names imported from inside TRL rather than from its top level
-IMPORTS = {
-    "trl.models.utils": ["disable_gradient_checkpointing"],
-    "trl.trainer.utils": [
-        "add_fused_lm_head",
-        "create_model_from_path",
-        "disable_dropout_in_model",
-        "get_comet_experiment_url",
-        "get_trackio_space_url",
-        "pad",
-        "shuffle_sequence_dict",
-        "split_tensor_dict",
-        "use_adapter",
-    ],
-}
+from prefopt.errors import UserImportError
+from prefopt.trainers.shared import trl_contract
+from prefopt.trainers.shared.trl_contract import CLASSES, IMPORTS, missing_seams, require_seams, verdicts
 
 FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").rglob("*.py"))
+SEAMS = [(path, seams) for classes in CLASSES.values() for path, seams in classes.items()]
+LISTED = {name for _, seams in SEAMS for name in (*seams.methods, *seams.attributes)}
+INNER = {}
+for modules in IMPORTS.values():
+    for module, names in modules.items():
+        INNER.setdefault(module, set()).update(names)
 
 
 def source_of(cls):
     return "\n".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
 
 
-UPSTREAM = {name for cls in TRAINERS for name in re.findall(r"\b_[a-z]\w*", source_of(cls))}
-LISTED = {name for table in (METHODS, ATTRIBUTES) for names in table.values() for name in names}
+UPSTREAM = {
+    name
+    for cls in (RewardTrainer, DPOTrainer, GRPOTrainer)
+    for name in re.findall(r"\b_[a-z]\w*", source_of(cls))
+}
 
 
 def is_private(name):
@@ -173,28 +67,22 @@ def private_names(tree):
     return used | defined, defined
 
 
-def test_methods_exist_with_their_parameters():
-    for cls, methods in METHODS.items():
-        for name, expected in methods.items():
-            assert hasattr(cls, name), f"{cls.__name__} of trl {trl.__version__} has no {name}"
-            parameters = list(inspect.signature(getattr(cls, name)).parameters)[1:]
-            if expected[-1:] == ["..."]:
-                expected, parameters = expected[:-1], parameters[: len(expected) - 1]
-            assert parameters == expected, f"{cls.__name__}.{name}"
+# ---- the installed TRL keeps the contract, and the contract is whole ----
 
 
-def test_attributes_exist():
-    for cls, names in ATTRIBUTES.items():
+def test_the_installed_trl_has_every_seam():
+    assert verdicts() == {"RankedRewardTrainer": [], "RankedDPOTrainer": [], "PPOPtxTrainer": []}
+
+
+def test_attributes_are_assigned_where_they_are_said_to_be():
+    """`missing_seams` looks for the name in the byte code, which is quick; here the sources must assign it."""
+    for path, seams in SEAMS:
+        module, _, name = path.rpartition(".")
+        cls = getattr(import_module(module), name)
         source = source_of(cls)
-        for name in names:
-            assigned = re.search(rf"self\.{name}(: [^=\n]+)? = ", source)
-            assert assigned or hasattr(cls, name), f"{cls.__name__} of trl {trl.__version__} has no {name}"
-
-
-def test_imports_exist():
-    for module, names in IMPORTS.items():
-        for name in names:
-            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+        for attribute in seams.attributes:
+            assigned = re.search(rf"self\.{attribute}(: [^=\n]+)? = ", source)
+            assert assigned or hasattr(cls, attribute), f"{name} of trl {trl.__version__} has no {attribute}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -203,8 +91,8 @@ def test_trainers_use_no_unlisted_private_name(path):
     own = set().union(*(private_names(ast.parse(file.read_text()))[1] for file in FILES))
     unlisted = {name for name in used - LISTED if name in UPSTREAM or name not in own}
     assert not unlisted, (
-        f"{path.name} uses private names that METHODS and ATTRIBUTES do not list, or defines names that exist "
-        f"upstream: {sorted(unlisted)}"
+        f"{path.name} uses private names that the contract does not list, or defines names that exist upstream: "
+        f"{sorted(unlisted)}"
     )
 
 
@@ -212,7 +100,7 @@ def test_trainers_use_no_unlisted_private_name(path):
 def test_trainers_import_no_unlisted_inner_name(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trl."):
-            unlisted = {alias.name for alias in node.names} - set(IMPORTS.get(node.module, []))
+            unlisted = {alias.name for alias in node.names} - INNER.get(node.module, set())
             assert not unlisted, f"{path.name}: {node.module} {sorted(unlisted)}"
 
 
@@ -222,5 +110,197 @@ def test_everything_listed_is_used():
         tree = ast.parse(file.read_text())
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        names |= {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
         names |= private_names(tree)[1]
-    assert not LISTED - names
+    assert not (LISTED | set().union(*INNER.values())) - names
+
+
+# ---- a TRL that breaks it ----
+
+
+def test_a_method_that_is_gone_is_refused_by_name_and_the_other_trainers_go_on(monkeypatch):
+    monkeypatch.delattr(GRPOTrainer, "_calculate_rewards")
+    with pytest.raises(
+        UserImportError,
+        match=(
+            rf"^PPOPtxTrainer does not work with trl {trl.__version__} and transformers .*: GRPOTrainer has no method "
+            r"_calculate_rewards\. Install .*; RankedRewardTrainer and RankedDPOTrainer can be used$"
+        ),
+    ):
+        require_seams("PPOPtxTrainer")
+    require_seams("RankedRewardTrainer")
+    require_seams("RankedDPOTrainer")
+
+
+def test_other_parameters_are_refused(monkeypatch):
+    def compute_ref_log_probs(self, inputs):
+        pass
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", compute_ref_log_probs)
+    assert missing_seams("RankedDPOTrainer") == [
+        "DPOTrainer.compute_ref_log_probs takes (inputs) instead of (model, inputs)"
+    ]
+    assert missing_seams("RankedRewardTrainer") == missing_seams("PPOPtxTrainer") == []
+
+
+def test_moved_names_and_lost_attributes_are_refused(monkeypatch):
+    monkeypatch.delattr("trl.trainer.utils.use_adapter")
+    assert missing_seams("RankedDPOTrainer") == ["trl.trainer.utils has no use_adapter"]
+    monkeypatch.setitem(sys.modules, "trl.models.utils", None)
+    assert missing_seams("RankedDPOTrainer")[0].startswith("trl.models.utils cannot be imported (")
+    assert missing_seams("RankedRewardTrainer") == []
+
+    monkeypatch.setattr(
+        trl_contract, "_names_in_code", lambda cls: {"_metrics", "_name", "_paper", "_tag_names", "_tp_size"}
+    )
+    assert "RewardTrainer has no attribute _total_train_tokens" in missing_seams("RankedRewardTrainer")
+
+
+def test_a_fused_head_that_is_triton_alone_is_refused_without_triton(monkeypatch):
+    monkeypatch.setattr(trl_contract, "find_spec", lambda name: None)
+    assert missing_seams("PPOPtxTrainer") == []
+    monkeypatch.delattr("trl.kernels.chunked_logprob._use_triton")
+    sentence = "its fused LM head needs Triton, which is not installed (it comes with CUDA builds of torch)"
+    assert missing_seams("PPOPtxTrainer") == missing_seams("RankedDPOTrainer") == [sentence]
+    assert missing_seams("RankedRewardTrainer") == []
+    monkeypatch.setattr(trl_contract, "find_spec", lambda name: object())
+    assert missing_seams("PPOPtxTrainer") == []
+
+
+def test_importing_a_trainer_checks_its_seams_and_no_other():
+    code = (
+        "from trl import GRPOTrainer\n"
+        "del GRPOTrainer._calculate_rewards\n"
+        "from prefopt import RankedDPOTrainer, RankedRewardTrainer\n"
+        "try:\n"
+        "    from prefopt import PPOPtxTrainer\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "PPOPtxTrainer does not work with trl" in done.stdout
+    assert "GRPOTrainer has no method _calculate_rewards" in done.stdout
+
+
+# ---- the values that the trainers rely on ----
+
+
+def test_sampler_goes_over_a_rollout_as_often_as_it_is_told():
+    torch.manual_seed(0)
+    order = list(
+        RepeatSampler(range(4), mini_repeat_count=2, batch_size=2, repeat_count=3, shuffle=False, seed=0)
+    )
+    assert order == [0, 0, 1, 1] * 3 + [2, 2, 3, 3] * 3
+
+
+def test_padding_splitting_and_shuffling_of_rollouts():
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    assert pad(rows, padding_value=9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert pad(rows, padding_value=9, padding_side="left").tolist() == [[1, 2, 3], [9, 9, 4]]
+
+    rollout = {"x": torch.tensor([[1, 2], [3, 4]]), "y": ["a", "b"], "n": torch.tensor(5), "none": None}
+    first, second = split_tensor_dict(rollout, 2)
+    assert (first["x"].tolist(), first["y"], first["n"].item(), first["none"]) == ([[1, 2]], ["a"], 5, None)
+    assert (second["x"].tolist(), second["y"], second["n"].item()) == ([[3, 4]], ["b"], 5)
+
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        shuffled = shuffle_sequence_dict(rollout)
+        assert [row[0] for row in shuffled["x"].tolist()] == [{"a": 1, "b": 3}[y] for y in shuffled["y"]]
+        seen.add(tuple(shuffled["y"]))
+    assert seen == {("a", "b"), ("b", "a")}
+
+
+@pytest.fixture
+def grpo(tmp_path, causal_lm, tokenizer):
+    def two_rewards(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    def no_reward(completions, **kwargs):
+        return [None, 2.0]
+
+    return GRPOTrainer(
+        model=causal_lm,
+        reward_funcs=[two_rewards, no_reward],
+        args=GRPOConfig(
+            str(tmp_path),
+            bf16=False,
+            use_cpu=True,
+            beta=0.0,
+            epsilon=0.2,
+            loss_type="dapo",
+            temperature=0.7,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "the cat"}] * 2),
+        processing_class=tokenizer,
+    )
+
+
+def test_rewards_are_a_column_per_function_and_nan_where_there_is_none(grpo):
+    rewards = grpo._calculate_rewards([{"prompt": "p"}] * 2, ["p"] * 2, ["ab", "abc"], [[5], [6]])
+    assert torch.equal(rewards.isnan(), torch.tensor([[False, True], [False, False]]))
+    assert rewards.nan_to_num(-1.0).tolist() == [[2.0, -1.0], [3.0, 2.0]]
+
+
+def test_log_probabilities_are_those_of_the_sampling_temperature(grpo):
+    model = grpo.model.eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+    logps, entropies, aux_loss = grpo._get_per_token_logps_and_entropies(
+        model, ids, torch.ones_like(ids), 2, compute_entropy=True
+    )
+    expected = torch.log_softmax(model(ids).logits / 0.7, -1)
+    for b in range(2):
+        for t in range(2):
+            at = expected[b, 2 + t]
+            torch.testing.assert_close(logps[b, t], at[ids[b, 3 + t]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(entropies[b, t], -(at.exp() * at).sum(), rtol=0, atol=1e-5)
+    assert aux_loss is None
+
+
+def test_policy_loss_takes_an_advantage_per_token(grpo):
+    """-min(ratio * A, clip(ratio) * A) over the step's tokens: what PPO-ptx takes from `super()._compute_loss`."""
+    model = grpo.model.eval()
+    grpo.current_gradient_accumulation_steps = 1
+    prompt, completion = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[9, 10, 11], [12, 13, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    advantages = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 3.0, 100.0]])
+    ids = torch.cat([prompt, completion], 1)
+    with torch.no_grad():
+        logps = torch.log_softmax(model(ids).logits / 0.7, -1)
+    old = torch.tensor([[0.5, -0.5, 0.1], [0.0, 0.3, 7.0]])
+    per_token, total = [], 0.0
+    for b in range(2):
+        for t in range(3):
+            now = logps[b, 1 + t, completion[b, t]].item()
+            per_token.append(now)
+            if mask[b, t]:
+                ratio = torch.exp(-old[b, t]).item()
+                clipped = min(max(ratio, 0.8), 1.2)
+                total -= min(ratio * advantages[b, t].item(), clipped * advantages[b, t].item())
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": completion,
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": torch.tensor(per_token).view(2, 3) + old,
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = grpo._compute_loss(model, inputs)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_clipping_returns_the_norm_before_it(grpo):
+    grpo.args.max_grad_norm = 1.0
+    for number, parameter in enumerate(grpo.model.parameters()):
+        parameter.grad = torch.full_like(parameter, 3.0 if number == 0 else 0.0)
+    first = next(grpo.model.parameters())
+    norm = grpo._clip_grad_norm(grpo.model)
+    assert float(norm) == pytest.approx(3.0 * first.numel() ** 0.5, rel=1e-5)
+    assert first.grad.norm().item() == pytest.approx(1.0, rel=1e-4)

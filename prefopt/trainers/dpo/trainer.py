@@ -1,5 +1,11 @@
 """`RankedDPOTrainer`: direct preference optimization from rankings of K completions."""
 
+from prefopt.trainers.shared.trl_contract import require_seams
+
+# Before anything of TRL's inside is imported, so that a name that has moved is refused in a sentence.
+require_seams("RankedDPOTrainer")
+
+# isort: split
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

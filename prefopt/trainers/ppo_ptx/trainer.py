@@ -1,5 +1,11 @@
 """PPO and PPO-ptx (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 2) on TRL's rollouts."""
 
+from prefopt.trainers.shared.trl_contract import require_seams
+
+# Before anything of TRL's inside is imported, so that a name that has moved is refused in a sentence.
+require_seams("PPOPtxTrainer")
+
+# isort: split
 import functools
 import inspect
 import logging

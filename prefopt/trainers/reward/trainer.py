@@ -1,5 +1,11 @@
 """`RankedRewardTrainer`: InstructGPT's reward model from rankings of K completions."""
 
+from prefopt.trainers.shared.trl_contract import require_seams
+
+# Before anything of TRL's inside is imported, so that a name that has moved is refused in a sentence.
+require_seams("RankedRewardTrainer")
+
+# isort: split
 import copy
 import textwrap
 from collections.abc import Iterable, Mapping
