@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from email import message_from_string
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,28 +17,41 @@ import prefopt
 
 ROOT = Path(__file__).resolve().parents[1]
 HOMES = {"prefopt": "prefopt", "recipes": "prefopt/recipes", "eval": "prefopt/evaluation"}
+LINKS = {"recipes": "../recipes", "evaluation": "../eval"}  # in prefopt/
 
 
 def files_of(folder):
+    """Relative paths of a folder's files, those behind its links left out."""
     return {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+        Path(root, name).relative_to(folder).as_posix()
+        for root, _, names in os.walk(folder)
+        for name in names
+        if "__pycache__" not in root and not name.startswith(".")
     }
+
+
+def copy_sources(target):
+    for name in HOMES:
+        shutil.copytree(
+            ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target)
+
+
+def build(source, target):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    return subprocess.run(
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy of the sources, because a build leaves folders behind."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in HOMES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
-    )
+    copy_sources(source)
+    done = build(source, target)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = target.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -49,6 +63,32 @@ def test_the_wheel_holds_every_file_of_the_tree(wheel):
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert {Path(name).suffix for name in expected} >= {".py", ".yaml", ".md", ".html", ".css", ".js"}
     assert held == expected
+
+
+def test_the_folders_at_the_top_are_the_packages_inside():
+    """Editors, type checkers and doctests follow links, and no import hook."""
+    for name, target in LINKS.items():
+        assert (ROOT / "prefopt" / name).readlink().as_posix() == target
+        assert Path(import_module(f"prefopt.{name}").__file__).parent == ROOT / "prefopt" / name
+
+
+def test_a_checkout_without_links_is_no_half_package(tmp_path):
+    """As git leaves it on Windows without developer mode: a text file that holds the link's target."""
+    source = tmp_path / "source"
+    source.mkdir()
+    copy_sources(source)
+    (source / "prefopt" / "evaluation").unlink()
+    (source / "prefopt" / "evaluation").write_text("../eval")
+    done = build(source, tmp_path)
+    assert done.returncode != 0
+    assert "prefopt/evaluation is not a link to eval/: this checkout was made without symbolic links" in (
+        done.stdout + done.stderr
+    )
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_a_type_checker_finds_the_package_typed(wheel):
+    assert "prefopt/py.typed" in wheel.namelist()
 
 
 def test_the_wheel_tells_what_it_is(wheel):
