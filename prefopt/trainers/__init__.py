@@ -1,1 +1,1 @@
-"""Thin subclasses of TRL's trainers, each beside its config."""
+"""Subclasses of TRL's trainers, each with its config."""
