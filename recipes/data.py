@@ -275,7 +275,7 @@ def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, t
     """How far labelers agree: numbers, and the same in words; nothing if no two of them saw one prompt."""
     if not found.prompts_of_several_labelers:
         return {}
-    from prefopt.statistics.agreement import agreement
+    from prefopt.labeling.agreement import agreement
 
     of = agreement(judged, source=source)
     if not of.shared_items:

@@ -22,6 +22,7 @@ from rich.progress import track
 
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.inference.scoring import score_rows
+from prefopt.labeling.agreement import agreement
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
 from prefopt.labeling.argilla import read_argilla, write_argilla
 from prefopt.labeling.key import Key, blind, read_key, write_key
@@ -33,7 +34,6 @@ from prefopt.rankings.checks import row_problem
 from prefopt.recipes.common.arguments import UserError, named, parse
 from prefopt.recipes.common.rows import check_fields, load_rows
 from prefopt.recipes.common.sources import keep_inputs
-from prefopt.statistics.agreement import agreement
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ LIBRARY = {"losses", "statistics", "rankings", "models", "inference", "hub", "tr
 RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "errors": (set(), set()),
     "losses": (set(), {"torch"}),
-    "statistics": ({"rankings"}, {"numpy", "scipy", "krippendorff", "sacrebleu"}),
+    "statistics": (set(), {"numpy", "scipy", "krippendorff", "sacrebleu"}),
     "rankings": (set(), {"torch", "datasets", "transformers", "accelerate"}),
     "models": ({"rankings"}, MODELS),
     "inference": ({"rankings", "models", "statistics"}, MODELS | {"numpy"}),

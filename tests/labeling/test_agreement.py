@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from prefopt.statistics.agreement import agreement, alpha, kendall_w
+from prefopt.labeling.agreement import agreement
+from prefopt.statistics.agreement import alpha, kendall_w
 from prefopt.statistics.intervals import pair_agreement
 
 

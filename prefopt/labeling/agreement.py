@@ -1,0 +1,289 @@
+"""How far labelers agree: pairs, concordance of whole rankings, and each labeler against the others.
+
+Labelers are compared where they ranked the same completions of the same prompt, in whatever order their rows hold them:
+"prompts" below are prompts with one set of completions.
+A row is one labeler's ranking: `prompt`, `completions`, `ranks`, `labeler`, and where there is one `group`, `ratings`,
+`seconds`. Intervals resample prompts (`prefopt.statistics.intervals`).
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from prefopt.errors import UserError
+from prefopt.rankings.checks import row_problem
+from prefopt.statistics.agreement import ALPHA_RESAMPLES, alpha, kendall_w
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
+
+NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt with one set of completions, and who said what of it: ranks and ratings in one order for all."""
+
+    ranks: dict[str, list[int]]
+    ratings: dict[str, list[float] | None]
+
+
+@dataclass
+class LabelerStatistics:
+    """One labeler. `agreement` is with all others, `screening` with the known answers; both on untied pairs."""
+
+    tasks: int = 0
+    group: str | None = None
+    skipped: int = 0
+    seconds: float | None = None  # median over tasks
+    tied_pairs: Estimate = NOTHING
+    agreement: Estimate = NOTHING
+    screening_tasks: int = 0
+    screening: Estimate = NOTHING
+
+
+@dataclass
+class Agreement:
+    """What `agreement` found. Names of pairs of labelers and of groups are joined by " & "."""
+
+    rows: int
+    items: int
+    shared_items: int  # ranked by two labelers or more
+    repeated: int  # older rows of one labeler about one item, not counted
+    all_pairs: Estimate
+    by_labelers: dict[str, Estimate] = field(default_factory=dict)
+    by_groups: dict[str, Estimate] = field(default_factory=dict)
+    kendall_w: Estimate = NOTHING
+    alpha_ranks: Estimate = NOTHING
+    alpha_ratings: Estimate = NOTHING
+    labelers: dict[str, LabelerStatistics] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The findings in words, one a line."""
+        found = [
+            f"{self.rows} rows of {len(self.labelers)} labelers about {self.items} prompts with their completions; "
+            f"{self.shared_items} ranked by two labelers or more"
+        ]
+        if self.repeated:
+            found.append(f"{self.repeated} older rows of one labeler about the same: the last one counts")
+        found.append(f"agreement on pairs that neither ties: {_said(self.all_pairs)}")
+        found += [f"  {name}: {_said(estimate)}" for name, estimate in self.by_groups.items()]
+        found += [f"  {name}: {_said(estimate)}" for name, estimate in self.by_labelers.items()]
+        found.append(f"Kendall's W: {_said(self.kendall_w, 'prompts')}")
+        found.append(f"Krippendorff's alpha of ranks: {_said(self.alpha_ranks, 'prompts')}")
+        found.append(f"Krippendorff's alpha of ratings: {_said(self.alpha_ratings, 'prompts')}")
+        for name, one in self.labelers.items():
+            parts = [f"{one.tasks} tasks"]
+            if one.skipped:
+                parts.append(f"{one.skipped} skipped")
+            if one.seconds is not None:
+                parts.append(f"median {one.seconds:.0f} s")
+            parts.append(f"ties {_said(one.tied_pairs)}")
+            parts.append(f"agreement with the others {_said(one.agreement)}")
+            if one.screening_tasks:
+                parts.append(f"{one.screening_tasks} screening tasks, right on {_said(one.screening)}")
+            group = f" ({one.group})" if one.group else ""
+            found.append(f"{name}{group}: {'; '.join(parts)}")
+        return found
+
+
+def agreement(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    screening: Sequence[Mapping[str, Any]] = (),
+    skipped: Mapping[str, int] | None = None,
+    source: str = "rankings",
+    screening_source: str = "screening",
+    n_resamples: int = 2000,
+) -> Agreement:
+    """How far the labelers of ranked rows agree.
+
+    | name | over | definition |
+    |---|---|---|
+    | `all_pairs` | pairs of completions, for each pair of labelers | share ordered the same way of those that neither ties (InstructGPT, section 3.4) |
+    | `by_labelers`, `by_groups` | the same | of one pair of labelers; within a group, and between two |
+    | `kendall_w` | prompts | mean of `kendall_w` |
+    | `alpha_ranks`, `alpha_ratings` | prompts | `alpha` of mean ranks within the prompt, and of ratings |
+
+    Args:
+        rows: one row per labeler and task, e.g. of `prefopt label import`; the last of one labeler about one item counts.
+        screening: rows with `expected_ranks` too.
+        skipped: how many tasks each labeler skipped.
+
+    Raises:
+        ValueError: "SOURCE row 12: field 'labeler': expected ..., got ...; remedy".
+
+    Example:
+        >>> rows = [{"prompt": "p", "completions": list("abc"), "labeler": name, "ranks": ranks}
+        ...         for name, ranks in (("ann", [1, 2, 3]), ("bob", [2, 1, 2]))]
+        >>> found = agreement(rows)
+        >>> found.all_pairs.value, found.all_pairs.n  # a against b differs, b > c agrees, a against c is tied by bob
+        (0.5, 2)
+    """
+    items, repeated = _items(rows, source)
+    for number, row in enumerate(screening):
+        _check(row, f"{screening_source} row {number}", ("prompt", "completions", "ranks"))
+    shared = [item for item in items if len(item.ranks) > 1]
+    groups = _groups([*rows, *screening])
+    by_labelers: dict[tuple[str, str], list[tuple[int, NDArray]]] = defaultdict(list)
+    for number, item in enumerate(shared):
+        for a, b in combinations(sorted(item.ranks), 2):
+            by_labelers[a, b].append((number, _same_and_untied(item.ranks[a], item.ranks[b])))
+
+    def over(chosen: Callable[[str, str], bool]) -> Estimate:
+        sums = np.zeros((len(shared), 2))
+        for names, found in by_labelers.items():
+            if chosen(*names):
+                for number, counts in found:
+                    sums[number] += counts
+        return ratio_of_sums(sums[:, 0], sums[:, 1], n_resamples=n_resamples)
+
+    between = sorted(
+        {tuple(sorted((groups[a], groups[b]))) for a, b in by_labelers if groups.get(a) and groups.get(b)}
+    )
+    alpha_resamples = min(n_resamples, ALPHA_RESAMPLES)
+    ratings = [[r for r in item.ratings.values() if r is not None] for item in shared]
+    names = sorted({row["labeler"] for row in [*rows, *screening]} | set(skipped or {}))
+    return Agreement(
+        rows=len(rows),
+        items=len(items),
+        shared_items=len(shared),
+        repeated=repeated,
+        all_pairs=over(lambda a, b: True),
+        by_labelers={
+            f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in sorted(by_labelers)
+        },
+        by_groups={
+            (f"within {a}" if a == b else f"{a} & {b}"): over(
+                lambda x, y, ab=(a, b): tuple(sorted((groups.get(x) or "", groups.get(y) or ""))) == ab
+            )
+            for a, b in between
+        },
+        kendall_w=_mean_w(shared, n_resamples),
+        alpha_ranks=alpha(
+            [[rankdata(r) for r in item.ranks.values()] for item in shared], n_resamples=alpha_resamples
+        ),
+        alpha_ratings=alpha([rated for rated in ratings if len(rated) > 1], n_resamples=alpha_resamples),
+        labelers={
+            name: _statistics(
+                name, rows, items, screening, screening_source, over, groups, skipped or {}, n_resamples
+            )
+            for name in names
+        },
+    )
+
+
+def _mean_w(shared: Sequence[Item], n_resamples: int) -> Estimate:
+    found = np.array([kendall_w(list(item.ranks.values())) for item in shared])
+    return bootstrap_over_prompts(np.mean, found[~np.isnan(found)], n_resamples=n_resamples)
+
+
+def _same_and_untied(a: Sequence[int], b: Sequence[int]) -> NDArray:
+    """Pairs that two rankings order the same way, and pairs that neither ties."""
+    a, b = np.asarray(a), np.asarray(b)
+    products = (np.sign(a[:, None] - a) * np.sign(b[:, None] - b))[np.triu_indices(len(a), 1)]
+    return np.array([(products > 0).sum(), (products != 0).sum()])
+
+
+def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], int]:
+    """Rows by what they are about; completions of one item stand in the order of their texts."""
+    found: dict[str, Item] = {}
+    repeated = 0
+    for number, row in enumerate(rows):
+        _check(row, f"{source} row {number}", ("prompt", "completions", "ranks"))
+        texts = [json.dumps(completion, sort_keys=True) for completion in row["completions"]]
+        # A text that stands there twice counts once: sheets show it once, and it agrees with itself whatever is said.
+        order = sorted(
+            {text: i for i, text in reversed(list(enumerate(texts)))}.values(), key=lambda i: texts[i]
+        )
+        name = json.dumps([row["prompt"], [texts[i] for i in order]], sort_keys=True)
+        item = found.setdefault(name, Item({}, {}))
+        repeated += row["labeler"] in item.ranks
+        item.ranks[row["labeler"]] = [row["ranks"][i] for i in order]
+        rated = row.get("ratings")
+        item.ratings[row["labeler"]] = None if rated is None else [rated[i] for i in order]
+    return list(found.values()), repeated
+
+
+def _check(row: Mapping[str, Any], where: str, names: tuple[str, ...]) -> None:
+    if problem := row_problem(row, names):
+        raise UserError(f"{where}: {problem}")
+    if not row.get("labeler"):
+        raise UserError(
+            f"{where}: field 'labeler': expected a name, got {row.get('labeler')!r}; name who ranked the row"
+        )
+    group, seconds = row.get("group"), row.get("seconds")
+    if not isinstance(group, str | None):
+        raise UserError(f"{where}: field 'group': expected a name, got {group!r}; convert it with str()")
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
+        raise UserError(f"{where}: field 'seconds': expected a number, got {seconds!r}; correct or drop it")
+
+
+def _groups(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The group of each labeler who is in exactly one."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.get("group"):
+            found[row["labeler"]].add(row["group"])
+    return {name: next(iter(groups)) for name, groups in found.items() if len(groups) == 1}
+
+
+def _statistics(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    items: Sequence[Item],
+    screening: Sequence[Mapping[str, Any]],
+    screening_source: str,
+    over: Callable[[Callable[[str, str], bool]], Estimate],
+    groups: Mapping[str, str],
+    skipped: Mapping[str, int],
+    n_resamples: int,
+) -> LabelerStatistics:
+    own = [item.ranks[name] for item in items if name in item.ranks]
+    tied = [sum(n * (n - 1) // 2 for n in Counter(ranks).values()) for ranks in own]
+    pairs = [len(ranks) * (len(ranks) - 1) // 2 for ranks in own]
+    times = [row["seconds"] for row in rows if row["labeler"] == name and row.get("seconds") is not None]
+    known = []
+    for number, row in enumerate(screening):
+        if row["labeler"] == name:
+            known.append(_right_and_strict(row, f"{screening_source} row {number}"))
+    known = np.array(known).reshape(-1, 2)
+    return LabelerStatistics(
+        tasks=len(own),
+        group=groups.get(name),
+        skipped=skipped.get(name, 0),
+        seconds=float(median(times)) if times else None,
+        tied_pairs=ratio_of_sums(tied, pairs, n_resamples=n_resamples),
+        agreement=over(lambda a, b: name in (a, b)),
+        screening_tasks=len(known),
+        screening=ratio_of_sums(known[:, 0], known[:, 1], n_resamples=n_resamples),
+    )
+
+
+def _right_and_strict(row: Mapping[str, Any], where: str) -> NDArray:
+    """Pairs of a screening task ordered as expected, and pairs with an expected order: a tie there is not right."""
+    expected = row.get("expected_ranks")
+    if problem := row_problem({**row, "ranks": expected}, ("prompt", "completions", "ranks")):
+        raise UserError(f"{where}: {problem.replace('ranks', 'expected_ranks', 1)}")
+    said, known = np.asarray(row["ranks"]), np.asarray(expected)
+    orders = np.sign(known[:, None] - known)
+    pairs = np.triu_indices(len(known), 1)
+    products = (orders * np.sign(said[:, None] - said))[pairs]
+    return np.array([(products > 0).sum(), (orders[pairs] != 0).sum()])
+
+
+def _said(estimate: Estimate, things: str = "pairs") -> str:
+    if not estimate.n:
+        return "nothing to compare"
+    interval = "" if np.isnan(estimate.ci_low) else f" [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]"
+    value = "undefined" if np.isnan(estimate.value) else f"{estimate.value:.3f}"
+    return f"{value}{interval} ({estimate.n} {things})"
