@@ -115,9 +115,22 @@ class EvaluationRun:
 
     A row of completions: `id` (number of the prompt), `prompt`, the prompt's own columns (`use_case`, ...),
     `decoding` ("sampled" or "greedy"), `sample` (0, 1, ... of a prompt), `completion`, `ids`, `truncated`.
+
+    `contrasts`: pairs of models whose paired difference is measured besides those to the baseline.
     """
 
     folder: Path
+    contrasts: Sequence[tuple[str, str]] = (("ppo_ptx", "ppo"),)
+
+    def compared(self, models: Iterable[str], baseline: str) -> list[tuple[str, str]]:
+        """Pairs of the models whose paired difference is measured: each with the baseline, and the contrasts.
+
+        >>> EvaluationRun(Path("out")).compared(["sft", "ppo", "ppo_ptx"], "sft")
+        [('ppo', 'sft'), ('ppo_ptx', 'sft'), ('ppo_ptx', 'ppo')]
+        """
+        known = list(models)
+        pairs = [(model, baseline) for model in known if model != baseline and baseline in known]
+        return list(dict.fromkeys([*pairs, *(pair for pair in self.contrasts if set(pair) <= set(known))]))
 
     def completions_path(self, model: str) -> Path:
         return self.folder / "completions" / f"{model}.jsonl"

@@ -9,25 +9,33 @@ and an interrupted one goes on from its newest checkpoint: run the command again
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefopt.evaluation.evaluate_models import evaluate
 from prefopt.evaluation.report.sweep import VERDICT, build_sweep_page
 from prefopt.evaluation.results import BASELINE, write_results
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.stages import compare, drift, generate, judge, report, tax
+from prefopt.evaluation.stages.compare import CompareArguments
+from prefopt.evaluation.stages.drift import DriftArguments
+from prefopt.evaluation.stages.generate import GenerateArguments
+from prefopt.evaluation.stages.judge import JudgeArguments
+from prefopt.evaluation.stages.report import ReportArguments
+from prefopt.evaluation.stages.tax import TaxArguments
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
-from prefopt.models.checkpoints import load_reward_model
 from prefopt.recipes.common.arguments import UserError, config_folder, parse
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
-from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, load_causal_lm
+from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments
 from prefopt.statistics.overoptimization import rollout_gains
 
 INPUTS = ("data", "reward", "ppo_start")  # steps of the pipeline whose results the sweep uses
+SETTINGS = ("prompts", "heldout_use_case", "documents", "tasks", "max_new_tokens", "seed")  # told on the page
 
 
 @dataclass
@@ -126,28 +134,30 @@ class Sweep:
         pipeline.train_ppo(argv)
 
     def evaluate(self) -> None:
-        """As the pipeline evaluates its policies, with every paired difference that the findings need."""
+        """The pipeline's prompts, text, tasks and judges, with every paired difference that the findings need."""
         pipeline = self.pipeline
-        prompts = read_jsonl(pipeline.data / "prompts_test.jsonl")
         folders = {BASELINE: pipeline.root / "sft"} | {p.name: self.root / p.name for p in self.points}
-        results = evaluate(
-            {name: load_causal_lm(folder) for name, folder in folders.items()},
-            prompts=[row["prompt"] for row in prompts],
-            use_cases=[row["use_case"] for row in prompts],
-            heldout_use_case=pipeline.world.held_out_use_case,
-            gold=pipeline.world.gold_reward,
-            corpus=[row["text"] for row in read_jsonl(pipeline.data / "corpus_test.jsonl")],
-            tasks=[asdict(task) for task in pipeline.world.knowledge_tasks()],
-            reward_model=load_reward_model(pipeline.root / "reward"),
-            contrasts=contrasts(self.ptx, self.kl),
-            max_new_tokens=pipeline.args.max_new_tokens,
+        run = EvaluationRun(self.root / "evaluation", contrasts(self.ptx, self.kl))
+        args = EvaluationArguments(
+            output_dir=str(run.folder),
+            models={name: str(folder) for name, folder in folders.items()},
             batch_size=self.args.batch_size,
             seed=pipeline.args.seed,
-            folder=self.root / "completions",
-            progress=lambda line: print(f"  {line}", flush=True),
+            heldout_use_case=pipeline.world.held_out_use_case,
         )
-        results["measures"] = [m for m in results["measures"] if m["model"] in folders]
-        write_results(results, self.root / "evaluation.json")
+        progress = partial(print, flush=True)
+        draw = GenerateArguments(max_new_tokens=pipeline.args.max_new_tokens)
+        prompts = read_jsonl(pipeline.data / "prompts_test.jsonl")
+        generate.run(run, args, draw, prompts, progress=progress)
+        judges = JudgeArguments(
+            gold_judge=pipeline.world.gold_reward, reward_judge=str(pipeline.root / "reward")
+        )
+        judge.run(run, args, judges, progress=progress)
+        compare.run(run, args, CompareArguments())
+        held_out = TaxArguments(str(pipeline.data / "corpus_test.jsonl"), str(pipeline.data / "tasks.jsonl"))
+        tax.run(run, args, held_out, progress=progress)
+        drift.run(run, args, DriftArguments(), progress=progress)
+        write_results(report.collect(run, args, ReportArguments()), self.root / "evaluation.json")
 
     def report(self, wall_seconds: dict[str, float]) -> list[Finding]:
         """Write sweep.json and sweep.html; the findings."""
@@ -155,7 +165,7 @@ class Sweep:
         measures = evaluation["measures"]
         found = findings(measures, self.ptx, self.kl)
         rollouts = {p.name: self.rollouts(p) for p in self.points}
-        settings = evaluation["settings"] | {"run": str(self.run_dir)}
+        settings = {key: evaluation["settings"][key] for key in SETTINGS} | {"run": str(self.run_dir)}
         results = {
             "findings": [asdict(f) for f in found],
             "points": [asdict(p) | {"name": p.name} for p in self.points],

@@ -322,9 +322,7 @@ def _score_measures(
         for part in rows[0].get("parts") or {}:
             add(f"gold_component.{part}", model, "sampled", part=part)
             add(f"gold_component_greedy.{part}", model, "greedy", part=part)
-    differences = [(m, baseline) for m in scores if m != baseline and baseline in scores]
-    differences += [("ppo_ptx", "ppo")] if {"ppo_ptx", "ppo"} <= set(scores) else []
-    for model, against in differences:
+    for model, against in run.compared(scores, baseline):
         for decoding, suffix in (("sampled", ""), ("greedy", "_greedy")):
             ours, theirs = values(model, decoding, False), values(against, decoding, False)
             ids = sorted(set(ours) & set(theirs))

@@ -13,7 +13,6 @@ import numpy as np
 
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.summary import CONTRASTS
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.language_model import (
@@ -82,8 +81,7 @@ def run(
     for model in args.models:
         measures.append(_one(TEXT, model, bits, lambda x: x.estimate))
         measures.append(_one(TASKS, model, answers, mean_estimate))
-    pairs = [(m, args.baseline) for m in args.models if m != args.baseline and args.baseline in args.models]
-    for model, against in pairs + [c for c in CONTRASTS if set(c) <= set(args.models) and c not in pairs]:
+    for model, against in run.compared(args.models, args.baseline):
         measures.append(_difference(TEXT, model, against, bits, bits_per_byte_difference))
         measures.append(_difference(TASKS, model, against, answers, paired_difference))
     run.write_stage(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.inference.batching import batches_by_length, pad
-from prefopt.inference.generate import Completion, prompt_ids
-from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate
+from prefopt.inference.generate import prompt_ids
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts
 
 TOKENS_AT_ONCE = 1024  # of which the probabilities of a whole vocabulary are in memory
 
@@ -144,56 +144,6 @@ def validate_tasks(tasks: Sequence[Mapping]) -> None:
 
 
 @dataclass(frozen=True)
-class KL:
-    """KL of every completion `[N]` in nats and its length in tokens `[N]`."""
-
-    per_completion: np.ndarray
-    tokens: np.ndarray
-
-    @property
-    def estimate(self) -> Estimate:
-        """Mean over completions."""
-        return mean_estimate(self.per_completion)
-
-    @property
-    def per_token(self) -> Estimate:
-        """Sum over all completions divided by the sum of their tokens."""
-        return bootstrap_over_prompts(
-            lambda kl, tokens, axis: kl.sum(axis) / tokens.sum(axis), self.per_completion, self.tokens
-        )
-
-    def over(self, rows: np.ndarray) -> "KL":
-        """The same for a part of the completions."""
-        return KL(self.per_completion[rows], self.tokens[rows])
-
-
-def kl_to_reference(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
-    completions: Sequence[Completion],
-    batch_size: int = 32,
-) -> KL:
-    """How far the model has moved from the reference, over its own samples.
-
-    KL_i = sum_t sum_v pi(v | x, y_<t) * (log pi(v | x, y_<t) - log ref(v | x, y_<t)): the whole vocabulary at every
-    token of the sample y ~ pi(. | x), end token included; an unbiased estimate of the KL of the two distributions
-    over completions, with much less variance than log pi(y) - log ref(y).
-
-    Args:
-        completions: one temperature-1 sample of `model` per prompt (`generate`).
-
-    Example:
-        >>> kl_to_reference(model, model, tokenizer, prompts, completions).estimate.value  # doctest: +SKIP
-        0.0
-    """
-    ids = [list(completion.ids) for completion in completions]
-    found = token_divergence(model, reference, tokenizer, prompts, ids, batch_size)
-    return KL(np.array([d.kl.sum() for d in found]), np.array([len(y) for y in ids], dtype=np.float64))
-
-
-@dataclass(frozen=True)
 class TokenDivergence:
     """Of one completion, at each of its tokens `[T]`, in nats."""
 
@@ -212,7 +162,12 @@ def token_divergence(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenDivergence]:
-    """KL to the reference over the whole vocabulary, its one-sample estimate k1, and the model's entropy.
+    """How far the model has moved from the reference, at every token of its own samples y ~ pi(. | x).
+
+        KL_t = sum_v pi(v | x, y_<t) * (log pi(v | x, y_<t) - log ref(v | x, y_<t))
+
+    over the whole vocabulary, end token included: its sum over t is an unbiased estimate of the KL of the two
+    distributions over completions, with much less variance than log pi(y) - log ref(y), the sum of k1.
 
     Args:
         completion_ids: a temperature-1 sample of `model` for each of the prompts, as it was sampled.

@@ -1,7 +1,7 @@
-"""How well a reward model orders what labelers ranked, and what the gold reward itself reaches on the same pairs."""
+"""Scores of a reward model: of ranked rows, of written completions, and of samples by their ids."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,48 +12,8 @@ from prefopt.inference.generate import Completion, prompt_ids
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, sequence_scores
 from prefopt.rankings.tokens import build_ids
-from prefopt.statistics.intervals import Estimate, pair_accuracy
 
 Prompt = str | list[dict]
-
-
-def reward_accuracy(
-    reward_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows_by_group: Mapping[str, Sequence[Mapping]],
-    batch_size: int = 64,
-) -> dict[str, Estimate]:
-    """Share of strictly ranked pairs that the reward model orders as the labelers did, per labeler group.
-
-    accuracy = sum over pairs [r(x, y_w) > r(x, y_l)] / pairs, an equal score counting half; the interval resamples
-    prompts, because the pairs of one prompt are correlated (InstructGPT, appendix C.2 and E.2).
-
-    Args:
-        rows_by_group: ranked comparisons (`prompt`, `completions`, `ranks`) of every group of labelers.
-
-    Example:
-        >>> reward_accuracy(model, tokenizer, {"train_labelers": rows})["train_labelers"].value  # doctest: +SKIP
-        0.71
-    """
-    return {
-        group: pair_accuracy(
-            score_rows(reward_model, tokenizer, rows, batch_size), [r["ranks"] for r in rows]
-        )
-        for group, rows in rows_by_group.items()
-    }
-
-
-def gold_accuracy(
-    gold: Callable[[Prompt, object], object], rows_by_group: Mapping[str, Sequence[Mapping]]
-) -> dict[str, Estimate]:
-    """The ceiling: the same accuracy for the gold reward, which noisy labelers follow only in part."""
-    return {
-        group: pair_accuracy(
-            [[float(gold(r["prompt"], y).total) for y in r["completions"]] for r in rows],
-            [r["ranks"] for r in rows],
-        )
-        for group, rows in rows_by_group.items()
-    }
 
 
 def score_rows(

@@ -11,8 +11,8 @@ from prefopt.inference.generate import generate
 from prefopt.inference.language_model import (
     bits_per_byte,
     bits_per_byte_difference,
-    kl_to_reference,
     task_accuracy,
+    token_divergence,
 )
 
 TEXTS = ["the cat sat on the mat", "a dog", "question: naïve café — what is this? answer: a red house " * 3]
@@ -173,6 +173,13 @@ def kl_by_loop(model, reference, prompt_ids, completion_ids):
     return total
 
 
+def kl_of_completions(model, reference, tokenizer, completions, batch_size=32):
+    ids = [completion.ids for completion in completions]
+    found = token_divergence(model, reference, tokenizer, PROMPTS, ids, batch_size)
+    assert [len(of.kl) for of in found] == [len(y) for y in ids]
+    return np.array([of.kl.sum() for of in found])
+
+
 def test_kl_equals_a_naive_loop(causal_lm, tokenizer):
     reference = another(causal_lm, 3)
     completions = [c[0] for c in generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=6, seed=1)]
@@ -182,20 +189,14 @@ def test_kl_equals_a_naive_loop(causal_lm, tokenizer):
     ]
     assert min(expected) > 0.1
     for batch_size in (1, 2, 3):
-        kl = kl_to_reference(causal_lm, reference, tokenizer, PROMPTS, completions, batch_size)
-        np.testing.assert_allclose(kl.per_completion, expected, rtol=1e-4)
-        assert kl.estimate.value == pytest.approx(sum(expected) / 3, rel=1e-4)
-        tokens = sum(len(c.ids) for c in completions)
-        assert kl.per_token.value == pytest.approx(sum(expected) / tokens, rel=1e-4)
-    part = kl.over(np.array([True, False, True]))
-    assert part.estimate.value == pytest.approx((expected[0] + expected[2]) / 2, rel=1e-4)
+        kl = kl_of_completions(causal_lm, reference, tokenizer, completions, batch_size)
+        np.testing.assert_allclose(kl, expected, rtol=1e-4)
 
 
 def test_kl_to_itself_is_exactly_zero(causal_lm, tokenizer):
     completions = [c[0] for c in generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=6)]
-    kl = kl_to_reference(causal_lm, causal_lm, tokenizer, PROMPTS, completions)
-    assert kl.per_completion.tolist() == [0.0, 0.0, 0.0]
-    assert (kl.estimate.value, kl.estimate.ci_low, kl.estimate.ci_high) == (0, 0, 0)
+    kl = kl_of_completions(causal_lm, causal_lm, tokenizer, completions)
+    assert kl.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_kl_is_finite_where_the_model_gives_probability_zero(causal_lm, tokenizer):
@@ -208,9 +209,9 @@ def test_kl_is_finite_where_the_model_gives_probability_zero(causal_lm, tokenize
     never = Never(causal_lm.config)
     never.load_state_dict(causal_lm.state_dict())
     completions = [c[0] for c in generate(never, tokenizer, PROMPTS, max_new_tokens=4)]
-    kl = kl_to_reference(never, causal_lm, tokenizer, PROMPTS, completions)
-    assert np.isfinite(kl.per_completion).all()
-    assert (kl.per_completion > 0).all()
+    kl = kl_of_completions(never, causal_lm, tokenizer, completions)
+    assert np.isfinite(kl).all()
+    assert (kl > 0).all()
 
 
 def test_a_model_of_nan_is_refused(causal_lm, tokenizer):

@@ -1,13 +1,10 @@
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prefopt.inference.generate import Completion
 from prefopt.inference.scoring import (
-    gold_accuracy,
-    reward_accuracy,
     score_completions,
     score_rows,
     score_texts,
@@ -58,25 +55,6 @@ def test_sampled_ids_are_scored_as_they_are(reward_model, tokenizer):
     assert score_completions(reward_model, tokenizer, ["the cat"], [odd]) == pytest.approx(
         [expected], abs=1e-5
     )
-
-
-def test_accuracy_counts_strict_pairs_per_group(reward_model, tokenizer):
-    scores = score_rows(reward_model, tokenizer, ROWS)
-    (a, b, c), (d, e) = scores
-    expected = (float(b > a) + float(b > c) + float(d > e)) / 3
-    reverse = [{**r, "ranks": [3 - k for k in r["ranks"]]} for r in ROWS]
-    found = reward_accuracy(reward_model, tokenizer, {"train_labelers": ROWS, "heldout_labelers": reverse})
-    assert found["train_labelers"].value == pytest.approx(expected)
-    assert found["heldout_labelers"].value == pytest.approx(1 - expected)
-    assert (found["train_labelers"].n, found["train_labelers"].n_clusters) == (3, 2)
-
-
-def test_gold_accuracy():
-    def gold(prompt, completion):
-        return SimpleNamespace(total=len(completion))
-
-    found = gold_accuracy(gold, {"train_labelers": ROWS})["train_labelers"]
-    assert found.value == pytest.approx((1 + 1 + 0.5) / 3)  # the last two completions are equally long
 
 
 def test_too_long_for_the_reward_model_is_named(reward_model, tokenizer):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -190,6 +191,7 @@ def finished(tmp_path_factory):
         write_jsonl(run / "data" / f"prompts_{split}.jsonl", rows)
     for split, n in (("train", 40), ("test", 10)):
         write_jsonl(run / "data" / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, n)])
+    write_jsonl(run / "data" / "tasks.jsonl", [asdict(task) for task in world.knowledge_tasks()])
     (run / "steps").mkdir()
     for step in ("data", "reward", "ppo_start", "evaluate"):
         (run / "steps" / f"{step}.json").write_text(json.dumps({"run": f"{step} 1"}))

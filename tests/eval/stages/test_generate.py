@@ -107,7 +107,8 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
     run = EvaluationRun(folder / "out")
     args = EvaluationArguments(
         output_dir=str(run.folder),
-        models={"sft": str(folder / "whole"), "lost": "no-such-model", "ppo": str(folder / "adapter")},
+        models={"sft": str(folder / "whole"), "lost": "no-such-model", "ppo": str(folder / "adapter")}
+        | {"twin": str(folder / "whole")},
     )
     prompts = [{"prompt": "the cat", "use_case": "chat"}, {"prompt": "a dog", "use_case": "other"}]
     own = GenerateArguments(samples_per_prompt=3, max_new_tokens=4)
@@ -120,9 +121,13 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
     model, tokenizer = load_language_model(folder / "adapter")
     greedy = generate(model, tokenizer, [p["prompt"] for p in prompts], max_new_tokens=4, temperature=0)
     assert [r["completion"] for r in run.completions("ppo", "greedy")] == [drawn[0].text for drawn in greedy]
+    # the same weights: alike when greedy, and their samples have nothing to do with each other
+    for decoding, alike in (("greedy", True), ("sampled", False)):
+        texts = [[r["completion"] for r in run.completions(name, decoding)] for name in ("sft", "twin")]
+        assert (texts[0] == texts[1]) is alike
     status = run.stage("generate")["data"]["models"]
     assert (status["sft"], status["ppo"]) == ("ok", "ok")
-    assert status["lost"].startswith("failed: ValueError: cannot load")
+    assert status["lost"].startswith("failed: UserError: cannot load")
 
     before = list(loaded)
     generation.run(run, args, own, prompts)

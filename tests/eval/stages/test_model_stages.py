@@ -299,8 +299,18 @@ def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
     own = own_reward(world)
     own.reward_models["gone"] = str(world.folder / "nowhere")
     own.implicit_rewards["stranger"] = 1.0
-    reward_model.run(world.run, world.args, own)
+
+    def fails(prompt, completion):
+        raise ConnectionError("scorer is down")
+
+    reward_model.run(world.run, world.args, own, gold=fails)
     found = world.run.stage("reward_model")["measures"]
+    gold = find(found, "rm.gold_accuracy.train", "gold")
+    assert (gold["status"], gold["value"], gold["reason"]) == (
+        "failed",
+        None,
+        "ConnectionError: scorer is down",
+    )
     for name in ("gone", "stranger"):
         missing = find(found, "rm.accuracy.train", name)
         assert (missing["status"], missing["value"]) == ("failed", None)
