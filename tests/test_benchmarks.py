@@ -88,6 +88,41 @@ def test_scaling_fits_exponents(ranking_step, tmp_path):
 
 
 @pytest.fixture
+def file_switches(ranking_step):
+    import file_switches
+
+    return file_switches
+
+
+def test_file_switches_count_calls_and_returns(file_switches, tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    for name, text in {
+        "__init__": "",
+        "a": "from package import b\ndef outer():\n    return inner() + b.f() + max([b.f(), b.f()], key=lambda x: x)\n"
+        "def inner():\n    return 0\n",
+        "b": "import copy\ndef f():\n    return copy.copy(1)\n",
+    }.items():
+        (tmp_path / "package" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import package
+    from package import a
+
+    trace = file_switches.Trace(package)
+    assert trace.run(a.outer) == 2
+    # outer, inner, f three times; the path is a | b | a | b | a | b | a, nothing of copy.py and of the lambda
+    assert trace.figures() == {"calls": 5, "files": 2, "switches": 7}
+    assert [*file_switches.lines(trace.path)][:3] == ["a.py: outer inner outer", "b.py: f", "a.py: outer"]
+
+
+def test_file_switches_of_every_trainer(file_switches, capsys):
+    figures = file_switches.main([])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    assert figures["RewardTrainer.compute_loss"] == {"calls": 1, "files": 1, "switches": 1}
+    for one in figures.values():
+        assert 0 < one["files"] <= one["calls"]
+
+
+@pytest.fixture
 def label_next(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     import label_next
