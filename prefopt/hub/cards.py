@@ -1,6 +1,6 @@
 """Model cards: what is known of a run is kept in `model_card.json`, and README.md is written from it.
 
-A README.md whose text somebody has edited is kept. In one that is written anew, metadata that somebody has added
+A README.md whose text somebody has edited is kept. In one that is written again, metadata that somebody has added
 (`license`, `language`, ...) stay.
 """
 
@@ -55,7 +55,7 @@ def write_card(
     folder = Path(folder)
     if is_handwritten(folder):
         logger.warning(
-            "%s was edited by hand and is kept; delete it to have it written anew", folder / README
+            "%s was edited by hand and is kept; delete it to have it written again", folder / README
         )
         _drop_local_base(folder / README)
         written = read_facts(folder).get("written")

@@ -11,7 +11,7 @@ An answer file is what a sheet's "Download answers" gives: JSON lines, first one
 Lists run over the outputs in the order shown. `ranks`: 1 = best, equal = tie, gaps allowed; null in a task that is not
 done. `status` is "done", "skipped" (`skipped` is then {"reason": ..., "detail": ...}) or "started". `seconds` is the
 time with the page in view and in use. Times are ISO 8601 in UTC. `answers` counts the lines that follow, so that a file
-that was cut off on its way is noticed. Files may be joined: a line with `format` starts anew.
+that was cut off on its way is noticed. Files may be joined: a line with `format` starts again.
 """
 
 from collections import Counter
@@ -195,7 +195,7 @@ def import_answers(
 
     A row has every field of its sample, and `ranks`, `labeler`, `group`, `ratings`, `flags` (one {name: bool} per
     completion), `seconds`, `notes`, `sheet` and `task`. Only answers that are not done give no row, and of several by one
-    labeler to one task all but the newest, a finished one before one that was begun anew; the report counts these and
+    labeler to one task all but the newest, a finished one before one that was begun again; the report counts these and
     what looks doubtful.
 
     Args:

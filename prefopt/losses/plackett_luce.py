@@ -26,7 +26,7 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
         F(g) = integral over t > 0 of exp(-t) * product over i in g of (1 - exp(-w[i] / R * t))
 
     (DeLong, Guirguis and So 1994, Biometrika 81). It is exact for groups of any size, where a sum over the orders has
-    n! terms. One completion alone has F = w / (R + w); the last group has nothing behind it and the factor 1, exactly.
+    n! terms. One completion alone has F = w / (R + w); the last group has nothing after it and the factor 1, exactly.
 
     Args:
         scores: `[B, K]`, float32 or float64.
@@ -54,8 +54,8 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
     log_likelihood = scores.masked_fill(torch.ones_like(present), 0.0).sum(1)
     for n in sizes[first].unique().tolist():
         b, i = (sizes == n).nonzero(as_tuple=True)
-        behind = scores[b].masked_fill(~worse[b, i], -torch.inf).logsumexp(1, keepdim=True)
-        members = scores[b][same[b, i]].view(-1, n) - behind  # now R = 1
+        rest = scores[b].masked_fill(~worse[b, i], -torch.inf).logsumexp(1, keepdim=True)
+        members = scores[b][same[b, i]].view(-1, n) - rest  # now R = 1
         factor = F.logsigmoid(members[:, 0]) if n == 1 else _log_all_before_the_rest(members)
         log_likelihood = log_likelihood.index_add(0, b, factor)
     return -log_likelihood

@@ -255,7 +255,7 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
         if row["margin"] is not None and not _is_finite_number(row["margin"]):
             return _problem("margin", "a finite number", row["margin"], "convert, empty or rename the field")
         if row.get("ratings") is not None:
-            return _problem("ratings", "none beside 'margin'", row["ratings"], "remove one of the two")
+            return _problem("ratings", "none next to 'margin'", row["ratings"], "remove one of the two")
     if "ranks" in required and (problem := ranks_problem(row["ranks"], k, "completions")):
         return problem
     if not isinstance(row.get("labeler"), str | None):

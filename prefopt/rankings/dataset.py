@@ -110,7 +110,7 @@ def tokenize_comparisons(
     A completion that makes prompt + completion longer than `max_length` is dropped and the ranks of the others are
     made dense again; a row goes only if fewer than two completions, or under `ties="drop"` no strict pair, remain.
     One warning gives the counts. The chat template sees the row's `tools` and `chat_template_kwargs`, as in TRL.
-    A second warning counts the prompts that the tokenizer ends with EOS: the completion stands behind EOS, in generation
+    A second warning counts the prompts that the tokenizer ends with EOS: the completion comes after EOS, in generation
     too, until the tokenizer stops adding it. Applying it to its own result changes nothing.
 
     Raises:

@@ -40,7 +40,7 @@ def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
     where = f"ranking {shorten(text)}"
     for name in names:
         if not name:
-            raise UserError(f"{where}: a label is missing beside '>' or '='; write e.g. 'B > A = C'")
+            raise UserError(f"{where}: a label is missing next to '>' or '='; write e.g. 'B > A = C'")
         if name not in labels:
             raise UserError(
                 f"{where}: unknown label {shorten(name)}; the labels are {', '.join(labels)}, "

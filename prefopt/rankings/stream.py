@@ -30,9 +30,9 @@ RowCheck = Callable[[Mapping[str, Any]], str | None]
 class ComparisonStream(torch.utils.data.IterableDataset):
     """What `prepare_comparisons` and `tokenize_comparisons` make of the same rows in the same order, one by one.
 
-    The stream has no end: behind its last row it begins again, and its own shuffling, if it has one, draws another
+    The stream has no end: after its last row it begins again, and its own shuffling, if it has one, draws another
     order. So every optimizer step has its full number of prompts, and Trainer, which goes on from a checkpoint by
-    passing over the batches that were trained on, finds the place also behind the first pass. Each process reads every
+    passing over the batches that were trained on, finds the place also after the first pass. Each process reads every
     row and keeps its share of each batch.
 
     What is dropped is counted and logged at the end of each pass, and by `report`.

@@ -12,7 +12,7 @@ from typing import Any
 from prefopt.errors import UserError
 
 ENDED_PROMPTS = (
-    "prompts end with EOS, which the tokenizer adds to every text, so completions stand behind EOS, here and in "
+    "prompts end with EOS, which the tokenizer adds to every text, so completions come after EOS, here and in "
     "generation; if that is not meant, set tokenizer.add_eos_token=False, or take EOS out of its post-processor"
 )
 
@@ -32,18 +32,18 @@ def build_ids(
     rest of `tokenizer(prompt + completion)` plus EOS; for chat, the template's rendering of the conversation.
     Together they are the ids TRL's RewardTrainer builds, with these exceptions:
 
-    - Chat: what the template adds behind the closing end-of-turn token (a newline in ChatML) is left out, because a
+    - Chat: what the template adds after the closing end-of-turn token (a newline in ChatML) is left out, because a
       policy stops at that token. If the template closes the answer with text alone, EOS is appended.
     - A prompt whose ids are not a prefix of the joint ids (tokens merge across the boundary, the tokenizer ends every
       text with EOS, or the template opens the answer with a thought that it does not render afterwards) keeps its
-      own ids, since generation feeds those, and the text of the completion is tokenized by itself behind them.
+      own ids, since generation feeds those, and the text of the completion is tokenized by itself after them.
       Completions of several messages or with tool calls continue instead from where the two renderings part.
     - `truncated`: the completion was cut at a length limit, so no closing token is invented.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         prompt: text, or chat messages.
-        completion: text, or chat messages; text behind a chat prompt is an assistant message.
+        completion: text, or chat messages; text after a chat prompt is an assistant message.
         truncated: the completion was cut at a length limit.
         chat_template_kwargs: passed to the chat template, e.g. `tools` or `enable_thinking`.
 
@@ -186,5 +186,5 @@ def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
 
 
 def ends_texts(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts EOS behind every text by itself."""
+    """Whether the tokenizer puts EOS after every text by itself."""
     return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]

@@ -160,7 +160,7 @@ def test_an_edited_text_is_kept_and_said_so(saved, tmp_path, caplog):
     before = (tmp_path / "rm" / README).read_text()
     with caplog.at_level(logging.WARNING):
         saved.create_model_card(dataset_name="me/rankings")
-    assert "was edited by hand and is kept; delete it to have it written anew" in caplog.text
+    assert "was edited by hand and is kept; delete it to have it written again" in caplog.text
     assert (tmp_path / "rm" / README).read_text() == before
     assert read_facts(tmp_path / "rm")["datasets"] == ["me/rankings"]
     saved.create_model_card(dataset_name="/home/me/secret/rows.jsonl")

@@ -74,8 +74,8 @@ def test_parse_and_format_are_inverse():
         ("A > D", "unknown label 'D'; the labels are A, B"),
         ("A > B > A", "'A' appears 2 times, but a ranking has no cycles"),
         ("A = B = B", "'B' appears 2 times"),
-        ("A > > B", "a label is missing beside"),
-        ("", "a label is missing beside"),
+        ("A > > B", "a label is missing next to"),
+        ("", "a label is missing next to"),
         ("A", "at least two labels, got 1"),
         ("A < B", "unknown label 'A < B'"),
         ("a > b", "unknown label 'a'"),
@@ -248,10 +248,10 @@ def test_margins_of_preference_rows_are_numbers(margin):
     validate_comparisons([row(margin=margin)])  # no field of a ranked row
     both = {**good, "margin": None, "ratings": [2, 1]}
     with pytest.raises(
-        ValueError, match=r"row 1: field 'ratings': expected none beside 'margin', got \[2, 1\]"
+        ValueError, match=r"row 1: field 'ratings': expected none next to 'margin', got \[2, 1\]"
     ):
         validate_comparisons([good, both])
-    with pytest.raises(ValueError, match="expected none beside 'margin'"):
+    with pytest.raises(ValueError, match="expected none next to 'margin'"):
         from_preference(both)
 
 

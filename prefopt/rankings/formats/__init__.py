@@ -87,7 +87,7 @@ FORMATS = {
         pairs.chosen_rejected,
     ),
     "table": Format(
-        "any with a ranking, ranks or ratings beside the completions",
+        "any with a ranking, ranks or ratings next to the completions",
         frozenset({"prompt"}),
         tables.table,
         tables.is_table,

@@ -1,4 +1,4 @@
-"""Tables of one's own: completions in a list or in columns, and a ranking, ranks or ratings beside them."""
+"""Tables of one's own: completions in a list or in columns, and a ranking, ranks or ratings next to them."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
 
     Lists may be JSON in a cell, as CSV has no lists. Instead of `completions` each may stand in a column of its own,
     named as in the ranking: "B > A" ranks the columns A and B, or completion_A and completion_B. Letters are names of
-    the entries of `completions`. Ratings beside a ranking or ranks are kept as they are. All other fields are kept.
+    the entries of `completions`. Ratings next to a ranking or ranks are kept as they are. All other fields are kept.
 
     >>> next(table([{"prompt": "2 + 2 =", "A": " 5", "B": " 4", "ranking": "B > A"}], Counter()))
     {'prompt': '2 + 2 =', 'completions': [' 5', ' 4'], 'ranks': [2, 1], 'ratings': None, 'labeler': None}
