@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.evaluation.results import jsonable
-from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.jsonl import read_jsonl, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +148,6 @@ class EvaluationRun:
             )
         rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))
-
-    def write_completions(self, model: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_jsonl(self.completions_path(model), rows)
 
     def write_stage(
         self, stage: str, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None

@@ -6,7 +6,7 @@
     prefopt label next samples.jsonl --reward_model rm --labeled rankings.jsonl --out next.jsonl
 
 The sheet is one file that opens from disk, also on a phone and offline. Labelers send back what its download gives.
-`--format label-studio` and `--format argilla` write for these tools instead, and read what they give back.
+`--format label-studio` writes for Label Studio instead, and reads what it gives back.
 """
 
 import json
@@ -24,7 +24,6 @@ from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.inference.scoring import score_rows
 from prefopt.labeling.agreement import agreement
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
-from prefopt.labeling.argilla import read_argilla, write_argilla
 from prefopt.labeling.key import Key, blind, read_key, write_key
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 from prefopt.labeling.next_tasks import choose_next
@@ -37,10 +36,10 @@ from prefopt.recipes.common.sources import keep_inputs
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["sheet", "label-studio", "argilla"]
-READERS = {"sheet": read_answers, "label-studio": read_label_studio, "argilla": read_argilla}
+Format = Literal["sheet", "label-studio"]
+READERS = {"sheet": read_answers, "label-studio": read_label_studio}
 ROWS_AT_ONCE = 200  # between two steps of the progress bar
-OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json", "argilla": "argilla"}
+OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json"}
 
 
 @dataclass
@@ -52,12 +51,12 @@ class ExportArguments:
         metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
     )
     format: Format = field(
-        default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio or Argilla."}
+        default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio."}
     )
     out: str | None = field(
         default=None,
         metadata={
-            "help": "The sheet (sheet.html), tasks (label-studio.json) or folder (argilla); its key is written beside it."
+            "help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written beside it."
         },
     )
     instructions: str | None = field(
@@ -182,23 +181,18 @@ def export(argv: list[str]) -> None:
     else:
         key, left_out = blind(rows, **options)
         tasks, screening = len(key.tasks), sum(task.is_screening for task in key.tasks.values())
-        files, key_path = _export_to(args.format, key, out, text or default_instructions())
+        files, key_path = _export_to_label_studio(key, out, text or default_instructions())
     if left_out:
         logger.warning(
             "left out %d of %d rows, whose completions are all one text: nothing to rank", left_out, len(rows)
         )
-    what = {"sheet": "sheet for labelers", "label-studio": "for Label Studio", "argilla": "for Argilla"}
+    what = {"sheet": "sheet for labelers", "label-studio": "for Label Studio"}
     print(f"{what[args.format]}: {', '.join(map(str, files))} ({tasks} tasks, {screening} of them screening)")
     print(f"key, to keep: {key_path}")
 
 
-def _export_to(tool: str, key: Key, out: Path, instructions: str) -> tuple[list[Path], Path]:
-    """The key first, as for a sheet: tasks without it would be labour lost."""
-    if tool == "argilla":
-        key_path = out.with_name(f"{out.name}.key.jsonl")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_key(key, key_path)
-        return write_argilla(key, out, instructions), key_path
+def _export_to_label_studio(key: Key, out: Path, instructions: str) -> tuple[list[Path], Path]:
+    """The key first, as for a sheet: tasks without it would be labor lost."""
     if out.suffix != ".json":
         raise ValueError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
     key_path = out.with_suffix(".key.jsonl")

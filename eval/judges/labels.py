@@ -12,7 +12,7 @@ labels of a text that is not the one generated now are left out and counted.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -120,22 +120,6 @@ def preferences(labels: Iterable[Row]) -> list[dict[str, Any]]:
             pair = {"a": row["models"][i], "b": row["models"][j]}
             found.append({"id": row["id"], **pair, "preference": preference, **who})
     return found
-
-
-def label_side_by_side(
-    completions: Completions, label: Callable[[Any, list[str]], Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Rows of the first kind from a labeler that is a function: `label(prompt, completions)` gives a ranked comparison
-    (`ranks`, `ratings`, `flags`, `labeler`), as `prefopt.sandbox.Labeler.label` does. Prompts that every model answered.
-    """
-    by_id = {model: {row["id"]: row for row in rows} for model, rows in completions.items()}
-    shared = sorted(set.intersection(*(set(rows) for rows in by_id.values())))
-    rows = []
-    for i in shared:
-        answers = [by_id[model][i] for model in by_id]
-        labeled = label(answers[0]["prompt"], [answer["completion"] for answer in answers])
-        rows.append({**labeled, "id": i, "models": list(by_id)})
-    return rows
 
 
 def prompt_key(prompt: Any) -> str:

@@ -5,7 +5,6 @@ vector graphics and are exact to about the third decimal.
 """
 
 MARK = "175B, different data"
-SOURCE = "Ouyang et al. 2022, arXiv:2203.02155"
 MODELS = ("base", "sft", "ppo", "ppo_ptx")  # order of the columns below; base is GPT-3
 
 # Table 14: task/metric -> prompt style or number of shots -> GPT-3, SFT, PPO, PPO-ptx. Accuracies, entropies (bits),

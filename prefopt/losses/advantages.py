@@ -1,4 +1,4 @@
-"""From scores to advantages: KL estimates, KL-shaped rewards, GAE, masked mean and whitening, as pure functions on
+"""From scores to advantages: KL estimates, KL-shaped rewards, GAE and masked whitening, as pure functions on
 tensors.
 
 Letters in the shapes: B sequences, T completion tokens, V vocabulary. Masks: True counts; a 0/1 mask of another dtype
@@ -12,30 +12,6 @@ import torch
 from torch import Tensor
 
 from prefopt.losses.tensors import at_least_fp32, require_same_shape
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the entries that count, all rows together.
-
-        mean = sum(x * mask) / sum(mask)
-
-    Args:
-        x: any shape.
-        mask: the same shape, True on the entries that count.
-
-    Returns:
-        A scalar, differentiable in `x`; 0 when nothing counts.
-
-    Raises:
-        ValueError: if the shapes differ.
-
-    Example:
-        >>> masked_mean(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
-        tensor(2.)
-    """
-    require_same_shape(x=x, mask=mask)
-    mask = mask.bool()
-    return torch.where(mask, at_least_fp32(x), 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from prefopt.sandbox.tasks import ABOUT, Request, parse_prompt
 
 WEIGHTS = {"follow": 2.0, "constraint": 1.5, "truth": 1.0, "polite": 1.5}
 NEUTRAL = 0.4  # politeness of an answer without courtesy and without rudeness
-MAX_REWARD = sum(WEIGHTS.values())
 
 _COURTESIES = {c.lower() for c in words.COURTESIES}
 _INSULTS = {i.lower() for i in words.INSULTS}

@@ -209,35 +209,6 @@ def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[in
     return ratio_of_sums(right, pairs)
 
 
-def pair_agreement(ranks_a: Sequence[Sequence[int]], ranks_b: Sequence[Sequence[int]]) -> Estimate:
-    """Share of the pairs untied in both rankings that two labelers order the same way (InstructGPT section 3.4).
-
-        value = pairs ordered the same way / pairs that neither labeler ties
-
-    Args:
-        ranks_a: per prompt, K integers, 1 = best, equal = tie, 0 = absent.
-        ranks_b: the other labeler's ranks of the same completions.
-
-    Returns:
-        An `Estimate` whose n counts pairs and whose n_clusters counts prompts that have one.
-
-    Raises:
-        ValueError: if lengths differ, naming the prompt.
-
-    Example:
-        >>> estimate = pair_agreement([[1, 2, 3]], [[2, 1, 2]])  # A > B > C against B > A = C
-        >>> estimate.value, estimate.n  # A against B differs, B > C agrees, A against C is tied
-        (0.5, 2)
-    """
-    _require_same_lengths(ranks_a, ranks_b)
-    products = [_order(np.asarray(a)) * _order(np.asarray(b)) for a, b in zip(ranks_a, ranks_b, strict=True)]
-    same = np.array(
-        [(p > 0).sum() // 2 for p in products]
-    )  # // 2: a pair stands on both sides of the diagonal
-    untied = np.array([(p != 0).sum() // 2 for p in products])
-    return ratio_of_sums(same, untied)
-
-
 def _order(ranks: NDArray) -> NDArray:
     """`[K, K]`: 1 where the row is better than the column, -1 where worse, 0 for ties and absent completions."""
     present = ranks > 0

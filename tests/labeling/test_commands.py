@@ -133,28 +133,6 @@ def test_label_studio_there_and_back(tmp_path, capsys):
         )
 
 
-def test_argilla_there_and_back(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl("samples.jsonl", ROWS)
-    said = said_by(capsys, "export", "samples.jsonl", "--format", "argilla")
-    assert "argilla/outputs-3" in said
-    assert "key, to keep: argilla.key.jsonl" in said
-    items = []
-    for record in json.loads((tmp_path / "argilla" / "outputs-3" / "records.json").read_text()):
-        ranking = [
-            {"value": name, "rank": {"a": 3, "b": 1, "c": 1}[text[0]]}
-            for name, text in record["fields"].items()
-            if name != "prompt"
-        ]
-        response = {"status": "submitted", "user_id": "u1", "values": {"ranking": {"value": ranking}}}
-        items.append({"external_id": record["id"], "fields": record["fields"], "responses": [response]})
-    (tmp_path / "answers.json").write_text(json.dumps({"items": items, "total": 4}))
-    said_by(capsys, "import", "answers.json", "--format", "argilla")
-    assert [(row["id"], row["ranks"]) for row in read_jsonl("rankings.jsonl")] == [
-        (i, [2, 1, 1]) for i in range(4)
-    ]
-
-
 def test_no_command_writes_over_what_it_reads_nor_leaves_what_is_out_of_date(tmp_path, capsys):
     samples, sheet, known = tmp_path / "samples.jsonl", tmp_path / "sheet.html", tmp_path / "known.jsonl"
     write_jsonl(samples, ROWS)

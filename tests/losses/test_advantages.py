@@ -16,7 +16,6 @@ from prefopt.losses.advantages import (
     k1,
     k3,
     kl_shaped_rewards,
-    masked_mean,
     masked_whiten,
 )
 from prefopt.losses.kl_control import KLController, RunningStatistics
@@ -377,29 +376,7 @@ def test_targets_carry_no_gradient_and_bf16_is_computed_in_fp32():
         assert half.tolist() == single.tolist()
 
 
-# masked_mean and masked_whiten
-
-
-@pytest.mark.parametrize("mask", [right_padded(), with_holes()])
-def test_masked_mean_equals_the_loop(mask):
-    torch.manual_seed(5)
-    x = torch.randn(6, 7)
-    expected = statistics.fmean(x[b, t].item() for b in range(6) for t in range(7) if mask[b, t])
-    junk = torch.where(mask, x, NAN).requires_grad_()
-    for same in (mask, mask.long(), mask.float()):
-        close(masked_mean(junk, same).detach(), expected)
-    masked_mean(junk, mask).backward()
-    close(junk.grad, mask / mask.sum())
-
-
-def test_masked_mean_of_nothing_is_zero_with_finite_gradients():
-    x = torch.tensor([[NAN, 1.0]], requires_grad=True)
-    mean = masked_mean(x, torch.zeros(1, 2, dtype=torch.bool))
-    mean.backward()
-    assert mean.item() == 0
-    assert x.grad.tolist() == [[0.0, 0.0]]
-    with pytest.raises(ValueError, match="shapes differ"):
-        masked_mean(x, torch.ones(1, 1))
+# masked_whiten
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

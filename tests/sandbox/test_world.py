@@ -7,10 +7,11 @@ import pytest
 
 from prefopt.sandbox import SPLIT_SIZES, World
 from prefopt.sandbox.facts import RELATIONS, Claim, parse_claim, sentence
-from prefopt.sandbox.gold import MAX_REWARD
+from prefopt.sandbox.gold import WEIGHTS
 from prefopt.sandbox.tasks import CONSTRAINTS, TEMPLATES, USE_CASE_SHARES, parse_prompt
 
 SPLITS = list(SPLIT_SIZES)
+BEST = sum(WEIGHTS.values())
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_every_prompt_has_a_good_answer(world, split):
         assert prompt.endswith("\nResponse:")
         answer = world.good_answer(prompt)
         assert answer.startswith(" ")
-        assert world.gold_reward(prompt, answer).total == pytest.approx(MAX_REWARD), (prompt, answer)
+        assert world.gold_reward(prompt, answer).total == pytest.approx(BEST), (prompt, answer)
 
 
 def test_demonstrations_slip_as_documented(world):
@@ -93,7 +94,7 @@ def test_demonstrations_slip_as_documented(world):
         "rude": sum(s.polite == 0.0 for s in answered) / len(answered),
         "neutral": sum(s.polite == 0.4 for s in answered) / len(answered),
         "constraint": sum(s.constraint for s in answered) / len(answered),
-        "perfect": sum(s.total == pytest.approx(MAX_REWARD) for s in scores) / n,
+        "perfect": sum(s.total == pytest.approx(BEST) for s in scores) / n,
     }
     assert share["evasive"] == pytest.approx(0.15, abs=0.03)
     assert share["rude"] == pytest.approx(0.20, abs=0.03)

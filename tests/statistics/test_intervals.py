@@ -14,19 +14,16 @@ from prefopt.statistics.intervals import (
     bootstrap_over_prompts,
     mean_estimate,
     pair_accuracy,
-    pair_agreement,
     paired_difference,
     win_rate,
 )
 
 
-def random_prompts(rng: np.random.Generator, prompts: int = 40) -> tuple[list, list, list]:
-    """Scores with equal ones, and two rankings with ties and absent completions, of two to nine completions."""
+def random_prompts(rng: np.random.Generator, prompts: int = 40) -> tuple[list, list]:
+    """Scores with equal ones, and a ranking with ties and absent completions, of two to nine completions."""
     sizes = rng.integers(2, 10, size=prompts)
     scores = [rng.integers(-3, 4, size=k).astype(float).tolist() for k in sizes]
-    ranks_a = [rng.integers(0, 6, size=k).tolist() for k in sizes]
-    ranks_b = [rng.integers(0, 6, size=k).tolist() for k in sizes]
-    return scores, ranks_a, ranks_b
+    return scores, [rng.integers(0, 6, size=k).tolist() for k in sizes]
 
 
 def correlated_prompts(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +37,7 @@ def correlated_prompts(rng: np.random.Generator, prompts: int) -> tuple[np.ndarr
 
 
 def test_pair_accuracy_equals_the_loop():
-    scores, ranks, _ = random_prompts(np.random.default_rng(0))
+    scores, ranks = random_prompts(np.random.default_rng(0))
     right, pairs, prompts = 0.0, 0, set()
     for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
         for w in range(len(s)):
@@ -65,32 +62,6 @@ def test_pair_accuracy_is_micro_over_pairs_and_an_equal_score_counts_half():
 
 def test_pair_accuracy_ignores_the_score_of_an_absent_completion():
     assert pair_accuracy([[2.0, math.nan, 1.0]], [[1, 0, 2]]).value == 1.0
-
-
-def test_pair_agreement_equals_the_loop():
-    _, ranks_a, ranks_b = random_prompts(np.random.default_rng(1))
-    same, untied = 0, 0
-    for a, b in zip(ranks_a, ranks_b, strict=True):
-        for i in range(len(a)):
-            for j in range(i):
-                if min(a[i], a[j], b[i], b[j]) > 0 and a[i] != a[j] and b[i] != b[j]:
-                    same += (a[i] < a[j]) == (b[i] < b[j])
-                    untied += 1
-    estimate = pair_agreement(ranks_a, ranks_b)
-    assert estimate.value == pytest.approx(same / untied, abs=1e-12)
-    assert estimate.n == untied
-    assert pair_agreement(ranks_b, ranks_a) == estimate
-    assert pair_agreement(ranks_a, ranks_a).value == 1.0
-    assert pair_agreement([[1, 2, 3]], [[3, 2, 1]]).value == 0.0
-
-
-def test_pair_accuracy_of_negated_ranks_is_agreement():
-    _, ranks, _ = random_prompts(np.random.default_rng(2))
-    ranks = [[r + 1 for r in row] for row in ranks]
-    scores = [[-r for r in row] for row in ranks]
-    accuracy, agreement = pair_accuracy(scores, ranks), pair_agreement(ranks, ranks)
-    assert accuracy == agreement
-    assert accuracy.value == 1.0
 
 
 def test_win_rate_counts_wins_ties_and_losses():
@@ -181,7 +152,7 @@ def test_prompts_that_all_agree_have_an_interval_of_no_width():
 
 
 def test_one_prompt_has_a_value_and_no_interval():
-    for estimate in (mean_estimate([0.75]), win_rate([1], [0]), pair_agreement([[1, 2, 3]], [[1, 2, 3]])):
+    for estimate in (mean_estimate([0.75]), win_rate([1], [0]), pair_accuracy([[3, 2, 1]], [[1, 2, 3]])):
         assert math.isfinite(estimate.value)
         assert math.isnan(estimate.ci_low)
         assert math.isnan(estimate.ci_high)
@@ -194,7 +165,6 @@ def test_nothing_to_average_is_nan_with_a_count_of_zero():
         win_rate([], []),
         pair_accuracy([], []),
         pair_accuracy([[1.0, 2.0]], [[1, 1]]),
-        pair_agreement([[1, 1]], [[1, 2]]),
     ):
         assert all(math.isnan(x) for x in (estimate.value, estimate.ci_low, estimate.ci_high))
         assert (estimate.n, estimate.n_clusters) == (0, 0)
@@ -218,7 +188,7 @@ def test_bad_input_is_refused_with_the_prompt():
     with pytest.raises(ValueError, match="prompt 1: expected the same completions"):
         pair_accuracy([[1.0, 2.0], [1.0]], [[1, 2], [1, 2]])
     with pytest.raises(ValueError, match="same prompts"):
-        pair_agreement([[1, 2]], [])
+        pair_accuracy([[1, 2]], [])
 
 
 def test_estimates_are_plain_numbers_that_json_can_write():

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from prefopt.statistics.intervals import pair_accuracy, pair_agreement
+from prefopt.statistics.intervals import pair_accuracy, ratio_of_sums
 from prefopt.statistics.rankings import ranking_metrics
 from prefopt.statistics.reward_models import (
     Pairs,
@@ -123,7 +123,7 @@ def test_slope_equals_a_search_and_is_nan_where_pairs_are_separable():
     )
 
 
-def test_agreement_is_pair_agreement_and_leaves_out_groups_without_common_rows():
+def test_agreement_is_of_untied_pairs_and_leaves_out_groups_without_common_rows():
     first, second = [[1, 2, 3], [1, 2, 2]], [[2, 1, 2], [1, 3, 2]]
     rows = [
         [{"prompt": f"p{i}", "completions": ["a", "b", "c"], "ranks": r} for i, r in enumerate(ranks)]
@@ -132,9 +132,10 @@ def test_agreement_is_pair_agreement_and_leaves_out_groups_without_common_rows()
     other = [{"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}]
     found = labeler_agreement({"train": rows[0], "heldout": rows[1], "other": other})
     assert [*found] == [("train", "heldout")]
-    assert found["train", "heldout"] == pair_agreement(first, second)
+    # Prompt 1: A over B is contradicted, B over C shared, A over C tied by one; prompt 2: two shared, B and C tied.
+    assert found["train", "heldout"] == ratio_of_sums([1, 2], [2, 2])
     within = labeler_agreement({"train": rows[0] + rows[1]})["train", "train"]
-    assert (within.value, within.n, within.n_clusters) == (pair_agreement(first, second).value, 4, 2)
+    assert (within.value, within.n, within.n_clusters) == (3 / 4, 4, 2)
 
 
 # ---- synthetic reward models: labels follow Bradley-Terry on the true reward, the model sees it with noise -----------

@@ -164,7 +164,7 @@ def evaluation(tmp_path: Path) -> EvaluationRun:
              "decoding": decoding, "sample": 0, "completion": answer, "ids": [1], "truncated": False}
             for i in range(6) for decoding in ("sampled", "greedy")
         ]  # fmt: skip
-        run.write_completions(model, rows)
+        write_jsonl(run.completions_path(model), rows)
     gold = {"sft": [1, 1, 1, 1, 1, 1], "ppo": [2, 2, 2, 1, 0, 0], "ppo_ptx": [2, 0, 2, 2, 2, 2]}
     judged = []
     for a, b in (("sft", "ppo"), ("sft", "ppo_ptx"), ("ppo", "ppo_ptx")):

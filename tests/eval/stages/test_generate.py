@@ -242,12 +242,12 @@ def test_what_was_found_on_other_completions_no_longer_holds(tmp_path):
         "ids": [1],
         "truncated": False,
     }
-    run.write_completions("sft", [row])
+    write_jsonl(run.completions_path("sft"), [row])
     run.write_stage("drift", [], {"kept": 1})
     run.write_stage("tax", [], {"kept": 2})
     run.write_stage("judge", [])
     assert run.stage("drift")["data"] == {"kept": 1}
-    run.write_completions("sft", [{**row, "completion": "b"}])
+    write_jsonl(run.completions_path("sft"), [{**row, "completion": "b"}])
     assert run.stage("drift") is None
     assert run.is_stale("drift")
     assert run.stage("tax")["data"] == {"kept": 2}  # looks at no completions

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefopt.evaluation.judges.labels import check_labels, label_side_by_side, preferences
+from prefopt.evaluation.judges.labels import check_labels, preferences
 from prefopt.evaluation.judges.language_model import LanguageModelJudge, fill
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -118,14 +118,18 @@ def test_labels_of_other_completions_are_left_out_and_counted():
     assert kept == [{"id": 0, "prompt": "p0", "models": ["y"], "completions": ["same"], "ratings": [7]}]
 
 
-def test_simulated_labelers_label_side_by_side():
+def test_simulated_labelers_label_as_people_do():
     world = World(seed=0)
     prompts = world.prompts("test", 3)
     rows = {
         "good": [{**completion(i, world.good_answer(p)), "prompt": p} for i, p in enumerate(prompts)],
         "bad": [{**completion(i, " no"), "prompt": p} for i, p in enumerate(prompts[:2])],
     }
-    labels = label_side_by_side(rows, labelers(world, "train")[0].label)
+    label = labelers(world, "train")[0].label
+    labels = [
+        {**label(prompts[i], [rows[m][i]["completion"] for m in rows]), "id": i, "models": list(rows)}
+        for i in range(2)
+    ]
     assert [(r["id"], r["models"], r["labeler"]) for r in labels] == [
         (0, ["good", "bad"], "train-0"),
         (1, ["good", "bad"], "train-0"),
@@ -267,8 +271,8 @@ def evaluation(tmp_path: Path, tokenizer, reward_model) -> tuple[EvaluationRun, 
             "lost": str(tmp_path / "gone"),
         },
     )
-    run.write_completions("sft", [completion(i, " cat", ids=[20 + i, 30, 1]) for i in range(3)])
-    run.write_completions("ppo", [completion(i, " dog", ids=[60 + i, 31, 1]) for i in range(3)])
+    write_jsonl(run.completions_path("sft"), [completion(i, " cat", ids=[20 + i, 30, 1]) for i in range(3)])
+    write_jsonl(run.completions_path("ppo"), [completion(i, " dog", ids=[60 + i, 31, 1]) for i in range(3)])
     return run, args
 
 

@@ -59,7 +59,7 @@ def world(tmp_path, causal_lm, reward_model, tokenizer):
             for i, (p, of) in enumerate(zip(PROMPTS, drawn, strict=True))
             for k, c in enumerate(of)
         ]
-        run.write_completions(name, rows)
+        write_jsonl(run.completions_path(name), rows)
     write_jsonl(tmp_path / "train.jsonl", [{**RANKINGS[0], "labeler": ALICE}, RANKINGS[2]])
     write_jsonl(tmp_path / "heldout.jsonl", [RANKINGS[1]])
     write_jsonl(tmp_path / "demonstrations.jsonl", [{"prompt": "the cat", "completion": " sat"}])
@@ -146,7 +146,7 @@ def test_drift_is_not_measured_again_and_a_broken_model_costs_its_own_numbers(wo
     assert world.run.stage("drift") == before
     monkeypatch.undo()
     world.args.models["gone"] = str(world.folder / "nowhere")
-    world.run.write_completions("gone", world.run.completions("ppo"))
+    write_jsonl(world.run.completions_path("gone"), world.run.completions("ppo"))
     world.args.models["mute"] = world.args.models["ppo"]
     drift.run(world.run, world.args, drift.DriftArguments())
     found = world.run.stage("drift")["measures"]
@@ -202,9 +202,12 @@ def diversity_words(text: str) -> list[str]:
 
 def test_diversity_of_a_collapsed_model_is_lower(world):
     rows = world.run.completions("ppo")
-    world.run.write_completions("ppo", [row | {"completion": "the same answer for all"} for row in rows])
-    world.run.write_completions(
-        "sft", [row | {"completion": f"{row['id']} a{row['sample']} b c d"} for row in rows]
+    write_jsonl(
+        world.run.completions_path("ppo"), [row | {"completion": "the same answer for all"} for row in rows]
+    )
+    write_jsonl(
+        world.run.completions_path("sft"),
+        [row | {"completion": f"{row['id']} a{row['sample']} b c d"} for row in rows],
     )
     diversity.run(world.run, world.args, diversity.DiversityArguments(self_bleu_group=2))
     found = world.run.stage("diversity")["measures"]
@@ -222,7 +225,9 @@ def test_one_sample_per_prompt_and_no_sacrebleu_are_told(world, monkeypatch):
 
     monkeypatch.setattr(diversity, "sentence_bleu", absent)
     for name in world.args.models:
-        world.run.write_completions(name, [r for r in world.run.completions(name) if r["sample"] == 0])
+        write_jsonl(
+            world.run.completions_path(name), [r for r in world.run.completions(name) if r["sample"] == 0]
+        )
     diversity.run(world.run, world.args, diversity.DiversityArguments())
     found = world.run.stage("diversity")["measures"]
     missing = find(found, "diversity.unique.per_prompt", "ppo")

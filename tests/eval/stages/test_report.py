@@ -17,6 +17,7 @@ from prefopt.evaluation.stages import judge as judges
 from prefopt.evaluation.stages import overoptimization as overopt
 from prefopt.evaluation.stages import ratings as metadata
 from prefopt.evaluation.stages import report as report_stage
+from prefopt.inference.jsonl import write_jsonl
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 HOSTILE = [
@@ -54,7 +55,7 @@ def evaluation(folder, prompts=30):
                         "truncated": i == 0,
                     }
                 )
-        run.write_completions(model, rows)
+        write_jsonl(run.completions_path(model), rows)
     args = EvaluationArguments(
         output_dir=str(folder), models=dict.fromkeys(MODELS, "nowhere"), heldout_use_case="held"
     )

@@ -1,4 +1,4 @@
-"""Tasks in other tools and back: what labelers there meant is what the rows say, ties and skips included."""
+"""Tasks in Label Studio and back: what labelers there meant is what the rows say, ties and skips included."""
 
 import json
 from xml.etree import ElementTree
@@ -6,7 +6,6 @@ from xml.etree import ElementTree
 import pytest
 
 from prefopt.labeling.answers import import_answers
-from prefopt.labeling.argilla import read_argilla, to_argilla, write_argilla
 from prefopt.labeling.key import blind
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 
@@ -143,90 +142,3 @@ def test_what_label_studio_did_not_write_for_these_tasks_is_refused(tmp_path, ch
     change(task)
     with pytest.raises(ValueError, match=said):
         read_label_studio(write(tmp_path / "a.json", [task]))
-
-
-def listed(key, ranks_of, **fields):
-    """Records as Argilla's server lists them."""
-    items = []
-    for k, (_, records) in to_argilla(key).items():
-        for record in records:
-            ranks = ranks_of(record["id"].split("-")[1])
-            ranking = [
-                {"value": f"output_{place}", "rank": rank} for place, rank in enumerate(ranks, start=1)
-            ]
-            assert len(ranking) == k
-            response = {"id": "r", "status": "submitted", "user_id": "0f1e", "record_id": "x",
-                        "values": {"ranking": {"value": ranking}, "notes": {"value": "well"}},
-                        "inserted_at": "2026-01-01T00:00:00", "updated_at": "2026-01-01T00:01:00"}  # fmt: skip
-            items.append({"id": "uuid", "external_id": record["id"], "fields": record["fields"], "metadata": {},
-                          "responses": [{**response, **fields}]})  # fmt: skip
-    return {"items": items, "total": len(items)}
-
-
-def test_argilla_gives_the_rows_meant(key, tmp_path):
-    content = listed(key, lambda task: meant(key, task))
-    found, ranks = imported(read_argilla(write(tmp_path / "a.json", content)), key)
-    assert ranks == MEANT
-    assert [row["expected_ranks"] == row["ranks"] for row in found.screening] == [True]
-    assert {(row["labeler"], row["notes"], row["seconds"]) for row in found.rows} == {("0f1e", "well", None)}
-    pages = [{"items": [item], "total": len(content["items"])} for item in content["items"]]
-    assert imported(read_argilla(write(tmp_path / "a.json", pages)), key)[1] == MEANT
-    # Ranks with gaps, as Argilla's page gives them to ties (1, 1, 3), are the same ranking.
-    gaps = listed(key, lambda task: [2 * r - 1 for r in meant(key, task)])
-    assert imported(read_argilla(write(tmp_path / "a.json", gaps)), key)[1] == MEANT
-
-
-def test_argilla_datasets_hold_shuffled_texts_and_fit_their_questions(key, tmp_path):
-    paths = write_argilla(key, tmp_path / "argilla", "# Rules")
-    assert [path.name for path in paths] == ["outputs-2", "outputs-3"]
-    seen = []
-    for path in paths:
-        settings = json.loads((path / ".argilla" / "settings.json").read_text())
-        dataset = json.loads((path / ".argilla" / "dataset.json").read_text())
-        fields = [field["name"] for field in settings["fields"]]
-        (ranking,) = [q for q in settings["questions"] if q["settings"]["type"] == "ranking"]
-        assert ["prompt", *(option["value"] for option in ranking["settings"]["options"])] == fields
-        assert settings["guidelines"] == dataset["guidelines"] == "# Rules"
-        for record in json.loads((path / "records.json").read_text()):
-            assert list(record["fields"]) == fields
-            assert "models" not in json.dumps(record)
-            seen.append(record["id"])
-    assert sorted(seen) == sorted(f"{key.sheet}-{task}" for task in key.tasks)
-    with pytest.raises(FileExistsError, match="in the way"):
-        write_argilla(key, tmp_path / "argilla")
-
-
-def test_argilla_discards_and_drafts_are_counted(tmp_path):
-    key, _ = blind(ROWS, seed=0)
-    content = listed(key, lambda task: meant(key, task))
-    content["items"][0]["responses"][0].update(status="discarded", values=None)
-    content["items"][1]["responses"][0].update(status="draft", values={})
-    content["items"][2]["responses"] = []
-    report = import_answers(read_argilla(write(tmp_path / "a.json", content)), [key]).report
-    assert (report.answers, report.skipped, report.unfinished, report.done) == (2, 1, 1, 0)
-    assert report.skip_reasons == {"discarded in Argilla": 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda c: c["items"][0].update(responses={"ranking": [{"value": ["output_2", "output_1"], "user_id": "u"}]}),
-         "Python SDK writes them, without ranks"),
-        (lambda c: c["items"][0]["responses"][0]["values"].update(ranking={"value": ["output_1", "output_2"]}),
-         "forgets the ranks"),
-        (lambda c: c["items"][0].pop("responses"), "include=responses"),
-        (lambda c: c["items"][0].update(external_id="7"), "expected SHEET-TASK, got '7'"),
-        (lambda c: c["items"][0]["responses"][0].update(status="pending"), "field 'status'"),
-        (lambda c: c["items"][0]["responses"][0].update(user_id=None), "without 'user_id'"),
-        (lambda c: c["items"][0]["responses"][0]["values"]["ranking"]["value"][0].update(value="output_9"),
-         "expected each of output_1, output_2 at most once"),
-        (lambda c: c.update(total=9), "3 of 9 records"),
-        (lambda c: c.pop("items"), "under 'items'"),
-    ],
-)  # fmt: skip
-def test_what_argilla_did_not_list_for_these_records_is_refused(tmp_path, change, said):
-    key, _ = blind(ROWS, seed=0)
-    content = listed(key, lambda task: meant(key, task))
-    change(content)
-    with pytest.raises(ValueError, match=said):
-        read_argilla(write(tmp_path / "a.json", content))
