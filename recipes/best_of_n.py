@@ -19,8 +19,13 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
-from prefopt.inference.batching import batches_by_length
-from prefopt.inference.generate import Completion, derived_seed, generate, prompt_ids
+from prefopt.inference.generate import (
+    Completion,
+    batches_by_length,
+    derived_seed,
+    generate,
+    prompt_ids,
+)
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import check_reward_model

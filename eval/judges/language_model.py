@@ -10,7 +10,7 @@ from prefopt.evaluation.judges.labels import Completions, Row
 from prefopt.evaluation.report.markup import prompt_text
 from prefopt.inference.generate import prompt_ids
 from prefopt.inference.journal import fingerprint_of, kept_rows
-from prefopt.inference.language_model import scored_nats
+from prefopt.inference.likelihood import scored_nats
 
 logger = logging.getLogger(__name__)
 TEMPLATE = (

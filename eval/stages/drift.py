@@ -12,7 +12,7 @@ from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages.samples import measured_samples
 from prefopt.inference.journal import kept_rows, source_state
-from prefopt.inference.language_model import TokenDivergence, token_divergence
+from prefopt.inference.likelihood import TokenDivergence, token_divergence
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 

@@ -16,7 +16,7 @@ from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_names, parsed_mapping
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
-from prefopt.inference.language_model import scored_nats
+from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows, score_texts
 from prefopt.models.loading import load_classifier, load_language_model
 from prefopt.rankings.checks import validate_comparisons

@@ -4,6 +4,7 @@ The alignment tax (Ouyang et al. 2022, section 4.2) on one's own data; stage `be
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,20 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from prefopt.errors import UserError
 from prefopt.evaluation.results import FAILED, measure
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
-from prefopt.inference.language_model import (
-    BitsPerByte,
-    bits_per_byte,
-    bits_per_byte_difference,
-    bits_per_byte_of,
-    task_accuracy,
-    validate_tasks,
-)
+from prefopt.inference.likelihood import BitsPerByte, bits_per_byte, task_accuracy, validate_tasks
 from prefopt.models.loading import load_language_model
-from prefopt.statistics.intervals import Estimate, mean_estimate, paired_difference
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str], None]
@@ -63,7 +58,7 @@ def run(
     texts = [row["text"] for row in _rows("pretraining_text", own.pretraining_text)]
     tasks = _rows("heldout_tasks", own.heldout_tasks)
     validate_tasks(tasks)
-    bits: dict[str, BitsPerByte | str] = {}
+    bits: dict[str, tuple[BitsPerByte, Estimate] | str] = {}
     answers: dict[str, np.ndarray | str] = {}
     for name in args.models:
         loaded: list[Any] = []
@@ -79,14 +74,30 @@ def run(
         )
     measures = []
     for model in args.models:
-        measures.append(_one(TEXT, model, bits, lambda x: x.estimate))
+        measures.append(_one(TEXT, model, bits, lambda x: x[1]))
         measures.append(_one(TASKS, model, answers, mean_estimate))
     for model, against in run.compared(args.models, args.baseline):
-        measures.append(_difference(TEXT, model, against, bits, bits_per_byte_difference))
+        measures.append(_difference(TEXT, model, against, bits, lambda a, b: bits_difference(a[0], b[0])))
         measures.append(_difference(TASKS, model, against, answers, paired_difference))
     run.write_stage(
         "tax", measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
     )
+
+
+def bits_estimate(texts: BitsPerByte) -> Estimate:
+    """Bits per byte, sum(nats) / (ln 2 * sum(bytes)); the interval resamples texts."""
+    return bootstrap_over_prompts(_bits_of, texts.nats, texts.bytes)
+
+
+def bits_difference(a: BitsPerByte, b: BitsPerByte) -> Estimate:
+    """Bits per byte of `a` minus those of `b` on the same texts; the interval resamples texts (paired)."""
+    if not np.array_equal(a.bytes, b.bytes):
+        raise UserError("paired difference: the two results are not about the same texts")
+    return bootstrap_over_prompts(_bits_of, a.nats - b.nats, a.bytes)
+
+
+def _bits_of(nats: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
+    return nats.sum(axis) / (math.log(2) * sizes.sum(axis))
 
 
 def _rows(key: str, path: str | None) -> list[dict[str, Any]]:
@@ -111,7 +122,7 @@ def _bits(
     texts: Sequence[str],
     loaded: list[Any],
     progress: Progress,
-) -> BitsPerByte:
+) -> tuple[BitsPerByte, Estimate]:
     def compute() -> list[dict[str, float]]:
         model, tokenizer = _load(args, name, loaded)
         progress(f"tax: {name}, {len(texts)} documents")
@@ -122,7 +133,8 @@ def _bits(
 
     inputs = [_state(args, name), own.tax_max_length, fingerprint_of(list(texts))]
     rows = kept_rows(run.folder / "tax" / f"{name}.text.jsonl", inputs, compute)
-    return bits_per_byte_of(np.array([row["nats"] for row in rows]), np.array([row["bytes"] for row in rows]))
+    bits = BitsPerByte(np.array([row["nats"] for row in rows]), np.array([row["bytes"] for row in rows]))
+    return bits, bits_estimate(bits)
 
 
 def _answers(

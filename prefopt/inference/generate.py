@@ -1,4 +1,4 @@
-"""Draw completions from a causal language model, and keep them in JSONL files."""
+"""Completions drawn from a causal language model, in padded batches of similar length."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.batching import batches_by_length, pad
 from prefopt.inference.journal import Journal
-from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.rankings.tokens import build_ids
-
-__all__ = [
-    "Completion",
-    "derived_seed",
-    "end_token_ids",
-    "generate",
-    "prompt_ids",
-    "read_jsonl",
-    "write_jsonl",
-    "write_whole",
-]
 
 
 @dataclass(frozen=True)
@@ -159,6 +146,45 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return found
 
 
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first (memory trouble shows at once).
+
+    >>> batches_by_length([2, 9, 5], batch_size=2)
+    [[1, 2], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad(
+    rows: Sequence[list[int]], pad_id: int, device: torch.device | str, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and attention mask `[N, T]`.
+
+    >>> pad([[5, 6, 7], [8]], pad_id=0, device="cpu", left=True)[0].tolist()
+    [[5, 6, 7], [0, 0, 8]]
+    """
+    width = max(len(row) for row in rows)
+
+    def filled(row: list[int], filler: list[int]) -> list[int]:
+        return filler + row if left else row + filler
+
+    ids = [filled(list(row), [pad_id] * (width - len(row))) for row in rows]
+    mask = [filled([1] * len(row), [0] * (width - len(row))) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode: no dropout; afterwards the mode that was before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[list[Completion]]:
     rows = journal.entry(lambda: [[asdict(completion) for completion in mine] for mine in draw()])
     return [[Completion(**completion) for completion in mine] for mine in rows]
@@ -187,13 +213,11 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     if hasattr(model, "get_base_model"):
         owners.append(model.get_base_model())
     kept = [owner.generation_config for owner in owners]
-    training = model.training
-    model.eval()
     try:
         for owner in owners:
             owner.generation_config = GenerationConfig()
-        yield
+        with evaluating(model):
+            yield
     finally:
         for owner, config in zip(owners, kept, strict=True):
             owner.generation_config = config
-        model.train(training)

@@ -7,8 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.batching import pad
-from prefopt.inference.generate import Completion, prompt_ids
+from prefopt.inference.generate import Completion, pad, prompt_ids
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, sequence_scores
 from prefopt.rankings.tokens import build_ids

@@ -1,4 +1,4 @@
-"""Ways to read a policy's LM head beside TRL's: at few positions, at temperature 1, in fp32, as the pretraining loss."""
+"""Ways to read an LM head beside TRL's: at few positions, in tiles, at temperature 1, in fp32, as the pretraining loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,8 @@ from prefopt.models.prefix.sharing import backbone, unwrapped
 
 # Up to so many logits of the positions that are read, 16 MiB in fp32, are kept for the backward pass.
 DENSE_LOGITS = 2**22
+# Of so many, 128 MiB in fp32, is a tile where there is no backward pass.
+TILE_LOGITS = 2**25
 
 
 def has_many_logits(model: nn.Module, num_positions: int) -> bool:
@@ -57,6 +59,46 @@ def read_head(
             if forwards:
                 return output, False
         return model(**inputs, shift_labels=labels[None], fused_lm_head=True), True
+
+
+@torch.no_grad()
+def logits_in_tiles(model: nn.Module, index: Tensor, **inputs: Any) -> Iterator[tuple[slice, Tensor]]:
+    """Logits `[n, V]` at the positions `index` `[N]`, at as many of them at a time as `TILE_LOGITS` holds, with their slice.
+
+    One forward of the transformer below the head; the model's own forward then sees a tile of its hidden states at a
+    time, so that what it does to its head's output (a scale, a cap) is done. No gradient, and nothing is left switched
+    between two tiles: several models may be read in step, also one model twice.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        index: counts the positions of the model's input `[B, T]` row by row.
+        inputs: of the forward, `use_cache` aside.
+    """
+    model, transformer = unwrapped(model), backbone(model)
+    output = transformer(**inputs, use_cache=False)
+    states = output.last_hidden_state.flatten(0, 1)
+    states = states.index_select(0, index.to(states.device))
+    size = max(1, TILE_LOGITS // model.config.get_text_config().vocab_size)
+    for start in range(0, max(len(states), 1), size):
+        tile = slice(start, start + size)
+        output.last_hidden_state = states[None, tile]
+        placeholder = torch.zeros(output.last_hidden_state.shape[:2], dtype=torch.long, device=model.device)
+        with _giving(transformer, output):
+            logits = model(input_ids=placeholder, use_cache=False).logits
+        yield tile, logits[0]
+
+
+@contextmanager
+def _giving(module: nn.Module, output: Any) -> Iterator[None]:
+    """Inside, the module's forward is replaced by what it gave."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def token_logps(

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,7 +5,6 @@ from transformers import LlamaForCausalLM
 
 from prefopt.inference.generate import Completion, end_token_ids, generate, prompt_ids
 from prefopt.inference.journal import Journal
-from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.rankings.tokens import build_ids
 
 PROMPTS = ["the cat sat on the mat and the dog", "question:", "the red house", "a", "what is this? answer:"]
@@ -169,28 +166,6 @@ def test_training_mode_is_restored(causal_lm, tokenizer):
 def test_bad_settings(causal_lm, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=2, **settings)
-
-
-def test_jsonl_round_trip_and_errors(tmp_path):
-    rows = [{"text": "line\u2028separator\nand <é>"}, {"n": [1, None]}]
-    path = tmp_path / "new" / "rows.jsonl"
-    write_jsonl(path, rows)
-    assert read_jsonl(path) == rows
-    path.write_text('{"a": 1}\n\n{"a": \n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 3: not valid JSON"):
-        read_jsonl(path)
-    path.write_text("[1]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
-        read_jsonl(path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    write_jsonl(path, [{"a": 1}])
-    with pytest.raises(TypeError):
-        write_jsonl(path, [{"a": 2}, {"a": object()}])
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_an_adapter_samples_plainly_and_keeps_its_settings(causal_lm, tokenizer):

@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from prefopt.evaluation.judges.labels import check_labels, preferences
 from prefopt.evaluation.judges.language_model import LanguageModelJudge, fill
@@ -143,13 +144,12 @@ def test_simulated_labelers_label_as_people_do():
 def lm_judge(tokenizer, folder, favors, **more):
     """A judge whose logits say which letter follows the question text."""
 
-    class Model(torch.nn.Module):
+    class Backbone(torch.nn.Module):
         config = tiny_config(max_position_embeddings=more.pop("positions", 256))
-        device = torch.device("cpu")
         calls = 0
 
         def forward(self, input_ids, attention_mask, **_):
-            Model.calls += 1
+            Backbone.calls += 1
             logits = torch.zeros(*input_ids.shape, 320)
             for row, ids in enumerate(input_ids.tolist()):
                 text = tokenizer.decode(
@@ -158,13 +158,24 @@ def lm_judge(tokenizer, folder, favors, **more):
                 letter = favors(text)
                 token = tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1]
                 logits[row, :, token] = 5.0
-            return type("Output", (), {"logits": logits})()
+            return BaseModelOutput(last_hidden_state=logits)
+
+    class Model(torch.nn.Module):
+        config = Backbone.config
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.base_model = Backbone()
+
+        def forward(self, input_ids, **kwargs):
+            return CausalLMOutput(logits=self.base_model(input_ids, None, **kwargs).last_hidden_state)
 
     model = Model()
     template = "{prompt}|{a}|{b}|Better:"
     return LanguageModelJudge(
         lambda: (model, tokenizer), template, batch_size=3, folder=folder, **more
-    ), Model
+    ), Backbone
 
 
 def test_a_fair_language_model_is_consistent(tokenizer, tmp_path: Path):

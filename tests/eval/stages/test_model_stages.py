@@ -21,7 +21,7 @@ from prefopt.evaluation.stages import overoptimization as overopt
 from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.inference.generate import generate
 from prefopt.inference.jsonl import write_jsonl
-from prefopt.inference.language_model import token_divergence
+from prefopt.inference.likelihood import token_divergence
 from prefopt.inference.scoring import score_rows
 from prefopt.rankings.tokens import build_ids
 from prefopt.statistics.intervals import Estimate

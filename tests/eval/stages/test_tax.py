@@ -11,7 +11,7 @@ from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import tax
 from prefopt.inference.jsonl import write_jsonl
-from prefopt.inference.language_model import bits_per_byte, task_accuracy
+from prefopt.inference.likelihood import bits_per_byte, task_accuracy
 
 TEXTS = ["the cat sat on the mat", "the dog ran to the red house", "a dog and a cat"]
 TASKS = [
@@ -50,14 +50,35 @@ def test_numbers_are_those_of_the_functions_and_differences_are_paired(world, to
         right = task_accuracy(models[name], tokenizer, TASKS)
         assert find(measures, tax.TASKS, name)["value"] == np.mean(right)
     difference = find(measures, tax.TEXT, "ppo", "sft")
-    assert difference["value"] == pytest.approx(
-        bits["ppo"].estimate.value - bits["sft"].estimate.value, abs=1e-6
-    )
+    of_each = [sum(bits[name].nats) / math.log(2) / sum(bits[name].bytes) for name in ("ppo", "sft")]
+    assert difference["value"] == pytest.approx(of_each[0] - of_each[1], abs=1e-6)
     assert difference["n"] == len(TEXTS)
     broken = find(measures, tax.TEXT, "dpo")
     assert (broken["status"], broken["value"]) == ("failed", None)
     assert "nowhere" in broken["reason"]
     assert find(measures, tax.TASKS, "dpo", "sft")["status"] == "failed"
+
+
+def test_difference_is_paired(world, tokenizer):
+    _, _, models, _ = world
+    a, b = (bits_per_byte(model, tokenizer, TEXTS) for model in models.values())
+    difference = tax.bits_difference(a, b)
+    assert difference.value == pytest.approx(tax.bits_estimate(a).value - tax.bits_estimate(b).value)
+    same = tax.bits_difference(a, a)
+    assert (same.value, same.ci_low, same.ci_high) == (0, 0, 0)
+    with pytest.raises(ValueError, match="same texts"):
+        tax.bits_difference(a, bits_per_byte(models["ppo"], tokenizer, [*TEXTS[:2], "other"]))
+
+
+def test_bits_per_byte_are_nats_by_ln_2_and_bytes(world, tokenizer):
+    model = world[2]["sft"]
+    for batch_size in (1, 2, 3):
+        bits = bits_per_byte(model, tokenizer, TEXTS, batch_size)
+        estimate = tax.bits_estimate(bits)
+        sizes = [len(text.encode("utf-8")) for text in TEXTS]
+        assert estimate.value == pytest.approx(sum(bits.nats) / math.log(2) / sum(sizes), rel=1e-9)
+        assert estimate.ci_low <= estimate.value <= estimate.ci_high
+        assert estimate.n == 3
 
 
 def test_a_second_run_loads_no_model(world, monkeypatch):

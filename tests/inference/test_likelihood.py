@@ -4,16 +4,28 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from prefopt.inference.generate import generate
-from prefopt.inference.language_model import (
+from prefopt.inference.likelihood import (
     bits_per_byte,
-    bits_per_byte_difference,
+    scored_nats,
     task_accuracy,
     token_divergence,
 )
+from prefopt.models import heads
+from tests.conftest import tiny_config
 
 TEXTS = ["the cat sat on the mat", "a dog", "question: naïve café — what is this? answer: a red house " * 3]
 PROMPTS = ["the cat", "question: what is this? answer:", "a"]
@@ -46,9 +58,6 @@ def test_bits_per_byte_equals_a_loop(causal_lm, tokenizer):
         found = bits_per_byte(causal_lm, tokenizer, TEXTS, batch_size)
         np.testing.assert_allclose(found.nats, nats, rtol=1e-5)
         np.testing.assert_array_equal(found.bytes, sizes)
-        assert found.estimate.value == pytest.approx(sum(nats) / math.log(2) / sum(sizes), rel=1e-5)
-        assert found.estimate.ci_low <= found.estimate.value <= found.estimate.ci_high
-        assert found.estimate.n == 3
 
 
 def test_bos_starts_the_text_where_there_is_one(causal_lm, tokenizer):
@@ -79,22 +88,12 @@ def test_a_text_longer_than_the_models_positions_is_cut_by_default(causal_lm, to
     assert found.nats[0] == pytest.approx(bits_per_byte(small, tokenizer, TEXTS[2:], max_length=16).nats[0])
 
 
-def test_a_model_that_predicts_uniformly_needs_log2_of_the_vocabulary(causal_lm, tokenizer):
+def test_a_model_that_predicts_uniformly_needs_the_log_of_the_vocabulary_per_token(causal_lm, tokenizer):
     with torch.no_grad():
         causal_lm.lm_head.weight.zero_()
     tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEXTS)
     found = bits_per_byte(causal_lm, tokenizer, TEXTS)
-    assert found.estimate.value == pytest.approx(tokens * math.log2(320) / sum(found.bytes), rel=1e-6)
-
-
-def test_difference_is_paired(causal_lm, tokenizer):
-    a, b = bits_per_byte(causal_lm, tokenizer, TEXTS), bits_per_byte(another(causal_lm, 7), tokenizer, TEXTS)
-    difference = bits_per_byte_difference(a, b)
-    assert difference.value == pytest.approx(a.estimate.value - b.estimate.value)
-    same = bits_per_byte_difference(a, a)
-    assert (same.value, same.ci_low, same.ci_high) == (0, 0, 0)
-    with pytest.raises(ValueError, match="same texts"):
-        bits_per_byte_difference(a, bits_per_byte(causal_lm, tokenizer, [*TEXTS[:2], "other"]))
+    assert sum(found.nats) == pytest.approx(tokens * math.log(320), rel=1e-6)
 
 
 def test_a_lossy_tokenizer_is_named(causal_lm):
@@ -190,7 +189,7 @@ def test_kl_equals_a_naive_loop(causal_lm, tokenizer):
     assert min(expected) > 0.1
     for batch_size in (1, 2, 3):
         kl = kl_of_completions(causal_lm, reference, tokenizer, completions, batch_size)
-        np.testing.assert_allclose(kl, expected, rtol=1e-4)
+        np.testing.assert_allclose(kl, expected, rtol=1e-5)
 
 
 def test_kl_to_itself_is_exactly_zero(causal_lm, tokenizer):
@@ -224,3 +223,144 @@ def test_a_model_of_nan_is_refused(causal_lm, tokenizer):
     for temperature in (0, 1):
         with pytest.raises(ValueError, match="logits are NaN"):
             generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=2, temperature=temperature)
+
+
+# ---- what is computed: logits at the positions that are read, a tile of them at a time ------------------------------
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+LARGE = 20_000  # words; 8 hidden units make logits the only large thing
+
+
+def of_many_words(seed, **settings):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_config(vocab_size=LARGE, hidden_size=8, **settings)).eval()
+
+
+@torch.no_grad()
+def slow_nats(model, ids, first):
+    """From the logits of all positions of the row alone."""
+    logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return -sum(logps[t - 1, ids[t]].item() for t in range(first, len(ids)))
+
+
+def test_one_token_a_row_costs_one_position_a_row():
+    model = of_many_words(0)
+    torch.manual_seed(1)
+    rows = [(torch.randint(LARGE, (length,)).tolist(), length - 1) for length in (40, 31, 17, 40)]
+    with LargestTensor() as largest:
+        nats = scored_nats(model, rows, batch_size=4)
+    assert largest.numel == 8 * LARGE  # the head's weights, twice as many as the logits [4, V]
+    np.testing.assert_allclose(nats, [slow_nats(model, *row) for row in rows], rtol=1e-6)
+
+
+def test_two_answers_to_one_question_are_one_forward():
+    model = of_many_words(0)
+    read = []
+    model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape[:-1].numel()))
+    forwards = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: forwards.append(args[0].shape[:2])
+    )
+    questions = [[5, 6, 7, 8], [9, 10]]
+    rows = [([*question, letter], len(question)) for question in questions for letter in (11, 12)]
+    nats = scored_nats(model, rows, batch_size=2)
+    assert forwards == [(2, 4)]
+    assert sum(read) == 4
+    np.testing.assert_allclose(nats, [slow_nats(model, *row) for row in rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 7, 1000])
+def test_long_texts_are_read_in_tiles(positions, monkeypatch):
+    monkeypatch.setattr(heads, "TILE_LOGITS", positions * LARGE + 5)
+    model = of_many_words(0)
+    torch.manual_seed(1)
+    rows = [
+        (torch.randint(LARGE, (length,)).tolist(), first)
+        for length, first in ((20, 1), (9, 4), (9, 9), (2, 1))
+    ]
+    with LargestTensor() as largest:
+        nats = scored_nats(model, rows, batch_size=3)
+    assert largest.numel == max(8, min(positions, 19 + 5)) * LARGE
+    np.testing.assert_allclose(nats, [slow_nats(model, *row) for row in rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 1000])
+def test_two_distributions_are_compared_in_tiles(positions, tokenizer, monkeypatch):
+    monkeypatch.setattr(heads, "TILE_LOGITS", positions * LARGE)
+    model, reference = of_many_words(0), of_many_words(1, num_hidden_layers=1)
+    torch.manual_seed(1)
+    completions = [torch.randint(LARGE, (length,)).tolist() for length in (12, 3, 7)]
+    with LargestTensor() as largest:
+        found = token_divergence(model, reference, tokenizer, PROMPTS, completions, batch_size=2)
+    # 15 positions: the two longest rows are those with 12 and 3 tokens of the model.
+    assert largest.numel == max(8, min(positions, 15)) * LARGE
+    for prompt, ids, of in zip(PROMPTS, completions, found, strict=True):
+        x = tokenizer(prompt)["input_ids"]
+        with torch.no_grad():
+            logp, logq = (
+                m(torch.tensor([x + ids])).logits[0, len(x) - 1 : -1].double().log_softmax(-1)
+                for m in (model, reference)
+            )
+        p, token = logp.exp(), torch.tensor(ids)[:, None]
+        np.testing.assert_allclose(of.kl, (p * (logp - logq)).sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(of.k1, (logp - logq).gather(1, token)[:, 0], atol=1e-5)
+        np.testing.assert_allclose(of.entropy, -(p * logp).sum(-1), rtol=1e-6)
+
+
+def test_a_completion_without_tokens_has_no_divergences(causal_lm, tokenizer):
+    found = token_divergence(causal_lm, another(causal_lm, 3), tokenizer, PROMPTS[:2], [[], []], batch_size=1)
+    assert [of.kl.shape for of in found] == [(0,), (0,)]
+
+
+def test_two_vocabularies_cannot_be_compared(causal_lm, tokenizer):
+    other = LlamaForCausalLM(tiny_config(vocab_size=330))
+    with pytest.raises(ValueError, match="model and reference have 320 and 330 tokens"):
+        token_divergence(causal_lm, other, tokenizer, PROMPTS[:1], [[5]])
+
+
+def test_what_a_model_does_to_its_logits_is_done_in_every_tile(monkeypatch):
+    """Gemma 2 caps them; Granite divides them; a LoRA adapter may lie on the head."""
+    torch.manual_seed(0)
+    sizes = {
+        name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")
+    }
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    capped = Gemma2ForCausalLM(
+        Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5)
+    )
+    scaled = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=0.25))
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(LlamaForCausalLM(tiny_config()), config)
+    monkeypatch.setattr(heads, "TILE_LOGITS", 2 * 320)
+    rows = [([5, 6, 7, 8, 9], 1), ([20, 30, 40], 2)]
+    for model in (capped, scaled, adapted):
+        model.eval()
+        np.testing.assert_allclose(
+            scored_nats(model, rows, 2), [slow_nats(model, *row) for row in rows], rtol=1e-5
+        )
+
+
+def test_a_reading_leaves_the_model_as_it_was():
+    model = of_many_words(0).train()
+    before = model(torch.tensor([[5, 6, 7]])).logits
+    for _, logits in heads.logits_in_tiles(model, torch.tensor([2]), input_ids=torch.tensor([[5, 6, 7]])):
+        assert not logits.requires_grad
+        torch.testing.assert_close(logits, before[0, 2:], rtol=0, atol=1e-6)
+        # Between two tiles too.
+        assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, before)
+    assert "forward" not in vars(model.model)
+    scored_nats(model, [([5, 6, 7], 1)], 1)
+    assert model.training

@@ -1,6 +1,5 @@
-"""What a causal language model still knows: bits per byte, tasks by likelihood, KL to a reference model."""
+"""Likelihoods under a causal language model: of tokens, of raw text, of choices, and how two models differ in them."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,20 +9,16 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.batching import batches_by_length, pad
-from prefopt.inference.generate import prompt_ids
-from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts
-
-TOKENS_AT_ONCE = 1024  # of which the probabilities of a whole vocabulary are in memory
+from prefopt.inference.generate import batches_by_length, evaluating, pad, prompt_ids
+from prefopt.models.heads import logits_in_tiles
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """Nats and UTF-8 bytes of every text `[N]`, and the estimate over all of them."""
+    """Nats and UTF-8 bytes of every text `[N]`; bits per byte are sum(nats) / (ln 2 * sum(bytes))."""
 
     nats: np.ndarray
     bytes: np.ndarray
-    estimate: Estimate
 
 
 def bits_per_byte(
@@ -44,8 +39,8 @@ def bits_per_byte(
         ValueError: on an empty text, or one that the tokenizer does not give back unchanged.
 
     Example:
-        >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).estimate.value  # doctest: +SKIP
-        2.31
+        >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).nats  # doctest: +SKIP
+        array([35.2])
     """
     max_length = max_length or _positions(model)
     start = _start_id(tokenizer)
@@ -59,23 +54,7 @@ def bits_per_byte(
     nats = np.zeros(len(texts))
     np.add.at(nats, owner, scored_nats(model, rows, batch_size))
     sizes = np.array([len(text.encode("utf-8")) for text in texts], dtype=np.float64)
-    return bits_per_byte_of(nats, sizes)
-
-
-def bits_per_byte_of(nats: np.ndarray, sizes: np.ndarray) -> BitsPerByte:
-    """From the nats and the UTF-8 bytes of every text `[N]`; the interval resamples texts."""
-    return BitsPerByte(nats, sizes, bootstrap_over_prompts(_bits_of, nats, sizes))
-
-
-def bits_per_byte_difference(a: BitsPerByte, b: BitsPerByte) -> Estimate:
-    """Bits per byte of `a` minus those of `b` on the same texts; the interval resamples texts (paired)."""
-    if not np.array_equal(a.bytes, b.bytes):
-        raise UserError("paired difference: the two results are not about the same texts")
-    return bootstrap_over_prompts(_bits_of, a.nats - b.nats, a.bytes)
-
-
-def _bits_of(nats: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
-    return nats.sum(axis) / (math.log(2) * sizes.sum(axis))
+    return BitsPerByte(nats, sizes)
 
 
 def task_accuracy(
@@ -177,31 +156,52 @@ def token_divergence(
         (prompt_ids(tokenizer, prompt), list(ids))
         for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
-    found: list[TokenDivergence | None] = [None] * len(rows)
+    results: list[TokenDivergence | None] = [None] * len(rows)
     done = 0
     for batch in batches_by_length([len(x) + len(y) for x, y in rows], batch_size):
         input_ids, attention_mask = pad([rows[i][0] + rows[i][1] for i in batch], 0, model.device)
-        predicts = torch.zeros_like(attention_mask, dtype=torch.bool)
-        for row, i in enumerate(batch):
-            x, y = rows[i]
-            predicts[row, len(x) - 1 : len(x) + len(y) - 1] = True
-        logits = _logits(model, input_ids, attention_mask, predicts)
-        ref_logits = _logits(reference, input_ids, attention_mask, predicts).to(logits.device)
-        if logits.shape != ref_logits.shape:
-            raise UserError(f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens")
-        sampled = torch.tensor([token for i in batch for token in rows[i][1]], device=logits.device)
-        parts = [
-            _divergence(*part)
-            for part in zip(*(x.split(TOKENS_AT_ONCE) for x in (logits, ref_logits, sampled)), strict=True)
+        width = input_ids.shape[1]
+        read = [
+            (row * width + len(rows[i][0]) - 1 + t, token)
+            for row, i in enumerate(batch)
+            for t, token in enumerate(rows[i][1])
         ]
-        per_token = torch.cat(parts, dim=1).double().cpu().numpy()
+        index, sampled = torch.tensor(read, dtype=torch.long).reshape(-1, 2).T
+        per_token = _divergences(model, reference, input_ids, attention_mask, index, sampled)
         cuts = np.cumsum([len(rows[i][1]) for i in batch])[:-1]
         for i, values in zip(batch, np.split(per_token, cuts, axis=1), strict=True):
-            found[i] = TokenDivergence(*values)
+            results[i] = TokenDivergence(*values)
         done += len(batch)
         if progress is not None:
             progress(done, len(rows))
-    return found
+    return results
+
+
+def _divergences(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    index: torch.Tensor,
+    sampled: torch.Tensor,
+) -> np.ndarray:
+    """`[3, N]`: KL, k1 and entropy at the positions `index` `[N]`, of two distributions a tile of them at a time."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    ref_inputs = {name: value.to(reference.device) for name, value in inputs.items()}
+    parts = []
+    with evaluating(model), evaluating(reference):
+        tiles = zip(
+            logits_in_tiles(model, index, **inputs),
+            logits_in_tiles(reference, index, **ref_inputs),
+            strict=True,
+        )
+        for (tile, logits), (_, ref_logits) in tiles:
+            if logits.shape != ref_logits.shape:
+                raise UserError(
+                    f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens"
+                )
+            parts.append(_divergence(logits, ref_logits.to(logits.device), sampled[tile].to(logits.device)))
+    return torch.cat(parts, dim=1).double().cpu().numpy()
 
 
 def _divergence(logits: torch.Tensor, ref_logits: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
@@ -253,36 +253,34 @@ def _positions(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray:
-    """-sum log pi(ids[t] | ids[:t]) over t >= first, for rows (ids, first) -> [N] float64."""
+    """-sum log pi(ids[t] | ids[:t]) over t >= first, for rows (ids, first) -> [N] float64.
+
+    The head reads the positions before the scored tokens alone. Rows that differ in their last token only, such as a
+    question with one answer or another, are one row of a batch.
+    """
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for number, (ids, _) in enumerate(rows):
+        rows_of.setdefault(tuple(ids[:-1]), []).append(number)
+    inputs = list(rows_of)
     nats = np.zeros(len(rows))
-    for batch in batches_by_length([len(ids) for ids, _ in rows], batch_size):
-        ids, mask = pad([rows[i][0] for i in batch], 0, model.device)
-        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-        for row, i in enumerate(batch):
-            targets[row, : rows[i][1] - 1] = -100
-        logits = _logits(model, ids[:, :-1], mask[:, :-1])
-        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
-        nats[batch] = losses.double().sum(-1).cpu().numpy()
+    for batch in batches_by_length([len(ids) for ids in inputs], batch_size):
+        input_ids, attention_mask = pad([inputs[i] for i in batch], 0, model.device)
+        width = input_ids.shape[1]
+        read = [
+            (number, row * width + t - 1, rows[number][0][t])
+            for row, i in enumerate(batch)
+            for number in rows_of[inputs[i]]
+            for t in range(rows[number][1], len(rows[number][0]))
+        ]
+        numbers, index, labels = torch.tensor(read, dtype=torch.long).reshape(-1, 3).T
+        with evaluating(model):
+            losses = [
+                F.cross_entropy(logits.float(), labels[tile].to(logits.device), reduction="none")
+                for tile, logits in logits_in_tiles(
+                    model, index, input_ids=input_ids, attention_mask=attention_mask
+                )
+            ]
+        np.add.at(nats, numbers.numpy(), torch.cat(losses).double().cpu().numpy())
     if np.isnan(nats).any():
         raise UserError("the model's logits are NaN: its weights are broken")
     return nats
-
-
-def _logits(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    where: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """fp32 logits `[N, T, V]`; at the positions `where` `[N, T]` only, `[positions, V]` as the model gives them."""
-    training = model.training
-    model.eval()
-    try:
-        logits = model(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            use_cache=False,
-        ).logits
-        return logits.float() if where is None else logits[where.to(logits.device)]
-    finally:
-        model.train(training)
