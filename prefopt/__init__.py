@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "OveroptimizationStop": "prefopt.trainers.ppo_ptx.overoptimization",
+    "OveroptimizationStop": "prefopt.trainers.ppo_ptx.watch",
     "PPOPtxConfig": "prefopt.trainers.ppo_ptx.config",
     "PPOPtxTrainer": "prefopt.trainers.ppo_ptx.trainer",
     "RankedCollator": "prefopt.rankings.dataset",
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from prefopt.trainers.dpo.config import RankedDPOConfig
     from prefopt.trainers.dpo.trainer import RankedDPOTrainer
     from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-    from prefopt.trainers.ppo_ptx.overoptimization import OveroptimizationStop
     from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+    from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
     from prefopt.trainers.reward.config import RankedRewardConfig
     from prefopt.trainers.reward.trainer import RankedRewardTrainer
 

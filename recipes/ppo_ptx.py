@@ -37,8 +37,8 @@ from prefopt.recipes.common.rows import (
     stream_rows,
 )
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.overoptimization import OveroptimizationStop
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
 
 
 @dataclass

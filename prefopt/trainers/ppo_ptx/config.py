@@ -6,7 +6,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from prefopt.errors import UserError
-from prefopt.trainers.shared.sharding import is_asked_for
+from prefopt.trainers.shared.precision import is_asked_for
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
 HONORED = frozenset(

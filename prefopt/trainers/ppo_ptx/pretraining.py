@@ -74,13 +74,13 @@ def _ended(ids: list[int], eos: int) -> list[int]:
     return ids if ids[-1] == eos else [*ids, eos]
 
 
-class PretrainingStream:
+class PackedText:
     """An endless stream over the blocks, in a new order each epoch; `position` counts the blocks taken so far.
 
     The order depends on `seed` and the epoch alone, so setting `position` resumes the stream exactly.
 
     Example:
-        >>> stream = PretrainingStream(Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]}), seed=0)
+        >>> stream = PackedText(Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]}), seed=0)
         >>> first = stream.take(2)
         >>> rest = stream.take(2)
         >>> sorted(first + rest[:1])
@@ -108,7 +108,7 @@ class PretrainingStream:
 
 
 class StreamedText:
-    """`PretrainingStream` over documents that are read, tokenized and packed only as they are needed.
+    """`PackedText` over documents that are read, tokenized and packed only as they are needed.
 
     Blocks are cut from the concatenated documents, each ended by EOS, and shuffled among the next `buffer_size` of
     them, or fewer at the end of the text, where it begins again: every block is taken once in each pass. `position` is

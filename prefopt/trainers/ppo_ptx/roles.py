@@ -1,8 +1,10 @@
 """The models around PPO's policy: the frozen KL reference, the reward model's tokenizer, the value function."""
 
 import copy
+import functools
 import logging
 import os
+import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -109,6 +111,23 @@ def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp3
     del reference.forward  # TRL's fused forward, which is bound to the policy
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
+
+
+def add_untempered_head(policy: PreTrainedModel | PeftModel, cast_lm_head_to_fp32: bool) -> None:
+    """Give a policy, whose fused LM head has the sampling temperature in it, a second one at temperature 1.
+
+    It answers `model(..., fused_lm_head=True, untempered=True)`; every other call is as before.
+    """
+    model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    tempered = model.forward
+    add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
+    at_one = model.forward
+
+    @functools.wraps(tempered)  # `generate` checks its arguments against the signature
+    def forward(self: nn.Module, *args: Any, untempered: bool = False, **kwargs: Any) -> Any:
+        return (at_one if untempered else tempered)(*args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
 
 
 def add_reference_adapter(policy: PeftModel) -> str:

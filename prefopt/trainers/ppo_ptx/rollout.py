@@ -1,24 +1,94 @@
 """The rollout of PPO-ptx: scores, log-probabilities, values, and from them KL, rewards and advantages of each token."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerState
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adapter
 
+from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewards, masked_whiten
 from prefopt.models.heads import fp32_output, token_logps
 from prefopt.models.last_layer import last_mlp_at
 from prefopt.rankings.tokens import without_nulls_in_calls
-from prefopt.trainers.ppo_ptx.metrics import rollout_metrics
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = get_logger(__name__)
 
 KL_POSITIONS = 1024  # the exact KL needs all logits, of two models; of this many tokens at a time
+
+
+def check_prompts(train_dataset: Dataset | IterableDataset | None, args: PPOPtxConfig) -> None:
+    """Refuse prompts that cannot fill a rollout, and count those that an epoch leaves out."""
+    if isinstance(train_dataset, IterableDataset):
+        raise UserError(
+            "train_dataset: prompts cannot be a stream, because an epoch is divided into rollouts and a resumed run goes "
+            "on in its order; load them without streaming (pretrain_dataset can be a stream)"
+        )
+    if not isinstance(train_dataset, Dataset):
+        return
+    if "prompt" not in train_dataset.column_names:
+        raise UserError(f"train_dataset: expected a column 'prompt', got {train_dataset.column_names}")
+    per_rollout = args.generation_batch_size // args.num_generations
+    if len(train_dataset) < per_rollout:
+        raise UserError(
+            f"train_dataset has {len(train_dataset)} prompts, fewer than the {per_rollout} of one rollout "
+            "(generation_batch_size / num_generations): lower the batch settings or add prompts"
+        )
+    if left := len(train_dataset) % per_rollout:
+        logger.warning(
+            "%d of %d prompts are left out of each epoch: a rollout takes %d, and no part of one is run",
+            left,
+            len(train_dataset),
+            per_rollout,
+        )
+
+
+class PromptOrder(TrainerCallback):
+    """Seeds the order of the prompts by epoch: TRL's sampler would begin a resumed run with its first order again."""
+
+    sampler: Sampler | None = None
+
+    def on_epoch_begin(self, args: PPOPtxConfig, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.sampler is not None and args.shuffle_dataset:
+            self.sampler.generator.manual_seed(args.seed + int(state.epoch or 0))
+
+
+def check_vllm(
+    args: PPOPtxConfig, model: str | nn.Module, quantization_config: Any, suppressed_tokens: list[int]
+) -> None:
+    """Refuse the policies whose weights TRL would send to vLLM wrongly or under names that vLLM does not know.
+
+    Raises ValueError; nothing happens without `use_vllm`.
+    """
+    if not args.use_vllm:
+        return
+    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    to_quantize = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    if quantized or to_quantize:
+        raise UserError(
+            "use_vllm with a 4-bit or 8-bit policy is not supported: TRL would send vLLM the packed weights; load "
+            "the policy in 16 bit, or generate with transformers (use_vllm=False)"
+        )
+    if isinstance(model, PeftModel) and any(c.modules_to_save for c in model.peft_config.values()):
+        raise UserError(
+            "use_vllm with modules_to_save is not supported: TRL would send vLLM the copies of every adapter; leave "
+            "modules_to_save out, or generate with transformers (use_vllm=False)"
+        )
+    if suppressed_tokens:
+        raise UserError(
+            f"use_vllm cannot keep the policy from sampling the reward token {suppressed_tokens}: vLLM has no "
+            "suppress_tokens; train the reward model without a reward token, or set use_vllm=False"
+        )
 
 
 class RolloutMixin:
@@ -215,3 +285,62 @@ class RolloutMixin:
         for _ in range(min(len(rows), len(logged))):
             logged.pop()
         logged.extend(rows)
+
+
+def rollout_metrics(
+    scores: Tensor,
+    is_scored: Tensor,
+    rewards: Tensor,
+    kl: Tensor,
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    reduce: Callable[[Tensor], Tensor],
+) -> dict[str, float]:
+    """The keys `kl`, `objective/*` and `value/explained_variance` of PPOPtxTrainer's table.
+
+    Args:
+        scores: `[B]`, finite; those of unscored rows are not read.
+        is_scored: `[B]`, True where the row has a usable reward.
+        rewards, kl, logps, ref_logps, values, returns: `[B, T]`; `kl` is the estimate that the penalty uses.
+        mask: `[B, T]`, True on the completions' tokens.
+        reduce: sums a tensor over the processes.
+
+    Returns:
+        Means over tokens (`kl`) or episodes of all processes; NaN where nothing counts.
+    """
+    counts = mask & is_scored.unsqueeze(1)
+    returns = torch.where(counts, returns, 0.0).double()
+    errors = torch.where(counts, returns - values, 0.0)
+    sums = {
+        "rows": torch.ones_like(is_scored),
+        "scored": is_scored,
+        "scores": torch.where(is_scored, scores, 0.0),
+        "rewards": torch.where(counts, rewards, 0.0),
+        "tokens": mask,
+        "kl": torch.where(mask, kl, 0.0),
+        "k3": torch.where(mask, k3(logps.double(), ref_logps.double()), 0.0),
+        "counts": counts,
+        "returns": returns,
+        "returns_squared": returns.square(),
+        "errors": errors,
+        "errors_squared": errors.square(),
+    }
+    totals = reduce(torch.stack([x.double().sum() for x in sums.values()])).tolist()
+    total = dict(zip(sums, totals, strict=True))
+
+    def per(name: str, count: str) -> float:
+        return total[name] / total[count] if total[count] else math.nan
+
+    variance = per("returns_squared", "counts") - per("returns", "counts") ** 2
+    unexplained = per("errors_squared", "counts") - per("errors", "counts") ** 2
+    return {
+        "kl": per("k3", "tokens"),
+        "objective/kl": per("kl", "rows"),
+        "objective/scores": per("scores", "scored"),
+        "objective/rewards": per("rewards", "scored"),
+        "objective/unscored": total["rows"] - total["scored"],
+        "value/explained_variance": 1 - unexplained / variance if variance > 0 else math.nan,
+    }

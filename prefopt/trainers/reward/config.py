@@ -7,7 +7,7 @@ from trl import RewardConfig
 from prefopt.errors import UserError
 from prefopt.trainers.ranked.base import RankedOptions, bf16_by_default, check_ranked_options
 from prefopt.trainers.ranked.options import refuse_options
-from prefopt.trainers.shared.sharding import is_asked_for
+from prefopt.trainers.shared.precision import is_asked_for
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONORED = {

@@ -162,6 +162,9 @@ class CompleteCheckpointsMixin:
         if self._save_folder is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _add_to_checkpoint(self, folder: str) -> None:
+        """Write to `folder`, on every process, what a checkpoint of this trainer holds beside Trainer's files."""
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         if (
@@ -175,6 +178,8 @@ class CompleteCheckpointsMixin:
         self.accelerator.wait_for_everyone()
         self._save_folder = str(unfinished)
         try:
+            os.makedirs(unfinished / name, exist_ok=True)
+            self._add_to_checkpoint(str(unfinished / name))
             super()._save_checkpoint(model, trial)
         finally:
             self._save_folder = None

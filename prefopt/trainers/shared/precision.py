@@ -1,8 +1,16 @@
-"""Adapters on a quantized base stay in fp32, as PEFT reloads them; TRL's trainers round them to bf16."""
+"""How weights are held: adapters on a quantized base in fp32, and whether parameters are to be sharded.
+
+Adapters stay in fp32, as PEFT reloads them; TRL's trainers round them to bf16.
+"""
+
+import os
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainingArguments
+
+_LAUNCHED = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 
 
 def trainable_weights(model: object) -> dict[str, Tensor]:
@@ -23,3 +31,11 @@ def undo_rounding(model: nn.Module, given: dict[str, Tensor]) -> None:
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data = given.get(name, parameter.data).to(parameter.device).float()
     given.clear()
+
+
+def is_asked_for(engine: str, args: TrainingArguments) -> bool:
+    """Whether `accelerate launch` (its configuration file) or the argument of that name asks for `fsdp` or `deepspeed`.
+
+    It is known before anything is loaded.
+    """
+    return os.environ.get(_LAUNCHED[engine], "false").lower() == "true" or bool(getattr(args, engine))

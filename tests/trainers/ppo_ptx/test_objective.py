@@ -16,8 +16,8 @@ from prefopt.models import heads as lm_heads
 from prefopt.models.heads import fp32_output, pretraining_loss
 from prefopt.trainers.ppo_ptx import rollout as module
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.roles import add_untempered_head
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
-from prefopt.trainers.shared.fused_head import add_untempered_head
 
 PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red"] * 3
 TEXTS = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran to the red house", "a dog"] * 4})

@@ -3,7 +3,7 @@
 import pytest
 from datasets import Dataset
 
-from prefopt.trainers.ppo_ptx.pretraining import PretrainingStream, pack_documents, share_of_process
+from prefopt.trainers.ppo_ptx.pretraining import PackedText, pack_documents, share_of_process
 
 TEXTS = ["the cat sat on the mat", "a dog", "question: what is this? answer: a dog", "red"]
 
@@ -43,19 +43,19 @@ def test_bad_documents_raise(dataset, match, tokenizer):
 
 def test_stream_visits_each_block_once_per_epoch_in_a_new_order():
     blocks = [[i, i] for i in range(10)]
-    stream = PretrainingStream(Dataset.from_dict({"input_ids": blocks}), seed=1)
+    stream = PackedText(Dataset.from_dict({"input_ids": blocks}), seed=1)
     epochs = [stream.take(10) for _ in range(3)]
     assert all(sorted(epoch) == blocks for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    other = PretrainingStream(Dataset.from_dict({"input_ids": blocks}), seed=1)
+    other = PackedText(Dataset.from_dict({"input_ids": blocks}), seed=1)
     assert [block for n in (3, 20, 7) for block in other.take(n)] == [b for epoch in epochs for b in epoch]
 
 
 def test_stream_resumes_from_its_position():
     dataset = Dataset.from_dict({"input_ids": [[i] for i in range(5)]})
-    stream = PretrainingStream(dataset, seed=0)
+    stream = PackedText(dataset, seed=0)
     stream.take(7)
-    resumed = PretrainingStream(dataset, seed=0)
+    resumed = PackedText(dataset, seed=0)
     resumed.position = stream.position
     assert resumed.take(9) == stream.take(9)
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from prefopt.models.reward import set_reward_bias
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.pretraining import PretrainingStream
+from prefopt.trainers.ppo_ptx.pretraining import PackedText
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
 PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red house"] * 2
@@ -238,7 +238,7 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
             parameter += 0.05 * torch.randn_like(parameter)
     compare.trainer = trainer
     compare.reference = Reference(trainer, trainer.model, sft, trainer.value_function.module, score)
-    compare.stream = PretrainingStream(trainer.pretraining.blocks, trainer.args.seed)
+    compare.stream = PackedText(trainer.pretraining.blocks, trainer.args.seed)
     trainer.train()
 
     assert compare.steps == 4  # 2 inner epochs of 2 minibatches

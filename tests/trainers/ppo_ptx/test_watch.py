@@ -11,9 +11,8 @@ from transformers import IntervalStrategy, TrainerControl, TrainerState
 
 from prefopt.trainers.ppo_ptx import watch as watch
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.overoptimization import OveroptimizationStop
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
-from prefopt.trainers.ppo_ptx.watch import TrainingWatch, diagnose
+from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop, TrainingWatch, diagnose
 
 SETTINGS = {"episodes_per_rollout": 128}
 
