@@ -75,7 +75,7 @@ def files_to_publish(folder: str | os.PathLike, roles: bool = False) -> list[str
         roles: also what PPO-ptx and DPO keep beside the policy: value function, reference, reward model, averages.
 
     Raises:
-        ValueError: the folder holds no model.
+        UserError: the folder holds no model.
     """
     folder = Path(folder)
     if not holds_model(folder):
@@ -126,7 +126,7 @@ def push_folder(
             `prefopt push ...`.
 
     Raises:
-        ValueError: the folder holds no model, or `private` is asked for a repository that is public.
+        UserError: the folder holds no model, or `private` is asked for a repository that is public.
         HubError: the upload failed.
     """
     folder = Path(folder)
@@ -164,7 +164,7 @@ def save_merged(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     A base that was quantized in training is dequantized first, as in `merge_reward_model`.
 
     Raises:
-        ValueError: the folder holds no adapter.
+        UserError: the folder holds no adapter.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / ADAPTER_CONFIG).is_file():

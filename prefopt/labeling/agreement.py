@@ -120,7 +120,7 @@ def agreement(
         skipped: how many tasks each labeler skipped.
 
     Raises:
-        ValueError: "SOURCE row 12: field 'labeler': expected ..., got ...; remedy".
+        UserError: "SOURCE row 12: field 'labeler': expected ..., got ...; remedy".
 
     Example:
         >>> rows = [{"prompt": "p", "completions": list("abc"), "labeler": name, "ranks": ranks}

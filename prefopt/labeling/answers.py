@@ -136,7 +136,7 @@ def read_answers(path: str | Path) -> list[Answer]:
     """The answers in a file that a sheet gave; what they say of tasks is checked by `import_answers`.
 
     Raises:
-        ValueError: "FILE line 3: field 'ranks': expected ..., got ...; remedy".
+        UserError: "FILE line 3: field 'ranks': expected ..., got ...; remedy".
     """
     parts: list[tuple[dict[str, Any], list[Answer]]] = []
     for number, line in enumerate(read_lines(path), start=1):
@@ -204,7 +204,7 @@ def import_answers(
         characters_per_second: an answer given in less time than prompt and outputs take at this pace is too fast.
 
     Raises:
-        ValueError: an answer to a sheet without a key or that does not fit its task, naming the line.
+        UserError: an answer to a sheet without a key or that does not fit its task, naming the line.
     """
     by_sheet = {key.sheet: key for key in keys}
     report = ImportReport()

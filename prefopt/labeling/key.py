@@ -91,7 +91,7 @@ def blind(
         The key, and how many rows were left out because all their completions are one text.
 
     Raises:
-        ValueError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy".
+        UserError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy".
     """
     seed = secrets.randbits(64) if seed is None else seed
     found, left_out = [], 0
@@ -201,7 +201,7 @@ def read_key(path: str | Path) -> Key:
     """The key that `write_key` wrote.
 
     Raises:
-        ValueError: the file is not one, naming the line.
+        UserError: the file is not one, naming the line.
     """
     lines = read_lines(path)
     head = lines[0] if lines else {}
@@ -230,7 +230,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line.
 
     Raises:
-        ValueError: the file is not UTF-8, or a line is no object, by its number.
+        UserError: the file is not UTF-8, or a line is no object, by its number.
     """
     found = []
     try:

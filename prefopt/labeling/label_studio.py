@@ -77,7 +77,7 @@ def read_label_studio(path: str | Path) -> list[Answer]:
     Cancelled annotations are skips; an annotation that leaves outputs in the list is unfinished.
 
     Raises:
-        ValueError: "FILE task 12: ...", what is not as described above.
+        UserError: "FILE task 12: ...", what is not as described above.
     """
     try:
         tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))

@@ -104,7 +104,7 @@ def choose_next(
         `ranks` are left out: those of a subset would not be dense. Rows with a single text are never chosen.
 
     Raises:
-        ValueError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy", or an argument out of range.
+        UserError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy", or an argument out of range.
     """
     if n < 1 or k < 2 or not 0 <= random_share <= 1:
         raise UserError(

@@ -58,7 +58,7 @@ def export_sheet(
         seed, screening, group: as for `prefopt.labeling.key.blind`.
 
     Raises:
-        ValueError: a row that does not fit, by its number.
+        UserError: a row that does not fit, by its number.
         FileExistsError: the key of another sheet is in the way.
     """
     path = Path(path)

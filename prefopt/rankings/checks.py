@@ -22,12 +22,12 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
     """Check every row (ranked, or TRL preference) and stop at the first that is not as described above.
 
     Raises:
-        ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
+        UserError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
             Missing columns are reported before any row is read.
 
     >>> validate_comparisons([{"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 3]}])
     Traceback (most recent call last):
-    ValueError: dataset row 0: field 'ranks': expected dense ranks, got [1, 3]; write [1, 2] for the same order
+    prefopt.errors.UserError: dataset row 0: field 'ranks': expected dense ranks, got [1, 3]; write [1, 2] for the same order
     """
     if isinstance(rows, Mapping) or not (isinstance(rows, Sequence) or _is_dataset(rows)):
         raise UserError(
@@ -46,7 +46,7 @@ def checked_comparisons(
     """The rows as they come, each checked before it goes on; `required` are the columns of their kind.
 
     Raises:
-        ValueError: at the first bad row, as `validate_comparisons`.
+        UserError: at the first bad row, as `validate_comparisons`.
 
     >>> good = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
     >>> rows = checked_comparisons([good, {**good, "chosen": ""}], ("prompt", "chosen", "rejected"))
@@ -54,7 +54,7 @@ def checked_comparisons(
     True
     >>> next(rows)
     Traceback (most recent call last):
-    ValueError: dataset row 1: field 'chosen': expected a non-empty string, got ''; drop it, or write the EOS token for an answer that ends at once
+    prefopt.errors.UserError: dataset row 1: field 'chosen': expected a non-empty string, got ''; drop it, or write the EOS token for an answer that ends at once
     """
     layout = None
     for index, row in enumerate(rows):
@@ -77,7 +77,7 @@ def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
     """Check the ranks of rows that have token ids already: as many as `completion_ids`, dense, from 1.
 
     Raises:
-        ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
+        UserError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
     """
     names = ["prompt_ids", "completion_ids", "ranks"]
     for index, row in enumerate(rows.with_format(None).select_columns(names)):  # one at a time: ids are many
@@ -103,11 +103,11 @@ def validate_demonstrations(rows: Sequence[Mapping[str, Any]], source: str = "da
     """Check rows of `prompt` and `completion`, texts or chat messages, as `validate_comparisons` checks rankings.
 
     Raises:
-        ValueError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
+        UserError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
 
     >>> validate_demonstrations([{"prompt": "2 + 2 =", "completion": None}])
     Traceback (most recent call last):
-    ValueError: dataset row 0: field 'completion': expected a value, got None; fill it or drop the row
+    prefopt.errors.UserError: dataset row 0: field 'completion': expected a value, got None; fill it or drop the row
     """
     for index, row in enumerate(rows):
         if problem := _demonstration_problem(row):
@@ -143,7 +143,7 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
         The number of rows without ratings; their pairs have the margin 0.
 
     Raises:
-        ValueError: no row has ratings, or naming the first row (counted from 0) in which they contradict the ranks.
+        UserError: no row has ratings, or naming the first row (counted from 0) in which they contradict the ranks.
 
     >>> from datasets import Dataset
     >>> validate_ratings(Dataset.from_dict({"ranks": [[1, 2], [2, 1]], "ratings": [[7, 4], None]}))
@@ -174,7 +174,7 @@ def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
     """The columns that rows of this kind, ranked or TRL preference, must have.
 
     Raises:
-        ValueError: one is missing.
+        UserError: one is missing.
 
     >>> required_columns({"prompt", "completions", "ranks", "labeler"}, "train")
     ('prompt', 'completions', 'ranks')

@@ -42,7 +42,7 @@ def prepare_comparisons(
     checked by `validate_ratings` and rows without are counted in the log.
 
     Raises:
-        ValueError: as `validate_comparisons` and `validate_ratings`, and when no row is left.
+        UserError: as `validate_comparisons` and `validate_ratings`, and when no row is left.
 
     >>> rows = prepare_comparisons([{"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}])
     >>> rows[0]["completions"], rows[0]["ranks"]
@@ -114,7 +114,7 @@ def tokenize_comparisons(
     too, until the tokenizer stops adding it. Applying it to its own result changes nothing.
 
     Raises:
-        ValueError: as `build_ids`, a `max_length` below 1, and when no row is left.
+        UserError: as `build_ids`, a `max_length` below 1, and when no row is left.
     """
     check_ties(ties)
     if max_length is not None and max_length < 1:

@@ -27,7 +27,7 @@ def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
         Dense ranks, 1 = best, one per label.
 
     Raises:
-        ValueError: an unknown, repeated (which a cycle needs) or missing label, or fewer than two.
+        UserError: an unknown, repeated (which a cycle needs) or missing label, or fewer than two.
 
     >>> parse_ranking("D > C > A = B")
     [3, 3, 2, 1]
@@ -63,7 +63,7 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
     """The ranking as text: the inverse of `parse_ranking`, with tied labels in their row order.
 
     Raises:
-        ValueError: ranks that are not dense integers from 1, or another number of labels.
+        UserError: ranks that are not dense integers from 1, or another number of labels.
 
     >>> format_ranking([3, 3, 2, 1])
     'D > C > A = B'
@@ -83,7 +83,7 @@ def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
     """Dense ranks from ratings such as a 1-7 Likert scale: a higher rating is better, equal ratings tie.
 
     Raises:
-        ValueError: a rating that is not a finite number.
+        UserError: a rating that is not a finite number.
 
     >>> ranks_from_ratings([6, 2, 7, 6])
     [2, 3, 1, 2]
@@ -99,7 +99,7 @@ def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1.
 
     Raises:
-        ValueError: a field that is missing or not as described at the top of this module.
+        UserError: a field that is missing or not as described at the top of this module.
 
     >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'ranks': [1, 2]}
@@ -119,7 +119,7 @@ def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All strict pairs of a ranked row as TRL preference rows; ties give none, so the list may be empty.
 
     Raises:
-        ValueError: a field that is missing or not as described at the top of this module.
+        UserError: a field that is missing or not as described at the top of this module.
 
     >>> pairs = to_preferences({"prompt": "2 + 2 =", "completions": [" 5", " 4", " four"], "ranks": [2, 1, 1]})
     >>> [(pair["chosen"], pair["rejected"]) for pair in pairs]

@@ -38,7 +38,7 @@ def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int
     """Positions of the rows of at most `most` prompts of each value of the field `by`, drawn at random.
 
     Raises:
-        ValueError: a row without a value of `by`.
+        UserError: a row without a value of `by`.
 
     >>> rows = [{"prompt": p, "user": "ann"} for p in "aabc"]
     >>> {rows[i]["prompt"] for i in most_per_key(rows, "user", 3, seed=0)} == {"a", "b", "c"}
@@ -74,7 +74,7 @@ def split_by_key(
         shares: of the rows, by side.
 
     Raises:
-        ValueError: a row without a value of `by`, or fewer values than sides.
+        UserError: a row without a value of `by`, or fewer values than sides.
 
     >>> rows = [{"prompt": str(i), "user": i // 2} for i in range(20)]
     >>> sides = split_by_key(rows, "user", {"train": 0.8, "test": 0.2}, seed=0)

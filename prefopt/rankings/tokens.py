@@ -51,7 +51,7 @@ def build_ids(
         `(prompt_ids, completion_ids)`, two lists of int.
 
     Raises:
-        ValueError: the tokenizer lacks the EOS token or the chat template that the row needs.
+        UserError: the tokenizer lacks the EOS token or the chat template that the row needs.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast

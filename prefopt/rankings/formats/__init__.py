@@ -152,7 +152,7 @@ def convert(
         `labeler`, and fields named in the docstring of the format's reader.
 
     Raises:
-        ValueError: a format that is unknown or not recognized, a rating it does not have, or a row that is not in it,
+        UserError: a format that is unknown or not recognized, a rating it does not have, or a row that is not in it,
             naming the row (counted from 0), the field, what was expected and the remedy.
 
     >>> counts = Counter()

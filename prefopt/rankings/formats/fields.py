@@ -14,13 +14,13 @@ def field(row: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any
     """The value of a field that must be there and of the kind given; whole floats pass as int.
 
     Raises:
-        ValueError: it is not.
+        UserError: it is not.
 
     >>> field({"choice": 1.0}, "choice", int)
     1
     >>> field({"summaries": "one"}, "summaries", list)
     Traceback (most recent call last):
-    ValueError: field 'summaries': expected a list, got 'one'; mend or delete the row, or choose another format
+    prefopt.errors.UserError: field 'summaries': expected a list, got 'one'; mend or delete the row, or choose another format
     """
     value = row.get(name)
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -42,7 +42,7 @@ def entries(row: Mapping[str, Any], name: str, text: str) -> list[Mapping[str, A
     """A list of objects with a `text` each; null in place of an object is one with the text null.
 
     Raises:
-        ValueError: it is no list, or has an entry that is no object.
+        UserError: it is no list, or has an entry that is no object.
 
     >>> entries({"answers": [{"answer": "Plum."}, None]}, "answers", "answer")
     [{'answer': 'Plum.'}, {'answer': None}]
@@ -57,7 +57,7 @@ def number(value: Any, name: str) -> float | None:
     """A finite number, also one written as text; None for what stands for no value (None, NaN, "", "N/A").
 
     Raises:
-        ValueError: anything else.
+        UserError: anything else.
 
     >>> number("4", "Rating"), number(float("nan"), "Rating"), number("N/A", "Rating")
     (4, None, None)
