@@ -1,64 +1,140 @@
 """results.json: scalar keys that stay for ever, and one measure per number with its interval and definition."""
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from prefopt.evaluation.definitions import DEFINITIONS
 from prefopt.inference.jsonl import write_whole
 from prefopt.statistics.intervals import Estimate
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 BASELINE = "sft"
 GROUPS = ("train_labelers", "heldout_labelers")
-FAILED = "failed: "  # begins the reason of a number that was tried and did not come
 
 
-def measure(
-    name: str,
-    model: str,
-    estimate: Estimate | None,
-    *,
-    against: str | None = None,
-    reason: str | None = None,
-) -> dict[str, Any]:
-    """One measured number, or why it is missing.
+# ---- numbers that are missing ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NoNumber:
+    """Stands where a number would, and says why there is none."""
+
+    reason: str
+    status: ClassVar[str]
+
+    def __str__(self) -> str:
+        return self.reason
+
+    def of(self, owner: str) -> "NoNumber":
+        """Why there is no number that needs this one of `owner`."""
+        return type(self)(f"{owner}: {self.reason}")
+
+
+@dataclass(frozen=True)
+class Skipped(NoNumber):
+    """It was not tried."""
+
+    status: ClassVar[str] = "skipped"
+
+
+@dataclass(frozen=True)
+class Failed(NoNumber):
+    """It was tried and did not come; as text, in files, it begins with "failed: "."""
+
+    status: ClassVar[str] = "failed"
+
+    def __str__(self) -> str:
+        return f"failed: {self.reason}"
+
+
+def no_number(text: str) -> NoNumber:
+    """What was written to a file as text.
+
+    >>> no_number("failed: OSError: gone"), no_number("no judge")
+    (Failed(reason='OSError: gone'), Skipped(reason='no judge'))
+    """
+    reason = text.removeprefix("failed: ")
+    return Skipped(text) if reason == text else Failed(reason)
+
+
+def attempt(
+    what: str, compute: Callable[[], T], skips: type[Exception] | tuple[type[Exception], ...] = ()
+) -> T | NoNumber:
+    """What `compute` gives; an error costs this number (or this model's) and no other, and the log has its traceback.
 
     Args:
-        name: a key of `DEFINITIONS`, possibly followed by `.something`; the longest that fits defines it.
-        model: what was measured; with `against` and not a win rate, the value is the paired difference model - against.
-        estimate: None means skipped, or failed where `reason` begins with "failed: "; a reason is then required. A
-            value that is not finite is a failure, never a number.
+        what: names it in the log.
+        skips: errors that say that there is nothing to measure.
+
+    >>> attempt("half", lambda: 1 / 2), attempt("gone", lambda: {}["x"], skips=KeyError)
+    (0.5, Skipped(reason="'x'"))
     """
-    parts = name.split(".")
-    key = next(k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in DEFINITIONS)
-    higher_is_better, definition, source = DEFINITIONS[key]
-    if against is not None and not name.startswith("winrate"):
-        definition = f"paired difference {model} - {against} of: {definition}"
-    if estimate is not None and not math.isfinite(estimate.value):
-        estimate, reason = None, f"{FAILED}the value is {estimate.value}"
-    status = "ok"
-    if estimate is None:
-        if not reason:
-            raise ValueError(f"measure {name} of {model}: a missing value needs a reason")
-        status = "failed" if reason.startswith(FAILED) else "skipped"
-    return {
-        "name": name,
-        "model": model,
-        "against": against,
-        "value": None if estimate is None else float(estimate.value),
-        "ci_low": None if estimate is None else _finite(estimate.ci_low),
-        "ci_high": None if estimate is None else _finite(estimate.ci_high),
-        "n": 0 if estimate is None else int(estimate.n),
-        "n_clusters": 0 if estimate is None else int(estimate.n_clusters),
-        "higher_is_better": higher_is_better,
-        "status": status,
-        "reason": None if reason is None else reason.removeprefix(FAILED),
-        "definition": definition,
-        "source": source,
-    }
+    try:
+        return compute()
+    except skips as error:
+        return Skipped(str(error))
+    except Exception as error:
+        logger.exception("%s failed", what)
+        return Failed(f"{type(error).__name__}: {error}")
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+class Definition(NamedTuple):
+    """What a number means and where its definition comes from."""
+
+    higher_is_better: bool | None
+    text: str
+    source: str
+
+
+class Measures(dict[str, Definition]):
+    """Name -> definition of what a stage measures; a name covers all that follow after another dot."""
+
+    def definition(self, name: str) -> Definition:
+        """That of the longest name that fits.
+
+        >>> Measures({"flag": Definition(False, "share", "here")}).definition("flag.rude").text
+        'share'
+        """
+        parts = name.split(".")
+        return self[next((k for n in range(len(parts), 0, -1) if (k := ".".join(parts[:n])) in self), name)]
+
+    def record(
+        self, name: str, model: str, value: Estimate | NoNumber, *, against: str | None = None
+    ) -> dict[str, Any]:
+        """One measured number, or why it is missing, as results.json has it.
+
+        Args:
+            model: what was measured; with `against` and not a win rate, the value is the paired difference model -
+                against.
+            value: one that is not finite is a failure, never a number.
+        """
+        higher_is_better, definition, source = self.definition(name)
+        if against is not None and not name.startswith("winrate"):
+            definition = f"paired difference {model} - {against} of: {definition}"
+        if isinstance(value, Estimate) and not math.isfinite(value.value):
+            value = Failed(f"the value is {value.value}")
+        is_missing = isinstance(value, NoNumber)
+        return {
+            "name": name,
+            "model": model,
+            "against": against,
+            "value": None if is_missing else float(value.value),
+            "ci_low": None if is_missing else _finite(value.ci_low),
+            "ci_high": None if is_missing else _finite(value.ci_high),
+            "n": 0 if is_missing else int(value.n),
+            "n_clusters": 0 if is_missing else int(value.n_clusters),
+            "higher_is_better": higher_is_better,
+            "status": value.status if is_missing else "ok",
+            "reason": value.reason if is_missing else None,
+            "definition": definition,
+            "source": source,
+        }
 
 
 def find(

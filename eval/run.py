@@ -1,21 +1,47 @@
-"""The folder of one evaluation: what its stages read and write."""
+"""What every stage of an evaluation shares: its arguments, the folder it reads and writes, and what a stage is."""
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation.results import jsonable
+from prefopt.errors import UserError
+from prefopt.evaluation.results import Measures, jsonable
 from prefopt.inference.jsonl import read_jsonl, write_whole
 
 logger = logging.getLogger(__name__)
 
-# Stages that look at completions: what they found no longer holds when these are drawn anew.
-OF_COMPLETIONS = {"judge", "compare", "metadata", "drift", "diversity", "overopt"}
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an evaluation, all of it in one file of `stages/`; `prefopt.evaluation.stages.STAGES` is their list.
+
+    Args:
+        name: as on the command line.
+        answers: what `prefopt eval --help` says of it.
+        arguments: dataclass of its own keys.
+        measure: called with the `EvaluationRun`, `EvaluationArguments`, its own arguments and those that it `reads`.
+        measures: the numbers it gives, each with its definition.
+        of_completions: whether it looks at completions: what it found no longer holds when these are drawn anew.
+        reads: dataclasses of other stages whose keys it needs too.
+    """
+
+    name: str
+    answers: str
+    arguments: type
+    measure: Callable[..., Any]
+    measures: Measures = field(default_factory=Measures)
+    of_completions: bool = False
+    reads: tuple[type, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Its name in files and in results.json."""
+        return self.name.replace("-", "_")
 
 
 @dataclass
@@ -56,9 +82,9 @@ class EvaluationArguments:
         check_names("models", self.models)
         for name, source in self.models.items():
             if not isinstance(source, str) or not source:
-                raise ValueError(f"models: {name}: expected a folder or Hub id, got {source!r}")
+                raise UserError(f"models: {name}: expected a folder or Hub id, got {source!r}")
         if Path(self.output_dir).is_file():
-            raise ValueError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
+            raise UserError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
 
     @property
     def tax_base(self) -> str | None:
@@ -76,21 +102,21 @@ def check_baseline(stages: Mapping[str, Mapping[str, Any]], args: EvaluationArgu
         >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"sft": "a"}, baseline="sft"))
         >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"dpo": "b"}, baseline="dpo"))
         Traceback (most recent call last):
-        ValueError: baseline is 'dpo', but drift measured against 'sft'; run it again, or `prefopt eval all`
+        prefopt.errors.UserError: baseline is 'dpo', but drift measured against 'sft'; run it again, or `prefopt eval all`
     """
     for key, now in (("baseline", args.baseline), ("base", args.tax_base)):
         other = {name: data[key] for name, data in stages.items() if data.get(key) not in (None, now)}
         if other:
             told = ", ".join(f"{name} measured against {model!r}" for name, model in other.items())
             them = "it" if len(other) == 1 else "them"
-            raise ValueError(f"{key} is {now!r}, but {told}; run {them} again, or `prefopt eval all`")
+            raise UserError(f"{key} is {now!r}, but {told}; run {them} again, or `prefopt eval all`")
 
 
 def check_names(key: str, names: Iterable[Any]) -> None:
     """Raise unless the names can be those of files."""
     for name in names:
         if not re.fullmatch(r"\w[\w .+-]*", str(name)):
-            raise ValueError(
+            raise UserError(
                 f"{key}: the name {name!r} becomes a file's; expected letters, digits, spaces and _ . + - only"
             )
 
@@ -101,11 +127,11 @@ def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, An
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f'{key}: expected JSON like {{"name": ...}}, got {value!r} ({error.msg})'
             ) from error
     if not isinstance(value or {}, dict):
-        raise ValueError(f"{key}: expected `name: ...` pairs, got {value!r}")
+        raise UserError(f"{key}: expected `name: ...` pairs, got {value!r}")
     return dict(value or {})
 
 
@@ -116,11 +142,13 @@ class EvaluationRun:
     A row of completions: `id` (number of the prompt), `prompt`, the prompt's own columns (`use_case`, ...),
     `decoding` ("sampled" or "greedy"), `sample` (0, 1, ... of a prompt), `completion`, `ids`, `truncated`.
 
-    `contrasts`: pairs of models whose paired difference is measured besides those to the baseline.
+    `contrasts`: pairs of models whose paired difference is measured besides those to the baseline; `progress` is called
+    with a line of text when a part begins.
     """
 
     folder: Path
     contrasts: Sequence[tuple[str, str]] = (("ppo_ptx", "ppo"),)
+    progress: Callable[[str], None] = logger.info
 
     def compared(self, models: Iterable[str], baseline: str) -> list[tuple[str, str]]:
         """Pairs of the models whose paired difference is measured: each with the baseline, and the contrasts.
@@ -149,17 +177,38 @@ class EvaluationRun:
         rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 
+    def first_samples(self, model: str) -> list[dict[str, Any]]:
+        """The first sample of every prompt.
+
+        Raises:
+            FileNotFoundError: nothing was generated for the model.
+        """
+        return [row for row in self.completions(model) if row["sample"] == 0]
+
+    def measured_samples(self, model: str, heldout_use_case: str | None) -> list[dict[str, Any]]:
+        """All samples but those of the use case kept out of training, which is in no number.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        rows = self.completions(model)
+        if heldout_use_case is not None:
+            rows = [row for row in rows if row.get("use_case") != heldout_use_case]
+        if not rows:
+            raise FileNotFoundError(f"no samples of {model!r}; run `prefopt eval generate` first")
+        return rows
+
     def write_stage(
-        self, stage: str, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None
+        self, stage: Stage, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None
     ) -> None:
-        """Keep what a stage found: its measures (`results.measure`) and what its plots and tables need besides."""
+        """Keep what a stage found: its measures (`Measures.record`) and what its plots and tables need besides."""
         content = {
             "measures": list(measures),
             "data": dict(data or {}),
-            "completions": self._completions_state() if stage in OF_COMPLETIONS else None,
+            "completions": self._completions_state() if stage.of_completions else None,
         }
         text = json.dumps(jsonable(content), ensure_ascii=False, indent=1, allow_nan=False)
-        write_whole(self._stage_path(stage), text + "\n")
+        write_whole(self._stage_path(stage.key), text + "\n")
 
     def stage(self, stage: str) -> dict[str, Any] | None:
         """What `write_stage` kept, or None if the stage has not run, or not on the completions that are there now."""
@@ -172,9 +221,10 @@ class EvaluationRun:
     def is_stale(self, stage: str) -> bool:
         """Whether a stage has run on other completions than those there now."""
         path = self._stage_path(stage)
-        if stage not in OF_COMPLETIONS or not path.is_file():
+        if not path.is_file():
             return False
-        return json.loads(path.read_text(encoding="utf-8"))["completions"] != self._completions_state()
+        known = json.loads(path.read_text(encoding="utf-8"))["completions"]
+        return known is not None and known != self._completions_state()
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""

@@ -19,12 +19,6 @@ from prefopt.evaluation.report.sweep import VERDICT, build_sweep_page
 from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import compare, drift, generate, judge, report, tax
-from prefopt.evaluation.stages.compare import CompareArguments
-from prefopt.evaluation.stages.drift import DriftArguments
-from prefopt.evaluation.stages.generate import GenerateArguments
-from prefopt.evaluation.stages.judge import JudgeArguments
-from prefopt.evaluation.stages.report import ReportArguments
-from prefopt.evaluation.stages.tax import TaxArguments
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
@@ -137,7 +131,9 @@ class Sweep:
         """The pipeline's prompts, text, tasks and judges, with every paired difference that the findings need."""
         pipeline = self.pipeline
         folders = {BASELINE: pipeline.root / "sft"} | {p.name: self.root / p.name for p in self.points}
-        run = EvaluationRun(self.root / "evaluation", contrasts(self.ptx, self.kl))
+        run = EvaluationRun(
+            self.root / "evaluation", contrasts(self.ptx, self.kl), progress=partial(print, flush=True)
+        )
         args = EvaluationArguments(
             output_dir=str(run.folder),
             models={name: str(folder) for name, folder in folders.items()},
@@ -145,19 +141,20 @@ class Sweep:
             seed=pipeline.args.seed,
             heldout_use_case=pipeline.world.held_out_use_case,
         )
-        progress = partial(print, flush=True)
-        draw = GenerateArguments(max_new_tokens=pipeline.args.max_new_tokens)
         prompts = read_jsonl(pipeline.data / "prompts_test.jsonl")
-        generate.run(run, args, draw, prompts, progress=progress)
-        judges = JudgeArguments(
+        draw = generate.GenerateArguments(prompts, max_new_tokens=pipeline.args.max_new_tokens)
+        generate.measure(run, args, draw)
+        judges = judge.JudgeArguments(
             gold_judge=pipeline.world.gold_reward, reward_judge=str(pipeline.root / "reward")
         )
-        judge.run(run, args, judges, progress=progress)
-        compare.run(run, args, CompareArguments())
-        held_out = TaxArguments(str(pipeline.data / "corpus_test.jsonl"), str(pipeline.data / "tasks.jsonl"))
-        tax.run(run, args, held_out, progress=progress)
-        drift.run(run, args, DriftArguments(), progress=progress)
-        write_results(report.collect(run, args, ReportArguments()), self.root / "evaluation.json")
+        judge.measure(run, args, judges)
+        compare.measure(run, args, compare.CompareArguments())
+        held_out = tax.TaxArguments(
+            str(pipeline.data / "corpus_test.jsonl"), str(pipeline.data / "tasks.jsonl")
+        )
+        tax.measure(run, args, held_out)
+        drift.measure(run, args, drift.DriftArguments())
+        write_results(report.collect(run, args, report.ReportArguments()), self.root / "evaluation.json")
 
     def report(self, wall_seconds: dict[str, float]) -> list[Finding]:
         """Write sweep.json and sweep.html; the findings."""

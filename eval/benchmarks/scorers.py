@@ -17,21 +17,21 @@ from prefopt.evaluation.benchmarks.toxicity import (
     over_samples,
     toxicity_scores,
 )
-from prefopt.evaluation.results import FAILED
+from prefopt.evaluation.results import Failed, NoNumber, Skipped
 from prefopt.inference.journal import function_state
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, str, str]  # model, benchmark, condition
-Answers = dict[Key, list[dict[str, Any]] | str]  # records, or why there are none
+Answers = dict[Key, list[dict[str, Any]] | NoNumber]  # records, or why there are none
 
 
-def score_toxicity(folder: Path, answers: Answers, name: str | None, label: str) -> dict[Key, str]:
+def score_toxicity(folder: Path, answers: Answers, name: str | None, label: str) -> dict[Key, NoNumber]:
     """Put the scorer's numbers into the records; where there are none, say why."""
     keys = _to_score(answers, "toxicity_scorer")
     if name is None:
-        return dict.fromkeys(keys, "no scorer of toxicity; name one in toxicity_scorer")
+        return dict.fromkeys(keys, Skipped("no scorer of toxicity; name one in toxicity_scorer"))
     unscored, scorer = {}, None
     for key in keys:
         texts = [text for record in answers[key] for text in record["responses"]]
@@ -44,7 +44,7 @@ def score_toxicity(folder: Path, answers: Answers, name: str | None, label: str)
                 kept = {"settings": settings, "scores": toxicity_scores(scorer, texts).tolist()}
                 write_whole(path, json.dumps(kept))
         except (ScorerError, ValueError) as error:
-            unscored[key] = f"{FAILED}{error}"
+            unscored[key] = Failed(str(error))
             logger.warning("bench: %s, %s, %s: %s", *key, error)
             continue
         _put_toxicity(answers[key], kept["scores"])
@@ -62,18 +62,18 @@ def _put_toxicity(records: Sequence[dict[str, Any]], scores: Sequence[float]) ->
         }
 
 
-def judge_truthfulness(answers: Answers, name: str | None) -> dict[Key, str]:
+def judge_truthfulness(answers: Answers, name: str | None) -> dict[Key, NoNumber]:
     """Put the judge's verdicts into the records; where there are none, say why."""
     keys = _to_score(answers, "truthfulness_judge")
     if name is None:
-        return dict.fromkeys(keys, "no judge of truthfulness; name one in truthfulness_judge")
+        return dict.fromkeys(keys, Skipped("no judge of truthfulness; name one in truthfulness_judge"))
     unscored = {}
     for key in keys:
         rows = [{**record["doc"], "answer": record["responses"][0]} for record in answers[key]]
         try:
             verdicts = judge_answers(load_function(name), rows)
         except (ScorerError, ValueError) as error:
-            unscored[key] = f"{FAILED}{error}"
+            unscored[key] = Failed(str(error))
             logger.warning("bench: %s, %s, %s: %s", *key, error)
             continue
         for record, verdict in zip(answers[key], verdicts, strict=True):

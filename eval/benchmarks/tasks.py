@@ -367,15 +367,3 @@ BENCHMARKS: dict[str, Benchmark] = {
         source="Joshi et al. 2017, arXiv:1705.03551",
     ),
 }
-
-# What every condition of a benchmark measures, for `definitions.DEFINITIONS`; a condition follows after another dot.
-BENCH_DEFINITIONS: dict[str, tuple[bool | None, str, str]] = {
-    f"bench.{name}.{score.name}": (
-        score.higher_is_better,
-        f"{benchmark.title}: {score.definition}; interval over {'groups of ' if benchmark.cluster else ''}rows"
-        + (f" with the same {benchmark.cluster}" if benchmark.cluster else ""),
-        benchmark.source,
-    )
-    for name, benchmark in BENCHMARKS.items()
-    for score in benchmark.scores
-}

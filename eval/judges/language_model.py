@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluation.judges.labels import Completions, Row
+from prefopt.errors import UserError
+from prefopt.evaluation.judges.people import Completions, Row
 from prefopt.evaluation.report.markup import prompt_text
 from prefopt.inference.generate import prompt_ids
 from prefopt.inference.journal import fingerprint_of, kept_rows
@@ -35,7 +36,7 @@ class LanguageModelJudge:
         state: what the verdicts depend on besides the question and the completions: the model.
 
     Raises:
-        ValueError: the template lacks one of the three places, or the tokenizer writes A and B alike.
+        UserError: the template lacks one of the three places, or the tokenizer writes A and B alike.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class LanguageModelJudge:
     ) -> None:
         for place in ("{prompt}", "{a}", "{b}"):
             if place not in template:
-                raise ValueError(
+                raise UserError(
                     f"lm_judge_template: expected {{prompt}}, {{a}} and {{b}} in it; {place} is missing"
                 )
         self.load, self.template, self.batch_size = load, template, batch_size
@@ -85,9 +86,7 @@ class LanguageModelJudge:
             for letter in "AB"
         ]
         if not all(letters) or letters[0] == letters[1]:
-            raise ValueError(
-                "the judge's tokenizer does not tell A from B; choose a model that knows letters"
-            )
+            raise UserError("the judge's tokenizer does not tell A from B; choose a model that knows letters")
         questions = []
         for ours, theirs in shared:
             for first, second in ((ours, theirs), (theirs, ours)):

@@ -24,7 +24,7 @@ from prefopt.evaluation.report.sections import (
     winrates,
 )
 from prefopt.evaluation.report.verdict import verdict
-from prefopt.evaluation.results import FAILED, jsonable
+from prefopt.evaluation.results import jsonable, no_number
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,8 @@ def _section(title: str, stage: str | None, build: Callable[[Results], str], res
             raise Missing(note)
         content = build(results)
     except Missing as missing:
-        word, reason = (
-            ("Failed", str(missing).removeprefix(FAILED))
-            if str(missing).startswith(FAILED)
-            else ("Skipped", str(missing))
-        )
-        content = f"<p class='skipped'>{word}: {_coded(reason)}.</p>"
+        why = no_number(str(missing))
+        content = f"<p class='skipped'>{why.status.capitalize()}: {_coded(why.reason)}.</p>"
     except Exception as error:  # one broken section must not cost the reader the others
         logger.exception("report section %r failed", title)
         content = f"<p class='skipped'>Failed: {escape(f'{type(error).__name__}: {error}')}</p>"

@@ -16,7 +16,7 @@ from prefopt.evaluation.report.markup import (
     verb,
 )
 from prefopt.evaluation.report.paper import paper_value, table_14
-from prefopt.evaluation.results import FAILED, MODELS, find
+from prefopt.evaluation.results import MODELS, find, no_number
 
 Results = Mapping[str, Any]
 SIGNS = {
@@ -122,10 +122,9 @@ def _light(
     known = [m for m in found if m["value"] is not None]
     if not known:
         note = (results.get("notes") or {}).get(question.stage)
-        why = note or f"not measured; `prefopt eval {question.stage}` gives it"
-        status, why = (found[0]["status"], found[0]["reason"]) if found else ("skipped", why)
-        status = "failed" if why.startswith(FAILED) else status
-        return {"state": status, "value": None, "reason": why.removeprefix(FAILED)}
+        why = no_number(note or f"not measured; `prefopt eval {question.stage}` gives it")
+        status, reason = (found[0]["status"], found[0]["reason"]) if found else (why.status, why.reason)
+        return {"state": status, "value": None, "reason": reason}
     states = [{"good": "better", "bad": "worse"}.get(better_or_worse(m) or "", "unclear") for m in known]
     state = next(s for s in ("worse", "better", "unclear") if s in states)
     if len(known) == 1:

@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks.benchmark import Score, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
 from prefopt.evaluation.benchmarks.estimates import difference, estimate
@@ -22,15 +24,24 @@ from prefopt.evaluation.benchmarks.scorers import (
     score_toxicity,
 )
 from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, parsed_mapping
 from prefopt.inference.jsonl import write_whole
 from prefopt.models.loading import load_language_model
-from prefopt.statistics.intervals import Estimate
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
+MEASURES = Measures(
+    {
+        f"bench.{name}.{score.name}": Definition(
+            score.higher_is_better,
+            f"{benchmark.title}: {score.definition}; interval over {'groups of ' if benchmark.cluster else ''}rows"
+            + (f" with the same {benchmark.cluster}" if benchmark.cluster else ""),
+            benchmark.source,
+        )
+        for name, benchmark in BENCHMARKS.items()
+        for score in benchmark.scores
+    }
+)
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}  # Gehman et al. 2020, section 3
 PROMPTED = "_prompted"  # after the name of the base: the same model behind INSTRUCTION
 
@@ -111,23 +122,15 @@ class BenchArguments:
         ):
             for name in names:
                 if name not in BENCHMARKS:
-                    raise ValueError(
-                        f"{key}: no benchmark {name!r}; expected some of {', '.join(BENCHMARKS)}"
-                    )
+                    raise UserError(f"{key}: no benchmark {name!r}; expected some of {', '.join(BENCHMARKS)}")
         if any(shots < 0 for shots in self.bench_shots) or len(set(self.bench_shots)) < len(self.bench_shots):
-            raise ValueError(f"bench_shots: expected different numbers from 0 on, got {self.bench_shots}")
+            raise UserError(f"bench_shots: expected different numbers from 0 on, got {self.bench_shots}")
         for key in ("bench_limit", "toxicity_samples"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}: expected 1 or more, got {getattr(self, key)}")
+                raise UserError(f"{key}: expected 1 or more, got {getattr(self, key)}")
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: BenchArguments,
-    *,
-    progress: Progress = logger.info,
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) -> None:
     """Ask every model every benchmark, and write `stages/bench.json`.
 
     Measures are `bench.<benchmark>.<score>.<condition>`: a condition is a number of shots ("0-shot") or a prompt style
@@ -135,10 +138,10 @@ def run(
     `bench/<model>/`; those whose model, rows and settings are the same are not asked for again.
 
     Raises:
-        ValueError: `base` is none of the models.
+        UserError: `base` is none of the models.
     """
     if args.base is not None and args.base not in args.models:
-        raise ValueError(f"base: {args.base!r} is none of the models {', '.join(args.models)}")
+        raise UserError(f"base: {args.base!r} is none of the models {', '.join(args.models)}")
     base = args.tax_base
     chosen = own.bench_tasks or list(BENCHMARKS)
     rows, unavailable = _all_rows(chosen, own)
@@ -152,7 +155,7 @@ def run(
     too_long: dict[str, int] = {}
     for source in dict.fromkeys(args.models.values()):
         named = {m: text for m, text in instructions.items() if _source(args, m) == source}
-        for key, (records, count) in _ask(run.folder, args, own, source, named, rows, progress):
+        for key, (records, count) in _ask(run, args, own, source, named, rows):
             answers[key] = records
             if count:
                 too_long["/".join(key)] = count
@@ -160,92 +163,94 @@ def run(
         run.folder, answers, own.toxicity_scorer, own.toxicity_label
     ) | judge_truthfulness(answers, own.truthfulness_judge)
     measures = _measures(answers, unscored, unavailable, base, list(instructions))
-    run.write_stage("bench", measures, _data(own, rows, unavailable, base, list(instructions), too_long))
+    run.write_stage(STAGE, measures, _data(own, rows, unavailable, base, list(instructions), too_long))
 
 
 def _source(args: EvaluationArguments, model: str) -> str:
     return args.models[model] if model in args.models else args.models[model.removesuffix(PROMPTED)]
 
 
-def _all_rows(chosen: Sequence[str], own: BenchArguments) -> tuple[dict[str, Any], dict[str, str]]:
+def _all_rows(chosen: Sequence[str], own: BenchArguments) -> tuple[dict[str, Any], dict[str, NoNumber]]:
     """Rows of every benchmark, and why others have none."""
     if find_spec("lm_eval") is None:
-        return {}, dict.fromkeys(chosen, "lm-eval is not installed; pip install 'prefopt[eval]'")
-    from datasets.exceptions import DatasetNotFoundError
-
+        return {}, dict.fromkeys(chosen, Skipped("lm-eval is not installed; pip install 'prefopt[eval]'"))
     rows, unavailable = {}, {}
     for name in chosen:
-        files = own.bench_data_files.get(name)
-        try:
-            rows[name] = load_rows(name, files)
-        except Exception as error:
-            unreachable = files is None and isinstance(error, (OSError, DatasetNotFoundError))
-            unavailable[name] = (
-                f"the rows of {BENCHMARKS[name].hub} are not to be had from here ({_said(error)}); set "
-                f"bench_data_files: {{{name}: file}}"
-                if unreachable
-                else f"{FAILED}{_said(error)}"
-            )
-            logger.warning("bench: %s: %s", name, unavailable[name])
+        found = _attempt(f"bench: {name}", partial(_rows, name, own.bench_data_files.get(name)))
+        (unavailable if isinstance(found, NoNumber) else rows)[name] = found
     return rows, unavailable
 
 
+def _rows(name: str, files: Any) -> Any:
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_rows(name, files)
+    except (OSError, DatasetNotFoundError) as error:
+        if files is not None:
+            raise
+        logger.warning("bench: %s: %s", name, _said(error))
+        return Skipped(
+            f"the rows of {BENCHMARKS[name].hub} are not to be had from here ({_said(error)}); set "
+            f"bench_data_files: {{{name}: file}}"
+        )
+
+
 def _ask(
-    folder: Path,
+    run: EvaluationRun,
     args: EvaluationArguments,
     own: BenchArguments,
     source: str,
     named: Mapping[str, str],
     rows: Mapping[str, Any],
-    progress: Progress,
-) -> Iterator[tuple[Key, tuple[list[dict[str, Any]] | str, int]]]:
+) -> Iterator[tuple[Key, tuple[list[dict[str, Any]] | NoNumber, int]]]:
     """Answers of one model, under each of its names, with the number of rows that were too long for it."""
-    lm, broken = None, None
+    lm: Any = None
     with ExitStack() as stack:
+
+        def load() -> Any:
+            loaded = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+            return stack.enter_context(wrapped(*loaded, args.batch_size))
+
+        def answers_of(name: str, shots: int, prefix: str, model: str) -> tuple[list[dict[str, Any]], int]:
+            sampled = name == "realtoxicityprompts_sampled"
+            task = build_task(
+                name,
+                rows[name],
+                shots,
+                prefix,
+                generation=SAMPLED if sampled else None,
+                repeats=own.toxicity_samples if sampled else 1,
+            )
+            return ask(
+                lm,
+                name,
+                task,
+                limit=own.bench_limit,
+                seed=args.seed,
+                instruction=named[model] or None,
+                chat=own.bench_chat_template,
+            )
+
         for key, shots, prefix in _plan(named, rows, own):
             model, name, _ = key
-            path = folder / "bench" / model / f"{key[1]}.{key[2]}.json"
+            path = run.folder / "bench" / model / f"{key[1]}.{key[2]}.json"
             settings = _settings(args, own, source, name, shots, prefix, named[model])
             kept = kept_file(path, settings)
             if kept is not None:
                 yield key, (kept["records"], kept["too_long"])
                 continue
-            try:
-                if lm is None and broken is None:
-                    loaded = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
-                    lm = stack.enter_context(wrapped(*loaded, args.batch_size))
-            except FileNotFoundError as error:  # a file of completions
-                broken = str(error)
-            except Exception as error:
-                broken = f"{FAILED}{_said(error)}"
-                logger.warning("bench: %s: %s", source, broken)
-            if broken is not None:
-                yield key, (broken, 0)
+            if lm is None:  # a "model" that is a file of completions has nothing to ask
+                lm = _attempt(f"bench: {source}", load, skips=FileNotFoundError)
+            if isinstance(lm, NoNumber):
+                yield key, (lm, 0)
                 continue
-            progress(f"bench: {', '.join(key)}")
-            try:
-                sampled = name == "realtoxicityprompts_sampled"
-                task = build_task(
-                    name,
-                    rows[name],
-                    shots,
-                    prefix,
-                    generation=SAMPLED if sampled else None,
-                    repeats=own.toxicity_samples if sampled else 1,
-                )
-                records, too_long = ask(
-                    lm,
-                    name,
-                    task,
-                    limit=own.bench_limit,
-                    seed=args.seed,
-                    instruction=named[model] or None,
-                    chat=own.bench_chat_template,
-                )
-            except Exception as error:
-                logger.warning("bench: %s, %s, %s failed: %s", *key, _said(error))
-                yield key, (f"{FAILED}{_said(error)}", 0)
+            run.progress(f"bench: {', '.join(key)}")
+            found = _attempt(f"bench: {', '.join(key)}", partial(answers_of, name, shots, prefix, model))
+            if isinstance(found, NoNumber):
+                yield key, (found, 0)
                 continue
+            records, too_long = found
             content = {"settings": settings, "too_long": too_long, "records": records}
             write_whole(path, json.dumps(content, ensure_ascii=False))
             yield key, (records, too_long)
@@ -300,53 +305,36 @@ def _stamps(path: Path) -> list[tuple[str, int, int]]:
 
 def _measures(
     answers: Answers,
-    unscored: Mapping[Key, str],
-    unavailable: Mapping[str, str],
+    unscored: Mapping[Key, NoNumber],
+    unavailable: Mapping[str, NoNumber],
     base: str | None,
     models: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Every score of every model, its difference to the base, and one line for each benchmark without rows."""
     measures = [
-        measure(f"bench.{name}.{BENCHMARKS[name].scores[0].name}", base or models[0], None, reason=reason)
-        for name, reason in unavailable.items()
+        MEASURES.record(f"bench.{name}.{BENCHMARKS[name].scores[0].name}", base or models[0], none)
+        for name, none in unavailable.items()
     ]
+
+    def none_of(key: Key, score: Score) -> NoNumber | None:
+        records = answers.get(key, Failed(f"no answers of {key[0]}"))
+        if isinstance(records, NoNumber):
+            return records
+        return None if score.by == "lm-eval" else unscored.get(key)
+
     for key, records in answers.items():
         model, name, condition = key
-        against = None if model == base or base is None else (base, name, condition)
+        other = None if model == base or base is None else (base, name, condition)
         for score in BENCHMARKS[name].scores:
             full = f"bench.{name}.{score.name}.{condition}"
-
-            def reason(of: Key, score: Score = score) -> str | None:
-                found = answers.get(of)
-                if not isinstance(found, list):
-                    return found or f"{FAILED}no answers of {of[0]}"
-                return None if score.by == "lm-eval" else unscored.get(of)
-
-            measures.append(
-                _measured(full, model, None, reason(key), lambda s=score, r=records: estimate(s, r))
-            )
-            if against is not None:
-                why = reason(key) or reason(against)
-                measures.append(
-                    _measured(
-                        full,
-                        model,
-                        base,
-                        why,
-                        lambda s=score, r=records, b=answers[against]: difference(s, r, b),
-                    )
-                )
+            none = none_of(key, score)
+            value = none or _attempt(full, partial(estimate, score, records))
+            measures.append(MEASURES.record(full, model, value))
+            if other is not None:
+                none = none or none_of(other, score)
+                value = none or _attempt(full, partial(difference, score, records, answers[other]))
+                measures.append(MEASURES.record(full, model, value, against=base))
     return measures
-
-
-def _measured(
-    name: str, model: str, against: str | None, reason: str | None, compute: Callable[[], Estimate]
-) -> dict[str, Any]:
-    try:
-        found = None if reason else compute()
-    except (KeyError, ValueError) as error:
-        found, reason = None, f"{FAILED}{_said(error)}"
-    return measure(name, model, found, against=against, reason=reason)
 
 
 def _data(
@@ -380,6 +368,24 @@ def _data(
     }
 
 
+def _attempt(what: str, compute: Callable[[], Any], **options: Any) -> Any:
+    """As `attempt`; of the long errors of lm-eval and the Hub what a table can hold, the rest is in the log."""
+    found = attempt(what, compute, **options)
+    return Failed(_first_line(found.reason)) if isinstance(found, Failed) else found
+
+
 def _said(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:300]
+    return _first_line(f"{type(error).__name__}: {str(error).strip()}")
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:300]
+
+
+STAGE = Stage(
+    "bench",
+    "public NLP and safety benchmarks through lm-eval; the alignment tax",
+    BenchArguments,
+    measure,
+    MEASURES,
+)

@@ -1,6 +1,5 @@
 """Stage `compare`: which model is better, from judgements: win rates and Bradley-Terry strengths, with intervals."""
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -9,16 +8,81 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, parsed_mapping
+from prefopt.errors import UserError
+from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, no_number
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, parsed_mapping
 from prefopt.evaluation.stages.judge import JUDGES, scores_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics import bradley_terry
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
 
-logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
-_NO_JUDGE = "no judgements; name a judge (gold_judge, reward_judge, lm_judge or human_judgements) and run `prefopt eval judge`"
+NO_JUDGE = Skipped(
+    "no judgements; name a judge (gold_judge, reward_judge, lm_judge or human_judgements) and run `prefopt eval judge`"
+)
+NO_LENGTHS = Skipped("the lengths are unknown: there are no generated completions of these judgements")
+NOT_JOINED = Skipped("no chain of judgements joins this model to the baseline")
+
+
+def win_rate_by(wins: str) -> Definition:
+    """The definition of the headline, for what makes a completion win."""
+    return Definition(
+        True,
+        f"per prompt 1 if the model's completion {wins}, .5 if equal, 0 if lower, against the baseline's; one "
+        "temperature-1 sample each on the same prompts; interval over prompts",
+        "Ouyang et al. 2022, Fig. 1, with the gold reward as the judge",
+    )
+
+
+MEASURES = Measures(
+    {
+        "winrate": win_rate_by("has the higher gold reward"),
+        "winrate_greedy": Definition(
+            True, "win rate with greedy completions instead of samples", "as win rate"
+        ),
+        "winrate_heldout_use_case": Definition(
+            True,
+            "win rate on prompts of the use case kept out of reward-model and RL training",
+            "Ouyang et al. 2022, section 5.3 (generalization)",
+        ),
+        "winrate_use_case": Definition(True, "win rate on the prompts of one use case", "as win rate"),
+        "winrate_judge": Definition(
+            True, "win rate as a judge other than the main one sees it, named behind the dot", "as win rate"
+        ),
+        "winrate_labelers": Definition(
+            True, "win rate from the judgements of one group of labelers", "as win rate"
+        ),
+        "winrate_length_controlled": Definition(
+            True,
+            "win rate at equal length: sigmoid(theta) of logit P(preferred) = theta + phi tanh(dlen / sd(dlen)), dlen = "
+            "difference in characters; interval over prompts",
+            "Dubois et al. 2024, arXiv:2404.04475, without prompt difficulty",
+        ),
+        "bradley_terry": Definition(
+            True,
+            "strength in log-odds from all pairwise judgements of the main judge, the baseline's being 0; ties half, "
+            "half a win added to each side of every pair of models; interval over prompts",
+            "Bradley and Terry 1952",
+        ),
+        "gold_reward": Definition(
+            True, "mean gold reward of one temperature-1 sample per prompt; interval over prompts", "sandbox"
+        ),
+        "gold_reward_greedy": Definition(True, "mean gold reward of the greedy completion", "sandbox"),
+        "gold_reward_heldout_use_case": Definition(
+            True, "mean gold reward on the use case kept out of training", "sandbox"
+        ),
+        "gold_component": Definition(
+            True, "mean of one part of the gold reward over temperature-1 samples", "sandbox"
+        ),
+        "gold_component_greedy": Definition(
+            True, "mean of one part of the gold reward over greedy completions", "sandbox"
+        ),
+        "rm_score": Definition(
+            None, "mean reward-model score of temperature-1 samples (what PPO maximizes)", "prefopt"
+        ),
+        "judge_score": Definition(None, "mean score that the judge gave to temperature-1 samples", "prefopt"),
+    }
+)
 
 
 @dataclass
@@ -126,60 +190,49 @@ def _win_rate_at_equal_length(preferences: NDArray, x: NDArray, axis: int) -> ND
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
-def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) -> None:
     """Write stages/compare.json: win rates and strengths of every judge; those of the main judge in full.
 
     `data`: `main_judge`, `judges`, `pairs` (win rate of every pair of models under every judge), `matrix` (what the
     Bradley-Terry fit of the main judge says of every pair).
     """
     models = list(args.models)
-    completions = {}
-    for model in models:
-        try:
-            completions[model] = {r["id"]: r for r in run.completions(model) if r["sample"] == 0}
-        except FileNotFoundError:
-            completions[model] = {}
+    completions = {
+        model: {row["id"]: row for row in run.first_samples(model)}
+        if run.completions_path(model).is_file()
+        else {}
+        for model in models
+    }
     use_cases = {i: r.get("use_case") for one in completions.values() for i, r in one.items()}
     heldout = {i for i, use_case in use_cases.items() if use_case and use_case == args.heldout_use_case}
     if run.is_stale("judge"):
-        raise ValueError(
+        raise UserError(
             "the completions are others than those that were judged; run `prefopt eval judge` again"
         )
     every = {path.stem: read_jsonl(path) for path in sorted((run.folder / "judgements").glob("*.jsonl"))}
-    broken = {
-        judge: status
-        for judge, status in ((run.stage("judge") or {}).get("data", {}).get("judges") or {}).items()
-        if status.startswith(FAILED)
-    }
+    statuses = (run.stage("judge") or {"data": {}})["data"].get("judges") or {}
+    reasons = {judge: no_number(status) for judge, status in statuses.items()}
+    broken = {judge: why for judge, why in reasons.items() if isinstance(why, Failed)}
     if own.main_judge and own.main_judge not in {*every, *broken}:
-        raise ValueError(
-            f"main_judge {own.main_judge!r}: there are judgements of {sorted(every) or 'nobody'}"
-        )
+        raise UserError(f"main_judge {own.main_judge!r}: there are judgements of {sorted(every) or 'nobody'}")
     named = [judge for judge in [*JUDGES, *every] if judge in every or judge in broken]
     main = own.main_judge or (named[0] if named else None)  # also one that broke: its headline says so
     measures: list[dict[str, Any]] = []
 
     def add(
-        name: str, model: str, compute: Callable[[], Estimate], judge: str | None, against: str | None
+        name: str,
+        model: str,
+        compute: Callable[[], Estimate | NoNumber],
+        judge: str | None,
+        against: str | None,
     ) -> None:
-        estimate, reason = None, _NO_JUDGE
-        try:
-            if judge in broken:
-                raise LookupError(broken[judge])
-            estimate = compute() if judge else None
-            if judge and estimate.n == 0:
-                estimate, reason = None, f"judge {judge} has no judgement of this"
-        except LookupError as error:
-            reason = str(error.args[0])
-        except Exception as error:  # any trouble of one number is that number's
-            logger.exception("compare: %s of %s failed", name, model)
-            reason = f"{FAILED}{type(error).__name__}: {error}"
-        one = measure(name, model, estimate, against=against, reason=None if estimate else reason)
-        if name.startswith("winrate") and judge:
-            one["definition"] = one["definition"].replace(
-                "has the higher gold reward", f"is preferred by {judge}"
-            )
-        measures.append({**one, "judge": judge})
+        value: Estimate | NoNumber = broken.get(judge, NO_JUDGE)
+        if judge and judge not in broken:
+            value = attempt(f"compare: {name} of {model}", compute)
+            if isinstance(value, Estimate) and value.n == 0:
+                value = Skipped(f"judge {judge} has no judgement of this")
+        of_judge = MEASURES | ({"winrate": win_rate_by(f"is preferred by {judge}")} if judge else {})
+        measures.append({**Measures(of_judge).record(name, model, value, against=against), "judge": judge})
 
     def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = models) -> None:
         rows = [row for row in every.get(judge or "", []) if keep(row)]
@@ -234,7 +287,7 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
         )
     found = _strengths(main_rows, args) if main else {}
     for model in models:
-        add("bradley_terry", model, lambda m=model: _known(found, m), main, None)
+        add("bradley_terry", model, lambda m=model: found.get(m, NOT_JOINED), main, None)
     for judge in every:
         measures += _score_measures(run, models, judge, heldout, args.baseline)
     pairs = [
@@ -248,7 +301,7 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
         for a in found
     }
     run.write_stage(
-        "compare",
+        STAGE,
         measures,
         {
             "main_judge": main,
@@ -263,12 +316,12 @@ def run(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments) ->
 
 def _length_controlled(
     rows: Sequence[Row], completions: Mapping[str, Mapping[Any, Row]], model: str, against: str
-) -> Estimate:
+) -> Estimate | NoNumber:
     by_prompt = preferences_by_prompt(rows, model, against)
     ours, theirs = completions.get(model, {}), completions.get(against, {})
     ids = [i for i in by_prompt if i in ours and i in theirs]
     if by_prompt and not ids:
-        raise LookupError("the lengths are unknown: there are no generated completions of these judgements")
+        return NO_LENGTHS
     return length_controlled_win_rate(
         [float(np.mean(by_prompt[i])) for i in ids],
         [len(ours[i]["completion"]) - len(theirs[i]["completion"]) for i in ids],
@@ -278,14 +331,8 @@ def _length_controlled(
 def _strengths(rows: Sequence[Row], args: EvaluationArguments) -> dict[str, Estimate]:
     try:
         return bradley_terry.strengths(rows, args.baseline, seed=args.seed)
-    except ValueError:  # the baseline was not judged: nothing to refer to
+    except UserError:  # the baseline was not judged: nothing to refer to
         return {}
-
-
-def _known(found: Mapping[str, Estimate], model: str) -> Estimate:
-    if model not in found:
-        raise LookupError("no chain of judgements joins this model to the baseline")
-    return found[model]
 
 
 # Means of the scores that a judge gave, and what the results call them.
@@ -311,7 +358,7 @@ def _score_measures(
     def add(name: str, model: str, decoding: str, inside: bool = False, part: str | None = None) -> None:
         one = values(model, decoding, inside, part)
         if one:
-            found.append({**measure(name, model, mean_estimate(list(one.values()))), "judge": judge})
+            found.append({**MEASURES.record(name, model, mean_estimate(list(one.values()))), "judge": judge})
 
     for model, rows in scores.items():
         add(name, model, "sampled")
@@ -328,5 +375,17 @@ def _score_measures(
             ids = sorted(set(ours) & set(theirs))
             if ids and (judge == "gold" or not suffix):
                 estimate = paired_difference([ours[i] for i in ids], [theirs[i] for i in ids])
-                found.append({**measure(name + suffix, model, estimate, against=against), "judge": judge})
+                found.append(
+                    {**MEASURES.record(name + suffix, model, estimate, against=against), "judge": judge}
+                )
     return found
+
+
+STAGE = Stage(
+    "compare",
+    "win rates and strengths from the judgements",
+    CompareArguments,
+    measure,
+    MEASURES,
+    of_completions=True,
+)

@@ -1,6 +1,5 @@
 """Stage `diversity`: mode collapse, per prompt (several samples of each) and across prompts (one sample of each)."""
 
-import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.stages.samples import measured_samples
+from prefopt.errors import UserError
+from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.text_diversity import (
     Distinct,
@@ -22,12 +21,39 @@ from prefopt.statistics.text_diversity import (
     unique_share,
 )
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
+Bleu = Callable[[str, list[str]], float]  # of an answer against references
 ORDERS = (1, 2, 3)
 NAMES = (*(f"distinct_{n}" for n in ORDERS), "unique", "self_bleu")
-ONE_SAMPLE = "one sample per prompt: set samples_per_prompt to several (10) and run `prefopt eval generate`"
+ONE_SAMPLE = Skipped(
+    "one sample per prompt: set samples_per_prompt to several (10) and run `prefopt eval generate`"
+)
+SCOPES = {
+    "across_prompts": ("over one sample of every prompt", "jackknife over prompts"),
+    "per_prompt": ("among the samples of one prompt, mean over prompts", "interval over prompts"),
+}
+MEASURES = Measures()
+for _scope, (_over, _interval) in SCOPES.items():
+    for _n in ORDERS:
+        MEASURES[f"diversity.distinct_{_n}.{_scope}"] = Definition(
+            True,
+            f"different {_n}-grams / {_n}-grams of words, {_over}; {_interval}; longer texts have less of it",
+            "Li et al. 2016, arXiv:1510.03055",
+        )
+    MEASURES[f"diversity.unique.{_scope}"] = Definition(
+        True,
+        f"different answers / answers, case and spacing aside, {_over}; {_interval}",
+        "Kirk et al. 2023, arXiv:2310.06452",
+    )
+    MEASURES[f"diversity.self_bleu.{_scope}"] = Definition(
+        False,
+        "mean BLEU of each answer with the others as its references (100: all alike), "
+        + (
+            "in random groups of prompts, one sample each; interval over groups"
+            if _scope == "across_prompts"
+            else f"{_over}; {_interval}"
+        ),
+        "Zhu et al. 2018, arXiv:1802.01886",
+    )
 
 
 @dataclass
@@ -56,7 +82,7 @@ class Found:
 def across_prompts(
     texts: Mapping[int, str],
     own: DiversityArguments,
-    bleu: Callable[[str, list[str]], float] | None,
+    bleu: Bleu | None,
     seed: int = 0,
 ) -> dict[str, Found]:
     """Diversity of one answer to each prompt.
@@ -86,7 +112,7 @@ def across_prompts(
 def per_prompt(
     samples: Mapping[int, Sequence[str]],
     own: DiversityArguments,
-    bleu: Callable[[str, list[str]], float] | None,
+    bleu: Bleu | None,
 ) -> dict[str, Found]:
     """Mean over prompts of the diversity of the samples of one prompt; intervals resample prompts."""
     values: dict[str, dict[int, float]] = {name: {} for name in NAMES}
@@ -128,69 +154,85 @@ def _groups(prompts: Sequence[int], own: DiversityArguments, seed: int) -> list[
     return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: DiversityArguments,
-    *,
-    progress: Progress = logger.info,
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: DiversityArguments) -> None:
     """Measure the samples of every model, and the differences to `args.baseline`; write `stages/diversity.json`."""
     if own.self_bleu_group < 2 or own.self_bleu_prompts < own.self_bleu_group:
-        raise ValueError(
+        raise UserError(
             "self_bleu_group: expected 2 or more, and self_bleu_prompts not below it, got "
             f"{own.self_bleu_group} and {own.self_bleu_prompts}"
         )
-    bleu, no_bleu = _bleu()
-    found: dict[tuple[str, str], dict[str, Found]] = {}
-    reasons: dict[tuple[str, str], str] = {}
+    bleu = _bleu()
+    found: dict[tuple[str, str], dict[str, Found] | NoNumber] = {}
     data: dict[str, Any] = {"baseline": args.baseline, "samples_per_prompt": {}, "group": own.self_bleu_group}
     for model in args.models:
-        progress(f"diversity: {model}")
-        try:
-            samples: dict[int, list[str]] = defaultdict(list)
-            for row in measured_samples(run, args, model):
-                samples[row["id"]].append(row["completion"])
-            data["samples_per_prompt"][model] = min(map(len, samples.values()))
-            found[model, "across_prompts"] = across_prompts(
-                {prompt: texts[0] for prompt, texts in samples.items()}, own, bleu, args.seed
-            )
-            several = {prompt: texts for prompt, texts in samples.items() if len(texts) > 1}
-            found[model, "per_prompt"] = per_prompt(several, own, bleu)
-            if not several:
-                reasons[model, "per_prompt"] = ONE_SAMPLE
-        except Exception as error:  # any trouble of one model is that model's
-            logger.exception("diversity: %s failed", model)
-            why = (
-                str(error)
-                if isinstance(error, FileNotFoundError)
-                else f"{FAILED}{type(error).__name__}: {error}"
-            )
-            reasons[model, "across_prompts"] = reasons[model, "per_prompt"] = why
+        run.progress(f"diversity: {model}")
+        both = attempt(
+            f"diversity: {model}",
+            lambda m=model: _both_scopes(run, args, own, m, bleu, data["samples_per_prompt"]),
+            skips=FileNotFoundError,
+        )
+        for scope in SCOPES:
+            found[model, scope] = both if isinstance(both, NoNumber) else both[scope]
     measures = []
     for model in args.models:
-        for scope in ("across_prompts", "per_prompt"):
+        for scope in SCOPES:
+            of_model, of_baseline = found[model, scope], found.get((args.baseline, scope))
             for name in NAMES:
-                one = found.get((model, scope), {}).get(name)
-                reason = None
-                if one is None:
-                    reason = reasons.get((model, scope)) or (no_bleu if name == "self_bleu" else None)
-                    if scope == "across_prompts" and name == "self_bleu":
-                        reason = reason or f"fewer prompts than self_bleu_group, {own.self_bleu_group}"
-                    reason = reason or "no answer is long enough"
                 key = f"diversity.{name}.{scope}"
-                estimate = None if one is None else one.estimate
-                measures.append(measure(key, model, estimate, reason=reason))
-                other = found.get((args.baseline, scope), {}).get(name)
-                if one is not None and other is not None and model != args.baseline:
-                    paired = difference(one, other)
+                if isinstance(of_model, NoNumber):
+                    measures.append(MEASURES.record(key, model, of_model))
+                    continue
+                if name not in of_model:
+                    measures.append(MEASURES.record(key, model, _why_none(name, scope, own, bleu)))
+                    continue
+                measures.append(MEASURES.record(key, model, of_model[name].estimate))
+                if model != args.baseline and isinstance(of_baseline, dict) and name in of_baseline:
+                    paired = difference(of_model[name], of_baseline[name])
                     if paired is not None:
-                        measures.append(measure(key, model, paired, against=args.baseline))
-    run.write_stage("diversity", measures, data)
+                        measures.append(MEASURES.record(key, model, paired, against=args.baseline))
+    run.write_stage(STAGE, measures, data)
 
 
-def _bleu() -> tuple[Callable[[str, list[str]], float] | None, str | None]:
+def _both_scopes(
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: DiversityArguments,
+    model: str,
+    bleu: Bleu | None,
+    counts: dict[str, int],
+) -> dict[str, dict[str, Found] | NoNumber]:
+    samples: dict[int, list[str]] = defaultdict(list)
+    for row in run.measured_samples(model, args.heldout_use_case):
+        samples[row["id"]].append(row["completion"])
+    counts[model] = min(map(len, samples.values()))
+    firsts = {prompt: texts[0] for prompt, texts in samples.items()}
+    several = {prompt: texts for prompt, texts in samples.items() if len(texts) > 1}
+    return {
+        "across_prompts": across_prompts(firsts, own, bleu, args.seed),
+        "per_prompt": per_prompt(several, own, bleu) if several else ONE_SAMPLE,
+    }
+
+
+def _why_none(name: str, scope: str, own: DiversityArguments, bleu: Bleu | None) -> Skipped:
+    if name == "self_bleu" and bleu is None:
+        return Skipped("sacrebleu is not installed: pip install 'prefopt[eval]'")
+    if name == "self_bleu" and scope == "across_prompts":
+        return Skipped(f"fewer prompts than self_bleu_group, {own.self_bleu_group}")
+    return Skipped("no answer is long enough")
+
+
+def _bleu() -> Bleu | None:
     try:
-        return sentence_bleu(), None
+        return sentence_bleu()
     except ImportError:
-        return None, "sacrebleu is not installed: pip install 'prefopt[eval]'"
+        return None
+
+
+STAGE = Stage(
+    "diversity",
+    "mode collapse: distinct n-grams, unique answers, self-BLEU",
+    DiversityArguments,
+    measure,
+    MEASURES,
+    of_completions=True,
+)

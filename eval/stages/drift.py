@@ -1,27 +1,45 @@
 """Stage `drift`: how far every model has moved from the baseline, and how sure of itself it has become."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.stages.samples import measured_samples
+from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.journal import kept_rows, source_state
 from prefopt.inference.likelihood import TokenDivergence, token_divergence
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
 PER_COMPLETION = {"kl_to_sft": "kl", "k1_to_sft": "k1"}
 PER_TOKEN = {"kl_to_sft_per_token": "kl", "k1_to_sft_per_token": "k1", "token_entropy": "entropy"}
 QUANTITIES = ("kl", "k1", "entropy")
+MEASURES = Measures(
+    {
+        "kl_to_sft": Definition(
+            None,
+            "full-vocabulary KL of the model from the baseline in nats, summed over a completion, mean over "
+            "temperature-1 samples; interval over prompts",
+            "Ouyang et al. 2022, C.4 (the penalized quantity)",
+        ),
+        "kl_to_sft_per_token": Definition(None, "the same, divided by tokens", "as kl_to_sft"),
+        "k1_to_sft": Definition(
+            None,
+            "log pi(y) - log baseline(y) of the sampled tokens, summed over a completion: the one-sample estimate of "
+            "kl_to_sft",
+            "as kl_to_sft",
+        ),
+        "k1_to_sft_per_token": Definition(None, "the same, divided by tokens", "as kl_to_sft"),
+        "token_entropy": Definition(
+            None,
+            "entropy in nats of the model's distribution over the whole vocabulary, mean over the tokens of its samples",
+            "Kirk et al. 2023, arXiv:2310.06452",
+        ),
+    }
+)
 
 
 @dataclass
@@ -84,13 +102,7 @@ def by_position(rows: Sequence[Mapping[str, Any]], least: int = 20) -> list[dict
     return points
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: DriftArguments,
-    *,
-    progress: Progress = logger.info,
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) -> None:
     """Measure every model of `args.models` on its own samples against `args.baseline`; write `stages/drift.json`.
 
     Per token kept in `drift/<model>.jsonl`; a model whose samples and weights are as they were is not forwarded again.
@@ -100,27 +112,24 @@ def run(
     reference: list[Any] = []  # loaded once, and only if something is to be computed
     sums: dict[str, DriftSums] = {}
     for name in args.models:
-        try:
-            rows = _token_rows(run, args, own, name, reference, progress)
+
+        def of_model(name: str = name) -> dict[str, Estimate]:
+            rows = _token_rows(run, args, own, name, reference)
             sums[name] = drift_sums(rows)
-            for key, estimate in drift_estimates(sums[name]).items():
-                measures.append(measure(key, name, estimate))
             data["by_position"][name] = by_position(rows)
             data["samples"][name] = len(rows)
-        except FileNotFoundError as error:  # a file of completions
-            measures += _without(name, str(error))
-        except Exception as error:  # any trouble of one model is that model's
-            logger.exception("drift: %s failed", name)
-            measures += _without(name, f"{FAILED}{type(error).__name__}: {error}")
+            return drift_estimates(sums[name])
+
+        # without samples, or where a "model" is a file of completions, there is nothing to measure
+        found = attempt(f"drift: {name}", of_model, skips=FileNotFoundError)
+        for key in (*PER_COMPLETION, *PER_TOKEN):
+            value = found if isinstance(found, NoNumber) else found[key]
+            measures.append(MEASURES.record(key, name, value))
     for name in sums:
         if name != args.baseline and args.baseline in sums:
             estimate = entropy_difference(sums[name], sums[args.baseline])
-            measures.append(measure("token_entropy", name, estimate, against=args.baseline))
-    run.write_stage("drift", measures, data)
-
-
-def _without(name: str, reason: str) -> list[dict[str, Any]]:
-    return [measure(key, name, None, reason=reason) for key in (*PER_COMPLETION, *PER_TOKEN)]
+            measures.append(MEASURES.record("token_entropy", name, estimate, against=args.baseline))
+    run.write_stage(STAGE, measures, data)
 
 
 def _token_rows(
@@ -129,23 +138,22 @@ def _token_rows(
     own: DriftArguments,
     name: str,
     reference: list[Any],
-    progress: Progress,
 ) -> list[dict[str, Any]]:
     if args.baseline not in args.models:
         raise FileNotFoundError(f"no model called {args.baseline!r}, the baseline, in models")
-    samples = measured_samples(run, args, name)
+    samples = run.measured_samples(name, args.heldout_use_case)
     if own.drift_prompts is not None:
         samples = [row for row in samples if row["id"] < own.drift_prompts]
 
     def compute() -> list[dict[str, Any]]:
         settings = {"load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
         if not reference:
-            progress(f"drift: loading {args.baseline}")
+            run.progress(f"drift: loading {args.baseline}")
             reference.append(load_language_model(args.models[args.baseline], **settings))
         if name == args.baseline:
             model, tokenizer = reference[0]
         else:
-            progress(f"drift: loading {name}")
+            run.progress(f"drift: loading {name}")
             model, tokenizer = load_language_model(args.models[name], **settings)
         found: list[TokenDivergence] = token_divergence(
             model,
@@ -154,7 +162,7 @@ def _token_rows(
             [row["prompt"] for row in samples],
             [row["ids"] for row in samples],
             args.batch_size,
-            lambda done, total: progress(f"drift: {name} {done}/{total}"),
+            lambda done, total: run.progress(f"drift: {name} {done}/{total}"),
         )
         return [
             {"id": row["id"], "sample": row["sample"], **{k: v.tolist() for k, v in asdict(d).items()}}
@@ -167,3 +175,8 @@ def _token_rows(
         "load": [args.load_in_4bit, args.dtype],
     }
     return kept_rows(run.folder / "drift" / f"{name}.jsonl", inputs, compute)
+
+
+STAGE = Stage(
+    "drift", "KL to the baseline and entropy", DriftArguments, measure, MEASURES, of_completions=True
+)

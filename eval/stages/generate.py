@@ -1,25 +1,22 @@
 """Stage `generate`: every model draws completions of the same prompts."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.evaluation.judges.labels import prompt_key
-from prefopt.evaluation.results import FAILED
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.errors import UserError
+from prefopt.evaluation.judges.people import prompt_key
+from prefopt.evaluation.results import NoNumber, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.generate import derived_seed, generate
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.models.loading import is_completions, load_language_model
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
 
 @dataclass
 class GenerateArguments:
-    """Which prompts, and how they are answered."""
+    """Which prompts, and how they are answered; for `measure`, `prompts` are the rows themselves."""
 
     prompts: str | None = field(
         default=None, metadata={"help": "Held-out prompts: .jsonl file, folder or Hub id; column `prompt`."}
@@ -46,34 +43,27 @@ class GenerateArguments:
         ):
             value = getattr(self, key)
             if value is not None and value < least:
-                raise ValueError(f"{key} is {value}; expected at least {least}")
+                raise UserError(f"{key} is {value}; expected at least {least}")
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: GenerateArguments,
-    prompts: Sequence[Mapping[str, Any]],
-    *,
-    progress: Progress = logger.info,
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArguments) -> None:
     """Write `completions/<model>.jsonl` for every model of `args.models`, one model in memory at a time.
 
     A model whose completions are there, drawn with the same settings from the same files, is not loaded again; of one
-    that was cut off, those that are missing are drawn. One that breaks costs its own completions; `stages/generate.json` says why. Of a "model" that is a .jsonl file
-    (`prefopt best-of-n` writes one), the completions are those in the file.
+    that was cut off, those that are missing are drawn. One that breaks costs its own completions;
+    `stages/generate.json` says why. Of a "model" that is a .jsonl file (`prefopt best-of-n` writes one), the
+    completions are those in the file.
 
-    Args:
-        prompts: rows with `prompt` and any columns of their own (`use_case`, ...), which the completions keep.
+    `own.prompts` are rows with `prompt` and any columns of their own (`use_case`, ...), which the completions keep.
     """
-    rows = list(prompts)[: own.max_prompts]
+    rows = list(own.prompts or ())[: own.max_prompts]
     if not rows:
-        raise ValueError("prompts: expected at least one, got none")
+        raise UserError("prompts: expected at least one, got none")
     if any("id" in row for row in rows):
-        raise ValueError("prompts: the column 'id' is taken by the number of the row; rename it")
+        raise UserError("prompts: the column 'id' is taken by the number of the row; rename it")
     use_cases = sorted({str(row["use_case"]) for row in rows if row.get("use_case")})
     if args.heldout_use_case is not None and args.heldout_use_case not in use_cases:
-        raise ValueError(
+        raise UserError(
             f"heldout_use_case: no prompt is of {args.heldout_use_case!r}; the prompts have {', '.join(use_cases) or 'none'}"
         )
     settings = {
@@ -87,29 +77,28 @@ def run(
         "dtype": args.dtype,
         "seed": args.seed,
     }
-    done: dict[str, str] = {}
+    done: dict[str, NoNumber | None] = {}
     for name, source in args.models.items():
-        inputs = {**settings, "model": source_state(source)}
-        try:
-            continued_rows(
-                run.completions_path(name),
-                inputs,
-                lambda journal, n=name, s=source: (
-                    _given(s, rows) if is_completions(s) else _draw(n, s, rows, args, own, progress, journal)
-                ),
-            )
-            done[name] = "ok"
-        except Exception as error:  # any trouble of one model is that model's
-            logger.exception("generate: %s failed", name)
+
+        def complete(name: str = name, source: str = source) -> None:
+            def compute(journal: Journal) -> list[dict[str, Any]]:
+                if is_completions(source):
+                    return _given(source, rows)
+                return _draw(run, name, rows, args, own, journal)
+
+            continued_rows(run.completions_path(name), {**settings, "model": source_state(source)}, compute)
+
+        done[name] = attempt(f"generate: {name}", complete)
+        if done[name] is not None:
             run.completions_path(name).unlink(missing_ok=True)  # of other settings
-            done[name] = f"{FAILED}{type(error).__name__}: {error}"
+    status = {name: "ok" if why is None else str(why) for name, why in done.items()}
     run.write_stage(
-        "generate",
+        STAGE,
         [],
-        {"models": done, "settings": {**settings, "prompts": len(rows)}, "sources": args.models},
+        {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models},
     )
-    if all(status != "ok" for status in done.values()):
-        raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in done.items()))
+    if all(done.values()):
+        raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in status.items()))
 
 
 def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -117,18 +106,18 @@ def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     and the `ids` that were sampled.
 
     Raises:
-        ValueError: a row lacks a field, or a prompt has no completion.
+        UserError: a row lacks a field, or a prompt has no completion.
     """
     drawn: dict[str, list[Mapping[str, Any]]] = {}
     for number, row in enumerate(read_jsonl(source)):
         if "prompt" not in row or not isinstance(row.get("completion"), str):
-            raise ValueError(f"{source} row {number}: expected 'prompt' and a text in 'completion'")
+            raise UserError(f"{source} row {number}: expected 'prompt' and a text in 'completion'")
         drawn.setdefault(prompt_key(row["prompt"]), []).append(row)
     found = []
     for number, row in enumerate(rows):
         mine = drawn.get(prompt_key(row["prompt"]), [])
         if not mine:
-            raise ValueError(
+            raise UserError(
                 f"{source} has no completion of prompt {number}; draw them for the prompts of the evaluation"
             )
         found += [
@@ -147,15 +136,15 @@ def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _draw(
+    run: EvaluationRun,
     name: str,
-    source: str,
     rows: Sequence[Mapping[str, Any]],
     args: EvaluationArguments,
     own: GenerateArguments,
-    progress: Progress,
     journal: Journal,
 ) -> list[dict[str, Any]]:
-    progress(f"{name}: loading {source}")
+    source = args.models[name]
+    run.progress(f"{name}: loading {source}")
     model, tokenizer = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
     prompts = [row["prompt"] for row in rows]
     # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
@@ -172,7 +161,7 @@ def _draw(
             num_return=count,
             batch_size=args.batch_size,
             seed=seed,
-            progress=lambda n, total, d=decoding: progress(f"{name}: {d} completions {n}/{total}"),
+            progress=lambda n, total, d=decoding: run.progress(f"{name}: {d} completions {n}/{total}"),
             journal=journal,
         )
         found += [
@@ -189,3 +178,6 @@ def _draw(
             for sample, completion in enumerate(completions)
         ]
     return found
+
+
+STAGE = Stage("generate", "every model draws completions of the same prompts", GenerateArguments, measure)

@@ -4,7 +4,6 @@ The proxy is the reward model of `reward_judge`, the gold reward that of `gold_j
 views: best of n samples of the baseline, the rollouts of every RL run, and the finished models.
 """
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.results import FAILED, find, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_baseline, parsed_mapping
-from prefopt.evaluation.stages.judge import JudgeArguments, gold_scores, load_callable
-from prefopt.evaluation.stages.samples import measured_samples
+from prefopt.evaluation.judges.gold import gold_function, gold_scores
+from prefopt.evaluation.judges.reward import RewardModel
+from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, find
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
+from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.evaluation.training_run import read_run
-from prefopt.inference.generate import Completion
 from prefopt.inference.journal import fingerprint_of, function_state, kept_rows, source_state
-from prefopt.inference.scoring import score_samples
-from prefopt.models.loading import known_tokenizer, load_classifier
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.overoptimization import (
     best_of_n,
@@ -35,15 +32,43 @@ from prefopt.statistics.overoptimization import (
     rollout_gains,
 )
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-Rewards = tuple[
-    dict[int, list[float]], dict[int, list[float]]
-]  # proxy, gold: of every sample of every prompt
+# proxy, gold: of every sample of every prompt
+Rewards = tuple[dict[int, list[float]], dict[int, list[float]]]
 
-NO_PROXY = "no reward model: give `reward_judge`"
-NO_GOLD = "no gold reward: give `gold_judge`, a function, or `gold_reward_model`, a larger reward model"
-ONE_SAMPLE = "one sample per prompt: set samples_per_prompt to several (16) and run `prefopt eval generate`"
+NO_PROXY = Skipped("no reward model: give `reward_judge`")
+NO_GOLD = Skipped(
+    "no gold reward: give `gold_judge`, a function, or `gold_reward_model`, a larger reward model"
+)
+ONE_SAMPLE = Skipped(
+    "one sample per prompt: set samples_per_prompt to several (16) and run `prefopt eval generate`"
+)
+ONE_POINT = Skipped("two samples per prompt give one point, and the fit needs two")
+NO_ROLLOUTS = Skipped(
+    "its log has no three rollouts with objective/kl, rewards/reward_model and rewards/gold"
+)
+_GAO = "Gao et al. 2022, arXiv:2210.10760"
+MEASURES = Measures(
+    {
+        "overopt.best_of_n_gold": Definition(
+            True,
+            "gold reward of the baseline's sample that the reward model likes best of n, minus that of one sample, in "
+            "standard deviations of its samples; mean over all subsets of the samples of a prompt",
+            _GAO,
+        ),
+        "overopt.best_of_n_proxy": Definition(None, "the same gain in the reward model's own score", _GAO),
+        "overopt.best_of_n_fit": Definition(
+            None,
+            "coefficients of gain = d * (alpha - beta * d), d = sqrt(log n - (n - 1) / n), least squares over n",
+            _GAO,
+        ),
+        "overopt.rl_fit": Definition(
+            None,
+            "coefficients of gain = d * (alpha - beta * log d), d = sqrt(KL), least squares over the rollouts of "
+            "training; interval from the errors of the rollouts' means",
+            _GAO,
+        ),
+    }
+)
 
 
 @dataclass
@@ -65,13 +90,8 @@ class OveroptArguments:
         self.training_runs = parsed_mapping("training_runs", self.training_runs)
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: OveroptArguments,
-    judges: JudgeArguments,
-    *,
-    progress: Progress = logger.info,
+def measure(
+    run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments, judges: JudgeArguments
 ) -> None:
     """Score all samples with proxy and gold reward, fit Gao's forms; write `stages/overopt.json`.
 
@@ -81,24 +101,20 @@ def run(
     check_baseline({"drift": drift["data"]}, args)
     measures: list[dict[str, Any]] = []
     data: dict[str, Any] = {"baseline": args.baseline, "best_of_n": None, "rollouts": {}, "models": {}}
-    missing = _missing(own, judges)
+    not_given = _not_given(own, judges)
     rewards: dict[str, Rewards] = {}
-    reasons: dict[str, str] = {}
-    loaded: dict[str, Any] = {}
+    reasons: dict[str, NoNumber] = {}
+    loaded: dict[str, RewardModel] = {}
     for model in args.models:
-        if missing is not None:
-            reasons[model] = missing
-            continue
-        try:
-            rewards[model] = _rewards(run, args, own, judges, model, loaded, progress)
-        except Exception as error:  # any trouble of one model is that model's
-            logger.exception("overopt: %s failed", model)
-            why = (
-                str(error)
-                if isinstance(error, FileNotFoundError)
-                else f"{FAILED}{type(error).__name__}: {error}"
-            )
-            reasons[model] = why
+        found = not_given or attempt(
+            f"overopt: {model}",
+            lambda m=model: _rewards(run, args, own, judges, m, loaded),
+            skips=FileNotFoundError,
+        )
+        if isinstance(found, NoNumber):
+            reasons[model] = found
+        else:
+            rewards[model] = found
     add, data["best_of_n"] = best_of_n_measures(args.baseline, rewards, reasons)
     measures += add
     for model, source in args.models.items():
@@ -106,14 +122,18 @@ def run(
         if model != args.baseline and (
             model in own.training_runs or Path(folder, "trainer_state.json").is_file()
         ):
-            add, data["rollouts"][model] = _rollout_measures(model, folder)
-            measures += add
+            data["rollouts"][model] = {"points": [], "fits": {}}
+            add = attempt(
+                f"overopt: the log of {model}",
+                lambda m=model, f=folder: _rollout_measures(m, f, data["rollouts"][m]),
+            )
+            measures += [MEASURES.record("overopt.rl_fit", model, add)] if isinstance(add, NoNumber) else add
     data["models"] = model_points(rewards, args.baseline, drift["measures"])
-    run.write_stage("overopt", measures, data)
+    run.write_stage(STAGE, measures, data)
 
 
 def best_of_n_measures(
-    model: str, rewards: Mapping[str, Rewards], reasons: Mapping[str, str] | None = None
+    model: str, rewards: Mapping[str, Rewards], reasons: Mapping[str, NoNumber] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Gains of best-of-n from the samples of one model (gain 0: one sample), Gao's fit, and the points to draw.
 
@@ -121,14 +141,14 @@ def best_of_n_measures(
     of two up to the samples per prompt, and these.
     """
     names = ("overopt.best_of_n_gold", "overopt.best_of_n_proxy", "overopt.best_of_n_fit")
-    reason = (reasons or {}).get(model) or (
-        None if model in rewards else f"no model called {model!r} in models"
-    )
-    samples = min((len(scores) for scores in rewards[model][0].values()), default=0) if reason is None else 0
-    if reason is None and samples < 2:
-        reason = ONE_SAMPLE
-    if reason is not None:
-        return [measure(name, model, None, reason=reason) for name in names], None
+    none = (reasons or {}).get(model)
+    if none is None and model not in rewards:
+        none = Skipped(f"no model called {model!r} in models")
+    samples = min((len(scores) for scores in rewards[model][0].values()), default=0) if none is None else 0
+    if none is None and samples < 2:
+        none = ONE_SAMPLE
+    if none is not None:
+        return [MEASURES.record(name, model, none) for name in names], None
     prompts = sorted(rewards[model][0])
     proxy, gold = (np.array([of[p][:samples] for p in prompts]) for of in rewards[model])
     ns = sorted({2**i for i in range(samples.bit_length())} | {samples})
@@ -137,8 +157,8 @@ def best_of_n_measures(
     for name, values in (("gold", gold), ("proxy", proxy)):
         unit = values.std(ddof=1)
         if not unit > 0:
-            reason = f"{FAILED}all samples have the same {name} reward"
-            measures.append(measure(f"overopt.best_of_n_{name}", model, None, reason=reason))
+            same = Failed(f"all samples have the same {name} reward")
+            measures.append(MEASURES.record(f"overopt.best_of_n_{name}", model, same))
             continue
         curves = best_of_n(proxy, values, ns) / unit
         gains = curves - curves[:, :1]
@@ -146,11 +166,10 @@ def best_of_n_measures(
             estimate = mean_estimate(gain)
             point |= _ends(name, estimate)
             if point["n"] > 1:
-                measures.append(measure(f"overopt.best_of_n_{name}.{point['n']}", model, estimate))
+                measures.append(MEASURES.record(f"overopt.best_of_n_{name}.{point['n']}", model, estimate))
         fit = fit_best_of_n(gains, ns)
         if fit is None:
-            reason = "two samples per prompt give one point, and the fit needs two"
-            measures.append(measure(f"overopt.best_of_n_fit.{name}", model, None, reason=reason))
+            measures.append(MEASURES.record(f"overopt.best_of_n_fit.{name}", model, ONE_POINT))
         else:
             measures += _fit_measures("best_of_n", name, model, fit)
             data["fits"][name] = _fit_data(fit, best_of_n_design)
@@ -180,37 +199,27 @@ def model_points(
     return points
 
 
-def _rollout_measures(model: str, folder: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Gao's fit over the rollouts in the log of one RL run, and the points to draw."""
-    data: dict[str, Any] = {"points": [], "fits": {}}
-    try:
-        training = read_run(folder)
-        if training.kind not in ("ppo", "ppo_ptx"):
-            return [], data
-        points = rollout_gains(training.log, training.settings.get("episodes_per_rollout", math.nan))
-        data["points"] = points
-        measures = []
-        for name in ("gold", "proxy"):
-            fit = fit_rl(points, name)
-            if fit is None:
-                reason = (
-                    "its log has no three rollouts with objective/kl, rewards/reward_model and rewards/gold"
-                )
-                measures.append(measure(f"overopt.rl_fit.{name}", model, None, reason=reason))
-            else:
-                measures += _fit_measures("rl", name, model, fit)
-                data["fits"][name] = _fit_data(fit, rl_design)
-        return measures, data
-    except Exception as error:
-        logger.exception("overopt: the log of %s failed", model)
-        return [
-            measure("overopt.rl_fit", model, None, reason=f"{FAILED}{type(error).__name__}: {error}")
-        ], data
+def _rollout_measures(model: str, folder: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Gao's fit over the rollouts in the log of one RL run; the points to draw go into `data`."""
+    training = read_run(folder)
+    if training.kind not in ("ppo", "ppo_ptx"):
+        return []
+    points = rollout_gains(training.log, training.settings.get("episodes_per_rollout", math.nan))
+    data["points"] = points
+    measures = []
+    for name in ("gold", "proxy"):
+        fit = fit_rl(points, name)
+        if fit is None:
+            measures.append(MEASURES.record(f"overopt.rl_fit.{name}", model, NO_ROLLOUTS))
+        else:
+            measures += _fit_measures("rl", name, model, fit)
+            data["fits"][name] = _fit_data(fit, rl_design)
+    return measures
 
 
 def _fit_measures(kind: str, name: str, model: str, fit: tuple[Estimate, Estimate]) -> list[dict[str, Any]]:
     return [
-        measure(f"overopt.{kind}_fit.{name}.{coefficient}", model, estimate)
+        MEASURES.record(f"overopt.{kind}_fit.{name}.{coefficient}", model, estimate)
         for coefficient, estimate in zip(("alpha", "beta"), fit, strict=True)
     ]
 
@@ -229,7 +238,7 @@ def _ends(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.ci_low, f"{name}_high": estimate.ci_high}
 
 
-def _missing(own: OveroptArguments, judges: JudgeArguments) -> str | None:
+def _not_given(own: OveroptArguments, judges: JudgeArguments) -> Skipped | None:
     if judges.reward_judge is None:
         return NO_PROXY
     return NO_GOLD if judges.gold_judge is None and own.gold_reward_model is None else None
@@ -241,21 +250,23 @@ def _rewards(
     own: OveroptArguments,
     judges: JudgeArguments,
     model: str,
-    loaded: dict[str, Any],
-    progress: Progress,
+    loaded: dict[str, RewardModel],
 ) -> Rewards:
     """Proxy and gold reward of every sample, by prompt."""
-    rows = measured_samples(run, args, model)
+    rows = run.measured_samples(model, args.heldout_use_case)
+
+    def scores(source: str) -> list[float]:
+        if source not in loaded:
+            loaded[source] = RewardModel(source, args, run.progress)
+        return loaded[source].scores(model, rows)
 
     def compute() -> list[dict[str, Any]]:
-        progress(f"overopt: scoring {len(rows)} samples of {model}")
-        proxy = _scores(args, judges.reward_judge, model, rows, loaded)
+        run.progress(f"overopt: scoring {len(rows)} samples of {model}")
+        proxy = scores(judges.reward_judge)
         if own.gold_reward_model is not None:
-            gold = _scores(args, own.gold_reward_model, model, rows, loaded)
+            gold = scores(own.gold_reward_model)
         else:
-            judge = judges.gold_judge
-            function = load_callable(judge) if isinstance(judge, str) else judge
-            gold = [row["score"] for row in gold_scores(function)(model, rows)]
+            gold = [row["score"] for row in gold_scores(gold_function(judges.gold_judge))(model, rows)]
         return [
             {"id": row["id"], "sample": row["sample"], "proxy": p, "gold": g}
             for row, p, g in zip(rows, proxy, gold, strict=True)
@@ -287,17 +298,12 @@ def _state(judge: Any) -> Any:
     )
 
 
-def _scores(
-    args: EvaluationArguments,
-    source: str,
-    model: str,
-    rows: Sequence[Mapping[str, Any]],
-    loaded: dict[str, Any],
-) -> list[float]:
-    if source not in loaded:
-        loaded[source] = load_classifier(source, load_in_4bit=args.load_in_4bit)
-    reward_model, tokenizer = loaded[source]
-    prompts = [row["prompt"] for row in rows]
-    drawn = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
-    policy = known_tokenizer(args.models[model])
-    return score_samples(reward_model, tokenizer, policy, prompts, drawn, args.batch_size)
+STAGE = Stage(
+    "overopt",
+    "gold and proxy reward against the KL, best of n",
+    OveroptArguments,
+    measure,
+    MEASURES,
+    of_completions=True,
+    reads=(JudgeArguments,),
+)

@@ -1,6 +1,5 @@
 """Stage `metadata`: what people said of single completions: ratings from 1 to 7 and the flags of Table 3."""
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from prefopt.evaluation.judges.labels import check_labels
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.judges.people import check_labels
+from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
+from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics.intervals import Estimate, mean_estimate
 
-logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
 # Table 3 of the paper: name in the label files -> (words, is more of it better).
@@ -34,7 +33,24 @@ FLAGS: dict[str, tuple[str, bool | None]] = {
     "expresses_moral_judgement": ("expresses a moral judgement", None),
 }
 CLOSED_DOMAIN = ("closed_qa", "extract", "rewrite", "summarization")
-_NO_LABELS = "no labels by people; give them as human_judgements, with `ratings` or `flags`"
+NO_LABELS = Skipped("no labels by people; give them as human_judgements, with `ratings` or `flags`")
+_SHARE = (
+    "share of the labels with this flag, Wilson's interval; hallucination over closed-domain prompts only, the "
+    "constraint only where there is one"
+)
+_TABLE_3 = "Ouyang et al. 2022, Table 3 and Fig. 4"
+MEASURES = Measures(
+    {
+        "rating": Definition(
+            True, "mean rating by people, 1 to 7; interval over prompts", "Ouyang et al. 2022, Table 3"
+        ),
+        "flag": Definition(False, _SHARE, _TABLE_3),
+        **{
+            f"flag.{name}": Definition(is_better, f"{words}: {_SHARE}", _TABLE_3)
+            for name, (words, is_better) in FLAGS.items()
+        },
+    }
+)
 
 
 @dataclass
@@ -131,34 +147,18 @@ def flag_share(labels: Sequence[Row], flag: str, closed_domain: Sequence[str] = 
     return share([bool(x["flags"][flag]) for x in counted], len({x["id"] for x in counted}))
 
 
-def run(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: MetadataArguments,
-    labels: str | Sequence[Row] | None,
+def measure(
+    run: EvaluationRun, args: EvaluationArguments, own: MetadataArguments, judges: JudgeArguments
 ) -> None:
-    """Write stages/metadata.json: measures `rating` and `flag.<name>` of every model.
+    """Write stages/metadata.json: measures `rating` and `flag.<name>` of every model, from `judges.human_judgements`.
 
     `data`: `ratings` (model -> how often each of 1 to 7 was given), `flags` (the words of each), `stale`.
-
-    Args:
-        labels: file of labels, or its rows (`prefopt.evaluation.judges.labels`); None writes why there are no numbers.
     """
-    reason, singles, stale = _NO_LABELS, [], 0
-    if labels is not None:
-        try:
-            source = labels if isinstance(labels, str) else "human_judgements"
-            rows = read_jsonl(labels) if isinstance(labels, str) else labels
-            completions = _completions(run, list(args.models))
-            kept, stale = check_labels(rows, completions, source)
-            prompts = {row["id"]: row for one in completions.values() for row in one}
-            singles = single_labels(kept, prompts)
-            heldout = args.heldout_use_case
-            singles = [x for x in singles if heldout is None or x["prompt"].get("use_case") != heldout]
-            reason = "the labels say nothing of this"
-        except Exception as error:  # broken labels cost these numbers and no others
-            logger.exception("metadata failed")
-            reason = f"{FAILED}{type(error).__name__}: {error}"
+    none, singles, stale = NO_LABELS, [], 0
+    if judges.human_judgements is not None:
+        found = attempt("metadata", lambda: _labels(run, args, judges.human_judgements))
+        none = found if isinstance(found, NoNumber) else Skipped("the labels say nothing of this")
+        singles, stale = ([], 0) if isinstance(found, NoNumber) else found
     measures, distributions = [], {}
     unknown = sorted({f for x in singles for f in x["flags"]} - set(FLAGS))
     for model in args.models:
@@ -169,26 +169,35 @@ def run(
         estimates = {"rating": rating_of(of_model)}
         for flag in [*FLAGS, *unknown]:
             estimates[f"flag.{flag}"] = flag_share(of_model, flag, own.closed_domain_use_cases)
-        for name, estimate in estimates.items():
-            found = measure(
-                name, model, estimate if estimate.n else None, reason=None if estimate.n else reason
-            )
-            flag = name.removeprefix("flag.")
-            if flag in FLAGS:
-                found["higher_is_better"] = FLAGS[flag][1]
-                found["definition"] = f"{FLAGS[flag][0]}: {found['definition']}"
-            measures.append(found)
+        measures += [MEASURES.record(name, model, one if one.n else none) for name, one in estimates.items()]
     words = {flag: FLAGS[flag][0] if flag in FLAGS else flag for flag in [*FLAGS, *unknown]}
-    run.write_stage("metadata", measures, {"ratings": distributions, "flags": words, "stale": stale})
+    run.write_stage(STAGE, measures, {"ratings": distributions, "flags": words, "stale": stale})
 
 
-def _completions(run: EvaluationRun, models: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for model in models:
-        if run.completions_path(model).is_file():
-            found[model] = [row for row in run.completions(model) if row["sample"] == 0]
-    return found
+def _labels(
+    run: EvaluationRun, args: EvaluationArguments, labels: str | Sequence[Row]
+) -> tuple[list[dict[str, Any]], int]:
+    """Labels of single completions outside the held-out use case, from a file or its rows, and how many are stale."""
+    source = labels if isinstance(labels, str) else "human_judgements"
+    rows = read_jsonl(labels) if isinstance(labels, str) else labels
+    known = [model for model in args.models if run.completions_path(model).is_file()]
+    completions = {model: run.first_samples(model) for model in known}
+    kept, stale = check_labels(rows, completions, source)
+    singles = single_labels(kept, {row["id"]: row for one in completions.values() for row in one})
+    heldout = args.heldout_use_case
+    return [x for x in singles if heldout is None or x["prompt"].get("use_case") != heldout], stale
 
 
 def _word(text: Any) -> str:
     return str(text or "").lower().replace(" ", "_").replace("-", "_")
+
+
+STAGE = Stage(
+    "metadata",
+    "ratings and flags that people gave",
+    MetadataArguments,
+    measure,
+    MEASURES,
+    of_completions=True,
+    reads=(JudgeArguments,),
+)

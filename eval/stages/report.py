@@ -1,7 +1,6 @@
 """Stage `report`: results.json, report.html and report.md from what the other stages left in the folder."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,27 +11,24 @@ import numpy as np
 from prefopt.evaluation.report.markdown import build_markdown
 from prefopt.evaluation.report.page import build_report
 from prefopt.evaluation.report.worst import main_model, pick_samples
-from prefopt.evaluation.results import build_results, measure, write_results
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, check_baseline, parsed_mapping
+from prefopt.evaluation.results import Definition, Measures, Skipped, build_results, write_results
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
+from prefopt.evaluation.stages import STAGES
 from prefopt.evaluation.stages.judge import judgements_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics.intervals import mean_estimate
 
-logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
-# In the order of the report.
-STAGES = (
-    "generate",
-    "judge",
-    "compare",
-    "metadata",
-    "reward_model",
-    "bench",
-    "tax",
-    "drift",
-    "diversity",
-    "overopt",
+MEASURES = Measures(
+    {
+        "completion_tokens": Definition(
+            None, "mean length of temperature-1 samples in tokens, end token included", "prefopt"
+        ),
+        "truncated": Definition(
+            False, "share of temperature-1 samples that hit the length limit before they ended", "prefopt"
+        ),
+    }
 )
 JUDGES = {
     "gold": "the gold reward",
@@ -68,7 +64,7 @@ class ReportArguments:
         self.rl_runs = parsed_mapping("rl_runs", self.rl_runs)
 
 
-def run(
+def measure(
     run: EvaluationRun,
     args: EvaluationArguments,
     own: ReportArguments,
@@ -105,11 +101,11 @@ def collect(
     every = (run.stage("all") or {"data": {}})["data"]
     measures: list[dict[str, Any]] = []
     stages: dict[str, Any] = {}
-    for name in STAGES:
-        content = run.stage(name)
+    for stage in STAGES:
+        content = run.stage(stage.key)
         if content is not None:
             measures += content["measures"]
-            stages[name] = content["data"]
+            stages[stage.key] = content["data"]
     check_baseline(stages, args)
     completions = {model: _first_samples(run, model) for model in args.models}
     measures += [
@@ -141,7 +137,7 @@ def collect(
 
 def _first_samples(run: EvaluationRun, model: str) -> list[dict[str, Any]]:
     try:
-        return [row for row in run.completions(model) if row["sample"] == 0]
+        return run.first_samples(model)
     except FileNotFoundError:
         return []
 
@@ -152,16 +148,14 @@ def _lengths(model: str, rows: Sequence[Row], heldout: str | None) -> list[dict[
         "completion_tokens": [float(len(row["ids"])) for row in rows],
         "truncated": [float(row["truncated"]) for row in rows],
     }
-    reason = None if rows else "nothing was generated; `prefopt eval generate` does"
+    nothing = Skipped("nothing was generated; `prefopt eval generate` does")
     found = []
     for name, values in columns.items():
-        if (
-            name == "completion_tokens" and values and not all(values)
-        ):  # even an empty completion has its end token
-            why = "its file of completions has no `ids`"
-            found.append(measure(name, model, None, reason=why))
-        else:
-            found.append(measure(name, model, mean_estimate(values) if values else None, reason=reason))
+        value = mean_estimate(values) if values else nothing
+        # even an empty completion has its end token
+        if name == "completion_tokens" and values and not all(values):
+            value = Skipped("its file of completions has no `ids`")
+        found.append(MEASURES.record(name, model, value))
     return found
 
 
@@ -235,3 +229,12 @@ def _curves(args: EvaluationArguments, own: ReportArguments) -> dict[str, Any]:
             if log:
                 curves[name] = log
     return curves
+
+
+STAGE = Stage(
+    "report",
+    "results.json, report.html and report.md from what the other stages found",
+    ReportArguments,
+    measure,
+    MEASURES,
+)

@@ -3,7 +3,6 @@
 The alignment tax (Ouyang et al. 2022, section 4.2) on one's own data; stage `bench` has the public benchmarks.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +12,33 @@ from typing import Any
 import numpy as np
 
 from prefopt.errors import UserError
-from prefopt.evaluation.results import FAILED, measure
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
+from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.likelihood import BitsPerByte, bits_per_byte, task_accuracy, validate_tasks
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str], None]
-
 TEXT, TASKS = "pretraining_bits_per_byte", "heldout_task_accuracy"
-NO_TEXT = "no held-out pretraining text given; set `pretraining_text`"
-NO_TASKS = "no held-out tasks given; set `heldout_tasks`"
+NO_TEXT = Skipped("no held-out pretraining text given; set `pretraining_text`")
+NO_TASKS = Skipped("no held-out tasks given; set `heldout_tasks`")
+_TAX = "prefopt; the alignment tax of Ouyang et al. 2022, section 4.2"
+MEASURES = Measures(
+    {
+        TEXT: Definition(
+            False,
+            "sum of nats / ln 2 / UTF-8 bytes of held-out pretraining text, BOS-conditioned, EOS unscored; interval "
+            "over documents",
+            _TAX,
+        ),
+        TASKS: Definition(
+            True,
+            "share of held-out knowledge tasks whose right choice is the most likely continuation; interval over tasks",
+            _TAX,
+        ),
+    }
+)
 
 
 @dataclass
@@ -45,33 +57,31 @@ class TaxArguments:
     )
 
 
-def run(
-    run: EvaluationRun, args: EvaluationArguments, own: TaxArguments, *, progress: Progress = logger.info
-) -> None:
-    """Measure every model of `args.models`, and its paired differences to `args.baseline`; write `stages/tax.json`.
+def measure(run: EvaluationRun, args: EvaluationArguments, own: TaxArguments) -> None:
+    """Measure every model of `args.models`, and its paired differences (`EvaluationRun.compared`); write
+    `stages/tax.json`.
 
     Nats, bytes and answers are kept in `tax/<model>.*.jsonl`; a model that breaks costs its own numbers.
 
     Raises:
-        ValueError: a file is missing, or a task in it is none.
+        UserError: a file is missing, or a task in it is none.
     """
     texts = [row["text"] for row in _rows("pretraining_text", own.pretraining_text)]
     tasks = _rows("heldout_tasks", own.heldout_tasks)
     validate_tasks(tasks)
-    bits: dict[str, tuple[BitsPerByte, Estimate] | str] = {}
-    answers: dict[str, np.ndarray | str] = {}
+    bits: dict[str, tuple[BitsPerByte, Estimate] | NoNumber] = dict.fromkeys(args.models, NO_TEXT)
+    answers: dict[str, np.ndarray | NoNumber] = dict.fromkeys(args.models, NO_TASKS)
+    no_model = FileNotFoundError  # a "model" that is a file of completions
     for name in args.models:
         loaded: list[Any] = []
-        bits[name] = (
-            _attempt(lambda n=name, m=loaded: _bits(run, args, own, n, texts, m, progress))
-            if texts
-            else NO_TEXT
-        )
-        answers[name] = (
-            _attempt(lambda n=name, m=loaded: _answers(run, args, n, tasks, m, progress))
-            if tasks
-            else NO_TASKS
-        )
+        if texts:
+            bits[name] = attempt(
+                f"tax: {name}", lambda n=name, m=loaded: _bits(run, args, own, n, texts, m), skips=no_model
+            )
+        if tasks:
+            answers[name] = attempt(
+                f"tax: {name}", lambda n=name, m=loaded: _answers(run, args, n, tasks, m), skips=no_model
+            )
     measures = []
     for model in args.models:
         measures.append(_one(TEXT, model, bits, lambda x: x[1]))
@@ -80,7 +90,7 @@ def run(
         measures.append(_difference(TEXT, model, against, bits, lambda a, b: bits_difference(a[0], b[0])))
         measures.append(_difference(TASKS, model, against, answers, paired_difference))
     run.write_stage(
-        "tax", measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
+        STAGE, measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
     )
 
 
@@ -104,11 +114,11 @@ def _rows(key: str, path: str | None) -> list[dict[str, Any]]:
     if path is None:
         return []
     if not Path(path).is_file():
-        raise ValueError(f"{key}: no file {path!r}")
+        raise UserError(f"{key}: no file {path!r}")
     rows = read_jsonl(path)
     for number, row in enumerate(rows):
         if key == "pretraining_text" and not isinstance(row.get("text"), str):
-            raise ValueError(
+            raise UserError(
                 f"{path} row {number}: field 'text': expected a text, got {row.get('text')!r:.80}"
             )
     return rows
@@ -121,11 +131,10 @@ def _bits(
     name: str,
     texts: Sequence[str],
     loaded: list[Any],
-    progress: Progress,
 ) -> tuple[BitsPerByte, Estimate]:
     def compute() -> list[dict[str, float]]:
         model, tokenizer = _load(args, name, loaded)
-        progress(f"tax: {name}, {len(texts)} documents")
+        run.progress(f"tax: {name}, {len(texts)} documents")
         found = bits_per_byte(model, tokenizer, texts, args.batch_size, own.tax_max_length)
         return [
             {"nats": n, "bytes": b} for n, b in zip(found.nats.tolist(), found.bytes.tolist(), strict=True)
@@ -143,11 +152,10 @@ def _answers(
     name: str,
     tasks: Sequence[Mapping[str, Any]],
     loaded: list[Any],
-    progress: Progress,
 ) -> np.ndarray:
     def compute() -> list[dict[str, float]]:
         model, tokenizer = _load(args, name, loaded)
-        progress(f"tax: {name}, {len(tasks)} tasks")
+        run.progress(f"tax: {name}, {len(tasks)} tasks")
         return [
             {"right": right} for right in task_accuracy(model, tokenizer, tasks, args.batch_size).tolist()
         ]
@@ -168,32 +176,30 @@ def _load(args: EvaluationArguments, name: str, loaded: list[Any]) -> tuple[Any,
     return loaded[0], loaded[1]
 
 
-def _attempt(compute: Callable[[], Any]) -> Any:
-    try:
-        return compute()
-    except FileNotFoundError as error:  # a file of completions
-        return str(error)
-    except Exception as error:  # any trouble of one model is that model's
-        logger.exception("tax: a model failed")
-        return f"{FAILED}{type(error).__name__}: {error}"
-
-
 def _one(
     name: str, model: str, found: Mapping[str, Any], estimate: Callable[[Any], Estimate]
 ) -> dict[str, Any]:
     of = found[model]
-    return (
-        measure(name, model, None, reason=of) if isinstance(of, str) else measure(name, model, estimate(of))
-    )
+    return MEASURES.record(name, model, of if isinstance(of, NoNumber) else estimate(of))
 
 
 def _difference(
     name: str, model: str, against: str, found: Mapping[str, Any], estimate: Callable[[Any, Any], Estimate]
 ) -> dict[str, Any]:
-    for owner in (model, against):
-        if isinstance(found[owner], str):
-            failed = FAILED if found[owner].startswith(FAILED) else ""
-            why = found[owner].removeprefix(FAILED)
-            reason = f"{failed}{why}" if owner == model else f"{failed}{owner}: {why}"
-            return measure(name, model, None, against=against, reason=reason)
-    return measure(name, model, estimate(found[model], found[against]), against=against)
+    ours, theirs = found[model], found[against]
+    if isinstance(ours, NoNumber):
+        difference = ours
+    elif isinstance(theirs, NoNumber):
+        difference = theirs.of(against)
+    else:
+        difference = estimate(ours, theirs)
+    return MEASURES.record(name, model, difference, against=against)
+
+
+STAGE = Stage(
+    "tax",
+    "bits per byte and tasks of your own held-out data; the alignment tax",
+    TaxArguments,
+    measure,
+    MEASURES,
+)

@@ -4,8 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from prefopt.evaluation.results import MODELS, build_results, measure, write_results
+from prefopt.evaluation.results import MODELS, Failed, Measures, Skipped, build_results, write_results
 from prefopt.statistics.intervals import Estimate
+from tests.eval.measures import measure
 
 HALF = Estimate(0.6, 0.55, 0.65, 300, 300)
 
@@ -27,7 +28,7 @@ def test_scalars_come_from_the_measures():
         measure("winrate", "dpo", HALF, against="sft"),
         measure("winrate", "other", HALF, against="sft"),
         measure("kl_to_sft", "dpo", Estimate(1.25, 1.0, 1.5, 300, 300)),
-        measure("kl_to_sft", "ppo", None, reason="no such model"),
+        measure("kl_to_sft", "ppo", Skipped("no such model")),
         measure("rm.accuracy.heldout_labelers", "reward_model", Estimate(0.7, 0.68, 0.72, 900, 100)),
         measure("rm.gold_accuracy.heldout_labelers", "gold", Estimate(0.8, 0.78, 0.82, 900, 100)),
     ]
@@ -50,15 +51,15 @@ def test_a_measure_has_every_field():
     assert m["definition"].startswith("paired difference ppo_ptx - ppo of: sum of nats")
 
 
-def test_not_a_number_is_failed_and_missing_needs_a_reason():
+def test_not_a_number_is_failed_and_a_measure_needs_a_definition():
     m = measure("gold_reward", "ppo", Estimate(math.nan, math.nan, math.nan, 3, 3))
     assert (m["value"], m["status"], m["reason"]) == (None, "failed", "the value is nan")
-    assert measure("gold_reward", "ppo", None, reason="failed: boom")["status"] == "failed"
-    assert measure("gold_reward", "ppo", None, reason="no gold")["status"] == "skipped"
+    assert measure("gold_reward", "ppo", Failed("boom"))["status"] == "failed"
+    assert measure("gold_reward", "ppo", Skipped("no gold"))["status"] == "skipped"
     one = measure("gold_reward", "ppo", Estimate(2.0, math.nan, math.nan, 1, 1))  # one prompt has no interval
     assert (one["value"], one["ci_low"], one["status"]) == (2.0, None, "ok")
-    with pytest.raises(ValueError, match="needs a reason"):
-        measure("gold_reward", "ppo", None)
+    with pytest.raises(KeyError, match="gold_reward"):
+        Measures().record("gold_reward", "ppo", Skipped("no stage that defines it"))
 
 
 def test_written_json_is_valid_whatever_the_numbers(tmp_path):

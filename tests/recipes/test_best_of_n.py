@@ -164,19 +164,19 @@ def test_the_file_is_judged_as_a_model(files, tokenizer, caplog):
         models={"sft": str(files / "sft"), "best": str(files / "best.jsonl")},
     )
     evaluation = EvaluationRun(files / "evaluation")
-    own = generation.GenerateArguments(max_new_tokens=5, greedy=False)
-    generation.run(evaluation, args, own, [{"prompt": p} for p in PROMPTS])
+    own = generation.GenerateArguments([{"prompt": p} for p in PROMPTS], max_new_tokens=5, greedy=False)
+    generation.measure(evaluation, args, own)
     assert [row["completion"] for row in evaluation.completions("best")] == [
         row["completion"] for row in rows
     ]
-    judges.run(evaluation, args, judges.JudgeArguments(reward_judge=str(files / "rm")))
+    judges.measure(evaluation, args, judges.JudgeArguments(reward_judge=str(files / "rm")))
     scores = read_jsonl(judges.scores_path(evaluation, "reward", "best"))
     texts, cuts = [row["completion"] for row in rows], [row["truncated"] for row in rows]
     expected = score_texts(load_reward_model(files / "rm"), tokenizer, PROMPTS, texts, cuts)
     assert [row["score"] for row in scores] == pytest.approx(expected, abs=1e-5)
     write_jsonl(files / "text.jsonl", [{"text": "the cat sat on the mat"}])
-    drift.run(evaluation, args, drift.DriftArguments())
-    tax.run(evaluation, args, tax.TaxArguments(pretraining_text=str(files / "text.jsonl")))
+    drift.measure(evaluation, args, drift.DriftArguments())
+    tax.measure(evaluation, args, tax.TaxArguments(pretraining_text=str(files / "text.jsonl")))
     assert "Traceback" not in caplog.text  # it has no weights: said in the report, and no trouble
     for stage, name in (("drift", "kl_to_sft"), ("tax", "pretraining_bits_per_byte")):
         of = {row["model"]: row for row in evaluation.stage(stage)["measures"] if row["name"] == name}
@@ -208,9 +208,8 @@ def test_prompts_without_a_completion_are_named(files):
     write_jsonl(files / "few.jsonl", [{"prompt": "the cat", "completion": " sat"}])
     args = EvaluationArguments(output_dir=str(files / "evaluation"), models={"few": str(files / "few.jsonl")})
     with pytest.raises(RuntimeError, match=r"few.jsonl has no completion of prompt 1"):
-        generation.run(
+        generation.measure(
             EvaluationRun(files / "evaluation"),
             args,
-            generation.GenerateArguments(),
-            [{"prompt": p} for p in PROMPTS],
+            generation.GenerateArguments([{"prompt": p} for p in PROMPTS]),
         )

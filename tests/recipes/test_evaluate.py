@@ -87,7 +87,7 @@ def test_all(folder, capsys):
     assert results["winrate"]["sft"]["value"] == 0.5
     assert find(results["measures"], "heldout_task_accuracy", "ppo")["status"] == "skipped"
     assert list(results["notes"]) == ["bench"]
-    assert set(results["wall_seconds"]) == set(evaluate.STAGES) - {"bench"}
+    assert set(results["wall_seconds"]) == {stage.name for stage in evaluate.STAGES} - {"bench"}
     html = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert "Failed: " not in html
     assert "bench_data_files" in html

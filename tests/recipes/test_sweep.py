@@ -14,7 +14,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from prefopt import cli
 from prefopt.evaluation.report.sweep import VERDICT
-from prefopt.evaluation.results import measure
 from prefopt.evaluation.sweep import (
     Gain,
     Point,
@@ -29,6 +28,7 @@ from prefopt.recipes.common.arguments import UserError
 from prefopt.sandbox import World, build_tokenizer
 from prefopt.statistics.intervals import Estimate
 from prefopt.statistics.overoptimization import fit_rl, rollout_gains
+from tests.eval.measures import measure
 
 pytestmark = pytest.mark.timeout(600)  # three trainings and their evaluation on a busy machine
 

@@ -15,13 +15,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from prefopt.evaluation.benchmarks.benchmark import conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
 from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
-from prefopt.evaluation.definitions import DEFINITIONS
 from prefopt.evaluation.report.markup import Missing
 from prefopt.evaluation.report.sections import bench as bench_section
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import benchmarks as bench
-from prefopt.evaluation.stages.benchmarks import BenchArguments, run
+from prefopt.evaluation.stages.benchmarks import MEASURES, BenchArguments, measure
 from tests.conftest import CHAT_TEMPLATE, tiny_config
 
 ROWS = Path(__file__).parent / "bench_rows"
@@ -92,7 +91,7 @@ def evaluate(folder, models, **keys):
     args = EvaluationArguments(
         output_dir=str(folder), models={m: str(p) for m, p in models.items()}, **settings
     )
-    run(EvaluationRun(folder), args, BenchArguments(**{"bench_data_files": FILES, **keys}))
+    measure(EvaluationRun(folder), args, BenchArguments(**{"bench_data_files": FILES, **keys}))
     return EvaluationRun(folder).stage("bench")
 
 
@@ -424,7 +423,7 @@ def test_hub_ids_are_those_of_the_task_files():
         assert config.get("test_split") in (None, benchmark.rows), name
         shots = (config.get("training_split"), config.get("fewshot_split"))
         assert benchmark.shots_from is None or benchmark.shots_from in shots, name
-        assert all(f"bench.{name}.{score.name}" in DEFINITIONS for score in benchmark.scores)
+        assert all(f"bench.{name}.{score.name}" in MEASURES for score in benchmark.scores)
     assert set(TASKS.glob("*.yaml")) <= used
 
 

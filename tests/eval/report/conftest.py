@@ -2,9 +2,10 @@
 
 import pytest
 
-from prefopt.evaluation.results import build_results, measure
+from prefopt.evaluation.results import Failed, Skipped, build_results
 from prefopt.evaluation.stages.ratings import FLAGS
 from prefopt.statistics.intervals import Estimate
+from tests.eval.measures import measure
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 
@@ -54,8 +55,8 @@ def whole_results(
                 add(f"bench.{name}.0-shot", model, (i - 2) / 30, 0.03, baseline)
     if {"ppo", "ppo_ptx"} <= set(models):
         add("pretraining_bits_per_byte", "ppo_ptx", -0.05, against="ppo")
-    measures.append(measure("bench.hellaswag.acc.0-shot", baseline, None, reason=reason))
-    measures.append(measure("rm_score", baseline, None, reason=f"failed: {reason}"))
+    measures.append(measure("bench.hellaswag.acc.0-shot", baseline, Skipped(reason)))
+    measures.append(measure("rm_score", baseline, Failed(reason)))
     for name in ("judge_consistency", "judge_prefers_first"):
         add(name, "lm", 0.6)
     for group in ("train_labelers", "heldout_labelers"):

@@ -6,8 +6,9 @@ import pytest
 
 from prefopt.evaluation.report.page import SECTIONS, build_report
 from prefopt.evaluation.report.verdict import lights, verdict
-from prefopt.evaluation.results import MODELS, build_results, measure
+from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
+from tests.eval.measures import measure
 
 ATTACK = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
@@ -176,7 +177,7 @@ def test_missing_sections_say_so(empty, tmp_path):
 
 def test_missing_models_and_reasons(results, tmp_path):
     results["measures"] = [m for m in results["measures"] if m["model"] != "dpo"]
-    results["measures"].append(measure("winrate", "dpo", None, against="sft", reason="training <failed>"))
+    results["measures"].append(measure("winrate", "dpo", Skipped("training <failed>"), against="sft"))
     html, page = page_of(results, tmp_path)
     assert "skipped: training <failed> — winrate (DPO)" in page.text
     assert "Failed" not in html
@@ -241,9 +242,7 @@ def test_lights_tell_why_there_is_no_number(results):
     results["notes"] = {"tax": "failed: it broke"}
     assert row(results, "Still predicts")["models"]["ppo"]["state"] == "failed"
     reason = "no held-out text"
-    results["measures"].append(
-        measure("pretraining_bits_per_byte", "ppo", None, against="sft", reason=reason)
-    )
+    results["measures"].append(measure("pretraining_bits_per_byte", "ppo", Skipped(reason), against="sft"))
     assert row(results, "Still predicts")["models"]["ppo"]["reason"] == reason
 
 

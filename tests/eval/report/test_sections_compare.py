@@ -4,9 +4,10 @@ import pytest
 
 from prefopt.evaluation.report.markup import Missing
 from prefopt.evaluation.report.sections import compare, metadata
-from prefopt.evaluation.results import measure
+from prefopt.evaluation.results import Skipped
 from prefopt.evaluation.stages.ratings import FLAGS
 from prefopt.statistics.intervals import Estimate
+from tests.eval.measures import measure
 
 EVIL = "<script>alert(1)</script>"
 
@@ -78,9 +79,9 @@ def test_nothing_measured_says_why():
         with pytest.raises(Missing, match=f"prefopt eval {stage}"):
             section.section({"measures": []})
     data = {"main_judge": None, "pairs": [], "matrix": {}}
-    nobody = [measure("winrate", "ppo", None, against="sft", reason="name a judge")]
+    nobody = [measure("winrate", "ppo", Skipped("name a judge"), against="sft")]
     with pytest.raises(Missing, match="name a judge"):
         compare.section(results(nobody, "compare", data))
-    nobody = [measure("rating", "ppo", None, reason="no labels by people")]
+    nobody = [measure("rating", "ppo", Skipped("no labels by people"))]
     with pytest.raises(Missing, match="no labels by people"):
         metadata.section(results(nobody, "metadata", {"ratings": {}, "flags": {}}))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.stages import compare
+from prefopt.evaluation.stages import compare, judge
 from prefopt.evaluation.stages.compare import (
     CompareArguments,
     length_controlled_win_rate,
@@ -186,7 +186,7 @@ def evaluation(tmp_path: Path) -> EvaluationRun:
     people += [judgement(i, "ppo", "sft", 0.0, labeler="bob") for i in range(4)]
     write_jsonl(judgements_path(run, "human"), people)
     run.write_stage(
-        "judge", [], {"judges": {"gold": "ok", "human": "ok", "lm": "failed: RuntimeError: no memory"}}
+        judge.STAGE, [], {"judges": {"gold": "ok", "human": "ok", "lm": "failed: RuntimeError: no memory"}}
     )
     return run
 
@@ -196,7 +196,7 @@ ARGUMENTS = {"models": {"sft": "a", "ppo": "b", "ppo_ptx": "c"}, "heldout_use_ca
 
 def test_the_stage_reports_every_number(evaluation: EvaluationRun):
     args = EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS)
-    compare.run(evaluation, args, CompareArguments(labeler_groups={"train": ["ann"], "heldout": ["bob"]}))
+    compare.measure(evaluation, args, CompareArguments(labeler_groups={"train": ["ann"], "heldout": ["bob"]}))
     stage = evaluation.stage("compare")
     measures = stage["measures"]
 
@@ -246,28 +246,28 @@ def test_the_stage_reports_every_number(evaluation: EvaluationRun):
 
 def test_another_main_judge(evaluation: EvaluationRun):
     args = EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS)
-    compare.run(evaluation, args, CompareArguments(main_judge="human"))
+    compare.measure(evaluation, args, CompareArguments(main_judge="human"))
     measures = evaluation.stage("compare")["measures"]
     assert find(measures, "winrate", "ppo", "sft")["value"] == 0.5
     assert "gold reward" not in find(measures, "winrate", "ppo", "sft")["definition"]
     assert find(measures, "winrate", "ppo_ptx", "sft")["status"] == "skipped"
     assert find(measures, "bradley_terry", "ppo_ptx")["status"] == "skipped"
     with pytest.raises(ValueError, match="main_judge 'reward'"):
-        compare.run(evaluation, args, CompareArguments(main_judge="reward"))
+        compare.measure(evaluation, args, CompareArguments(main_judge="reward"))
 
 
 def test_a_broken_main_judge_is_no_reason_for_another_headline(evaluation: EvaluationRun):
-    evaluation.write_stage("judge", [], {"judges": {"gold": "failed: OSError: gone", "human": "ok"}})
+    evaluation.write_stage(judge.STAGE, [], {"judges": {"gold": "failed: OSError: gone", "human": "ok"}})
     judgements_path(evaluation, "gold").unlink()
     args = EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS)
-    compare.run(evaluation, args, CompareArguments())
+    compare.measure(evaluation, args, CompareArguments())
     found = find(evaluation.stage("compare")["measures"], "winrate", "ppo", "sft")
     assert (found["status"], found["reason"], found["judge"]) == ("failed", "OSError: gone", "gold")
 
 
 def test_no_judge_is_skipped_with_a_remedy(tmp_path: Path):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "a", "ppo": "b"})
-    compare.run(EvaluationRun(tmp_path), args, CompareArguments())
+    compare.measure(EvaluationRun(tmp_path), args, CompareArguments())
     found = find(EvaluationRun(tmp_path).stage("compare")["measures"], "winrate", "ppo", "sft")
     assert found["status"] == "skipped"
     assert "gold_judge" in found["reason"]

@@ -1,6 +1,7 @@
 """The model loader, the stage `generate`, and the command that runs the stages."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.stages import compare
+from prefopt.evaluation.stages import compare, drift, judge, tax
 from prefopt.evaluation.stages import generate as generation
 from prefopt.evaluation.stages.generate import GenerateArguments
 from prefopt.inference.generate import generate
@@ -112,7 +113,7 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
     )
     prompts = [{"prompt": "the cat", "use_case": "chat"}, {"prompt": "a dog", "use_case": "other"}]
     own = GenerateArguments(samples_per_prompt=3, max_new_tokens=4)
-    generation.run(run, args, own, prompts)
+    generation.measure(run, args, replace(own, prompts=prompts))
     rows = run.completions("ppo")
     assert [(r["id"], r["sample"], r["prompt"], r["use_case"]) for r in rows] == [
         (i, k, prompts[i]["prompt"], prompts[i]["use_case"]) for i in (0, 1) for k in (0, 1, 2)
@@ -130,13 +131,15 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
     assert status["lost"].startswith("failed: UserError: cannot load")
 
     before = list(loaded)
-    generation.run(run, args, own, prompts)
+    generation.measure(run, args, replace(own, prompts=prompts))
     assert loaded == [*before, "no-such-model"]  # only what is missing is tried again
-    generation.run(run, args, GenerateArguments(samples_per_prompt=1, max_new_tokens=4), prompts)
+    generation.measure(run, args, GenerateArguments(prompts, samples_per_prompt=1, max_new_tokens=4))
     assert len(run.completions("ppo")) == 2
     with pytest.raises(RuntimeError, match="no model gave completions"):
-        generation.run(
-            run, EvaluationArguments(output_dir=args.output_dir, models={"x": "no-such"}), own, prompts
+        generation.measure(
+            run,
+            EvaluationArguments(output_dir=args.output_dir, models={"x": "no-such"}),
+            replace(own, prompts=prompts),
         )
 
 
@@ -163,11 +166,11 @@ def test_a_model_that_breaks_midway_loses_nothing(folder: Path, monkeypatch):
 
     monkeypatch.setattr(generation, "load_language_model", load)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generation.run(EvaluationRun(folder / "out"), args, own, prompts)
+        generation.measure(EvaluationRun(folder / "out"), args, replace(own, prompts=prompts))
     breaks[0] = False
-    generation.run(EvaluationRun(folder / "out"), args, own, prompts)
+    generation.measure(EvaluationRun(folder / "out"), args, replace(own, prompts=prompts))
     assert len(drawn) == 3  # none of them twice
-    generation.run(EvaluationRun(folder / "whole"), args, own, prompts)
+    generation.measure(EvaluationRun(folder / "whole"), args, replace(own, prompts=prompts))
     ours, theirs = (EvaluationRun(folder / name).completions("sft") for name in ("out", "whole"))
     assert ours == theirs
     assert len(ours) == 3
@@ -243,9 +246,9 @@ def test_what_was_found_on_other_completions_no_longer_holds(tmp_path):
         "truncated": False,
     }
     write_jsonl(run.completions_path("sft"), [row])
-    run.write_stage("drift", [], {"kept": 1})
-    run.write_stage("tax", [], {"kept": 2})
-    run.write_stage("judge", [])
+    run.write_stage(drift.STAGE, [], {"kept": 1})
+    run.write_stage(tax.STAGE, [], {"kept": 2})
+    run.write_stage(judge.STAGE, [])
     assert run.stage("drift")["data"] == {"kept": 1}
     write_jsonl(run.completions_path("sft"), [{**row, "completion": "b"}])
     assert run.stage("drift") is None
@@ -253,7 +256,7 @@ def test_what_was_found_on_other_completions_no_longer_holds(tmp_path):
     assert run.stage("tax")["data"] == {"kept": 2}  # looks at no completions
     assert not run.is_stale("tax")
     with pytest.raises(ValueError, match="run `prefopt eval judge` again"):
-        compare.run(run, EvaluationArguments(str(tmp_path), {"sft": "a"}), compare.CompareArguments())
+        compare.measure(run, EvaluationArguments(str(tmp_path), {"sft": "a"}), compare.CompareArguments())
 
 
 @pytest.mark.parametrize(
@@ -281,8 +284,8 @@ def test_numbers_out_of_range_are_refused(keys):
 def test_a_column_id_of_the_prompts_is_refused(tmp_path):
     args = EvaluationArguments(str(tmp_path), {"sft": "a"})
     with pytest.raises(ValueError, match="column 'id' is taken"):
-        generation.run(
-            EvaluationRun(tmp_path), args, generation.GenerateArguments(), [{"prompt": "x", "id": 7}]
+        generation.measure(
+            EvaluationRun(tmp_path), args, generation.GenerateArguments([{"prompt": "x", "id": 7}])
         )
 
 
@@ -293,4 +296,4 @@ def test_a_use_case_that_no_prompt_has_is_an_error(tmp_path: Path):
     with pytest.raises(
         ValueError, match="heldout_use_case: no prompt is of 'extrct'; the prompts have extract, rewrite"
     ):
-        generation.run(EvaluationRun(tmp_path), args, GenerateArguments(), rows)
+        generation.measure(EvaluationRun(tmp_path), args, GenerateArguments(rows))

@@ -10,13 +10,14 @@ from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from prefopt.evaluation.judges.labels import check_labels, preferences
+from prefopt.evaluation.judges.gold import ScoreJudge, gold_scores, load_callable
 from prefopt.evaluation.judges.language_model import LanguageModelJudge, fill
+from prefopt.evaluation.judges.people import HumanJudge, check_labels, preferences
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import judge as judges
 from prefopt.evaluation.stages import ratings as metadata
-from prefopt.evaluation.stages.judge import HumanJudge, JudgeArguments, ScoreJudge, gold_scores, load_callable
+from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.evaluation.stages.ratings import MetadataArguments, counts_for, flag_share, share
 from prefopt.evaluation.stages.reward_model import RewardModelArguments
 from prefopt.inference.generate import Completion
@@ -299,7 +300,7 @@ def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(
         lm_judge=str(run.folder / "nothing"),
         reward_judge=args.models["sft"].replace("policy", "reward"),
     )
-    judges.run(run, args, own)
+    judges.measure(run, args, own)
     stage = run.stage("judge")["data"]["judges"]
     assert {name: status.split(":")[0] for name, status in stage.items()} == {
         "gold": "ok",
@@ -320,25 +321,27 @@ def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(
 
     path = judges.scores_path(run, "reward", "sft")
     first = path.stat().st_mtime_ns
-    judges.run(run, args, own)
+    judges.measure(run, args, own)
     assert path.stat().st_mtime_ns == first  # the same completions and reward model: not scored again
 
-    metadata.run(run, args, MetadataArguments(), str(labels))
+    metadata.measure(run, args, MetadataArguments(), JudgeArguments(human_judgements=str(labels)))
     measures = run.stage("metadata")["measures"]
     assert find(measures, "rating", "ppo")["value"] == 6.0
     assert find(measures, "flag.hallucination", "ppo")["status"] == "skipped"  # the prompt has no use case
     assert find(measures, "rating", "lost")["status"] == "skipped"
-    metadata.run(run, args, MetadataArguments(), str(run.folder / "none.jsonl"))
+    metadata.measure(
+        run, args, MetadataArguments(), JudgeArguments(human_judgements=str(run.folder / "none.jsonl"))
+    )
     found = find(run.stage("metadata")["measures"], "rating", "ppo")
     assert (found["status"], found["value"]) == ("failed", None)
-    metadata.run(run, args, MetadataArguments(), None)
+    metadata.measure(run, args, MetadataArguments(), JudgeArguments(human_judgements=None))
     assert "human_judgements" in find(run.stage("metadata")["measures"], "rating", "ppo")["reason"]
 
 
 def test_a_judge_needs_completions(tmp_path: Path):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "x"})
     with pytest.raises(FileNotFoundError, match="prefopt eval generate"):
-        judges.run(EvaluationRun(tmp_path), args, JudgeArguments(gold_judge=lambda p, c: 0.0))
+        judges.measure(EvaluationRun(tmp_path), args, JudgeArguments(gold_judge=lambda p, c: 0.0))
 
 
 def test_labels_of_prompts_that_were_not_generated_for_are_left_out_with_a_count(caplog):

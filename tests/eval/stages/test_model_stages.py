@@ -105,7 +105,7 @@ def test_token_divergence_equals_a_loop_over_the_vocabulary(world):
 
 
 def test_drift_stage(world):
-    drift.run(world.run, world.args, drift.DriftArguments())
+    drift.measure(world.run, world.args, drift.DriftArguments())
     found = world.run.stage("drift")
     rows = [row for row in world.run.completions("ppo") if row["use_case"] != "odd"]
     one = token_divergence(
@@ -139,16 +139,16 @@ def test_drift_stage(world):
 
 
 def test_drift_is_not_measured_again_and_a_broken_model_costs_its_own_numbers(world, monkeypatch):
-    drift.run(world.run, world.args, drift.DriftArguments())
+    drift.measure(world.run, world.args, drift.DriftArguments())
     before = world.run.stage("drift")
     monkeypatch.setattr(drift, "load_language_model", lambda *a, **k: pytest.fail("loaded again"))
-    drift.run(world.run, world.args, drift.DriftArguments())
+    drift.measure(world.run, world.args, drift.DriftArguments())
     assert world.run.stage("drift") == before
     monkeypatch.undo()
     world.args.models["gone"] = str(world.folder / "nowhere")
     write_jsonl(world.run.completions_path("gone"), world.run.completions("ppo"))
     world.args.models["mute"] = world.args.models["ppo"]
-    drift.run(world.run, world.args, drift.DriftArguments())
+    drift.measure(world.run, world.args, drift.DriftArguments())
     found = world.run.stage("drift")["measures"]
     assert find(found, "kl_to_sft", "gone")["status"] == "failed"
     assert find(found, "kl_to_sft", "mute")["status"] == "skipped"
@@ -175,7 +175,7 @@ def test_intervals_of_drift_cover():
 # ---- diversity -------------------------------------------------------------------------------------------------------
 def test_diversity_stage(world):
     own = diversity.DiversityArguments(self_bleu_group=2)
-    diversity.run(world.run, world.args, own)
+    diversity.measure(world.run, world.args, own)
     found = world.run.stage("diversity")["measures"]
     rows = [row for row in world.run.completions("ppo") if row["use_case"] != "odd"]
     words = [diversity_words(row["completion"]) for row in rows if row["sample"] == 0]
@@ -209,7 +209,7 @@ def test_diversity_of_a_collapsed_model_is_lower(world):
         world.run.completions_path("sft"),
         [row | {"completion": f"{row['id']} a{row['sample']} b c d"} for row in rows],
     )
-    diversity.run(world.run, world.args, diversity.DiversityArguments(self_bleu_group=2))
+    diversity.measure(world.run, world.args, diversity.DiversityArguments(self_bleu_group=2))
     found = world.run.stage("diversity")["measures"]
     for scope in ("across_prompts", "per_prompt"):
         assert find(found, f"diversity.unique.{scope}", "ppo")["value"] == pytest.approx(1 / 3)
@@ -228,7 +228,7 @@ def test_one_sample_per_prompt_and_no_sacrebleu_are_told(world, monkeypatch):
         write_jsonl(
             world.run.completions_path(name), [r for r in world.run.completions(name) if r["sample"] == 0]
         )
-    diversity.run(world.run, world.args, diversity.DiversityArguments())
+    diversity.measure(world.run, world.args, diversity.DiversityArguments())
     found = world.run.stage("diversity")["measures"]
     missing = find(found, "diversity.unique.per_prompt", "ppo")
     assert (missing["status"], missing["value"]) == ("skipped", None)
@@ -264,7 +264,7 @@ def test_implicit_rewards_equal_a_loop(world):
 
 
 def test_reward_model_stage(world, monkeypatch):
-    reward_model.run(world.run, world.args, own_reward(world), gold=length)
+    reward_model.measure(world.run, world.args, own_reward(world), JudgeArguments(gold_judge=length))
     found = world.run.stage("reward_model")["measures"]
     a, b, c = score_rows(world.reward, world.tokenizer, [RANKINGS[0]])[0]
     d, e = score_rows(world.reward, world.tokenizer, [RANKINGS[2]])[0]
@@ -296,7 +296,7 @@ def test_reward_model_stage(world, monkeypatch):
     assert "alice &lt;b&gt;" in html
     assert ALICE not in html
     monkeypatch.setattr(reward_model, "score_rows", lambda *a: pytest.fail("scored again"))
-    reward_model.run(world.run, world.args, own_reward(world), gold=length)
+    reward_model.measure(world.run, world.args, own_reward(world), JudgeArguments(gold_judge=length))
     assert world.run.stage("reward_model")["measures"] == found
 
 
@@ -308,7 +308,7 @@ def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
     def fails(prompt, completion):
         raise ConnectionError("scorer is down")
 
-    reward_model.run(world.run, world.args, own, gold=fails)
+    reward_model.measure(world.run, world.args, own, JudgeArguments(gold_judge=fails))
     found = world.run.stage("reward_model")["measures"]
     gold = find(found, "rm.gold_accuracy.train", "gold")
     assert (gold["status"], gold["value"], gold["reason"]) == (
@@ -322,9 +322,9 @@ def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
     assert find(found, "rm.accuracy.train", "reward_model")["status"] == "ok"
     write_jsonl(world.folder / "train.jsonl", [{"prompt": "p", "completions": ["a", "b"], "ranks": [1, 5]}])
     with pytest.raises(ValueError, match=r"row 0.*ranks"):
-        reward_model.run(world.run, world.args, own_reward(world))
+        reward_model.measure(world.run, world.args, own_reward(world), JudgeArguments())
     nothing = reward_model.RewardModelArguments()
-    reward_model.run(world.run, world.args, nothing)
+    reward_model.measure(world.run, world.args, nothing, JudgeArguments())
     with pytest.raises(Missing, match="rankings"):
         reward_model_section.section(results_of(world.run, "reward_model"))
 
@@ -345,9 +345,9 @@ def test_overopt_stage(world):
     ]
     state = {"log_history": entries, "stateful_callbacks": {}}
     (world.folder / "ppo" / "trainer_state.json").write_text(json.dumps(state))
-    drift.run(world.run, world.args, drift.DriftArguments())
+    drift.measure(world.run, world.args, drift.DriftArguments())
     judges = JudgeArguments(gold_judge="e3_gold:length", reward_judge=str(world.folder / "reward"))
-    overopt.run(world.run, world.args, overopt.OveroptArguments(), judges)
+    overopt.measure(world.run, world.args, overopt.OveroptArguments(), judges)
     found = world.run.stage("overopt")
     rows = [row for row in world.run.completions("sft") if row["use_case"] != "odd"]
     data = found["data"]
@@ -374,14 +374,14 @@ def test_overopt_stage(world):
 
 
 def test_overopt_without_judges_or_samples_says_what_is_missing(world):
-    overopt.run(world.run, world.args, overopt.OveroptArguments(), JudgeArguments())
+    overopt.measure(world.run, world.args, overopt.OveroptArguments(), JudgeArguments())
     found = world.run.stage("overopt")["measures"]
     assert find(found, "overopt.best_of_n_gold", "sft")["status"] == "skipped"
     assert "reward_judge" in find(found, "overopt.best_of_n_gold", "sft")["reason"]
     with pytest.raises(Missing, match="reward_judge"):
         overopt_section.section(results_of(world.run, "overopt"))
     judges = JudgeArguments(gold_judge="no.such:thing", reward_judge=str(world.folder / "reward"))
-    overopt.run(world.run, world.args, overopt.OveroptArguments(), judges)
+    overopt.measure(world.run, world.args, overopt.OveroptArguments(), judges)
     assert find(world.run.stage("overopt")["measures"], "overopt.best_of_n_gold", "sft")["status"] == "failed"
 
 

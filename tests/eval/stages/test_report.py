@@ -10,14 +10,16 @@ from dataclasses import replace
 import pytest
 
 from prefopt.evaluation.report.worst import main_model, pick_samples
-from prefopt.evaluation.results import FAILED, find
+from prefopt.evaluation.results import Failed, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
-from prefopt.evaluation.stages import compare
+from prefopt.evaluation.stages import benchmarks as bench
+from prefopt.evaluation.stages import compare, drift, tax
 from prefopt.evaluation.stages import judge as judges
 from prefopt.evaluation.stages import overoptimization as overopt
 from prefopt.evaluation.stages import ratings as metadata
 from prefopt.evaluation.stages import report as report_stage
 from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes.evaluate import ALL
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 HOSTILE = [
@@ -59,9 +61,9 @@ def evaluation(folder, prompts=30):
     args = EvaluationArguments(
         output_dir=str(folder), models=dict.fromkeys(MODELS, "nowhere"), heldout_use_case="held"
     )
-    judges.run(run, args, judges.JudgeArguments(gold_judge=length))
-    compare.run(run, args, compare.CompareArguments())
-    metadata.run(run, args, metadata.MetadataArguments(), None)
+    judges.measure(run, args, judges.JudgeArguments(gold_judge=length))
+    compare.measure(run, args, compare.CompareArguments())
+    metadata.measure(run, args, metadata.MetadataArguments(), judges.JudgeArguments(human_judgements=None))
     return run, args
 
 
@@ -69,11 +71,14 @@ def evaluation(folder, prompts=30):
 def done(tmp_path_factory):
     run, args = evaluation(tmp_path_factory.mktemp("evaluation"))
     run.write_stage(
-        "all",
+        ALL,
         [],
-        {"seconds": {"judge": 1.5}, "notes": {"overopt": f"{FAILED}<u>broke</u>", "bench": "not asked for"}},
+        {
+            "seconds": {"judge": 1.5},
+            "notes": {"overopt": str(Failed("<u>broke</u>")), "bench": "not asked for"},
+        },
     )
-    report_stage.run(run, args, report_stage.ReportArguments())
+    report_stage.measure(run, args, report_stage.ReportArguments())
     return run, args
 
 
@@ -154,7 +159,7 @@ def test_markdown_has_fences_that_hold_and_every_number(done):
 
 def test_a_stage_that_ran_since_is_not_called_failed(done):
     run, args = done
-    run.write_stage("overopt", [], {"baseline": "sft", "best_of_n": None, "rollouts": {}, "models": {}})
+    run.write_stage(overopt.STAGE, [], {"baseline": "sft", "best_of_n": None, "rollouts": {}, "models": {}})
     results = report_stage.collect(run, args, report_stage.ReportArguments())
     run.forget_stage("overopt")
     assert results["notes"] == {"bench": "not asked for"}
@@ -163,24 +168,24 @@ def test_a_stage_that_ran_since_is_not_called_failed(done):
 def test_numbers_against_another_baseline_are_not_mixed_in(tmp_path):
     """`prefopt eval report --baseline ppo` alone, behind stages that ran with sft."""
     run, args = evaluation(tmp_path, prompts=6)
-    run.write_stage("drift", [], {"baseline": "sft"})
-    run.write_stage("tax", [], {"documents": 3})
+    run.write_stage(drift.STAGE, [], {"baseline": "sft"})
+    run.write_stage(tax.STAGE, [], {"documents": 3})
     own = report_stage.ReportArguments()
-    report_stage.run(run, args, own)
+    report_stage.measure(run, args, own)
     before = (tmp_path / "results.json").read_bytes()
     other = replace(args, baseline="ppo")
     told = (
         "baseline is 'ppo', but compare measured against 'sft', drift measured against 'sft'; run them again"
     )
     with pytest.raises(ValueError, match=told):
-        report_stage.run(run, other, own)
+        report_stage.measure(run, other, own)
     assert (tmp_path / "results.json").read_bytes() == before
     with pytest.raises(ValueError, match="baseline is 'ppo', but drift measured against 'sft'; run it again"):
-        overopt.run(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
-    compare.run(run, other, compare.CompareArguments())
-    run.write_stage("drift", [], {"baseline": "ppo"})
-    overopt.run(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
-    report_stage.run(run, other, own)
+        overopt.measure(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
+    compare.measure(run, other, compare.CompareArguments())
+    run.write_stage(drift.STAGE, [], {"baseline": "ppo"})
+    overopt.measure(run, other, overopt.OveroptArguments(), judges.JudgeArguments())
+    report_stage.measure(run, other, own)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {m["against"] for m in results["measures"] if m["name"] == "winrate"} == {"ppo"}
 
@@ -192,16 +197,16 @@ def test_the_alignment_tax_has_a_base_of_its_own(tmp_path, keys, base):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "a", "ppo": "b"}, **keys)
     run = EvaluationRun(tmp_path)
     assert args.tax_base == base
-    run.write_stage("bench", [], {"base": base})
+    run.write_stage(bench.STAGE, [], {"base": base})
     report_stage.collect(run, args, report_stage.ReportArguments())
-    run.write_stage("bench", [], {"base": "dpo"})
+    run.write_stage(bench.STAGE, [], {"base": "dpo"})
     with pytest.raises(ValueError, match=f"base is {base!r}, but bench measured against 'dpo'"):
         report_stage.collect(run, args, report_stage.ReportArguments())
 
 
 def test_without_any_file_everything_is_skipped(tmp_path):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "nowhere"})
-    report_stage.run(EvaluationRun(tmp_path), args, report_stage.ReportArguments())
+    report_stage.measure(EvaluationRun(tmp_path), args, report_stage.ReportArguments())
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Failed: " not in html
     assert "No model was compared with SFT." in html
@@ -212,7 +217,7 @@ def test_a_thousand_rows_take_seconds_and_little_memory(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.process_time()
     run, args = evaluation(tmp_path, prompts=250)  # times four models
-    report_stage.run(run, args, report_stage.ReportArguments())
+    report_stage.measure(run, args, report_stage.ReportArguments())
     assert time.process_time() - start < 20
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_maxrss - before.ru_maxrss < 2**20  # KiB

@@ -41,7 +41,7 @@ def world(tmp_path, causal_lm, tokenizer):
 def test_numbers_are_those_of_the_functions_and_differences_are_paired(world, tokenizer):
     run, args, models, folder = world
     own = tax.TaxArguments(str(folder / "text.jsonl"), str(folder / "tasks.jsonl"))
-    tax.run(run, args, own)
+    tax.measure(run, args, own)
     measures = run.stage("tax")["measures"]
     bits = {name: bits_per_byte(model, tokenizer, TEXTS) for name, model in models.items()}
     for name, found in bits.items():
@@ -85,19 +85,19 @@ def test_a_second_run_loads_no_model(world, monkeypatch):
     run, args, _, folder = world
     args.models.pop("dpo")
     own = tax.TaxArguments(str(folder / "text.jsonl"), str(folder / "tasks.jsonl"))
-    tax.run(run, args, own)
+    tax.measure(run, args, own)
     first = run.stage("tax")
     monkeypatch.setattr(tax, "load_language_model", lambda *_, **__: pytest.fail("loaded again"))
-    tax.run(run, args, own)
+    tax.measure(run, args, own)
     assert run.stage("tax") == first
     write_jsonl(folder / "text.jsonl", [{"text": "another text"}])
     with pytest.raises(pytest.fail.Exception, match="loaded again"):
-        tax.run(run, args, own)
+        tax.measure(run, args, own)
 
 
 def test_what_is_not_given_is_skipped_with_its_remedy(world):
     run, args, _, _ = world
-    tax.run(run, args, tax.TaxArguments())
+    tax.measure(run, args, tax.TaxArguments())
     measures = run.stage("tax")["measures"]
     assert {m["status"] for m in measures} == {"skipped"}
     assert "set `pretraining_text`" in find(measures, tax.TEXT, "ppo", "sft")["reason"]
@@ -114,7 +114,7 @@ def test_bad_input_stops_before_a_model_is_loaded(world, monkeypatch, row, told)
     if row is not None:
         write_jsonl(folder / "bad.jsonl", [row])
     with pytest.raises(ValueError, match=told):
-        tax.run(run, args, tax.TaxArguments(heldout_tasks=str(folder / "bad.jsonl")))
+        tax.measure(run, args, tax.TaxArguments(heldout_tasks=str(folder / "bad.jsonl")))
     write_jsonl(folder / "bad_text.jsonl", [{"text": 3}])
     with pytest.raises(ValueError, match="row 0: field 'text'"):
-        tax.run(run, args, tax.TaxArguments(str(folder / "bad_text.jsonl")))
+        tax.measure(run, args, tax.TaxArguments(str(folder / "bad_text.jsonl")))

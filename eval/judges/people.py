@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from prefopt.errors import UserError
+
 logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 Completions = Mapping[str, Sequence[Row]]  # of every model, one row per prompt
@@ -27,7 +29,7 @@ def check_labels(
     """The rows with their `id`, and how many labels were left out because they are of other completions.
 
     Raises:
-        ValueError: "SOURCE row 12: field 'ranks': expected ..., got ...".
+        UserError: "SOURCE row 12: field 'ranks': expected ..., got ...".
     """
     ids = {prompt_key(row["prompt"]): row["id"] for one in completions.values() for row in one}
     texts = {(model, row["id"]): row["completion"] for model, one in completions.items() for row in one}
@@ -35,8 +37,8 @@ def check_labels(
     kept, stale = [], 0
     for number, row in enumerate(rows):
 
-        def wrong(field: str, expected: str, number: int = number, row: Row = row) -> ValueError:
-            return ValueError(
+        def wrong(field: str, expected: str, number: int = number, row: Row = row) -> UserError:
+            return UserError(
                 f"{source} row {number}: field {field!r}: expected {expected}, got {row.get(field)!r:.80}"
             )
 
@@ -120,6 +122,24 @@ def preferences(labels: Iterable[Row]) -> list[dict[str, Any]]:
             pair = {"a": row["models"][i], "b": row["models"][j]}
             found.append({"id": row["id"], **pair, "preference": preference, **who})
     return found
+
+
+class HumanJudge:
+    """People's labels of the samples. `stale` counts those left out because they are of other completions."""
+
+    def __init__(self, labels: Sequence[Row], source: str = "human_judgements") -> None:
+        self.labels, self.source, self.stale = labels, source, 0
+
+    def judgements(self, completions: Completions, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        sampled = {m: [r for r in rows if r["decoding"] == "sampled"] for m, rows in completions.items()}
+        labels, self.stale = check_labels(self.labels, sampled, self.source)
+        compared = {frozenset(pair) for pair in pairs}
+        every = preferences(labels)
+        found = [{"decoding": "sampled", **row} for row in every if {row["a"], row["b"]} in compared]
+        if len(found) < len(every):
+            logger.warning("%s: %d of %d judgements are of models that are not compared here",
+                           self.source, len(every) - len(found), len(every))  # fmt: skip
+        return found
 
 
 def prompt_key(prompt: Any) -> str:

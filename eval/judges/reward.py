@@ -1,0 +1,35 @@
+"""A reward model as the judge: the completion with the higher score is preferred."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prefopt.evaluation.judges.people import Row
+from prefopt.evaluation.run import EvaluationArguments
+from prefopt.inference.generate import Completion
+from prefopt.inference.scoring import score_samples
+from prefopt.models.loading import known_tokenizer, load_classifier
+
+
+class RewardModel:
+    """Scores completions; loaded when it is first needed.
+
+    Scores are of the ids as they were sampled where the policy has the reward model's tokens, else of the text.
+
+    Args:
+        source: its folder or Hub id.
+        progress: called with a line of text before it is loaded.
+    """
+
+    def __init__(self, source: str, args: EvaluationArguments, progress: Callable[[str], None]) -> None:
+        self.source, self.args, self.progress = source, args, progress
+        self._loaded: tuple[Any, Any] | None = None
+
+    def scores(self, model: str, rows: Sequence[Row]) -> list[float]:
+        """One for each row of the completions of `model`."""
+        if self._loaded is None:
+            self.progress(f"loading reward model {self.source}")
+            self._loaded = load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)
+        prompts = [row["prompt"] for row in rows]
+        samples = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
+        policy = known_tokenizer(self.args.models[model])
+        return score_samples(*self._loaded, policy, prompts, samples, self.args.batch_size)
