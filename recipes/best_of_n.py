@@ -28,11 +28,10 @@ from prefopt.inference.generate import (
 )
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.scoring import score_samples
-from prefopt.models.checkpoints import check_reward_model
-from prefopt.models.loading import load_classifier
+from prefopt.models.checkpoints import check_reward_model, load_classifier
 from prefopt.recipes.common.arguments import UserError, parse
 from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs
+from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.common.preflight import check_prompts
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import require_chat_template
@@ -41,7 +40,6 @@ from prefopt.recipes.sample import (
     SamplingArguments,
     check_sampling,
     load_prompts,
-    load_sampler,
     sampling_inputs,
 )
 from prefopt.statistics.intervals import mean_estimate
@@ -165,7 +163,7 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
 
     def draw(prompts: list[Any], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
         if not loaded:
-            loaded.append(load_sampler(model_args, init_kwargs))
+            loaded.append(load_policy(model_args, init_kwargs, is_trainable=False))
             loaded.extend(
                 load_classifier(
                     args.reward_model_name_or_path,

@@ -28,7 +28,7 @@ from prefopt.labeling.key import Key, blind, read_key, write_key
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
-from prefopt.models.loading import load_classifier
+from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
 from prefopt.recipes.common.arguments import UserError, named, parse
 from prefopt.recipes.common.rows import check_fields, load_rows

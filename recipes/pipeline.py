@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.evaluation.run import EvaluationRun
 from prefopt.inference.generate import generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
+from prefopt.models.loading import load_language_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.arguments import UserError, config_folder, parse
 from prefopt.recipes.common.errors import run_command
@@ -165,7 +165,7 @@ class Pipeline:
         epochs = []
         checkpoints = (self.root / "sft-epochs").glob("checkpoint-*")
         for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.split("-")[1])):
-            model, tokenizer = load_causal_lm(checkpoint)
+            model, tokenizer = load_language_model(checkpoint)
             drawn = generate(model, tokenizer, prompts, max_new_tokens=self.args.max_new_tokens, batch_size=256,
                              seed=self.args.seed)  # fmt: skip
             scores = score_completions(judge, tokenizer, prompts, [c[0] for c in drawn], batch_size=256)
@@ -272,11 +272,6 @@ class Pipeline:
     def report(self, wall_seconds: dict[str, float]) -> None:
         """Written on every run, so that the wall time of the evaluation itself is in it."""
         self.evaluation("report", wall_seconds)
-
-
-def load_causal_lm(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in evaluation mode and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
 from prefopt.inference.generate import Completion, generate
 from prefopt.inference.journal import (
@@ -116,18 +114,6 @@ def load_prompts(args: SamplingArguments) -> Dataset:
     )
 
 
-def load_sampler(model_args: ModelConfig, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The policy, whole or a LoRA adapter, to draw from, on the GPU where there is one."""
-    model = load_policy(model_args, init_kwargs, is_trainable=False)
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(
-            model, quantization_config=get_quantization_config(model_args), **init_kwargs
-        )
-    if torch.cuda.is_available() and model.device.type == "cpu":
-        model = model.to("cuda")
-    return model.eval()
-
-
 def sampling_inputs(args: SamplingArguments, model_args: ModelConfig, rows: Dataset) -> dict[str, Any]:
     """All that the completions depend on: with other inputs they are drawn anew."""
     return {
@@ -163,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     def draw(journal: Journal) -> list[dict[str, Any]]:
         counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
         prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
-        model = load_sampler(model_args, init_kwargs)
+        model = load_policy(model_args, init_kwargs, is_trainable=False)
         with counting("completions") as progress:
             drawn = generate(
                 model,

@@ -7,7 +7,8 @@ from prefopt.evaluation.judges.people import Row
 from prefopt.evaluation.run import EvaluationArguments
 from prefopt.inference.generate import Completion
 from prefopt.inference.scoring import score_samples
-from prefopt.models.loading import known_tokenizer, load_classifier
+from prefopt.models.checkpoints import load_classifier
+from prefopt.models.loading import known_tokenizer
 
 
 class RewardModel:

@@ -21,7 +21,8 @@ from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows, score_texts
-from prefopt.models.loading import load_classifier, load_language_model
+from prefopt.models.checkpoints import load_classifier
+from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import build_ids

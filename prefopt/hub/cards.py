@@ -15,15 +15,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 from transformers import BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from prefopt.models.loading import saved_vocabulary
 
 logger = logging.getLogger(__name__)
 
 README = "README.md"
 FACTS = "model_card.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _EMPTY_FORM = "# Model Card for Model ID"  # heads what PEFT saves beside an adapter
 
@@ -183,16 +184,6 @@ def _quantization_code(quantization: Mapping[str, Any]) -> str:
     defaults = BitsAndBytesConfig().to_dict()
     own = {key: value for key, value in quantization.items() if key in defaults and value != defaults[key]}
     return ", ".join(f"{key}={value!r}" for key, value in own.items() if key[0] != "_")
-
-
-def saved_vocabulary(folder: Path) -> int | None:
-    """Rows of the embedding matrix that an adapter carries whole, as it does for a vocabulary that has grown."""
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as weights:
-        whole = [name for name in list(weights.keys()) if name.endswith("embed_tokens.weight")]
-        return weights.get_slice(whole[0]).get_shape()[0] if whole else None
 
 
 def _eval_result(row: Mapping[str, Any], task: str) -> EvalResult:

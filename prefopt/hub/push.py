@@ -20,16 +20,13 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
-    PreTrainedModel,
 )
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
 
 from prefopt.errors import UserError
 from prefopt.hub.cards import (
@@ -39,10 +36,10 @@ from prefopt.hub.cards import (
     holds_model,
     is_handwritten,
     read_facts,
-    saved_vocabulary,
     write_card,
 )
-from prefopt.models.checkpoints import merge_reward_model, remember_reward_token, save_reward_model
+from prefopt.models.checkpoints import merge_reward_model, save_reward_model
+from prefopt.models.loading import load_causal_lm
 
 logger = logging.getLogger(__name__)
 
@@ -174,26 +171,13 @@ def save_merged(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     if adapter.task_type == "SEQ_CLS":
         save_reward_model(merge_reward_model(folder, dtype=dtype), out)
     else:
-        _merge_policy(folder, adapter, dtype).save_pretrained(out)
+        quantization = read_facts(folder).get("quantization")
+        quantization = BitsAndBytesConfig(**quantization) if quantization else None
+        load_causal_lm(folder, merge=True, dtype=dtype, quantization_config=quantization).save_pretrained(out)
     AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     for name in (FACTS, README):
         if (folder / name).is_file():
             shutil.copy(folder / name, out)
-
-
-def _merge_policy(folder: Path, adapter: PeftConfig, dtype: torch.dtype) -> PreTrainedModel:
-    quantization = read_facts(folder).get("quantization")
-    options = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
-    base = AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path, dtype=dtype, **options)
-    if quantization:
-        base = base.dequantize(dtype=dtype)
-    if rows := saved_vocabulary(folder):
-        base.resize_token_embeddings(rows)  # the adapter holds the rows that this adds
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        base.generation_config = GenerationConfig.from_pretrained(folder)
-    model = PeftModel.from_pretrained(base, folder).merge_and_unload()
-    remember_reward_token(model, folder)
-    return model
 
 
 def create_repo(api: HfApi, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:

@@ -57,7 +57,7 @@ def generate(
         One list of `num_return` completions per prompt, in the order of the prompts.
 
     Raises:
-        ValueError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
+        UserError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
             model whose logits are NaN.
 
     Example:

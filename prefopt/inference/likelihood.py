@@ -36,7 +36,7 @@ def bits_per_byte(
     with the last token of the window before, so that every token is scored exactly once.
 
     Raises:
-        ValueError: on an empty text, or one that the tokenizer does not give back unchanged.
+        UserError: on an empty text, or one that the tokenizer does not give back unchanged.
 
     Example:
         >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).nats  # doctest: +SKIP
@@ -73,7 +73,7 @@ def task_accuracy(
             choice is appended to the context as it stands (write its leading space).
 
     Raises:
-        ValueError: on a task with a missing field, fewer than two or repeated choices, or an answer that is none of them.
+        UserError: on a task with a missing field, fewer than two or repeated choices, or an answer that is none of them.
 
     Example:
         >>> tasks = [{"context": "the cat sat on the", "choices": [" mat", " dog"], "answer": " mat"}]

@@ -83,7 +83,7 @@ def score_samples(
     and where the policy's tokenizer is not known, of the text.
 
     Raises:
-        ValueError: a score is not finite.
+        UserError: a score is not finite.
     """
     known = tokenizer.get_vocab()
     if policy_tokenizer is not None and all(

@@ -30,9 +30,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, cached_file, find_adapter_config_file
 
 from prefopt.errors import UserError
+from prefopt.models.loading import (
+    Loaded,
+    dequantized,
+    first_line,
+    fit_vocabulary,
+    is_adapter,
+    load_tokenizer,
+    placement,
+    put_on_base,
+    saved_config,
+)
 from prefopt.models.reward import (
     add_reward_token,
     init_score_head,
@@ -87,7 +97,7 @@ def load_reward_model(
             trainers; whatever it is, the head is the one that was saved, bit for bit.
 
     Raises:
-        ValueError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
+        UserError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
     """
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -108,11 +118,33 @@ def load_reward_model(
     return model.eval().requires_grad_(False)
 
 
+def load_classifier(
+    source: str | os.PathLike,
+    *,
+    load_in_4bit: bool = False,
+    dtype: str | None = "float32",
+    device: str | torch.device | None = None,
+) -> Loaded:
+    """A reward model (`prefopt.load_reward_model`: whole or LoRA adapter, head in fp32), with its tokenizer.
+
+    Raises:
+        UserError: the source has no trained head, or does not exist.
+    """
+    source = os.fspath(source)
+    kwargs = placement(load_in_4bit, dtype, device)
+    if not load_in_4bit:
+        kwargs.pop("quantization_config", None)  # an adapter's base stays quantized as in training
+    try:
+        return load_reward_model(source, **kwargs), load_tokenizer(source)
+    except OSError as error:
+        raise UserError(f"cannot load a reward model from {source!r}: {first_line(error)}") from error
+
+
 def check_reward_model(path: str | os.PathLike) -> None:
     """Raise what `load_reward_model` would raise about the head, without loading weights.
 
     Raises:
-        ValueError: the checkpoint is no one-label classifier, or the adapter does not contain a head.
+        UserError: the checkpoint is no one-label classifier, or the adapter does not contain a head.
     """
     if is_adapter(path):
         _require_head(os.fspath(path), PeftConfig.from_pretrained(path))
@@ -136,17 +168,14 @@ def merge_reward_model(
             head is fp32 always.
 
     Raises:
-        ValueError: the adapter does not contain the head or names no base model, or `path` is no adapter.
+        UserError: the adapter does not contain the head or names no base model, or `path` is no adapter.
     """
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
     if not is_adapter(path, **hub_arguments):
         raise UserError(f"{path} is no adapter: there is nothing to merge")
-    base = _adapter_base(path, base_model, hub_arguments, kwargs)
-    if getattr(base, "is_quantized", False):
-        dtype = kwargs["dtype"]
-        base = base.dequantize(dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    base = dequantized(_adapter_base(path, base_model, hub_arguments, kwargs), kwargs["dtype"])
     model = _on_base(path, base, hub_arguments).merge_and_unload()
     keep_head_fp32(model)
     return model.eval().requires_grad_(False)
@@ -190,25 +219,6 @@ def head_loaded_in_fp32() -> Iterator[None]:
         PreTrainedModel._keep_in_fp32_modules_strict = kept
 
 
-def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any]:
-    """The `config.json` of a checkpoint or beside an adapter; empty if there is none, as plain peft leaves it."""
-    path = os.fspath(path)
-    file = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments)
-    return {} if file is None else PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
-
-
-def remember_reward_token(
-    policy: PreTrainedModel | PeftModel, path: str | os.PathLike, **hub_arguments: Any
-) -> None:
-    """Give a policy loaded from an adapter the `reward_token_id` kept beside it, which it must never sample."""
-    policy.config.reward_token_id = saved_config(path, **hub_arguments).get("reward_token_id")
-
-
-def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
-    """Whether a directory or Hub repository holds an adapter rather than a whole model."""
-    return find_adapter_config_file(os.fspath(path), **hub_arguments) is not None
-
-
 def _require_head(path: str, adapter: PeftConfig) -> None:
     if "score" not in (getattr(adapter, "modules_to_save", None) or []):
         raise UserError(
@@ -246,11 +256,9 @@ def _on_base(
 ) -> PeftModel:
     """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
     saved = saved_config(path, **hub_arguments)
-    if saved.get("vocab_size", 0) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(saved["vocab_size"])  # the adapter holds the rows that this adds
     keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
     keep_4bit_gradients(base)
-    model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, **hub_arguments)
+    model = put_on_base(path, base, is_trainable, **hub_arguments)
     set_reward_bias(model, saved.get("reward_bias", 0.0))
     base.config.reward_token_id = saved.get("reward_token_id")
     if saved:  # the pad token of the tokenizer beside the adapter
@@ -286,6 +294,7 @@ def reward_model_from_adapter(
         return _on_base(path, base, adapter_at, is_trainable=True)
     keep_head_fp32(base)
     keep_4bit_gradients(base)
+    fit_vocabulary(base, path, **adapter_at)
     config.task_type, config.inference_mode = "SEQ_CLS", False
     config.modules_to_save = [*(config.modules_to_save or []), "score"]
     if reward_token is not None:

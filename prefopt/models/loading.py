@@ -1,23 +1,164 @@
-"""One loader for everything that is evaluated: whole models, 4-bit ones, LoRA adapters (merged or not), classifiers."""
+"""Models by path: whole ones, 4-bit ones, LoRA adapters put on their base, merged into it or not."""
 
 import os
+import re
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
 from prefopt.errors import UserError
-from prefopt.models.checkpoints import is_adapter, load_reward_model, remember_reward_token
+from prefopt.models.reward import keep_4bit_gradients
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+# The whole matrix of input embeddings in an adapter's weights, by the names that transformers' decoders give it, as PEFT
+# saves it if it has grown, is trained, or has trained rows.
+_EMBEDDINGS = re.compile(
+    r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)((\.token_adapter)?\.base_layer)?\.weight$"
+)
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+def is_adapter(path: str | os.PathLike, **hub_arguments: Any) -> bool:
+    """Whether a directory or Hub repository holds an adapter rather than a whole model."""
+    return find_adapter_config_file(os.fspath(path), **hub_arguments) is not None
+
+
+def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any]:
+    """The `config.json` of a checkpoint or beside an adapter; empty if there is none, as plain peft leaves it."""
+    if _file(path, CONFIG_NAME, hub_arguments) is None:
+        return {}
+    return PreTrainedConfig.get_config_dict(os.fspath(path), **hub_arguments)[0]
+
+
+def saved_vocabulary(path: str | os.PathLike, **hub_arguments: Any) -> int | None:
+    """Rows of the embedding matrix that an adapter carries whole, as it does for a vocabulary that has grown."""
+    file = _file(path, SAFETENSORS_WEIGHTS_NAME, hub_arguments)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as weights:
+        names = [name for name in weights.keys() if _EMBEDDINGS.search(name)]  # noqa: SIM118
+        return weights.get_slice(names[0]).get_shape()[0] if names else None
+
+
+def fit_vocabulary(base: PreTrainedModel, path: str | os.PathLike, **hub_arguments: Any) -> None:
+    """Give the base of an adapter as many token embeddings as it had when the adapter was trained.
+
+    The embeddings that the adapter carries decide. An adapter without any was trained on those of its base, or on those
+    that the `config.json` beside it counts; where there is none, the tokenizer beside it says how many ids may come.
+    Neither of the two makes the base's smaller, since vocabularies are padded.
+    """
+    size = base.get_input_embeddings().num_embeddings
+    rows = saved_vocabulary(path, **hub_arguments)
+    if rows is None:
+        config = saved_config(path, **hub_arguments)
+        if config:
+            rows = type(base.config).from_dict(config).get_text_config().vocab_size
+        else:
+            rows = _tokenizer_length(path, hub_arguments)
+        rows = max(size, rows)
+    if rows != size:
+        base.resize_token_embeddings(rows)
+
+
+def put_on_base(
+    path: str | os.PathLike, base: PreTrainedModel, is_trainable: bool = False, **hub_arguments: Any
+) -> PeftModel:
+    """The adapter at `path` on its base, whose vocabulary is made the adapter's: the one way to do it."""
+    fit_vocabulary(base, path, **hub_arguments)
+    return PeftModel.from_pretrained(base, os.fspath(path), is_trainable=is_trainable, **hub_arguments)
+
+
+def dequantized(base: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """A base to merge an adapter into: 4-bit weights + scale * B A, quantized again, would be another model."""
+    if not getattr(base, "is_quantized", False):
+        return base
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    return base.dequantize(dtype=dtype)
+
+
+# ---- language models ------------------------------------------------------------------------------------------------
+def load_causal_lm(
+    source: str | os.PathLike,
+    *,
+    is_trainable: bool = False,
+    merge: bool = False,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """A causal language model, whole or a LoRA adapter on its base.
+
+    Beside an adapter, `config.json` names the reward token, which the policy must never sample, and
+    `generation_config.json` the tokens that end a completion.
+
+    Args:
+        source: folder or Hub id of a whole model (also one that was saved quantized), or of an adapter, whose base is
+            loaded from where the adapter says.
+        is_trainable: the adapter's weights are to be trained; else the model is frozen and in evaluation mode.
+        merge: add an adapter's weights to its base, W + scale * B A, so that it costs no time of its own; a 4-bit base
+            is dequantized first.
+        revision: of `source`; the base's is the one in the adapter's config.
+        kwargs: for `from_pretrained` of the whole model or the base: `dtype`, `quantization_config`, `device_map`, ...
+
+    Raises:
+        UserError: the source is a reward model, or `merge` is asked for what is no adapter.
+        OSError: there is no model at the source.
+    """
+    source = os.fspath(source)
+    check_language_model(source, revision=revision)
+    if is_adapter(source, revision=revision):
+        adapter = PeftConfig.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            adapter.base_model_name_or_path, revision=adapter.revision, **kwargs
+        )
+        if _file(source, GENERATION_CONFIG_NAME, {"revision": revision}) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(source, revision=revision)
+        if merge:
+            model = dequantized(model, kwargs.get("dtype"))
+        model = put_on_base(source, model, is_trainable, revision=revision)
+        if merge:
+            model = model.merge_and_unload()
+        model.config.reward_token_id = saved_config(source, revision=revision).get("reward_token_id")
+    elif merge:
+        raise UserError(f"{source!r} is no adapter: there is nothing to merge")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **kwargs)
+    if is_trainable:
+        keep_4bit_gradients(model)
+        return model
+    return model.eval().requires_grad_(False)
+
+
+def check_language_model(source: str | os.PathLike, revision: str | None = None) -> None:
+    """Raise if the source is a reward model, without loading weights."""
+    source = os.fspath(source)
+    if is_adapter(source, revision=revision):
+        is_reward = PeftConfig.from_pretrained(source, revision=revision).task_type == "SEQ_CLS"
+    else:
+        names = AutoConfig.from_pretrained(source, revision=revision).architectures or ()
+        is_reward = any("ForSequenceClassification" in name for name in names)
+    if is_reward:
+        raise UserError(f"{source!r} is a reward model; expected a language model")
 
 
 def load_language_model(
@@ -28,19 +169,16 @@ def load_language_model(
     merge: bool = False,
     device: str | torch.device | None = None,
 ) -> Loaded:
-    """A causal language model for evaluation, frozen, with its tokenizer.
+    """`load_causal_lm` for evaluation, with the tokenizer.
 
     Args:
-        source: folder or Hub id of a whole model (also one that was saved quantized), or of a LoRA adapter, whose base
-            is loaded from where the adapter says.
+        source, merge: as in `load_causal_lm`.
         load_in_4bit: quantize the weights (of an adapter: of its base) to nf4 on the way in.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        merge: add an adapter's weights to its base, W + scale * B A, so that it costs no time of its own; a 4-bit base
-            is dequantized first, because the sum quantized again would be another model.
         device: default: the first GPU, or the CPU where there is none.
 
     Raises:
-        ValueError: the source is a reward model, does not exist, or `merge` is asked for what is no adapter.
+        UserError: the source is a reward model, does not exist, or `merge` is asked for what is no adapter.
         FileNotFoundError: the source is a file of completions.
 
     Example:
@@ -49,55 +187,11 @@ def load_language_model(
     source = os.fspath(source)
     if is_completions(source):
         raise FileNotFoundError(f"{source} holds completions: there are no weights to measure")
-    kwargs = _keywords(load_in_4bit, dtype, device)
     try:
-        if not is_adapter(source):
-            if merge:
-                raise UserError(f"{source!r} is no adapter: there is nothing to merge")
-            _refuse_classifier(source, AutoConfig.from_pretrained(source).architectures)
-            tokenizer = load_tokenizer(source)
-            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-        else:
-            adapter = PeftConfig.from_pretrained(source)
-            _refuse_classifier(source, ["ForSequenceClassification"] * (adapter.task_type == "SEQ_CLS"))
-            tokenizer = load_tokenizer(source)
-            base = AutoModelForCausalLM.from_pretrained(adapter.base_model_name_or_path, **kwargs)
-            model = _on_base(source, base, len(tokenizer), merge)
-            remember_reward_token(model, source)
+        model = load_causal_lm(source, merge=merge, **placement(load_in_4bit, dtype, device))
+        return model, load_tokenizer(source)
     except OSError as error:
-        raise UserError(f"cannot load a language model from {source!r}: {_first_line(error)}") from error
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _on_base(source: str, base: PreTrainedModel, vocabulary: int, merge: bool) -> PreTrainedModel:
-    if vocabulary > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(vocabulary)  # the adapter holds the rows that this adds
-    if merge and getattr(base, "is_quantized", False):
-        base = base.dequantize()
-    model = PeftModel.from_pretrained(base, source)
-    return model.merge_and_unload() if merge else model
-
-
-def load_classifier(
-    source: str | os.PathLike,
-    *,
-    load_in_4bit: bool = False,
-    dtype: str | None = "float32",
-    device: str | torch.device | None = None,
-) -> Loaded:
-    """A reward model (`prefopt.load_reward_model`: whole or LoRA adapter, head in fp32), with its tokenizer.
-
-    Raises:
-        ValueError: the source has no trained head, or does not exist.
-    """
-    source = os.fspath(source)
-    kwargs = _keywords(load_in_4bit, dtype, device)
-    if not load_in_4bit:
-        kwargs.pop("quantization_config", None)  # an adapter's base stays quantized as in training
-    try:
-        return load_reward_model(source, **kwargs), load_tokenizer(source)
-    except OSError as error:
-        raise UserError(f"cannot load a reward model from {source!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a language model from {source!r}: {first_line(error)}") from error
 
 
 def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -128,7 +222,10 @@ def is_completions(source: str | os.PathLike) -> bool:
     return os.fspath(source).endswith(".jsonl")
 
 
-def _keywords(load_in_4bit: bool, dtype: str | None, device: str | torch.device | None) -> dict[str, Any]:
+def placement(
+    load_in_4bit: bool = False, dtype: str | None = "auto", device: str | torch.device | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for a model that is evaluated: all of it on one device."""
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     keywords: dict[str, Any] = {"dtype": dtype or "auto", "device_map": {"": device}}
     if load_in_4bit:
@@ -143,10 +240,17 @@ def _keywords(load_in_4bit: bool, dtype: str | None, device: str | torch.device 
     return keywords
 
 
-def _refuse_classifier(source: str, architectures: list[str] | None) -> None:
-    if any("ForSequenceClassification" in name for name in architectures or ()):
-        raise UserError(f"{source!r} is a reward model; expected a language model")
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice below."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _file(path: str | os.PathLike, name: str, hub_arguments: dict[str, Any]) -> str | None:
+    return cached_file(os.fspath(path), name, _raise_exceptions_for_missing_entries=False, **hub_arguments)
+
+
+def _tokenizer_length(path: str | os.PathLike, hub_arguments: dict[str, Any]) -> int:
+    try:
+        return len(AutoTokenizer.from_pretrained(os.fspath(path), **hub_arguments))
+    except (OSError, ValueError, KeyError):  # none is beside the adapter
+        return 0

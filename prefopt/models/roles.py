@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from prefopt.errors import UserError
-from prefopt.models.checkpoints import saved_config
+from prefopt.models.loading import saved_config
 from prefopt.models.prefix.sharing import backbone
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter

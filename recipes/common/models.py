@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -17,8 +17,8 @@ from transformers import (
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.hub.push import HubError, create_repo, hub_errors
-from prefopt.models.checkpoints import is_adapter, remember_reward_token, reward_model_from_adapter
-from prefopt.models.reward import keep_4bit_gradients
+from prefopt.models.checkpoints import reward_model_from_adapter
+from prefopt.models.loading import check_language_model, is_adapter, load_causal_lm, placement
 from prefopt.recipes.common.arguments import DataArguments, UserError
 from prefopt.recipes.common.errors import explain
 from prefopt.recipes.common.progress import show_progress
@@ -91,29 +91,28 @@ def check_hub(args: TrainingArguments) -> None:
 
 def load_policy(
     model_args: ModelConfig, init_kwargs: dict[str, Any], *, is_trainable: bool = True
-) -> str | PeftModel:
-    """A language model: a path for the trainer to load, or the trained LoRA adapter, to be trained further.
+) -> str | PreTrainedModel | PeftModel:
+    """A language model: to train, a path for the trainer to load, or the LoRA adapter to go on with; else the model,
+    frozen, on the GPU where there is one.
 
     Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA leaves behind.
     """
-    path = model_args.model_name_or_path
-    if not is_adapter(path, revision=model_args.model_revision):
-        architectures = AutoConfig.from_pretrained(path, revision=model_args.model_revision).architectures
-        if any("SequenceClassification" in name for name in architectures or ()):
-            raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
+    path, revision = model_args.model_name_or_path, model_args.model_revision
+    try:
+        check_language_model(path, revision)
+    except ValueError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
+    if is_adapter(path, revision=revision):
+        _refuse_second_adapter(model_args)
+    elif is_trainable:
         return path
-    _refuse_second_adapter(model_args)
-    if PeftConfig.from_pretrained(path, revision=model_args.model_revision).task_type == "SEQ_CLS":
-        raise UserError(f"model_name_or_path: {path!r} is a reward model; expected a language model")
-    model = AutoPeftModelForCausalLM.from_pretrained(
+    placed = {} if is_trainable else {"device_map": placement()["device_map"]}
+    return load_causal_lm(
         path,
         is_trainable=is_trainable,
         quantization_config=get_quantization_config(model_args),
-        **init_kwargs,
+        **placed | init_kwargs,
     )
-    keep_4bit_gradients(model)
-    remember_reward_token(model, path, revision=model_args.model_revision)
-    return model
 
 
 def quantization_for(model: str | PeftModel, model_args: ModelConfig) -> BitsAndBytesConfig | None:

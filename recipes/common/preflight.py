@@ -16,7 +16,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
-from prefopt.models.checkpoints import is_adapter
+from prefopt.models.loading import is_adapter
 from prefopt.recipes.common.errors import UserError, explain
 
 logger = logging.getLogger(__name__)

@@ -142,7 +142,7 @@ def test_mistakes_stop_early(files, extra, message):
 def test_a_prompt_too_long_for_the_reward_model_stops_before_anything_is_drawn(files, monkeypatch):
     config = json.loads((files / "rm" / "config.json").read_text())
     (files / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
-    monkeypatch.setattr(best_of_n, "load_sampler", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(best_of_n, "load_policy", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(
         SystemExit, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"
     ):

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from prefopt.errors import UserError
-from prefopt.models.checkpoints import is_adapter, load_reward_model, saved_config
+from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.last_layer import last_mlp_at
+from prefopt.models.loading import is_adapter, saved_config
 from prefopt.models.reward import sequence_scores, token_scores
 from prefopt.models.roles import AdapterScorer, load_scorer, why_not_shared
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig

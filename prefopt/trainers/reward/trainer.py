@@ -34,7 +34,8 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
-from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos, saved_config
+from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos
+from prefopt.models.loading import saved_config
 from prefopt.models.reward import (
     add_reward_token,
     append_reward_token,

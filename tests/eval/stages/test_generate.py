@@ -16,8 +16,8 @@ from prefopt.evaluation.stages import generate as generation
 from prefopt.evaluation.stages.generate import GenerateArguments
 from prefopt.inference.generate import generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
-from prefopt.models.checkpoints import save_reward_model
-from prefopt.models.loading import load_classifier, load_language_model, load_tokenizer
+from prefopt.models.checkpoints import load_classifier, save_reward_model
+from prefopt.models.loading import load_language_model, load_tokenizer
 from prefopt.recipes import evaluate
 from tests.conftest import tiny_config
 
