@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.people import Completions, Row
-from prefopt.evaluation.report.markup import prompt_text
+from prefopt.evaluation.report.tables import prompt_text
 from prefopt.inference.generate import prompt_ids
 from prefopt.inference.journal import fingerprint_of, kept_rows
 from prefopt.inference.likelihood import scored_nats

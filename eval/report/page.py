@@ -1,13 +1,11 @@
-"""report.html from results.json: one self-contained page without scripts or external references."""
+"""report.html and report.md from results.json."""
 
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
-from prefopt.evaluation.report.markup import Missing, page
+from prefopt.evaluation.report.render import to_html, to_markdown
 from prefopt.evaluation.report.sections import (
     bench,
     compare,
@@ -19,44 +17,58 @@ from prefopt.evaluation.report.sections import (
     overopt,
     overview,
     reward_model,
-    samples,
     training,
-    winrates,
 )
+from prefopt.evaluation.report.tables import Block, Gap, Missing, Page, Results, Section
 from prefopt.evaluation.report.verdict import verdict
 from prefopt.evaluation.results import jsonable, no_number
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
-Results = Mapping[str, Any]
 
-# Title, the stage whose data it shows (None: the measures alone), and what builds it.
-SECTIONS: tuple[tuple[str, str | None, Callable[[Results], str]], ...] = (
-    ("At a glance", None, overview.section),
-    ("The models in numbers", None, models.section),
-    ("Who wins: judges, use cases, strengths", "compare", compare.section),
-    ("Win rates by use case", None, winrates.section),
-    ("What people said: ratings and flags", "metadata", metadata.section),
-    ("Reward model", "reward_model", reward_model.section),
-    ("Public benchmarks: NLP and safety", "bench", bench.section),
-    ("Drift from the baseline", "drift", drift.section),
-    ("Diversity", "diversity", diversity.section),
-    ("Over-optimization", "overopt", overopt.section),
-    ("Choosing the SFT epoch", None, training.epochs_section),
-    ("RL training", None, training.rl_section),
-    ("The worst samples, side by side", None, samples.section),
-    ("Wall time", None, numbers.time_section),
-    ("Every number with its definition", None, numbers.section),
+
+class Chapter(NamedTuple):
+    """A section to be: the stage whose data it shows (None: the measures alone), and what builds its blocks."""
+
+    id: str
+    title: str
+    stage: str | None
+    build: Callable[[Results], list[Block]]
+
+
+SECTIONS = (
+    Chapter("glance", "At a glance", None, overview.section),
+    Chapter("models", "The models in numbers", None, models.section),
+    Chapter("compare", "Who wins: judges, use cases, strengths", "compare", compare.section),
+    Chapter("use-cases", "Win rates by use case", None, compare.use_cases),
+    Chapter("metadata", "What people said: ratings and flags", "metadata", metadata.section),
+    Chapter("reward-model", "Reward model", "reward_model", reward_model.section),
+    Chapter("bench", "Public benchmarks: NLP and safety", "bench", bench.section),
+    Chapter("drift", "Drift from the baseline", "drift", drift.section),
+    Chapter("diversity", "Diversity", "diversity", diversity.section),
+    Chapter("overopt", "Over-optimization", "overopt", overopt.section),
+    Chapter("sft-epoch", "Choosing the SFT epoch", None, training.epochs),
+    Chapter("rl", "RL training", None, training.rl),
+    Chapter("samples", "The worst samples, side by side", None, numbers.samples),
+    Chapter("time", "Wall time", None, numbers.time),
+    Chapter("numbers", "Every number with its definition", None, numbers.section),
 )
 
 
-def build_report(results: Results, path: str | os.PathLike) -> None:
-    """Write the report of one run to `path`.
+def report_page(content: Mapping[str, Any]) -> Page:
+    """The report of one run, from what `evaluate` returns or results.json holds.
 
-    `results` is what `evaluate` returns or results.json holds. Optional curves in `results["curves"]`: `sft_epochs`, a
-    list of {`epoch`, `validation_loss`, `rm_score`}, with `sft_chosen_epoch`; and under a model's name its training
-    log, a list of {`step`, `objective/scores`, `objective/kl`, `loss/ptx`, `gold`} (PPOPtxTrainer's log keys, and the
-    gold reward of the rollouts where it is known). A section whose data are missing says so, why, and how to get them.
+    Optional curves in `results["curves"]`: `sft_epochs`, a list of {`epoch`, `validation_loss`, `rm_score`}, with
+    `sft_chosen_epoch`; and under a model's name its training log, a list of {`step`, `objective/scores`, `objective/kl`,
+    `loss/ptx`, `gold`} (PPOPtxTrainer's log keys, and the gold reward of the rollouts where it is known). A section
+    whose data are missing says so, why, and how to get them.
+    """
+    results = Results(jsonable(content))
+    return Page("prefopt report", [verdict(results)], [_section(chapter, results) for chapter in SECTIONS])
+
+
+def build_report(results: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write the report (`report_page`) as one self-contained HTML page.
 
     Example:
         >>> import tempfile, pathlib
@@ -65,27 +77,32 @@ def build_report(results: Results, path: str | os.PathLike) -> None:
         >>> "Skipped" in page.read_text()
         True
     """
-    results = jsonable(results)
-    body = "\n".join(_section(title, stage, build, results) for title, stage, build in SECTIONS)
-    summary = f'<p class="verdict">{escape(verdict(results))}</p>'
-    write_whole(path, page("prefopt report", f"{summary}\n{body}"))
+    write_whole(path, to_html(report_page(results)))
 
 
-def _section(title: str, stage: str | None, build: Callable[[Results], str], results: Results) -> str:
-    note = (results.get("notes") or {}).get(stage)
+def build_markdown(results: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write the same report as Markdown.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "report.md"
+        >>> build_markdown({}, path)
+        >>> path.read_text().splitlines()[2]
+        'No model was compared with SFT.'
+    """
+    write_whole(path, to_markdown(report_page(results)))
+
+
+def _section(chapter: Chapter, results: Results) -> Section:
+    note = (results.content.get("notes") or {}).get(chapter.stage)
     try:
         if note is not None:
             raise Missing(note)
-        content = build(results)
+        blocks = chapter.build(results)
     except Missing as missing:
         why = no_number(str(missing))
-        content = f"<p class='skipped'>{why.status.capitalize()}: {_coded(why.reason)}.</p>"
+        blocks = [Gap(f"{why.status.capitalize()}: {why.reason}.")]
     except Exception as error:  # one broken section must not cost the reader the others
-        logger.exception("report section %r failed", title)
-        content = f"<p class='skipped'>Failed: {escape(f'{type(error).__name__}: {error}')}</p>"
-    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>"
-
-
-def _coded(text: str) -> str:
-    """Text whose `words` are set as code."""
-    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
+        logger.exception("report section %r failed", chapter.title)
+        blocks = [Gap(f"Failed: {type(error).__name__}: {error}")]
+    return Section(chapter.id, chapter.title, blocks)

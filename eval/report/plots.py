@@ -2,15 +2,21 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from prefopt.evaluation.report.tables import Figure, visible
+
+Points = Sequence[Mapping[str, Any]]
 
 # Stand-ins that become CSS values in the SVG, so that one plot serves the light and the dark page.
 _INK, _FAINT, _SOFT = "#010203", "#040506", "#070809"
@@ -26,343 +32,280 @@ _RC = {
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 4,
     "axes.edgecolor": _FAINT,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": _FAINT,
     "grid.linewidth": 0.5,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.color": _FAINT,
+    "ytick.labelcolor": _INK,
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
+_LEVEL = {"color": _INK, "linewidth": 0.8, "linestyle": "--"}
 
 
-def forest_plot(rows: Sequence[tuple[str, Mapping[str, Any]]], baseline: str) -> str:
-    """Win rates with their intervals, one row each, against the line of no difference at .5.
+@dataclass(frozen=True)
+class Series:
+    """Points with `x`, `y` and, where known, `x_low`, `x_high`, `y_low`, `y_high` and a `label` beside them.
 
-    A row's `paper` (a value or None) is drawn beside it as a hollow diamond.
+    A series without any interval is a line; `dotted` marks its points and dots the line. No `name`: not in the legend.
     """
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for y, (_, m) in enumerate(rows):
-            low = m["value"] if m["ci_low"] is None else m["ci_low"]
-            high = m["value"] if m["ci_high"] is None else m["ci_high"]
-            axes.plot([low, high], [y, y], color=_SERIES[0], linewidth=2)
-            axes.plot(m["value"], y, "o", color=_SERIES[0], markersize=5)
-            if m.get("paper") is not None:
-                axes.plot(m["paper"], y, "D", color=_SOFT, markersize=6, markerfacecolor="none")
-            axes.annotate(
-                f"{m['value']:.3f}",
-                (1, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        axes.axvline(0.5, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(rows)), [_shortened(label, 30) for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(f"win rate against {baseline} (.5 = equal)")
-        axes.grid(axis="y", visible=False)
-        low, high = axes.get_xlim()
-        axes.set_xlim(min(low, 0.45), max(high, 0.55))
-
-    return _svg(draw, "win rates with their intervals", height=0.55 + 0.25 * max(2, len(rows)))
+    name: str
+    points: Points
+    color: int | None = None
+    dotted: bool = False
 
 
-def differences_plot(
-    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]], title: str, x_label: str
-) -> str:
-    """Differences with their intervals against the line of none: per row (label) the measures of several series (name)."""
+def intervals_plot(
+    rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]],
+    caption: str,
+    x_label: str,
+    *,
+    title: str = "",
+    level: float = 0.0,
+) -> Figure:
+    """Values with their intervals against a line of no difference: per row (label) the measures of several series (name).
+
+    A measure's `paper` (a value or None) is drawn beside it as a hollow diamond. Values are written out where a row has
+    one alone.
+    """
     names = list(dict.fromkeys(name for _, measures in rows for name in measures))
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
         for i, name in enumerate(names):
             color = _SERIES[i % len(_SERIES)]
-            label = name
+            axes.plot([], [], "osD^v"[i % 5], color=color, markersize=4, label=_text(name))
             for row, (_, measures) in enumerate(rows):
                 if name not in measures:
                     continue
                 m = measures[name]
                 y = row + 0.7 * ((i + 0.5) / len(names) - 0.5)
-                low = m["value"] if m["ci_low"] is None else m["ci_low"]
-                high = m["value"] if m["ci_high"] is None else m["ci_high"]
-                axes.plot([low, high], [y, y], color=color, linewidth=1.4)
-                axes.plot(m["value"], y, "osD^v"[i % 5], color=color, markersize=4, label=label)
-                label = None
-        axes.axvline(0, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(rows)), [_shortened(label, 24) for label, _ in rows])
+                ends = [m["value"] if m[end] is None else m[end] for end in ("ci_low", "ci_high")]
+                axes.plot(ends, [y, y], color=color, linewidth=1.4)
+                axes.plot(m["value"], y, "osD^v"[i % 5], color=color, markersize=4)
+                if m.get("paper") is not None:
+                    axes.plot(m["paper"], y, "D", color=_SOFT, markersize=6, markerfacecolor="none")
+                if len(names) == 1:
+                    _write(axes, f"{m['value']:.3f}", (1, y), (4, 0), ("axes fraction", "data"), va="center")
+        axes.axvline(level, **_LEVEL)
+        axes.set_yticks(range(len(rows)), [_text(label, 30) for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_title(title, loc="left", pad=4)
-        axes.set_xlabel(x_label)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, level - 0.05), max(high, level + 0.05))
+        axes.set_title(_text(title))
+        axes.set_xlabel(_text(x_label))
         axes.grid(axis="y", visible=False)
-        figure.legend(loc="outside lower center", ncols=min(len(names), 3))
+        if len(names) > 1:
+            canvas.legend(loc="outside lower center", ncols=min(len(names), 3))
 
-    height = 0.9 + max(0.25, 0.13 * len(names)) * len(rows)
-    return _svg(draw, title, height=height)
-
-
-def epochs_plot(epochs: Sequence[Mapping[str, Any]], chosen: int | None = None) -> str:
-    """Validation loss against reward-model score by SFT epoch: the loss overfits while the score still rises."""
-
-    def draw(figure: Figure) -> None:
-        x = [entry["epoch"] for entry in epochs]
-        every = figure.subplots(len(parts), sharex=True, squeeze=False)[:, 0]
-        for i, (axes, (key, label)) in enumerate(zip(every, parts, strict=True)):
-            axes.plot(x, _column(epochs, key), color=_SERIES[i], marker="o", markersize=3)
-            axes.set_title(label, loc="left", pad=3)
-            if chosen is not None:
-                axes.axvline(chosen, color=_INK, linewidth=0.9, linestyle="--")
-        if chosen is not None:
-            every[0].annotate(
-                f"chosen: epoch {chosen}",
-                (chosen, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-3, -9),
-                textcoords="offset points",
-                ha="right" if chosen > sum(x) / len(x) else "left",
-                fontsize=8,
-            )
-        every[-1].set_xlabel("SFT epoch")
-        every[-1].xaxis.get_major_locator().set_params(integer=True)
-
-    parts = [(key, label) for key, label in _EPOCH_SERIES if drawable(epochs, key)]
-    return _svg(draw, "validation loss and reward-model score by SFT epoch", height=0.4 + 1.15 * len(parts))
+    return _figure(draw, caption, 0.9 + max(0.25, 0.13 * len(names)) * max(2, len(rows)))
 
 
-_EPOCH_SERIES = (
-    ("validation_loss", "validation loss"),
-    ("rm_score", "reward-model score on validation prompts"),
-    ("gold", "gold reward on validation prompts"),
-)
-
-
-def training_plot(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str) -> str:
-    """One logged quantity over the steps of every RL run that has it."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, (model, log) in enumerate(runs.items()):
-            if drawable(log, key):
-                steps = [entry["step"] for entry in log]
-                axes.plot(steps, _column(log, key), color=_SERIES[i % len(_SERIES)], label=model)
-        axes.set_title(title, loc="left", pad=4)
-        axes.set_xlabel("step")
-        axes.legend(loc="best")
-
-    return _svg(draw, f"{key} over training steps", height=1.9)
-
-
-def log_plot(
-    log: Sequence[Mapping[str, Any]],
-    series: Sequence[tuple[str, str]],
-    title: str,
+def bars_plot(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]],
+    caption: str,
     *,
-    level: float | None = None,
-    logarithmic: bool = False,
-    marks: Sequence[tuple[int, str]] = (),
-) -> str:
-    """Quantities of one run, (key, label) each, over its steps; evaluations (`eval_` + key) as dots of their color.
+    percent: bool = True,
+) -> Figure:
+    """Bars with intervals in the manner of InstructGPT's Fig. 4: one panel per quantity, one bar per model.
 
-    `level` is a horizontal line; `marks` are (step, name) of what is to be seen there.
+    Args:
+        panels: (title, [(model's name, a measure: `value`, `ci_low`, `ci_high`)]); a measure without a value is a gap.
+        percent: the values are shares and the axis counts per cent.
     """
+    scale = 100 if percent else 1
+    lines = -(-len(panels) // 2)
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, (key, label) in enumerate(series):
-            color = _SERIES[i % len(_SERIES)]
-            if drawable(log, key):
-                axes.plot(*_points(log, key), color=color, label=label)
-            if drawable(log, f"eval_{key}"):
-                axes.plot(
-                    *_points(log, f"eval_{key}"),
-                    color=color,
-                    marker="o",
-                    markersize=3.5,
-                    linestyle=":",
-                    linewidth=1,
-                    label=f"{label}, evaluation",
-                )
-        if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical markup, which _RC turns off
-            axes.yaxis.set_minor_formatter("")
-        if level is not None:
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle="--")
-        _mark(axes, marks)
-        axes.set_title(title, loc="left", pad=4)
-        axes.set_xlabel("step")
-        if drawn > 1:
-            handles, labels = axes.get_legend_handles_labels()
-            labels = [_shortened(label) for label in labels]
-            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    def draw(canvas: Canvas) -> None:
+        every = canvas.subplots(lines, min(2, len(panels)), squeeze=False).flat
+        for axes, (title, bars) in zip(every, panels, strict=False):
+            for x, (_, m) in enumerate(bars):
+                if m["value"] is None:
+                    _write(axes, "–", (x, 0), (0, 2), ha="center")
+                    continue
+                axes.bar(x, scale * m["value"], width=0.7, color=_SERIES[x % len(_SERIES)])
+                if m["ci_low"] is not None and m["ci_high"] is not None:
+                    axes.plot([x, x], [scale * m["ci_low"], scale * m["ci_high"]], color=_INK, linewidth=1)
+            few = len(bars) < 4
+            ticks = {"rotation": 0 if few else 30, "ha": "center" if few else "right", "fontsize": 8}
+            axes.set_xticks(range(len(bars)), [_text(name, 14) for name, _ in bars], **ticks)
+            axes.set_title(textwrap.fill(_text(title), 26))
+            axes.axhline(0, color=_INK, linewidth=0.8)
+            axes.grid(axis="x", visible=False)
+            axes.set_ylabel("%" if percent else "")
+        for axes in list(every):
+            axes.set_visible(False)
 
-    drawn = sum(drawable(log, f"{prefix}{key}") for key, _ in series for prefix in ("", "eval_"))
-    columns = 1 if max(len(label) for _, label in series) > 25 else 2
-    rows = -(-drawn // columns) if drawn > 1 else 0
-    return _svg(draw, f"{title} over training steps", height=1.9 + 0.17 * rows)
+    return _figure(draw, caption, 0.2 + 1.75 * lines)
 
 
-def shares_plot(log: Sequence[Mapping[str, Any]], series: Sequence[tuple[str, str]], title: str) -> str:
-    """Each quantity's share of their sum over the steps that have them all, stacked."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        entries = [entry for entry in log if all(drawable([entry], key) for key, _ in series)]
-        columns = np.array([_points(entries, key)[1] for key, _ in series])
-        total = columns.sum(0)
-        shares = np.divide(columns, total, out=np.full_like(columns, np.nan), where=total > 0)
-        steps = _points(entries, series[0][0])[0]
-        bottom = np.zeros(len(steps))
-        for i, ((_, label), share) in enumerate(zip(series, shares, strict=True)):
-            top = bottom + share
-            axes.fill_between(steps, bottom, top, color=_SERIES[i], alpha=0.55, linewidth=0, label=label)
-            bottom = top
-        axes.axhline(0.5, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_ylim(0, 1)
-        axes.margins(x=0)
-        axes.set_title(title, loc="left", pad=4)
-        axes.set_xlabel("step")
-        figure.legend(loc="outside lower center", ncols=2)
-
-    return _svg(draw, f"{title} over training steps", height=2.1)
-
-
-def points_plot(
-    series: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+def curves_plot(
+    series: Sequence[Series],
     title: str,
     x_label: str,
     *,
     ticks: Sequence[str] | None = None,
     level: float | None = None,
-) -> str:
-    """Points with their intervals, joined per series: `x`, `y` and, where known, `x_low`, `x_high`, `y_low`, `y_high`.
+    logarithmic: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+) -> Figure:
+    """Curves, or points with their intervals joined per series.
 
-    A series without any interval is drawn as a line alone. `ticks` name x = 0, 1, 2 ...; a point's `label` is written
-    beside it; `level` is a horizontal line.
+    `ticks` name x = 0, 1, 2 ...; `level` is a horizontal line; `marks` are (x, name) of what is to be seen there.
     """
+    known = [[p for p in s.points if _finite(p.get("x")) and _finite(p.get("y"))] for s in series]
+    legend = [s.name for s in series if s.name]
+    columns = 1 if max(map(len, legend), default=0) > 25 else 2
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, (name, points) in enumerate(series):
-            drawn = [p for p in points if p["x"] is not None and p["y"] is not None]
-            x, y = _column(drawn, "x"), _column(drawn, "y")
-            errors = {f"{axis}err": _reach(drawn, axis) for axis in "xy"}
-            plain = all(error is None for error in errors.values())
-            color = _SERIES[i % len(_SERIES)]
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for i, (s, points) in enumerate(zip(series, known, strict=True)):
+            errors = {f"{axis}err": _reach(points, axis) for axis in "xy"}
+            is_plain = all(error is None for error in errors.values())
             axes.errorbar(
-                x,
-                y,
+                [p["x"] for p in points],
+                [p["y"] for p in points],
                 **errors,
-                color=color,
-                label=name,
+                color=_SERIES[(i if s.color is None else s.color) % len(_SERIES)],
+                label=_text(s.name) or None,
                 elinewidth=0.9,
-                linewidth=1.6 if plain else 0.9,
-                marker="" if plain else "o",
+                linewidth=1.6 if is_plain and not s.dotted else 0.9,
+                linestyle=":" if s.dotted else "-",
+                marker="" if is_plain and not s.dotted else "o",
                 markersize=3.5,
             )
-            for p in drawn:
-                axes.annotate(
-                    p.get("label", ""),
-                    (p["x"], p["y"]),
-                    xytext=(3, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
+            for p in points:
+                _write(axes, p.get("label", ""), (p["x"], p["y"]), (3, 3), fontsize=7)
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter("{x:g}")  # the default is mathematical markup, which _RC turns off
+            axes.yaxis.set_minor_formatter("")
         if ticks is not None:
             axes.set_xticks(range(len(ticks)), ticks)
+        elif all(float(p["x"]).is_integer() for points in known for p in points):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if level is not None:
-            axes.axhline(level, color=_INK, linewidth=0.8, linestyle="--")
-        axes.set_title(title, loc="left", pad=4)
-        axes.set_xlabel(x_label)
-        if len(series) > 1:
-            figure.legend(loc="outside lower center", ncols=2)
+            axes.axhline(level, **_LEVEL)
+        middle = sum(axes.get_xlim()) / 2
+        for i, (x, name) in enumerate(marks):
+            axes.axvline(x, **_LEVEL)
+            side, sign = ("right", -1) if x > middle else ("left", 1)
+            _write(axes, name, (x, 1), (3 * sign, -9 - 10 * i), ("data", "axes fraction"), ha=side)
+        axes.set_title(_text(title))
+        axes.set_xlabel(_text(x_label))
+        if legend:
+            canvas.legend(loc="outside lower center", ncols=columns)
 
-    return _svg(
-        draw, f"{title}; {x_label}", height=2.3 + (0.17 * -(-len(series) // 2) if len(series) > 1 else 0)
+    return _figure(draw, f"{title}; {x_label}", 2.3 + 0.17 * -(-len(legend) // columns))
+
+
+def log_plot(log: Points, keys: Mapping[str, str], title: str, **options: Any) -> Figure:
+    """Quantities of one run, key -> name, over its steps; evaluations (`eval_` + key) as dots of their color."""
+    series = []
+    for i, (key, name) in enumerate(keys.items()):
+        for found, called in ((key, name), (f"eval_{key}", f"{name}, evaluation")):
+            if drawable(log, found):
+                series.append(Series(called, of_log(log, found), color=i, dotted=found != key))
+    if len(series) == 1:
+        series = [Series("", series[0].points, dotted=series[0].dotted)]
+    return curves_plot(series, title, "step", **options)
+
+
+def shares_plot(log: Points, keys: Mapping[str, str], title: str) -> Figure:
+    """Each quantity's share of their sum over the steps that have them all, stacked."""
+    entries = [entry for entry in log if all(drawable([entry], key) for key in keys)]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        points = [of_log(entries, key) for key in keys]
+        steps = [p["x"] for p in points[0]]
+        columns = np.array([[p["y"] for p in of_key] for of_key in points])
+        total = columns.sum(0)
+        shares = np.divide(columns, total, out=np.full_like(columns, np.nan), where=total > 0)
+        axes.stackplot(steps, shares, colors=_SERIES, alpha=0.55, linewidth=0, labels=keys.values())
+        axes.axhline(0.5, **_LEVEL)
+        axes.set_ylim(0, 1)
+        axes.margins(x=0)
+        axes.set_title(_text(title))
+        axes.set_xlabel("step")
+        canvas.legend(loc="outside lower center", ncols=2)
+
+    return _figure(draw, f"{title}; step", 2.1)
+
+
+def of_log(log: Points, key: str, most: int = 400) -> list[dict[str, float]]:
+    """The entries of a log that have a number under `key` as points over steps; of a long log, means over neighbors."""
+    pairs = np.array(
+        [(e.get("step", i), e[key]) for i, e in enumerate(log) if _finite(e.get(key))], dtype=float
     )
+    parts = np.array_split(pairs, min(most, len(pairs))) if len(pairs) else []
+    return [{"x": float(x), "y": float(y)} for x, y in (part.mean(0) for part in parts)]
 
 
-def _reach(points: Sequence[Mapping[str, Any]], axis: str) -> np.ndarray | None:
+def drawable(log: Points, key: str) -> bool:
+    """Whether any entry of a log has a number under `key`."""
+    return any(_finite(entry.get(key)) for entry in log)
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, (int, float)) and bool(np.isfinite(x))
+
+
+def _reach(points: Points, axis: str) -> np.ndarray | None:
     """How far the intervals reach below and above the points `[2, N]`; None if no point has one."""
-    low, value, high = (_column(points, axis + end) for end in ("_low", "", "_high"))
+    columns = [[p.get(axis + end) for p in points] for end in ("_low", "", "_high")]
+    low, value, high = np.array(columns, dtype=float)
     reach = np.stack([value - low, high - value])
     return np.nan_to_num(reach).clip(min=0) if np.isfinite(reach).any() else None
 
 
-def _points(log: Sequence[Mapping[str, Any]], key: str, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and numbers of the entries that have one; of a long log, means over neighbors."""
-    column = _column(log, key)
-    steps = np.array([entry.get("step", i) for i, entry in enumerate(log)], dtype=float)
-    points = np.stack([steps, column])[:, np.isfinite(column)]
-    parts = min(most, points.shape[1])
-    return tuple(np.array([part.mean(1) for part in np.array_split(points, parts, axis=1)]).T)
+def _write(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    shift: tuple[float, float],
+    coords: Any = "data",
+    **how: Any,
+):
+    options = {"fontsize": 8, "xycoords": coords, "xytext": shift, "textcoords": "offset points", **how}
+    axes.annotate(_text(text), at, **options)
 
 
-def _shortened(text: str, most: int = 60) -> str:
+def _text(text: str, most: int = 60) -> str:
+    """A label that matplotlib can draw: no halves of characters, and no end beyond the plot."""
+    text = visible(text)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _mark(axes: Axes, marks: Sequence[tuple[int, str]]) -> None:
-    low, high = axes.get_xlim()
-    for i, (step, name) in enumerate(marks):
-        axes.axvline(step, color=_INK, linewidth=0.9, linestyle="--")
-        axes.annotate(
-            name,
-            (step, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-3 if step > (low + high) / 2 else 3, -9 - 10 * i),
-            textcoords="offset points",
-            ha="right" if step > (low + high) / 2 else "left",
-            fontsize=8,
-        )
-
-
-def drawable(log: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether any entry of a log has a number under `key`."""
-    return bool(np.isfinite(_column(log, key)).any())
-
-
-def _column(log: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """One number per entry; NaN, which plots as a gap, where an entry has none."""
-    values = (entry.get(key) for entry in log)
-    return np.array([v if isinstance(v, (int, float)) else np.nan for v in values], dtype=float)
-
-
-def _svg(draw: Callable[[Figure], None], label: str, height: float, width: float = 4.2) -> str:
-    with matplotlib.rc_context({**_RC, "svg.hashsalt": label}):  # ids differ between the plots of one page
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-        draw(figure)
-        _ink_texts(figure.axes)
+def _figure(draw: Callable[[Canvas], None], caption: str, height: float, width: float = 4.2) -> Figure:
+    caption = visible(caption)
+    with matplotlib.rc_context({**_RC, "svg.hashsalt": caption}):  # ids differ between the plots of one page
+        canvas = Canvas(figsize=(width, height), layout="constrained", facecolor="none")
+        draw(canvas)
         buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        canvas.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)  # inside HTML the parser knows the namespaces
+    # Inside HTML the parser knows the namespaces, and a style would apply to the whole page.
     svg = re.sub(
-        r'<svg[^>]*?(viewBox="[^"]*")[^>]*>',
-        lambda found: f'<svg role="img" aria-label="{escape(label, quote=True)}" {found[1]}>',
-        svg,
-        count=1,
+        r"<metadata>.*?</metadata>|<style.*?</style>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL
     )
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    view = re.search(r'viewBox="[^"]*"', svg)[0]
+    svg = f'<svg role="img" aria-label="{escape(caption)}" {view}>' + svg[svg.index(">") + 1 :]
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")
     for color, css in _CSS.items():
         svg = svg.replace(color, css)
-    return svg
-
-
-def _ink_texts(every: Sequence[Axes]) -> None:
-    for axes in every:
-        axes.tick_params(color=_FAINT, labelcolor=_INK)
+    return Figure(Markup(svg), caption)

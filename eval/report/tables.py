@@ -3,16 +3,16 @@
 Nothing here is HTML or Markdown: all strings are text, which the templates escape (`render`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from prefopt.evaluation.results import BASELINE, MODELS
 
-Results = Mapping[str, Any]
-Measures = Sequence[Mapping[str, Any]]
+Measure = Mapping[str, Any]
 LABELS = {
     "base": "base",
     "sft": "SFT",
@@ -21,6 +21,13 @@ LABELS = {
     "dpo": "DPO",
     "reward_model": "reward model",
 }
+
+
+# Characters that a browser or an editor obeys instead of showing: control codes, changes of the writing direction,
+# halves of characters.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 class Missing(Exception):
@@ -73,18 +80,17 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    """Text; `kind` is a CSS class: note, skipped or paper. Words between backticks are set as code."""
+class Gap:
+    """Why something is not there; words between backticks are set as code."""
 
     text: str
-    kind: str = "note"
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list of texts, or of (what stands out, text)."""
+    """A list of (what stands out, text)."""
 
-    items: Sequence[str | tuple[str, str]]
+    items: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Figures:
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True)
 class Fold:
     """Blocks that open on a click."""
 
@@ -108,26 +109,15 @@ class Fold:
     blocks: Sequence[Any]
 
 
-class Answer(NamedTuple):
-    model: str
-    note: str
-    text: str
-
-
-class Sample(NamedTuple):
-    """A prompt and what every model answered, side by side."""
-
-    about: str
-    prompt: str
-    answers: Sequence[Answer]
-
-
 @dataclass(frozen=True)
 class Samples:
-    samples: Sequence[Sample]
+    """The `samples` of results.json: prompts with what every model answered, side by side."""
+
+    samples: Sequence[Mapping[str, Any]]
 
 
-Block = Heading | Paragraph | Items | Table | Figures | Fold | Samples
+# A text alone is a paragraph of explanation.
+Block = str | Heading | Gap | Items | Table | Figure | Fold | Samples
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class Page:
     title: str
     verdict: Sequence[str]
     sections: Sequence[Section]
-    about: Sequence[str] = field(default=())
+    about: Sequence[str] = ()
 
 
 def _as_cells(values: Sequence[Cell | str]) -> list[Cell]:
@@ -160,35 +150,34 @@ def number(x: float | None, decimals: int, sign: bool = False) -> str:
     return "–" if x is None else f"{x:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
 
 
-def interval(m: Mapping[str, Any], decimals: int, before: str = "") -> str:
+def interval(m: Measure, decimals: int, before: str = "") -> str:
     """The interval of a measure, or nothing."""
     if m.get("ci_low") is None or m.get("ci_high") is None:
         return ""
     return f"{before}{number(m['ci_low'], decimals)} to {number(m['ci_high'], decimals)}"
 
 
-def seconds(s: float) -> str:
-    return f"{s:.1f} s" if s < 120 else f"{s / 60:.1f} min"
-
-
 def label(model: str) -> str:
     return LABELS.get(model, model)
 
 
-def model_names(results: Results) -> list[str]:
-    """The models of the evaluation (`settings.models`), else the four of the paper and any other that was compared."""
-    if named := (results.get("settings") or {}).get("models"):
-        return list(named)
-    compared = [m["model"] for m in results.get("measures") or [] if m["name"] in ("winrate", "gold_reward")]
-    return list(dict.fromkeys([*MODELS, *compared]))
+def prompt_text(prompt: Any) -> str:
+    """A prompt as text; of a conversation one line per message."""
+    if isinstance(prompt, list):
+        return "\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt)
+    return str(prompt)
 
 
-def baseline_name(results: Results) -> str:
-    """The model that the others are compared with."""
-    return (results.get("settings") or {}).get("baseline") or BASELINE
+def visible(text: str) -> str:
+    """Text in which nothing acts: control codes and changes of the writing direction are written out.
+
+    >>> visible("a\\u202eb")
+    'a⟨U+202E⟩b'
+    """
+    return _OBEYED.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text.replace("\r\n", "\n"))
 
 
-def better_or_worse(m: Mapping[str, Any]) -> str:
+def better_or_worse(m: Measure) -> str:
     """`good` or `bad` if the interval excludes no difference, else nothing."""
     equal = 0.5 if m["name"].startswith("winrate") else 0.0
     if m["ci_low"] is None or m["ci_high"] is None or m["higher_is_better"] is None:
@@ -200,12 +189,9 @@ def better_or_worse(m: Mapping[str, Any]) -> str:
     return ""
 
 
-# ---- tables of measures -----------------------------------------------------------------------------------------------
-def measured(
-    m: Mapping[str, Any] | None, decimals: int, *, difference: bool = False, model: str = ""
-) -> Cell:
+def measured(m: Measure | None, decimals: int, *, difference: bool = False) -> Cell:
     """The cell of one number; `difference` marks it when its interval excludes no difference."""
-    if m is None or (difference and model == m["against"]):
+    if m is None or (difference and m["model"] == m["against"]):
         return Cell("–", tone="none")
     if m["value"] is None:
         return Cell(m["status"], tone=m["status"], why=m["reason"] or "")
@@ -215,6 +201,7 @@ def measured(
     return Cell(text, interval(m, decimals), tone)
 
 
+# ---- what the sections ask ----------------------------------------------------------------------------------------------
 class Ask(NamedTuple):
     """A row of a table of measures: how it is called, which measure, against which model or None.
 
@@ -230,76 +217,83 @@ class Ask(NamedTuple):
     indent: bool = False
 
 
-def by_model(models: Sequence[str]) -> list[tuple[str, str, str]]:
-    """The columns of `measure_table`, one per model."""
-    return [(label(m), m, "") for m in models]
+class Column(NamedTuple):
+    """A column of a table of measures: its heading, the model, and what is put after the names of the measures."""
+
+    title: str
+    model: str
+    suffix: str = ""
 
 
-def measure_table(
-    measures: Measures,
-    asks: Sequence[Ask | str],
-    columns: Sequence[tuple[str, str, str]],
-    paper: Cell | None = None,
-    kind: str = "",
-) -> list[Table]:
-    """A table of measures, or none: rows and columns without any are left out.
+class Results:
+    """The content of results.json as the sections ask for it."""
 
-    Args:
-        asks: a text begins a group of rows, and is left out when the group is empty.
-        columns: (heading, model, what is put after the names of the measures).
-        paper: heading of the column of `Ask.paper`, which no row has without it.
-    """
-    known = {(m["name"], m["model"], m["against"]): m for m in reversed(measures)}
+    def __init__(self, content: Mapping[str, Any]):
+        self.content = content
+        self.measures: Sequence[Measure] = content.get("measures") or []
+        self.settings = content.get("settings") or {}
+        self.baseline: str = self.settings.get("baseline") or BASELINE
+        compared = [m["model"] for m in self.measures if m["name"] in ("winrate", "gold_reward")]
+        # Without settings the four of the paper and any other that was compared.
+        self.models = list(self.settings.get("models") or dict.fromkeys([*MODELS, *compared]))
+        self.others = [m for m in self.models if m != self.baseline]
+        self._by_name = {(m["name"], m["model"], m["against"]): m for m in reversed(self.measures)}
 
-    def of(ask: Ask, column: tuple[str, str, str]) -> Mapping[str, Any] | None:
-        return known.get((ask.measure + column[2], column[1], ask.against))
+    def find(self, name: str, model: str, against: str | None = None) -> Measure | None:
+        return self._by_name.get((name, model, against))
 
-    questions = [ask for ask in asks if isinstance(ask, Ask)]
-    columns = [column for column in columns if any(of(ask, column) for ask in questions)]
-    rows, group = [], None
-    for ask in asks:
-        if isinstance(ask, str):
-            group = Row(Cell(ask), kind="group")
-            continue
-        line = [of(ask, column) for column in columns]
-        if not any(line):
-            continue
-        compared = ask.against is not None
-        cells = [
-            measured(m, ask.decimals, difference=compared, model=column[1])
-            for m, column in zip(line, columns, strict=True)
-        ]
-        if paper is not None:
-            cells.append(Cell(ask.paper, tone="paper"))
-        head = Cell(ask.title, f"n = {max(m['n'] for m in line if m)}" if ask.count else "")
-        indent = ask.indent or (compared and not ask.measure.startswith("winrate"))
-        rows += [group] if group else []
-        rows.append(Row(head, cells, "difference" if indent else ""))
-        group = None
-    heads = ["", *(title for title, _, _ in columns), *([paper] if paper else [])]
-    return [Table(heads, rows, kind)] if rows else []
+    def names(self, prefix: str) -> list[str]:
+        """What stands after `prefix` in the names of measures, each once: use cases, labelers, judges."""
+        names = [m["name"] for m in self.measures if m["name"].startswith(prefix)]
+        return list(dict.fromkeys(name.removeprefix(prefix) for name in names))
 
+    def stage(self, stage: str) -> Mapping[str, Any]:
+        """What the stage kept for its plots and tables.
 
-def names_after(measures: Measures, prefix: str) -> list[str]:
-    """What stands after `prefix` in the names of measures, each once: use cases, labelers, judges."""
-    return list(
-        dict.fromkeys(m["name"].removeprefix(prefix) for m in measures if m["name"].startswith(prefix))
-    )
+        Raises:
+            Missing: the stage has not run.
+        """
+        content = (self.content.get("stages") or {}).get(stage)
+        if not content:
+            raise Missing(f"the stage has not run; `prefopt eval {stage.replace('_', '-')}` runs it")
+        return content.get("data", content)
 
+    def missing(self, prefixes: str | tuple[str, ...], otherwise: str) -> Missing:
+        """Nothing to show, for the first reason that a measure of that name gives."""
+        reasons = [m["reason"] for m in self.measures if m["name"].startswith(prefixes) and m["reason"]]
+        return Missing(reasons[0] if reasons else otherwise)
 
-def stage_data(results: Results, stage: str) -> Mapping[str, Any]:
-    """What the stage kept for its plots and tables.
+    def table(
+        self,
+        asks: Sequence[Ask | str],
+        columns: Sequence[Column] | None = None,
+        paper: Cell | None = None,
+    ) -> list[Table]:
+        """A table of measures, or none: rows and columns without any are left out.
 
-    Raises:
-        Missing: the stage has not run.
-    """
-    content = (results.get("stages") or {}).get(stage)
-    if not content:
-        raise Missing(f"the stage has not run; `prefopt eval {stage.replace('_', '-')}` runs it")
-    return content.get("data", content)
+        Args:
+            asks: a text begins a group of rows, and is left out when the group is empty.
+            columns: default: one per model.
+            paper: heading of the column of `Ask.paper`, which no row has without it.
+        """
 
+        def line(ask: Ask) -> list[Measure | None]:
+            return [self.find(ask.measure + c.suffix, c.model, ask.against) for c in columns]
 
-def missing(measures: Measures, prefix: str, otherwise: str) -> Missing:
-    """Nothing to show, for the first reason that a measure of that name gives."""
-    reasons = [m["reason"] for m in measures if m["name"].startswith(prefix) and m["reason"]]
-    return Missing(reasons[0] if reasons else otherwise)
+        columns = [Column(label(m), m) for m in self.models] if columns is None else columns
+        lines = [line(ask) for ask in asks if isinstance(ask, Ask)]
+        columns = [c for i, c in enumerate(columns) if any(of_ask[i] for of_ask in lines)]
+        rows, group = [], []
+        for ask in asks:
+            if isinstance(ask, str):
+                group = [Row(ask, kind="group")]
+            elif any(found := line(ask)):
+                compared = ask.against is not None
+                cells = [measured(m, ask.decimals, difference=compared) for m in found]
+                cells += [] if paper is None else [Cell(ask.paper, tone="paper")]
+                count = f"n = {max(m['n'] for m in found if m)}" if ask.count else ""
+                indent = ask.indent or (compared and not ask.measure.startswith("winrate"))
+                rows += [*group, Row(Cell(ask.title, count), cells, "difference" if indent else "")]
+                group = []
+        heads = ["", *(c.title for c in columns), *([paper] if paper else [])]
+        return [Table(heads, rows)] if rows else []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefopt.evaluation.report.markup import label
+from prefopt.evaluation.report.tables import label
 
 
 def main_model(models: Sequence[str], baseline: str) -> str | None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluation.report.markdown import build_markdown
-from prefopt.evaluation.report.page import build_report
+from prefopt.evaluation.report.page import build_markdown, build_report
 from prefopt.evaluation.report.worst import main_model, pick_samples
 from prefopt.evaluation.results import Definition, Measures, Skipped, build_results, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping

@@ -1,1 +1,1 @@
-"""Sections of the report: `section(results) -> HTML` each, raising `markup.Missing` when there is nothing to show."""
+"""Sections of the report: `section(results)` gives its blocks, and raises `tables.Missing` when there is nothing to show."""

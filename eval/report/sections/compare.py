@@ -1,101 +1,97 @@
-"""Stage `compare` in the report: the win rates of every judge and the strengths of all models."""
+"""Stage `compare` in the report: the win rates of every judge, use case and labeler, and the strengths of all models."""
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
-from prefopt.evaluation.report.bars import bars_plot
-from prefopt.evaluation.report.markup import (
+from prefopt.evaluation.report.plots import bars_plot
+from prefopt.evaluation.report.tables import (
+    Ask,
+    Block,
+    Cell,
+    Column,
+    Heading,
     Missing,
-    baseline_name,
-    cell,
+    Results,
+    Row,
+    Table,
     label,
-    model_names,
+    measured,
     number,
-    scroll_table,
 )
-from prefopt.evaluation.report.sections.stage_tables import TableRow, figures, measure_table, note, stage_data
-from prefopt.evaluation.results import find
 
 JUDGES = {"gold": "gold reward", "human": "people", "lm": "language model", "reward": "reward model"}
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """HTML of the section."""
-    measures, data = results.get("measures") or [], stage_data(results, "compare")
-    main, baseline = data["main_judge"], baseline_name(results)
+def section(results: Results) -> list[Block]:
+    data = results.stage("compare")
+    main, baseline = data["main_judge"], results.baseline
     if main is None:
-        why = next((m["reason"] for m in measures if m["name"] == "winrate" and m["reason"]), None)
-        raise Missing(why or "nobody judged the completions")
-    others = [m for m in model_names(results) if m != baseline]
-    suffix = {m["name"].partition(".")[2] for m in measures if m["name"].startswith("winrate_labelers.")}
-    rows: list[TableRow] = [
-        f"Judge: {_judge(main)}",
-        ("samples", "winrate", 3, baseline),
-        ("at equal length", "winrate_length_controlled", 3, baseline),
-        ("greedy", "winrate_greedy", 3, baseline),
-        ("held-out use case", "winrate_heldout_use_case", 3, baseline),
+        raise results.missing("winrate", "nobody judged the completions")
+    judges, labelers = (results.names(f"winrate_{of}.") for of in ("judge", "labelers"))
+    asks = [
+        f"Judge: {JUDGES.get(main, main)}",
+        Ask("samples", "winrate", 3, baseline),
+        Ask("at equal length", "winrate_length_controlled", 3, baseline),
+        Ask("greedy", "winrate_greedy", 3, baseline),
+        Ask("held-out use case", "winrate_heldout_use_case", 3, baseline),
         "Other judges",
-        *[(_judge(j), f"winrate_judge.{j}", 3, baseline) for j in _judges(measures)],
+        *(Ask(JUDGES.get(j, j), f"winrate_judge.{j}", 3, baseline) for j in judges),
         "Labelers",
-        *[(group, f"winrate_labelers.{group}", 3, baseline) for group in sorted(suffix)],
+        *(Ask(group, f"winrate_labelers.{group}", 3, baseline) for group in sorted(labelers)),
     ]
-    html = measure_table(measures, rows, [(label(m), m, "") for m in others])
-    html += note(
-        f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
-    )
-    return html + _strengths(measures, data, results) + _language_model(measures)
+    trust = [
+        Ask("same verdict in both orders", "judge_consistency"),
+        Ask("verdicts for the first answer (.5: fair)", "judge_prefers_first"),
+    ]
+    trusted = results.table(trust, [Column(JUDGES["lm"], "lm")])
+    note = f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
+    return [
+        *results.table(asks, [Column(label(m), m) for m in results.others]),
+        note,
+        *_strengths(results, data),
+        *([Heading("How far to trust the language model")] if trusted else []),
+        *trusted,
+    ]
 
 
-def _strengths(measures: list[Mapping[str, Any]], data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    found = [(m, find(measures, "bradley_terry", m)) for m in model_names(results)]
-    found = [(m, x) for m, x in found if x and x["value"] is not None]
-    if not found:
-        return ""
-    plot = bars_plot([("strength (log-odds)", [(label(m), x) for m, x in found])], "strengths", percent=False)
-    found.sort(key=lambda model_and_strength: -model_and_strength[1]["value"])
-    models, matrix = [model for model, _ in found], data["matrix"]
-    observed = {(p["model"], p["against"]): p for p in data["pairs"] if p["judge"] == data["main_judge"]}
-    rows = ""
-    for model, strength in found:
-        cells = cell(strength, 2, False, model)
-        for other in models:
-            if other == model:
-                cells += "<td class='none'>–</td>"
-                continue
-            seen = _seen(observed, model, other)
-            small = f"<small>model: {number(matrix.get(model, {}).get(other), 2)}</small>"
-            cells += f"<td>{number(seen, 2)}{small}</td>"
-        rows += f"<tr><th>{escape(label(model))}</th>{cells}</tr>"
-    head = "".join(f"<th>over {escape(label(m))}</th>" for m in models)
-    table = scroll_table(f"<tr><th></th><th>strength</th>{head}</tr>", rows)
-    text = (
+def use_cases(results: Results) -> list[Block]:
+    """Win rates by use case, the held-out one among them."""
+    prefix = "winrate_use_case."
+    asks = [Ask(name, prefix + name, 2, results.baseline, count=True) for name in results.names(prefix)]
+    table = results.table(asks, [Column(label(m), m) for m in results.others])
+    if not table:
+        raise Missing("no win rates by use case were measured; the prompts need a column `use_case`")
+    return table
+
+
+def _strengths(results: Results, data: Mapping[str, Any]) -> list[Block]:
+    strengths = {m: results.find("bradley_terry", m) for m in results.models}
+    strengths = {m: x for m, x in strengths.items() if x and x["value"] is not None}
+    if not strengths:
+        return []
+    bars = [(label(m), x) for m, x in strengths.items()]
+    models = sorted(strengths, key=lambda m: -strengths[m]["value"])
+    wins: dict[tuple[str, str], float] = {}
+    for pair in data["pairs"]:
+        if pair["judge"] == data["main_judge"]:
+            wins[pair["model"], pair["against"]] = pair["value"]
+            wins.setdefault((pair["against"], pair["model"]), 1 - pair["value"])
+
+    def over(model: str, other: str) -> Cell:
+        if other == model:
+            return Cell("–", tone="none")
+        expected = data["matrix"].get(model, {}).get(other)
+        return Cell(number(wins.get((model, other)), 2), f"model: {number(expected, 2)}")
+
+    rows = [Row(label(m), [measured(strengths[m], 2), *(over(m, other) for other in models)]) for m in models]
+    note = (
         "Bradley-Terry strengths in log-odds from all pairs of models, the baseline's being 0; then how often the row "
         "was preferred over the column, and what the strengths say of it. Where the two differ, one number per model "
         "does not tell the whole."
     )
-    return f"<h3>Strength of all models</h3>{figures([plot])}{table}{note(text)}"
-
-
-def _seen(observed: Mapping[tuple[str, str], Mapping[str, Any]], model: str, other: str) -> float | None:
-    if (model, other) in observed:
-        return observed[model, other]["value"]
-    return 1 - observed[other, model]["value"] if (other, model) in observed else None
-
-
-def _language_model(measures: list[Mapping[str, Any]]) -> str:
-    rows: list[TableRow] = [
-        ("same verdict in both orders", "judge_consistency", 3, None),
-        ("verdicts for the first answer (.5: fair)", "judge_prefers_first", 3, None),
+    return [
+        Heading("Strength of all models"),
+        bars_plot([("strength (log-odds)", bars)], "strengths", percent=False),
+        Table(["", "strength", *(f"over {label(m)}" for m in models)], rows),
+        note,
     ]
-    table = measure_table(measures, rows, [(_judge("lm"), "lm", "")])
-    return f"<h3>How far to trust the language model</h3>{table}" if table else ""
-
-
-def _judges(measures: list[Mapping[str, Any]]) -> list[str]:
-    names = [m["name"].partition(".")[2] for m in measures if m["name"].startswith("winrate_judge.")]
-    return list(dict.fromkeys(names))
-
-
-def _judge(name: str) -> str:
-    return JUDGES.get(name, name)

@@ -1,10 +1,6 @@
 """Stage `diversity` in the report: distinct-n, unique answers and self-BLEU, with the differences to the baseline."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from prefopt.evaluation.report.markup import Missing, label
-from prefopt.evaluation.report.sections.stage_tables import measure_table, note, stage_data
+from prefopt.evaluation.report.tables import Ask, Block, Results, label
 
 SCOPES = {
     "across_prompts": "Across prompts, one sample of each",
@@ -19,24 +15,21 @@ MEASURES = {
 }
 
 
-def section(results: Mapping[str, Any]) -> str:
-    """HTML of the section."""
-    measures, data = results.get("measures") or [], stage_data(results, "diversity")
+def section(results: Results) -> list[Block]:
+    data = results.stage("diversity")
     baseline = data["baseline"]
-    models = [*dict.fromkeys(m["model"] for m in measures if m["name"].startswith("diversity."))]
     if not data["samples_per_prompt"]:
-        reasons = [m["reason"] for m in measures if m["name"].startswith("diversity.") and m["reason"]]
-        raise Missing(reasons[0] if reasons else "no model was measured")
-    rows: list[Any] = []
+        raise results.missing("diversity.", "no model was measured")
+    asks: list[Ask | str] = []
     for scope, heading in SCOPES.items():
-        rows.append(heading)
+        asks.append(heading)
         for name, (title, decimals) in MEASURES.items():
-            rows.append((title, f"diversity.{name}.{scope}", decimals, None))
-            rows.append((f"minus {label(baseline)}", f"diversity.{name}.{scope}", decimals, baseline))
-    counts = sorted(set(data["samples_per_prompt"].values()))
-    told = " or ".join(map(str, counts))
-    return measure_table(measures, rows, [(label(m), m, "") for m in models]) + note(
-        f"Samples per prompt: {told}. Distinct n-grams: different ones / all, which also falls as answers grow longer. "
+            full = f"diversity.{name}.{scope}"
+            asks += [Ask(title, full, decimals), Ask(f"minus {label(baseline)}", full, decimals, baseline)]
+    counts = " or ".join(map(str, sorted(set(data["samples_per_prompt"].values()))))
+    note = (
+        f"Samples per prompt: {counts}. Distinct n-grams: different ones / all, which also falls as answers grow longer. "
         f"Self-BLEU across prompts: in random groups of {data['group']} prompts. ▲ more diverse and ▼ less: the 95 % "
         "interval of the paired difference excludes 0."
     )
+    return [*results.table(asks), note]

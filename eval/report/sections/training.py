@@ -1,41 +1,56 @@
 """Training: the choice of the SFT epoch, and the RL runs."""
 
-from collections.abc import Mapping
-from typing import Any
+from prefopt.evaluation.report.plots import Series, curves_plot, drawable, of_log
+from prefopt.evaluation.report.tables import Block, Missing, Results, label
 
-from prefopt.evaluation.report import plots
-from prefopt.evaluation.report.markup import Missing, label
+EPOCHS = {
+    "validation_loss": "validation loss",
+    "rm_score": "reward-model score on validation prompts",
+    "gold": "gold reward on validation prompts",
+}
+RL = {
+    "objective/scores": "reward-model score of the rollouts",
+    "objective/kl": "KL to SFT, nats per completion",
+    "gold": "gold reward of the rollouts",
+    "loss/ptx": "loss on pretraining text, nats per token",
+}
 
 
-def epochs_section(results: Mapping[str, Any]) -> str:
-    """HTML of the curve by which the SFT epoch was chosen."""
-    curves = results.get("curves") or {}
+def epochs(results: Results) -> list[Block]:
+    """The curves by which the SFT epoch was chosen."""
+    curves = results.content.get("curves") or {}
     if not curves.get("sft_epochs"):
         raise Missing("no curve of the SFT epochs was given; set `sft_selection`")
-    return f"<figure>{plots.epochs_plot(curves['sft_epochs'], curves.get('sft_chosen_epoch'))}</figure>" + (
-        "<p class='note'>The epoch is chosen by reward-model score, as in the paper, where validation loss overfits "
-        "after one epoch while the score, and people's preference, still rise.</p>"
-    )
-
-
-def rl_section(results: Mapping[str, Any]) -> str:
-    """HTML of rewards, KL and pretraining loss over the steps of the RL runs."""
-    runs = {
-        label(m): log for m, log in (results.get("curves") or {}).items() if log and not m.startswith("sft_")
-    }
-    titles = {
-        "objective/scores": "reward-model score of the rollouts",
-        "objective/kl": "KL to SFT, nats per completion",
-        "gold": "gold reward of the rollouts",
-        "loss/ptx": "loss on pretraining text, nats per token",
-    }
-    drawn = [key for key in titles if any(plots.drawable(log, key) for log in runs.values())]
-    if not drawn:
-        raise Missing("no training curves were given; set `rl_runs`")
-    figures = "".join(f"<figure>{plots.training_plot(runs, key, titles[key])}</figure>" for key in drawn)
+    log = [{"step": entry["epoch"], **entry} for entry in curves["sft_epochs"]]
+    chosen = curves.get("sft_chosen_epoch")
+    marks = [] if chosen is None else [(chosen, f"chosen: epoch {chosen}")]
+    figures = [
+        curves_plot([Series("", of_log(log, key), dotted=True)], title, "SFT epoch", marks=marks)
+        for key, title in EPOCHS.items()
+        if drawable(log, key)
+    ]
     note = (
-        "<p class='note'>A reward-model score that rises while the gold reward falls is over-optimization.</p>"
-        if "gold" in drawn
-        else ""
+        "The epoch is chosen by reward-model score, as in the paper, where validation loss overfits after one epoch while "
+        "the score, and people's preference, still rise."
     )
-    return f"<div class='figures'>{figures}</div>{note}"
+    return [*figures, note]
+
+
+def rl(results: Results) -> list[Block]:
+    """Rewards, KL and pretraining loss over the steps of the RL runs."""
+    curves = results.content.get("curves") or {}
+    runs = {label(m): log for m, log in curves.items() if log and not m.startswith("sft_")}
+    figures, note = [], []
+    for key, title in RL.items():
+        series = [
+            Series(name, of_log(log, key), color=i)
+            for i, (name, log) in enumerate(runs.items())
+            if drawable(log, key)
+        ]
+        if series:
+            figures.append(curves_plot(series, title, "step"))
+        if series and key == "gold":
+            note = ["A reward-model score that rises while the gold reward falls is over-optimization."]
+    if not figures:
+        raise Missing("no training curves were given; set `rl_runs`")
+    return [*figures, *note]

@@ -15,13 +15,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from prefopt.evaluation.benchmarks.benchmark import conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
 from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
-from prefopt.evaluation.report.markup import Missing
 from prefopt.evaluation.report.sections import bench as bench_section
+from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import benchmarks as bench
 from prefopt.evaluation.stages.benchmarks import MEASURES, BenchArguments, measure
 from tests.conftest import CHAT_TEMPLATE, tiny_config
+from tests.eval.report.conftest import html_of
 
 ROWS = Path(__file__).parent / "bench_rows"
 SAME_ROWS = {
@@ -428,7 +429,9 @@ def test_hub_ids_are_those_of_the_task_files():
 
 
 def shown(stage):
-    return bench_section.section({"measures": stage["measures"], "stages": {"bench": stage}})
+    return html_of(
+        bench_section.section(Results({"measures": stage["measures"], "stages": {"bench": stage}}))
+    )
 
 
 def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
@@ -440,19 +443,19 @@ def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
     assert "<b>" not in html
     assert "&lt;b&gt;ppo" in html
     assert html.count("<svg") == 1
-    assert "<th>SFT, prompted</th>" in html
+    assert "<th><span>SFT, prompted</span></th>" in html
     rte = find(stage["measures"], "bench.rte.acc.0-shot", "sft")
-    assert f"acc, 0-shot <small>n = 2</small></th><td class=''>{rte['value']:.3f}" in html
+    assert f"<span>acc, 0-shot</span><small>n = 2</small></th><td><span>{rte['value']:.3f}" in html
     assert "64.3 / 57.7 / 43.7 / 59.9" in html  # SQuADv2 zero-shot, Table 14
     assert "Only the first 2 rows" in html
     assert "HellaSwag: skipped: the rows of Rowan/hellaswag are not to be had from here" in html
-    assert "RealToxicityPrompts: failed: cannot import &#x27;a&lt;b:c&#x27;" in html
+    assert "RealToxicityPrompts: failed: cannot import &#39;a&lt;b:c&#39;" in html
     assert "TruthfulQA, answers: skipped: no judge of truthfulness" in html
 
 
 def test_the_section_without_numbers_says_why(tmp_path, folders):
     with pytest.raises(Missing, match="prefopt eval bench"):
-        bench_section.section({"measures": [], "stages": {}})
+        bench_section.section(Results({"measures": [], "stages": {}}))
     stage = evaluate(tmp_path, {"sft": folders / "sft"}, bench_tasks=["hellaswag"], bench_data_files={})
     with pytest.raises(Missing, match="bench_data_files"):
         shown(stage)

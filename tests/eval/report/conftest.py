@@ -2,12 +2,19 @@
 
 import pytest
 
+from prefopt.evaluation.report.render import to_html
+from prefopt.evaluation.report.tables import Page, Section
 from prefopt.evaluation.results import Failed, Skipped, build_results
 from prefopt.evaluation.stages.ratings import FLAGS
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure
 
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
+
+
+def html_of(blocks):
+    """A page of these blocks alone."""
+    return to_html(Page("title", [], [Section("id", "title", blocks)]))
 
 
 def whole_results(

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt.evaluation.report.page import SECTIONS, build_report
+from prefopt.evaluation.report.tables import Results
 from prefopt.evaluation.report.verdict import lights, verdict
 from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
@@ -13,7 +14,7 @@ from tests.eval.measures import measure
 ATTACK = (
     "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
 )
-TITLES = [title for title, *_ in SECTIONS]
+TITLES = [chapter.title for chapter in SECTIONS]
 
 
 def estimate(value, half=0.02):
@@ -101,14 +102,14 @@ def test_the_whole_report(results, tmp_path):
     assert html.startswith("<!DOCTYPE html>")
     for title in TITLES:
         assert title in page.text
-    of_stages = [stage for _, stage, _ in SECTIONS if stage is not None]
+    of_stages = [chapter.stage for chapter in SECTIONS if chapter.stage is not None]
     assert html.count("Skipped: the stage has not run") == html.count("Skipped: ") == len(of_stages)
     assert "Failed: " not in html
-    assert page.tags.count("svg") == 1 + 1 + 3  # win rates, epochs, three training curves
+    assert page.tags.count("svg") == 1 + 2 + 3  # win rates, two curves over epochs, three over RL
     for number in ("0.610 ▲", "0.440 ▼", "0.66", "0.75", "70.2 s", "2.5 min"):
         assert number in page.text
     assert "chosen: epoch 14" in page.text
-    assert verdict(results) in page.text
+    assert verdict(Results(results)) in page.text
 
 
 def test_text_of_models_is_only_text(results, tmp_path):
@@ -206,7 +207,7 @@ def test_a_broken_section_does_not_cost_the_others(results, tmp_path, caplog):
 
 
 def test_verdict(results):
-    assert verdict(results) == (
+    assert verdict(Results(results)) == (
         "By win rate under the gold reward PPO-ptx (0.61, 95 % interval 0.58 to 0.64) beats SFT; "
         "DPO (0.44, 95 % interval 0.41 to 0.47) loses to SFT; "
         "PPO (0.51, 95 % interval 0.48 to 0.54) cannot be told from SFT; "
@@ -216,34 +217,38 @@ def test_verdict(results):
     for m in results["measures"]:
         if m["against"] == "ppo":
             m.update(ci_low=-0.2, ci_high=0.1)
-    assert "whether PPO-ptx or PPO forgets more of the pretraining text cannot be told" in verdict(results)
+    assert "whether PPO-ptx or PPO forgets more of the pretraining text cannot be told" in verdict(
+        Results(results)
+    )
 
 
 def row(results, question):
-    return next(light for light in lights(results) if light["question"].startswith(question))
+    """What the paper found, and the lights by model."""
+    return next((paper, of) for title, paper, of in lights(Results(results)) if title.startswith(question))
 
 
 def test_lights_follow_the_intervals(results):
-    found = row(results, "Preferred to SFT?")
-    states = {model: light["state"] for model, light in found["models"].items()}
+    paper, models = row(results, "Preferred to SFT?")
+    states = {model: light.state for model, light in models.items()}
     assert states == {"sft": "baseline", "ppo": "unclear", "ppo_ptx": "better", "dpo": "worse"}
-    assert found["models"]["dpo"]["value"] == 0.44
-    assert found["paper"] == "PPO 0.69, PPO-ptx 0.71"
+    assert models["dpo"].value == 0.44
+    assert models["dpo"].numbers == "0.440\n0.410 to 0.470"
+    assert paper == "PPO 0.69, PPO-ptx 0.71"
     for value, state in ((-0.1, "better"), (0.1, "worse"), (0.01, "unclear")):  # fewer bits are better
         tax = measure("pretraining_bits_per_byte", "ppo", estimate(value), against="sft")
-        light = row({"measures": [tax]}, "Still predicts")["models"]["ppo"]
-        assert (light["state"], light["value"]) == (state, value)
+        light = row({"measures": [tax]}, "Still predicts")[1]["ppo"]
+        assert (light.state, light.value) == (state, value)
 
 
 def test_lights_tell_why_there_is_no_number(results):
-    light = row(results, "Still predicts")["models"]["ppo"]
-    assert (light["state"], light["value"]) == ("skipped", None)
-    assert "prefopt eval tax" in light["reason"]
+    light = row(results, "Still predicts")[1]["ppo"]
+    assert (light.state, light.value) == ("skipped", None)
+    assert "prefopt eval tax" in light.reason
     results["notes"] = {"tax": "failed: it broke"}
-    assert row(results, "Still predicts")["models"]["ppo"]["state"] == "failed"
+    assert row(results, "Still predicts")[1]["ppo"].state == "failed"
     reason = "no held-out text"
     results["measures"].append(measure("pretraining_bits_per_byte", "ppo", Skipped(reason), against="sft"))
-    assert row(results, "Still predicts")["models"]["ppo"]["reason"] == reason
+    assert row(results, "Still predicts")[1]["ppo"].reason == reason
 
 
 def test_of_several_benchmarks_one_that_is_worse_makes_the_light(results, tmp_path):
@@ -252,12 +257,12 @@ def test_of_several_benchmarks_one_that_is_worse_makes_the_light(results, tmp_pa
     for task, value in (("rte", 0.1), ("sst", 0.0), ("squadv2", 0.3), ("drop", -0.1)):
         m = measure("bench.rte.acc.0-shot", "sft", estimate(value), against="base")
         results["measures"].append({**m, "name": f"bench.{task}.acc.0-shot"})
-    found = row(results, "Public benchmarks")["models"]
-    assert found["sft"]["state"] == "worse"
-    assert found["sft"]["tally"] == "of 4: 2 better, 1 worse"
-    assert found["base"]["state"] == "baseline"
+    _, models = row(results, "Public benchmarks")
+    assert models["sft"].state == "worse"
+    assert models["sft"].numbers == "of 4: 2 better, 1 worse"
+    assert models["base"].state == "baseline"
     results["measures"] = [m for m in results["measures"] if "drop" not in m["name"]]
-    assert row(results, "Public benchmarks")["models"]["sft"]["state"] == "better"
+    assert row(results, "Public benchmarks")[1]["sft"].state == "better"
     assert "of 3: 2 better, 0 worse" in page_of(results, tmp_path)[1].text
 
 
@@ -265,4 +270,4 @@ def test_the_papers_values_are_marked_as_such(results, tmp_path):
     html, page = page_of(results, tmp_path)
     assert "175B, different data" in page.text
     assert "PPO 0.69, PPO-ptx 0.71" in page.text
-    assert "<td class='paper'>" in html
+    assert '<td class="paper"><span>PPO 0.69, PPO-ptx 0.71</span>' in html

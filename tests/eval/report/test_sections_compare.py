@@ -2,12 +2,13 @@
 
 import pytest
 
-from prefopt.evaluation.report.markup import Missing
 from prefopt.evaluation.report.sections import compare, metadata
+from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import Skipped
 from prefopt.evaluation.stages.ratings import FLAGS
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure
+from tests.eval.report.conftest import html_of
 
 EVIL = "<script>alert(1)</script>"
 
@@ -17,11 +18,13 @@ def estimate(value, n=50):
 
 
 def results(measures, stage, data, models=("sft", "ppo")):
-    return {
-        "measures": measures,
-        "stages": {stage: {"measures": measures, "data": data}},
-        "settings": {"models": list(models), "baseline": "sft"},
-    }
+    return Results(
+        {
+            "measures": measures,
+            "stages": {stage: {"measures": measures, "data": data}},
+            "settings": {"models": list(models), "baseline": "sft"},
+        }
+    )
 
 
 def test_compare_shows_judges_strengths_and_both_views_of_a_pair():
@@ -40,14 +43,14 @@ def test_compare_shows_judges_strengths_and_both_views_of_a_pair():
         "pairs": [{"judge": "gold", "model": "sft", "against": "ppo", "value": 0.3}],
         "matrix": {"ppo": {"sft": 0.69}, "sft": {"ppo": 0.31}},
     }
-    html = compare.section(results(measures, "compare", data))
+    html = html_of(compare.section(results(measures, "compare", data)))
     for text in (
         "gold reward",
         "reward model",
         "0.700 ▲",
         "0.450",
         "0.85",
-        "0.70<small>model: 0.69",
+        "<span>0.70</span><small>model: 0.69",
         "0.800",
         "0.620",
     ):
@@ -62,7 +65,7 @@ def test_metadata_shows_fig_4_all_flags_and_denominators():
         measures += [measure(f"flag.{flag}", m, estimate(0.25, 40)) for m in ("sft", "ppo")]
     words = {flag: flag.replace("_", " ") for flag in FLAGS} | {"hallucination": EVIL}
     data = {"ratings": {"sft": {"4": 3, "7": 1}, "ppo": {}}, "flags": words, "stale": 2}
-    html = metadata.section(results(measures, "metadata", data))
+    html = html_of(metadata.section(results(measures, "metadata", data)))
     for text in ("attempts the correct", "n = 40", "n = 80", "5.20", "75 %", "2 labels of other completions"):
         assert text in html, text
     assert "<script" not in html
@@ -77,7 +80,7 @@ def test_the_opposite_of_a_share_turns_its_interval():
 def test_nothing_measured_says_why():
     for section, stage in ((compare, "compare"), (metadata, "metadata")):
         with pytest.raises(Missing, match=f"prefopt eval {stage}"):
-            section.section({"measures": []})
+            section.section(Results({"measures": []}))
     data = {"main_judge": None, "pairs": [], "matrix": {}}
     nobody = [measure("winrate", "ppo", Skipped("name a judge"), against="sft")]
     with pytest.raises(Missing, match="name a judge"):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefopt.evaluation.report.markup import Missing
 from prefopt.evaluation.report.sections import diversity as diversity_section
 from prefopt.evaluation.report.sections import drift as drift_section
 from prefopt.evaluation.report.sections import overopt as overopt_section
 from prefopt.evaluation.report.sections import reward_model as reward_model_section
+from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import diversity, drift, reward_model
@@ -25,6 +25,7 @@ from prefopt.inference.likelihood import token_divergence
 from prefopt.inference.scoring import score_rows
 from prefopt.rankings.tokens import build_ids
 from prefopt.statistics.intervals import Estimate
+from tests.eval.report.conftest import html_of
 
 PROMPTS = ["the cat", "question: what is this? answer:", "the dog ran", "a red"]
 RANKINGS = [
@@ -79,9 +80,9 @@ def length(prompt, completion):
     return float(len(completion))
 
 
-def results_of(run: EvaluationRun, *stages: str) -> dict:
+def results_of(run: EvaluationRun, *stages: str) -> Results:
     found = {name: run.stage(name) for name in stages}
-    return {"measures": [m for s in found.values() for m in s["measures"]], "stages": found}
+    return Results({"measures": [m for s in found.values() for m in s["measures"]], "stages": found})
 
 
 # ---- drift -----------------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_drift_stage(world):
     )
     first = found["data"]["by_position"]["ppo"][0]
     assert first["kl"] == pytest.approx(np.mean([d.kl[0] for d in one]), rel=1e-5)
-    assert "<svg" in drift_section.section(results_of(world.run, "drift"))
+    assert "<svg" in html_of(drift_section.section(results_of(world.run, "drift")))
 
 
 def test_drift_is_not_measured_again_and_a_broken_model_costs_its_own_numbers(world, monkeypatch):
@@ -191,7 +192,7 @@ def test_diversity_stage(world):
     for name in ("diversity.self_bleu.per_prompt", "diversity.distinct_1.per_prompt"):
         values = [find(found, name, m)["value"] for m in ("ppo", "sft")]
         assert find(found, name, "ppo", "sft")["value"] == pytest.approx(values[0] - values[1])
-    assert "self-BLEU" in diversity_section.section(results_of(world.run, "diversity"))
+    assert "self-BLEU" in html_of(diversity_section.section(results_of(world.run, "diversity")))
 
 
 def diversity_words(text: str) -> list[str]:
@@ -291,7 +292,7 @@ def test_reward_model_stage(world, monkeypatch):
     agree = find(found, "rm.agreement_between.train.heldout", "labelers")
     assert (agree["value"], agree["n"]) == (0.5, 2)
     assert find(found, "rm.demonstration_score", "reward_model")["value"] == pytest.approx(a, abs=1e-5)
-    html = reward_model_section.section(results_of(world.run, "reward_model"))
+    html = html_of(reward_model_section.section(results_of(world.run, "reward_model")))
     assert "<svg" in html
     assert "alice &lt;b&gt;" in html
     assert ALICE not in html
@@ -370,7 +371,7 @@ def test_overopt_stage(world):
     assert point["distance"] == pytest.approx(math.sqrt(kl))
     theirs = [len(r["completion"]) for r in world.run.completions("ppo") if r["use_case"] != "odd"]
     assert point["gold"] == pytest.approx((np.mean(theirs) - gold.mean()) / gold.std(ddof=1))
-    assert "<svg" in overopt_section.section(results_of(world.run, "overopt"))
+    assert "<svg" in html_of(overopt_section.section(results_of(world.run, "overopt")))
 
 
 def test_overopt_without_judges_or_samples_says_what_is_missing(world):
@@ -403,7 +404,7 @@ def test_best_of_n_measures_need_two_samples_and_varying_rewards():
 )
 def test_a_stage_that_has_not_run_is_missing(build):
     with pytest.raises(Missing, match="prefopt eval"):
-        build.section({"measures": [], "stages": {}})
+        build.section(Results({"measures": [], "stages": {}}))
 
 
 def test_estimates_of_a_fit_without_known_errors_have_no_interval():
