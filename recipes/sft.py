@@ -46,7 +46,7 @@ from prefopt.recipes.common.rows import (
     stream_rows,
 )
 from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
-from prefopt.trainers.ranked.base import bf16_by_default
+from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.models.prefix.layout import PackedRows
+from prefopt.models.prefix.layout import PackedRows, Rows
 from prefopt.models.prefix.sharing import sharing
 
 logger = logging.getLogger(__name__)
@@ -188,6 +188,11 @@ def sequence_scores(
     with sharing(model, packed):
         hidden_states = _hidden_states(model, packed.input_ids, None, packed.position_ids)
     return _apply_head(model, hidden_states[0, packed.index[row, last]])
+
+
+def read_scores(model: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:
+    """`sequence_scores` of rows to which `append_reward_token` was applied: `scores` `[N]`."""
+    return {"scores": sequence_scores(model, rows.input_ids, rows.attention_mask, rows.packed)}
 
 
 def get_reward_bias(model: nn.Module) -> float:

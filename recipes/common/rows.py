@@ -13,11 +13,11 @@ from prefopt.inference.jsonl import iter_jsonl, read_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
-from prefopt.rankings.stream import check_stream_options
 from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments, UserError
 from prefopt.recipes.common.conversations import is_message, split_implicit_prompts
 from prefopt.recipes.common.sources import load_source
 from prefopt.trainers.dpo.config import RankedDPOConfig
+from prefopt.trainers.ranked.options import check_stream_options
 from prefopt.trainers.reward.config import RankedRewardConfig
 
 Rows = Dataset | list[dict]

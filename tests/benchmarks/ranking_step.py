@@ -62,9 +62,9 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
+from prefopt.models.prefix.sharing import PrefixSharing
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.row import to_preferences
-from prefopt.trainers.ranked.forward import RankedForwardMixin
 
 SIDES = ("trl", "rows", "shared")
 NAMES = {"trl": "TRL, all pairs", "rows": "K rows", "shared": "shared prefixes"}
@@ -273,19 +273,19 @@ class Side:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Note whether rows are packed, and how long the self-check takes."""
-        plan, check = RankedForwardMixin._plan, RankedForwardMixin._sharing_is_equal
+        pack, check = PrefixSharing.packed, PrefixSharing.is_equal
 
-        def watched_plan(*args: Any) -> Any:
-            packed = plan(*args)
-            self.packed = packed is not None
-            return packed
+        def watched_pack(*args: Any) -> Any:
+            rows = pack(*args)
+            self.packed = rows.packed is not None
+            return rows
 
         def watched_check(*args: Any) -> bool:
             self.self_check_seconds, equal = self._timed(lambda: check(*args))
             return equal
 
-        watched = {"_plan": watched_plan, "_sharing_is_equal": watched_check}
-        with mock.patch.multiple(RankedForwardMixin, **watched):
+        watched = {"packed": watched_pack, "is_equal": watched_check}
+        with mock.patch.multiple(PrefixSharing, **watched):
             yield
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:

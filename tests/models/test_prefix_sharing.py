@@ -17,13 +17,12 @@ from transformers import (
 from trl.trainer import add_fused_lm_head
 
 from prefopt.losses import ranking_loss
+from prefopt.models.heads import completion_logps
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import prefix_sharing_attention
-from prefopt.models.prefix.layout import Layout, PackedRows, pack
+from prefopt.models.prefix.layout import Layout, PackedRows, Rows, pack
 from prefopt.models.prefix.sharing import sharing
 from prefopt.models.reward import keep_4bit_gradients, sequence_scores
-from prefopt.trainers.dpo.completion_logps import completion_logps
-from prefopt.trainers.ranked.forward import Rows
 
 VOCABULARY = 64
 
@@ -311,7 +310,7 @@ def scores(model, batch, packed):
 
 def logps(model, batch, packed):
     rows = Rows(batch.ids, batch.mask, batch.completion_mask, batch.prompts, packed)
-    return completion_logps(model, rows)[0]["log_probs"] / 10  # of the order of 1, like scores
+    return completion_logps(model, rows)["log_probs"] / 10  # of the order of 1, like scores
 
 
 def loss_and_gradients(model, batch, packed, values=scores):

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.models import heads as lm_heads
-from prefopt.models.heads import token_logps
-from prefopt.models.last_layer import last_mlp_at
+from prefopt.models.heads import last_mlp_at, token_logps
 from prefopt.models.reward import sequence_scores, token_scores
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import score_ids

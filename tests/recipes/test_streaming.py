@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prefopt.inference.jsonl import write_jsonl
-from prefopt.rankings.stream import ComparisonStream
+from prefopt.rankings.dataset import ComparisonStream
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
 from prefopt.recipes.common import rows
 from prefopt.recipes.common.arguments import ComparisonArguments

@@ -162,6 +162,21 @@ class PackedRows:
     num_row_tokens: int
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some completions, a row each, and the number of each one's prompt: what a model is read on.
+
+    `input_ids`, `attention_mask` and `completion_mask` are `[N, T]`, `prompts` `[N]`; `packed` are the same rows with
+    shared prefixes once, or None to forward them as they are.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    prompts: Tensor
+    packed: PackedRows | None = None
+
+
 def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows:
     """Pack rows; rows of the same prompt share their longest common token prefix.
 

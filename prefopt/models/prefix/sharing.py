@@ -11,14 +11,15 @@ and itself. The result is that of K rows up to rounding, and so is the gradient.
     rows [N, T] --pack--> PackedRows --sharing(model, packed)--> hidden states [1, S, hidden]
                                                                  .index says where each row's token went
 
-How rows are packed stands in `prefix_layout`, how attention runs on them in `prefix_attention`, here which models can
-do it and how it is switched on. The attention is registered through transformers' attention interface and behaves like
+How rows are packed stands in `layout`, how attention runs on them in `attention`, here which models can do it, how it
+is switched on, and `PrefixSharing`, by which a trainer makes sure that it changes nothing. The attention is registered through transformers' attention interface and behaves like
 its `sdpa` wherever no layout is given. The layout travels as a keyword argument of the backbone's forward, which
 gradient checkpointing keeps for its second forward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers.masking_utils import sdpa_mask
 
 from prefopt.errors import UserError
 from prefopt.models.prefix.attention import prefix_sharing_attention
-from prefopt.models.prefix.layout import PackedRows, pack
+from prefopt.models.prefix.layout import PackedRows, Rows, pack
 
 ATTENTION = "prefopt_prefix_sharing"
 
@@ -63,6 +64,8 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 MIN_SAVING = 0.1
 MIN_SAVED_TOKENS = 64
 
+# So many tokens of what two completions share, and of what they do not, show whether a model shares prefixes rightly.
+CHECKED_TOKENS = 32
 
 AttentionInterface.register(ATTENTION, prefix_sharing_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -146,6 +149,96 @@ def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@dataclass
+class PrefixSharing:
+    """Prefix sharing of a trainer's models, as long as a first batch scores the same with and without it.
+
+    Args:
+        is_on: whether it is wanted; False once a model cannot, or has scored differently.
+        complete: ids and mask of rows as the model reads them, such as `append_reward_token`.
+        read: values `[N]` of complete rows by name, from one forward; the first is compared.
+        is_half: whether the forward autocasts to a 16-bit type, though the weights are fp32.
+        on_any_process: whether a condition holds on any process; `bool` where each forwards by itself.
+        warn: takes the sentence that says why sharing is off.
+    """
+
+    is_on: bool
+    complete: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    read: Callable[[nn.Module, Rows], Mapping[str, Tensor]]
+    is_half: bool
+    on_any_process: Callable[[bool], bool]
+    warn: Callable[[str], None]
+    checked: set[int] = field(default_factory=set)
+
+    def stop(self, reason: str) -> None:
+        """Forward whole rows from now on."""
+        self.is_on = False
+        self.warn(f"Prefix sharing is off: {reason}. Every completion is forwarded in a row of its own.")
+
+    def can_share(self, model: nn.Module) -> bool:
+        """Whether rows of this model may be packed; enables the model."""
+        if self.is_on and not is_enabled(model):
+            if reason := why_not(model):
+                self.stop(reason)
+            else:
+                enable(model)
+        return self.is_on
+
+    def packed(self, model: nn.Module, rows: Rows) -> Rows:
+        """Complete rows, packed where that is faster; the first that are packed are forwarded both ways first."""
+        if not self.can_share(model):
+            return rows
+        packed = plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
+        if id(model) not in self.checked and self.on_any_process(packed is not None):
+            self.checked.add(id(model))
+            if self.on_any_process(not self.is_equal(model, rows)):
+                self.stop("the first batch scored differently with it")
+                return rows
+        return replace(rows, packed=packed)
+
+    def is_equal(self, model: nn.Module, rows: Rows) -> bool:
+        """Forward two completions of one prompt both ways, the shortest such pair.
+
+        Of both no more than `CHECKED_TOKENS` of what they share and of what they do not: a layer that mixes tokens in
+        another way does so in any row. Only a sliding window shows in long rows alone.
+        """
+        repeated = (rows.prompts[1:] == rows.prompts[:-1]).nonzero().squeeze(1)
+        lengths = rows.attention_mask.sum(1)
+        first = repeated[(lengths[repeated] + lengths[repeated + 1]).argmin()]
+        both = slice(first, first + 2)
+        columns = torch.arange(int(lengths[both].max()), device=lengths.device)
+        if not has_window(model):
+            prefix = pack(rows.input_ids[both], rows.attention_mask[both], rows.prompts[both]).layout.prefixes
+            shared = prefix.width
+            columns = columns[
+                (columns < min(shared, CHECKED_TOKENS))
+                | ((columns >= shared) & (columns < shared + CHECKED_TOKENS))
+            ]
+        ids, mask, completion = (
+            x[both][:, columns[columns < x.shape[1]]]
+            for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
+        )
+        pair = Rows(*self.complete(model, ids, mask), completion, rows.prompts[both])
+        packed = pack(pair.input_ids, pair.attention_mask, pair.prompts)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                plain, shared = (
+                    next(iter(self.read(model, replace(pair, packed=p)).values())).float()
+                    for p in (None, packed)
+                )
+        finally:
+            model.train(was_training)
+        # Autocast is inside the model's forward; bitsandbytes' layers compute in a dtype of their own.
+        dtypes = {p.dtype for p in model.parameters()}
+        dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
+        is_half = self.is_half or dtypes & {torch.float16, torch.bfloat16}
+        # A token that sees what it must not moves scores by far more.
+        tolerance = 0.05 if is_half else 1e-3
+        return bool(((plain - shared).abs() <= tolerance * plain.abs().clamp(min=1)).all())
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -6,8 +6,14 @@ from trl import DPOConfig
 
 from prefopt.errors import UserError
 from prefopt.losses.divergences import F_DIVERGENCES
-from prefopt.trainers.ranked.base import RankedOptions, bf16_by_default, check_ranked_options
-from prefopt.trainers.ranked.options import check_number, is_number, refuse_options
+from prefopt.trainers.ranked.options import (
+    RankedOptions,
+    bf16_by_default,
+    check_number,
+    check_ranked_options,
+    is_number,
+    refuse_options,
+)
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONORED = {

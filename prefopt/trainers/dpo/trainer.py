@@ -10,7 +10,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -24,14 +25,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from prefopt.errors import UserError, UserTypeError
-from prefopt.losses import centering_loss, ranking_loss, rating_margins, strict_pairs
+from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
+from prefopt.models.heads import completion_logps
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.dataset import RankedCollator
-from prefopt.trainers.dpo.completion_logps import completion_logps
 from prefopt.trainers.dpo.config import RANKED_LOSSES, RankedDPOConfig
-from prefopt.trainers.ranked.base import RankedTrainerMixin, pair_ratios
-from prefopt.trainers.ranked.forward import Rows
+from prefopt.trainers.ranked.base import RankedTrainer, Ratio
 from prefopt.trainers.ranked.options import check_model
 from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
 
@@ -73,7 +73,7 @@ def kendall_tau(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     return (by_score * by_rank).sum((1, 2)) / scale.clamp(min=1), scale > 0
 
 
-class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
+class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     """Train a policy on ranked comparisons: DPO (arXiv:2305.18290, Eq. 7) over all strict pairs of a prompt.
 
     A completion's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens; the
@@ -108,7 +108,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
     _tag_names = ["trl", "prefopt", "dpo", "ranked-dpo"]  # noqa: RUF012 (TRL's attribute)
     _name = "Ranked DPO"
     _builds_on = ("the ranking loss of InstructGPT", "2203.02155")
-    _row_columns = (*RankedTrainerMixin._row_columns, "ref_logps")
+    _row_columns = (*RankedTrainer._row_columns, "ref_logps")
 
     def __init__(
         self,
@@ -166,12 +166,14 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                     "max_tokens_per_forward cannot be used with the auxiliary loss of a mixture of experts, which is "
                     "that of a whole batch: set router_aux_loss_coef=0 or leave it out"
                 )
-            self._stop_sharing("the auxiliary loss of a mixture of experts counts every row's tokens")
+            self._read = partial(completion_logps, output_router_logits=True)
+            self._prefixes.stop("the auxiliary loss of a mixture of experts counts every row's tokens")
         self._settle()
 
     def _settle(self) -> None:
         """What must wait for TRL's `__init__`, yet come before it precomputes the reference, at its end."""
-        if self._ranked_collator is None:  # TRL has settled the pad token
+        if self._ranked_collator is None:
+            # TRL has settled the pad token.
             self._ranked_collator = RankedDPOCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
@@ -180,7 +182,8 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             if model is not None:
                 keep_4bit_gradients(model)
         undo_rounding(self.model, self._given)
-        if self.ref_model is None and is_peft_model(self.model):  # policy and reference compute alike
+        if self.ref_model is None and is_peft_model(self.model):
+            # Policy and reference compute alike.
             for name, parameter in self.model.named_parameters():
                 if ".ref." in name:
                     policy = self.model.get_parameter(name.replace(".ref.", ".default."))
@@ -200,7 +203,7 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             adapter,
             self.accelerator.autocast(),
         ):
-            return self._per_completion(model, inputs)["log_probs"]
+            return self._forward(model, inputs)["log_probs"]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._settle()
@@ -237,16 +240,20 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
 
-    # ---- loss ----
+    # ---- loss and log ----
 
-    def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        if not self.aux_loss_enabled:
-            return completion_logps(model, rows)[0]
-        sums, outputs = completion_logps(model, rows, output_router_logits=True)
-        return {**sums, "aux_loss": outputs.aux_loss.expand(len(rows.prompts))}
+    _read = staticmethod(completion_logps)
+    _logged_of_pairs: ClassVar = {
+        "rewards/chosen": ("scores", "chosen"),
+        "rewards/rejected": ("scores", "rejected"),
+        "rewards/accuracies": ("scores", "accuracy"),
+        "rewards/margins": ("scores", "margin"),
+        "logps/chosen": ("log_probs", "chosen"),
+        "logps/rejected": ("log_probs", "rejected"),
+    }
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Sums over the tokens of each completion, `[B, K]`, 0 where absent.
+        """Sums over the tokens of each completion, `[B, K]`, 0 where absent, and the implicit rewards, `scores`.
 
         `ref_logps`; of the policy `log_probs`, and for the log `entropy`, `mean_logits` (over the vocabulary) and
         `is_top1`. `aux_loss` of a mixture of experts is the batch's.
@@ -255,27 +262,18 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
         ref_logps = inputs.get("ref_logps") if self.precompute_ref_logps else None
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        return {**self._per_completion(model, inputs), "ref_logps": ref_logps}
+        values = self._forward(model, inputs)
+        scores = self.beta * (values["log_probs"] - ref_logps)
+        return {**values, "ref_logps": ref_logps, "scores": scores}
 
-    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        values = self._values(model, inputs)
-        return self.beta * (values["log_probs"] - values["ref_logps"])
-
-    def _compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        outputs = self._values(model, inputs)
-        log_ratios = outputs["log_probs"] - outputs["ref_logps"]
-        rewards = self.beta * log_ratios
-        losses = self._preference_losses(log_ratios, inputs)
+    def _losses(self, values: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+        losses = self._preference_losses(values["log_probs"] - values["ref_logps"], inputs)
         if self.args.center_rewards_coefficient is not None:
-            centering = centering_loss(rewards, inputs["ranks"], reduction="none")
+            centering = centering_loss(values["scores"], inputs["ranks"], reduction="none")
             losses = losses + self.args.center_rewards_coefficient * centering
         if self.aux_loss_enabled:
-            losses = losses + self.router_aux_loss_coef * outputs["aux_loss"][:, 0]
-        loss = self._mean_over_prompts(losses, inputs)
-        self._log_batch(outputs, inputs)
-        return (loss, {"scores": rewards}) if return_outputs else loss
+            losses = losses + self.router_aux_loss_coef * values["aux_loss"][:, 0]
+        return losses
 
     def _preference_losses(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The weighted sum `[B]` of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
@@ -301,35 +299,28 @@ class RankedDPOTrainer(RankedTrainerMixin, DPOTrainer):
             losses = losses + weight * (terms / self.beta**2 if loss_type == "ipo" else terms)
         return losses
 
-    def _log_values(self, values: Mapping[str, Tensor], inputs: dict[str, Any]) -> None:
-        ranks, rewards = inputs["ranks"], self.beta * (values["log_probs"] - values["ref_logps"])
-        of_rewards, of_logps = pair_ratios(rewards, ranks), pair_ratios(values["log_probs"], ranks)
-        pairs = strict_pairs(ranks).float()
-        wins, losses = pairs.sum(2), pairs.sum(1)
-        gradient_weights = torch.sigmoid(rewards[:, None, :] - rewards[:, :, None])  # [b, w, l]: of r_l - r_w
+    def _more_ratios(
+        self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]
+    ) -> dict[str, Ratio]:
+        ranks, rewards, mean_logits = inputs["ranks"], values["scores"], values["mean_logits"]
         # TRL's token statistics, a completion weighing as often as it is chosen or rejected.
+        pairs = pairs.float()
+        wins, losses = pairs.sum(2), pairs.sum(1)
         tokens = inputs["completion_mask"][:, :, 1:].sum(-1).float()
-        mean_logits = values["mean_logits"]
-        self._add_ratios(
-            {
-                "rewards/chosen": of_rewards["chosen"],
-                "rewards/rejected": of_rewards["rejected"],
-                "rewards/accuracies": of_rewards["accuracy"],
-                "rewards/margins": of_rewards["margin"],
-                "logps/chosen": of_logps["chosen"],
-                "logps/rejected": of_logps["rejected"],
-                "logits/chosen": ((wins * mean_logits).sum(1), (wins * tokens).sum(1)),
-                "logits/rejected": ((losses * mean_logits).sum(1), (losses * tokens).sum(1)),
-                "mean_token_accuracy": ((wins * values["is_top1"]).sum(1), (wins * tokens).sum(1)),
-                "entropy": (values["entropy"].sum(1), tokens.sum(1)),
-                "kendall_tau": kendall_tau(rewards, ranks),
-                "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
-            }
-        )
+        # [b, w, l]: of r_l - r_w
+        gradient_weights = torch.sigmoid(rewards[:, None, :] - rewards[:, :, None])
+        ratios = {
+            "logits/chosen": ((wins * mean_logits).sum(1), (wins * tokens).sum(1)),
+            "logits/rejected": ((losses * mean_logits).sum(1), (losses * tokens).sum(1)),
+            "mean_token_accuracy": ((wins * values["is_top1"]).sum(1), (wins * tokens).sum(1)),
+            "entropy": (values["entropy"].sum(1), tokens.sum(1)),
+            "kendall_tau": kendall_tau(rewards, ranks),
+            "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
+        }
         if self.aux_loss_enabled:
             aux_loss = values["aux_loss"][:, 0]
-            self._add_ratios({"aux_loss": (aux_loss, torch.ones_like(aux_loss))})
-        self._count_tokens(inputs["attention_mask"])
+            ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))
+        return ratios
 
     # ---- scoring ----
 

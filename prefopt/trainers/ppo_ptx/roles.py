@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head, pad
 
 from prefopt.errors import UserError
 from prefopt.models.checkpoints import load_reward_model
-from prefopt.models.last_layer import last_mlp_at
+from prefopt.models.heads import last_mlp_at
 from prefopt.models.loading import is_adapter, saved_config
 from prefopt.models.reward import sequence_scores, token_scores
 from prefopt.models.roles import AdapterScorer, load_scorer, why_not_shared

@@ -17,8 +17,7 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict, use_adap
 
 from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, full_kl, gae, k1, k3, kl_shaped_rewards, masked_whiten
-from prefopt.models.heads import fp32_output, token_logps
-from prefopt.models.last_layer import last_mlp_at
+from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.rankings.tokens import without_nulls_in_calls
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 

@@ -1,14 +1,116 @@
-"""Checks of arguments that name the field, what it may be and what it was."""
+"""Options of both ranked trainers, and the checks that name an option, what it may be and what it was."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.errors import UserError, UserTypeError
+from prefopt.losses import ranking_loss, rating_margins
+
+
+@dataclass
+class RankedOptions:
+    """Options that both ranked trainers have next to TRL's."""
+
+    ties: str = field(
+        default="drop",
+        metadata={
+            "help": "'drop' leaves tied pairs out (the paper), 'half' gives them a target of one half."
+        },
+    )
+    margin_coef: float = field(
+        default=0.0,
+        metadata={"help": "The better completion must lead by this times the difference of the ratings."},
+    )
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Forward the tokens that the completions of a prompt share once, where the model allows it."
+        },
+    )
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Split a batch into forwards of at most this many tokens; the batch stays what it is."
+        },
+    )
+
+
+def check_ranked_options(args: RankedOptions, losses: Iterable[str]) -> None:
+    """Raise for values that make no sense, alone or with one of these `ranking_loss`es."""
+    check_switch(args, "prefix_sharing")
+    check_count(args, "max_tokens_per_forward", "a number of tokens, or none to forward a batch at once")
+    check_count(args, "max_length", "a number of tokens, or none to keep completions of any length")
+    check_number(args, "label_smoothing", "a share of pairs, such as 0.1")
+    check_number(args, "margin_coef", "a finite number from 0; less would invert the ranks")
+    if args.center_rewards_coefficient is not None:
+        check_number(
+            args,
+            "center_rewards_coefficient",
+            "a finite number from 0, or none; less would drive rewards away from 0",
+        )
+    if args.label_smoothing_factor != 0:
+        raise UserError(
+            f"label_smoothing_factor={args.label_smoothing_factor!r} is transformers' option for class labels, which a "
+            "ranking has none of; `label_smoothing` is the share of pairs taken to be ordered wrongly"
+        )
+    if "inputs" in (args.include_for_metrics or ()):
+        raise UserError(
+            f"include_for_metrics={args.include_for_metrics!r}: 'inputs' is not supported, because batches of token ids "
+            "[B, K, T] differ in two sizes; read the rows of `trainer.eval_dataset`, which are in the same order"
+        )
+    scores, ranks = torch.zeros(1, 2), torch.tensor([[1, 2]])
+    # Each loss knows which of the other options have a meaning for it, and says so on any scores.
+    for loss in losses:
+        ranking_loss(
+            scores,
+            ranks,
+            loss_type=loss,
+            ties=args.ties,
+            label_smoothing=args.label_smoothing,
+            margins=rating_margins(scores, args.margin_coef) if args.margin_coef else None,
+        )
+
+
+def bf16_by_default(args: TrainingArguments) -> bool:
+    """TRL's default (bf16 unless fp16), but only where the hardware has it, so that a CPU needs no options."""
+    return not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
+
+
+def check_stream_options(args: TrainingArguments) -> None:
+    """Raise for what a training set without a length cannot have."""
+    if args.max_steps <= 0:
+        raise UserError(
+            "the train dataset is a stream, which has no length: set max_steps (number of rows x epochs / prompts per "
+            "optimizer step)"
+        )
+    if args.dataloader_num_workers:
+        raise UserError(
+            f"dataloader_num_workers={args.dataloader_num_workers}: expected 0 with a stream, whose rows are checked and "
+            "counted in one place; tokenize them beforehand if this is slow"
+        )
+    if getattr(args, "precompute_ref_log_probs", False):
+        raise UserError(
+            "precompute_ref_log_probs=True would read the stream to its end before training: leave it off, or load "
+            "the rows without streaming"
+        )
+
+
+def refuse_partial_predictions(args: TrainingArguments) -> None:
+    """Raise for options that give `compute_metrics` its predictions in parts."""
+    for name, whole in (("batch_eval_metrics", False), ("eval_do_concat_batches", True)):
+        if getattr(args, name) != whole:
+            raise UserError(
+                f"{name}={getattr(args, name)!r} gives predictions batch by batch, but the measures on rankings need "
+                f"them all: leave it at {whole!r}, or pass a `compute_metrics` of your own"
+            )
 
 
 def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str]]) -> None:

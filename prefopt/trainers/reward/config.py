@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from trl import RewardConfig
 
 from prefopt.errors import UserError
-from prefopt.trainers.ranked.base import RankedOptions, bf16_by_default, check_ranked_options
-from prefopt.trainers.ranked.options import refuse_options
+from prefopt.trainers.ranked.options import (
+    RankedOptions,
+    bf16_by_default,
+    check_ranked_options,
+    refuse_options,
+)
 from prefopt.trainers.shared.precision import is_asked_for
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.

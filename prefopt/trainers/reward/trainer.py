@@ -9,8 +9,7 @@ require_seams("RankedRewardTrainer")
 import copy
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -43,15 +42,13 @@ from prefopt.models.reward import (
     init_score_head,
     keep_4bit_gradients,
     keep_head_fp32,
-    sequence_scores,
+    read_scores,
     set_reward_bias,
     train_reward_token,
 )
 from prefopt.rankings.checks import validate_demonstrations
-from prefopt.rankings.dataset import RankedCollator
-from prefopt.rankings.stream import ComparisonStream
-from prefopt.trainers.ranked.base import RankedTrainerMixin, pair_ratios
-from prefopt.trainers.ranked.forward import Rows
+from prefopt.rankings.dataset import ComparisonStream, RankedCollator
+from prefopt.trainers.ranked.base import RankedTrainer, Ratio
 from prefopt.trainers.ranked.options import check_model
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
@@ -59,7 +56,7 @@ from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
 logger = get_logger(__name__)
 
 
-class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
+class RankedRewardTrainer(RankedTrainer, RewardTrainer):
     """Train a reward model on ranked comparisons (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 1).
 
     Each completion is forwarded once and the C(K, 2) comparisons of a prompt are one batch element. Rows are
@@ -139,9 +136,8 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         keep_head_fp32(self.model)
         if head_is_new:
             init_score_head(self.model)
-            if (
-                args.reward_token is None
-            ):  # the base may be a policy that must not sample another model's token
+            if args.reward_token is None:
+                # The base may be a policy that must not sample another model's token.
                 self.model.config.reward_token_id = None
         elif peft_config is not None:
             head = self.model.get_base_model().score
@@ -201,7 +197,8 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
     ) -> Dataset | ComparisonStream:
         if self._reward_token_id is None:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if args.max_length is not None:  # the reward token comes on top
+        if args.max_length is not None:
+            # The reward token comes on top.
             args = copy.copy(args)
             args.max_length -= 1
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -216,35 +213,23 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             dataset.checks.append(problem)
             return dataset
         for number, row in enumerate(dataset.select_columns(["prompt_ids", "completion_ids"])):
-            if found := problem(row):
-                raise UserError(f"{dataset_name} row {number}: {found}")
+            if text := problem(row):
+                raise UserError(f"{dataset_name} row {number}: {text}")
         return dataset
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        _require_trainable(self.model)  # not earlier: a frozen model may score and be evaluated
+        # Not earlier: a frozen model may score and be evaluated.
+        _require_trainable(self.model)
         return super().train(*args, **kwargs)
 
-    # ---- loss ----
+    # ---- loss and log ----
 
-    def _complete_rows(self, rows: Rows) -> Rows:
-        input_ids, attention_mask = append_reward_token(self.model, rows.input_ids, rows.attention_mask)
-        return replace(rows, input_ids=input_ids, attention_mask=attention_mask)
+    _completed = staticmethod(append_reward_token)
+    _read = staticmethod(read_scores)
+    _logged_of_pairs: ClassVar = {"accuracy": ("scores", "accuracy"), "margin": ("scores", "margin")}
 
-    def _scores(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        return self._values(model, inputs)["scores"]
-
-    def _forward_rows(self, model: nn.Module, rows: Rows) -> dict[str, Tensor]:
-        return {"scores": sequence_scores(model, rows.input_ids, rows.attention_mask, rows.packed)}
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        args, ranks = self.args, inputs["ranks"]
-        scores = self._scores(model, inputs)
+    def _losses(self, values: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+        args, scores, ranks = self.args, values["scores"], inputs["ranks"]
         losses = ranking_loss(
             scores,
             ranks,
@@ -254,29 +239,20 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
             margins=rating_margins(inputs["ratings"], args.margin_coef) if args.margin_coef else None,
             reduction="none",
         )
-        if args.center_rewards_coefficient is not None:
-            losses = losses + args.center_rewards_coefficient * centering_loss(
-                scores, ranks, reduction="none"
-            )
-        loss = self._mean_over_prompts(losses, inputs)
-        self._log_batch({"scores": scores}, inputs)
-        return (loss, {"scores": scores}) if return_outputs else loss
+        if args.center_rewards_coefficient is None:
+            return losses
+        return losses + args.center_rewards_coefficient * centering_loss(scores, ranks, reduction="none")
 
-    def _log_values(self, values: Mapping[str, Tensor], inputs: dict[str, Any]) -> None:
-        scores, ranks = values["scores"], inputs["ranks"]
-        present, pairs = ranks > 0, pair_ratios(scores, ranks)
-        self._count_tokens(inputs["attention_mask"])
-        self._add_ratios(
-            {
-                "accuracy": pairs["accuracy"],
-                "margin": pairs["margin"],
-                "mean_reward": (scores.sum(1), present.sum(1)),
-            }
-        )
-        lowest_and_highest = torch.stack([scores[present].min(), scores[present].max()])
-        lowest_and_highest = self.accelerator.gather(lowest_and_highest)
-        self._metrics[self._mode]["min_reward"].append(lowest_and_highest.min().item())
-        self._metrics[self._mode]["max_reward"].append(lowest_and_highest.max().item())
+    def _more_ratios(
+        self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]
+    ) -> dict[str, Ratio]:
+        scores, present = values["scores"], inputs["ranks"] > 0
+        extremes = torch.stack([scores[present].min(), scores[present].max()])
+        extremes = self.accelerator.gather(extremes)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["min_reward"].append(extremes.min().item())
+        metrics["max_reward"].append(extremes.max().item())
+        return {"mean_reward": (scores.sum(1), present.sum(1))}
 
     # ---- scoring ----
 
@@ -308,14 +284,15 @@ class RankedRewardTrainer(RankedTrainerMixin, RewardTrainer):
         self._load_reward_bias(self.state.best_model_checkpoint)
 
     def _load_reward_bias(self, checkpoint: str) -> None:
-        """Trainer loads weights; the bias is in the `config.json` beside them, which lacks it if it was never set."""
+        """Trainer loads weights; the bias is in the `config.json` next to them, which lacks it if it was never set."""
         if config := saved_config(checkpoint):
             set_reward_bias(self.model, config.get("reward_bias", 0.0))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         keep_pad_from_eos(self.model, self.processing_class.eos_token_id)
         super()._save(output_dir, state_dict)
-        if self.args.should_save and is_peft_model(self.model):  # the adapter's directory carries the bias
+        if self.args.should_save and is_peft_model(self.model):
+            # The adapter's directory carries the bias.
             self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
 
 

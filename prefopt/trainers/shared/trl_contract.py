@@ -79,10 +79,10 @@ CLASSES: dict[str, dict[str, Seams]] = {
         "transformers.Trainer": _TRAINER,
         "trl.DPOTrainer": Seams(
             methods={
-                "_compute_loss": ("model", "inputs", "return_outputs"),
                 "_precompute_ref_logps": ("dataset", "name", "batch_size"),
                 "_prepare_dataset": _PREPARE,
                 "_set_signature_columns_if_needed": (),
+                "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
                 "compute_ref_log_probs": ("model", "inputs"),
                 "evaluate": _EVALUATE,
                 "log": ("logs", "start_time"),

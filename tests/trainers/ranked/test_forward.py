@@ -22,7 +22,6 @@ from transformers import (
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
-from prefopt.trainers.ranked import forward as ranked_forward
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
 
@@ -189,7 +188,7 @@ def test_sharing_and_splitting_change_nothing(case, base, tokenizer, tmp_path):
         trainer = trainer_on(kind, base[kind], tokenizer, tmp_path, **overrides, **options)
         forwards = Forwards(trainer.model)
         result = train(trainer)
-        assert trainer._shares_prefixes is options.get("prefix_sharing", True)
+        assert trainer._prefixes.is_on is options.get("prefix_sharing", True)
         if expected is None:
             expected = result
             continue
@@ -405,10 +404,10 @@ def test_an_architecture_wrongly_on_the_list_is_caught(kind, tokenizer, tmp_path
         trainer = trainer_on(kind, model, tokenizer, tmp_path, max_steps=2)
         result = train(trainer)
     assert_same(result, expected)
-    assert not trainer._shares_prefixes
+    assert not trainer._prefixes.is_on
     (warning,) = warnings_about_sharing(caplog)
     assert "the first batch scored differently" in warning.message
-    monkeypatch.setattr(ranked_forward.RankedForwardMixin, "_sharing_is_equal", lambda *_: True)
+    monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", lambda *_: True)
     wrong = train(trainer_on(kind, model, tokenizer, tmp_path, max_steps=2))
     assert (wrong[0][0] - expected[0][0]).norm() > 0.1 * expected[0][
         0
@@ -443,13 +442,13 @@ def test_the_check_leaves_no_trace(kind, training, tokenizer, tmp_path):
     hooks = [len(module._forward_pre_hooks) for module in trainer.model.modules()]
 
     def loss(unchecked):
-        trainer._checked = (
+        trainer._prefixes.checked = (
             set() if unchecked else {id(trainer.model), id(getattr(trainer, "ref_model", None))}
         )
         torch.manual_seed(3)
         with torch.set_grad_enabled(training):
             value = trainer.compute_loss(trainer.model, inputs)
-        assert id(trainer.model) in trainer._checked
+        assert id(trainer.model) in trainer._prefixes.checked
         return value, torch.get_rng_state()
 
     first, state = loss(True)
@@ -465,31 +464,31 @@ def test_the_check_leaves_no_trace(kind, training, tokenizer, tmp_path):
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
 def test_bf16_keeps_sharing(kind, base, tokenizer, tmp_path, monkeypatch, caplog):
     """Rounding to 8 bits moves a score by a percent; accelerate's autocast is inside the model's forward."""
-    sharing_is_equal = ranked_forward.RankedForwardMixin._sharing_is_equal
+    is_equal = prefix_sharing.PrefixSharing.is_equal
     name = "scores" if kind == "reward" else "log_probs"
 
     def rounded(self, model, rows):
-        forward_rows = self._forward_rows
+        read = self.read
 
         def noisy(model, rows):
-            values = forward_rows(model, rows)
+            values = read(model, rows)
             return values | {name: values[name] * (1 if rows.packed is None else 1.01) + 0.01}
 
         with monkeypatch.context() as patch:
-            patch.setattr(self, "_forward_rows", noisy)
-            return sharing_is_equal(self, model, rows)
+            patch.setattr(self, "read", noisy)
+            return is_equal(self, model, rows)
 
-    monkeypatch.setattr(ranked_forward.RankedForwardMixin, "_sharing_is_equal", rounded)
+    monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", rounded)
     trainer = trainer_on(kind, base[kind], tokenizer, tmp_path, bf16=True)
     (gradient,), _ = train(trainer)
-    assert trainer._shares_prefixes
+    assert trainer._prefixes.is_on
     exact = train(trainer_on(kind, base[kind], tokenizer, tmp_path, prefix_sharing=False))[0][0]
     rows = train(trainer_on(kind, base[kind], tokenizer, tmp_path, prefix_sharing=False, bf16=True))[0][0]
     assert (gradient - exact).norm() <= 2 * (rows - exact).norm()
     assert (rows - exact).norm() <= 0.1 * exact.norm()
     half_off = trainer_on(kind, base[kind], tokenizer, tmp_path)
     train(half_off)
-    assert not half_off._shares_prefixes  # in fp32, a percent is no rounding
+    assert not half_off._prefixes.is_on  # in fp32, a percent is no rounding
 
 
 # ---- two processes ----

@@ -9,8 +9,7 @@ from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 
-from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
-from prefopt.rankings.stream import ComparisonStream
+from prefopt.rankings.dataset import ComparisonStream, prepare_comparisons, tokenize_comparisons
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
 from prefopt.trainers.reward.config import RankedRewardConfig

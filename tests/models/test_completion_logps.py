@@ -8,10 +8,9 @@ from transformers import AutoModelForCausalLM, Cohere2Config, LlamaConfig, OPTCo
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.models import heads as lm_heads
+from prefopt.models.heads import TOKEN_STATISTICS, completion_logps
 from prefopt.models.prefix import sharing as prefix_sharing
-from prefopt.models.prefix.layout import pack
-from prefopt.trainers.dpo.completion_logps import TOKEN_STATISTICS, completion_logps
-from prefopt.trainers.ranked.forward import Rows
+from prefopt.models.prefix.layout import Rows, pack
 
 SMALL = {
     "vocab_size": 40,
@@ -63,7 +62,7 @@ def test_statistics_equal_a_loop(kind, shared, monkeypatch):
         calls = []
         model.forward = lambda *args, calls=calls, **kwargs: calls.append(kwargs) or fused(*args, **kwargs)
         model.zero_grad()
-        sums, _ = completion_logps(model, rows)
+        sums = completion_logps(model, rows)
         assert [call.get("fused_lm_head", False) for call in calls] == [is_fused]
         assert set(sums) == set(TOKEN_STATISTICS)
         for name, values in expected.items():
@@ -82,11 +81,11 @@ def test_a_copy_of_a_model_with_the_fused_head_is_read_itself():
     add_fused_lm_head(model, outputs=TOKEN_STATISTICS)
     reference = copy.deepcopy(model)
     rows = Rows(IDS, MASK, COMPLETIONS, PROMPTS)
-    before = completion_logps(model, rows)[0]["log_probs"]
+    before = completion_logps(model, rows)["log_probs"]
     tokens = lm_heads.token_logps(model, IDS, MASK, 3)[0]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    assert not torch.allclose(completion_logps(model, rows)[0]["log_probs"], before, atol=0.1)
-    torch.testing.assert_close(completion_logps(reference, rows)[0]["log_probs"], before, rtol=0, atol=1e-5)
+    assert not torch.allclose(completion_logps(model, rows)["log_probs"], before, atol=0.1)
+    torch.testing.assert_close(completion_logps(reference, rows)["log_probs"], before, rtol=0, atol=1e-5)
     torch.testing.assert_close(lm_heads.token_logps(reference, IDS, MASK, 3)[0], tokens, rtol=0, atol=1e-5)
