@@ -120,6 +120,9 @@ def test_file_switches_of_every_trainer(file_switches, capsys):
     assert figures["RewardTrainer.compute_loss"] == {"calls": 1, "files": 1, "switches": 1}
     for one in figures.values():
         assert 0 < one["files"] <= one["calls"]
+    # Who spreads a loss over more files should have a reason.
+    assert figures["RankedRewardTrainer.compute_loss"]["switches"] <= 25
+    assert figures["RankedDPOTrainer.compute_loss"]["switches"] <= 45
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         source: names the rows in errors and in the log.
 
     Raises:
-        ValueError: while iterating, at the first bad row; when a whole pass leaves no row.
+        UserError: while iterating, at the first bad row; when a whole pass leaves no row.
 
     Example:
         >>> from datasets import Dataset

@@ -100,8 +100,8 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
     """Put before a TRL trainer: rows are ranked comparisons and batches `[B, K, T]`, B counting prompts.
 
     `evaluate()` returns `ranking_metrics` of the scores, each with its 95 % interval over prompts (`eval_accuracy`,
-    `eval_accuracy_ci_low`, ...), with the accuracy of each `labeler` and of preferring the longer completion beside it;
-    a `compute_metrics` takes their place. Logged metrics have the key prefix of the loss they belong to.
+    `eval_accuracy_ci_low`, ...), also the accuracy of each `labeler` and of preferring the longer completion; a
+    `compute_metrics` takes their place. Logged metrics have the key prefix of the loss they belong to.
 
     A `datasets.IterableDataset` is trained on as it comes (`ComparisonStream`), for `max_steps` that are one epoch to
     Trainer; evaluation rows are read to their end before training, as every measure needs them all.
@@ -110,7 +110,8 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
     `_losses` of these values; and what is logged of them, `_logged_of_pairs` and `_more_ratios`.
     """
 
-    loss_is_scaled_for_ga = True  # by `_mean_over_prompts`
+    # By `_mean_over_prompts`; Trainer would divide by the number of accumulated batches.
+    loss_is_scaled_for_ga = True
     _row_columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "completion_ids", "ranks", "ratings", "labeler")
     # Log key -> (value, which of its `pair_ratios`).
     _logged_of_pairs: ClassVar[dict[str, tuple[str, str]]] = {}

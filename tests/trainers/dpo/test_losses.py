@@ -13,46 +13,16 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.losses.divergences import F_DIVERGENCES, divergence_scores
 from prefopt.trainers.dpo.config import RANKED_LOSSES, REFUSED_LOSSES, RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer, kendall_tau
+from tests.trainers.conftest import PAIRS, RAGGED
+from tests.trainers.dpo.conftest import BETA, config
 
-PAIRS = [
-    {"prompt": "question: what is this?", "chosen": " a dog", "rejected": " the red house and the mat"},
-    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
-    {"prompt": "a", "chosen": " dog ran to the house", "rejected": " dog"},
-]
-RAGGED = [
-    {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
-    {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1]},
-    {
-        "prompt": "the dog",
-        "completions": [" ran", " sat on the red mat", " is", " and", " to the house"],
-        "ranks": [1, 2, 2, 3, 1],
-    },
-    {"prompt": "is this a dog?", "completions": [" the mat", " red"], "ranks": [1, 2]},
-]
 RATINGS = [[4.0, 7.0, 1.0], [2.0, 5.0], [6.0, 3.0, 3.0, 1.5, 6.0], [5.0, 4.0]]
 RATED = [{**row, "ratings": ratings} for row, ratings in zip(RAGGED, RATINGS, strict=True)]
-BETA = 0.3
 DIVERGENCES = [
     *[{"f_divergence_type": name} for name in F_DIVERGENCES],
     {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.7},
     {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
 ]
-
-
-def config(tmp_path, cls=RankedDPOConfig, **overrides):
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "beta": BETA,
-    }
-    return cls(**{**settings, **overrides})
 
 
 def trainer_on(base, rows, tokenizer, tmp_path, cls=RankedDPOTrainer, eval_rows=None, **overrides):

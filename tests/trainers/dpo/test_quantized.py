@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
+from tests.conftest import tiny_config
+from tests.trainers.conftest import lora, settings
 
 ROWS = [
     {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
@@ -28,19 +30,7 @@ def quantization():
 @pytest.fixture
 def base_path(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.1,
-    )
+    config = tiny_config(hidden_size=64, intermediate_size=128, initializer_range=0.1)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -48,12 +38,7 @@ def base_path(tmp_path):
 @pytest.fixture
 def sft_path(base_path, tmp_path):
     """A trained adapter on the base, as an SFT run leaves it."""
-    torch.manual_seed(3)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_path), LoraConfig(**LORA))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
+    model = lora(AutoModelForCausalLM.from_pretrained(base_path), "CAUSAL_LM", 0.1, LORA["target_modules"])
     model.save_pretrained(tmp_path / "sft")
     return tmp_path / "sft"
 
@@ -64,21 +49,15 @@ def load_sft(base_path, sft_path, is_trainable=True):
 
 
 def trainer_on(model, tokenizer, tmp_path, peft_config=None, quantization_config=None, **overrides):
-    settings = {
-        "output_dir": str(tmp_path / "dpo"),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
+    defaults = {
         "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "logging_steps": 1,
         "learning_rate": 1e-2,
         "max_steps": 2,
     }
     return RankedDPOTrainer(
         model=model,
-        args=RankedDPOConfig(**{**settings, **overrides}),
+        args=RankedDPOConfig(**settings(tmp_path / "dpo", **{**defaults, **overrides})),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
         peft_config=peft_config,

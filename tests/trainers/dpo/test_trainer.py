@@ -14,40 +14,10 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.rankings.tokens import build_ids
 from prefopt.trainers.dpo.config import HONORED, REFUSED, RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOCollator, RankedDPOTrainer
+from tests.trainers.conftest import PAIRS, RAGGED, first_loss, lora
+from tests.trainers.dpo.conftest import BETA, config
 
-PAIRS = [
-    {"prompt": "question: what is this?", "chosen": " a dog", "rejected": " the red house and the mat"},
-    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
-    {"prompt": "a", "chosen": " dog ran to the house", "rejected": " dog"},
-]
-RAGGED = [
-    {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
-    {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1]},
-    {
-        "prompt": "the dog",
-        "completions": [" ran", " sat on the red mat", " is", " and", " to the house"],
-        "ranks": [1, 2, 2, 3, 1],
-    },
-    {"prompt": "is this a dog?", "completions": [" the mat", " red"], "ranks": [1, 2]},
-]
-BETA = 0.3
 REFERENCES = ["model", "in_memory", "adapter_off", "ref_adapter", "precomputed", "precomputed_adapter"]
-
-
-def config(tmp_path, cls=RankedDPOConfig, **overrides):
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "beta": BETA,
-    }
-    return cls(**{**settings, **overrides})
 
 
 def trainer_on(model, rows, tokenizer, tmp_path, eval_rows=None, cls=RankedDPOTrainer, **overrides):
@@ -62,11 +32,6 @@ def trainer_on(model, rows, tokenizer, tmp_path, eval_rows=None, cls=RankedDPOTr
     )
 
 
-def first_loss(trainer):
-    inputs = next(iter(trainer.get_train_dataloader()))
-    return trainer.compute_loss(trainer.model, inputs)
-
-
 def perturb(model, seed, pattern="", std=0.05):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -74,12 +39,6 @@ def perturb(model, seed, pattern="", std=0.05):
             if pattern in name:
                 parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def lora(model):
-    torch.manual_seed(3)
-    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj", "up_proj"])
-    return perturb(get_peft_model(model, settings), 4, "lora_B", 0.3)
 
 
 def setting(kind, base, tmp_path, cls=RankedDPOTrainer, rows=RAGGED, tokenizer=None, **overrides):
@@ -118,7 +77,7 @@ def setting(kind, base, tmp_path, cls=RankedDPOTrainer, rows=RAGGED, tokenizer=N
         )
         perturb(trainer.model, 1, "lora_B", 0.3)
         return trainer, base
-    model = lora(copy.deepcopy(base))
+    model = lora(copy.deepcopy(base), "CAUSAL_LM")
     reference = copy.deepcopy(model).merge_and_unload()
     precompute = kind == "precomputed_adapter"
     trainer = trainer_on(
@@ -208,7 +167,7 @@ def test_first_score_is_zero_and_the_reference_stays(kind, causal_lm, tokenizer,
     elif kind in ("ref_adapter", "precomputed_adapter"):
         precompute = kind == "precomputed_adapter"
         trainer = trainer_on(
-            lora(causal_lm), RAGGED, tokenizer, tmp_path, precompute_ref_log_probs=precompute
+            lora(causal_lm, "CAUSAL_LM"), RAGGED, tokenizer, tmp_path, precompute_ref_log_probs=precompute
         )
     else:
         peft_config = LoraConfig(task_type="CAUSAL_LM", r=4) if kind == "adapter_off" else None
@@ -519,7 +478,9 @@ def test_unsupported_models_are_refused(causal_lm, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="adds virtual tokens"):
         trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, peft_config=peft_config)
     with pytest.raises(ValueError, match="merge its adapter"):
-        trainer_on(copy.deepcopy(causal_lm), PAIRS, tokenizer, tmp_path, ref_model=lora(causal_lm))
+        trainer_on(
+            copy.deepcopy(causal_lm), PAIRS, tokenizer, tmp_path, ref_model=lora(causal_lm, "CAUSAL_LM")
+        )
     other_name = get_peft_model(copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM"), "mine")
     with pytest.raises(ValueError, match="active adapters are"):
         trainer_on(other_name, PAIRS, tokenizer, tmp_path)

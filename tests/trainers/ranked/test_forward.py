@@ -20,10 +20,8 @@ from transformers import (
 )
 
 from prefopt.models.prefix import sharing as prefix_sharing
-from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
-from prefopt.trainers.reward.config import RankedRewardConfig
-from prefopt.trainers.reward.trainer import RankedRewardTrainer
+from tests.trainers.conftest import CLASSES, settings
 
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "red", "house"]
 QUESTION = "question: what is this? answer: the"
@@ -72,19 +70,10 @@ class Forwards:
 
 
 def trainer_on(kind, model, tokenizer, tmp_path, rows=ROWS, adapter=False, **overrides):
-    config, trainer = {
-        "reward": (RankedRewardConfig, RankedRewardTrainer),
-        "dpo": (RankedDPOConfig, RankedDPOTrainer),
-    }[kind]
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
+    trainer, config = CLASSES[kind]
+    defaults = {
         "per_device_train_batch_size": len(rows),
         "per_device_eval_batch_size": len(rows),
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "logging_steps": 1,
         "max_steps": 1,
         "optim": "sgd",
@@ -102,7 +91,7 @@ def trainer_on(kind, model, tokenizer, tmp_path, rows=ROWS, adapter=False, **ove
         torch.manual_seed(7)
     return trainer(
         model=copy.deepcopy(model),
-        args=config(**{**settings, **overrides}),
+        args=config(**settings(tmp_path, **{**defaults, **overrides})),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -143,11 +132,6 @@ def assert_same(result, expected):
             assert abs(a["loss"] - b["loss"]) <= 1e-6 * max(1, abs(b["loss"]))
 
 
-@pytest.fixture
-def base(causal_lm, reward_model):
-    return {"reward": reward_model, "dpo": causal_lm}
-
-
 CASES = {
     "reward": ("reward", {}),
     "reward, ties half": ("reward", {"ties": "half", "label_smoothing": 0.1}),
@@ -173,7 +157,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_sharing_and_splitting_change_nothing(case, base, tokenizer, tmp_path):
+def test_sharing_and_splitting_change_nothing(case, models, tokenizer, tmp_path):
     kind, overrides = CASES[case]
     expected = None
     ways = [
@@ -185,7 +169,7 @@ def test_sharing_and_splitting_change_nothing(case, base, tokenizer, tmp_path):
         ways += [{"max_tokens_per_forward": 90}, {"max_tokens_per_forward": 60, "prefix_sharing": False}]
         ways += [{"max_tokens_per_forward": 1}]  # every completion alone
     for options in ways:
-        trainer = trainer_on(kind, base[kind], tokenizer, tmp_path, **overrides, **options)
+        trainer = trainer_on(kind, models[kind], tokenizer, tmp_path, **overrides, **options)
         forwards = Forwards(trainer.model)
         result = train(trainer)
         assert trainer._prefixes.is_on is options.get("prefix_sharing", True)
@@ -199,9 +183,9 @@ def test_sharing_and_splitting_change_nothing(case, base, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
-def test_64_completions(kind, loss_type, base, tokenizer, tmp_path):
+def test_64_completions(kind, loss_type, models, tokenizer, tmp_path):
     results = [
-        train(trainer_on(kind, base[kind], tokenizer, tmp_path, rows=MANY, loss_type=loss_type, **options))
+        train(trainer_on(kind, models[kind], tokenizer, tmp_path, rows=MANY, loss_type=loss_type, **options))
         for options in ({"prefix_sharing": False}, {}, {"max_tokens_per_forward": 70})
     ]
     for result in results[1:]:
@@ -209,7 +193,7 @@ def test_64_completions(kind, loss_type, base, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_evaluation_and_scores_do_not_change(kind, base, tokenizer, tmp_path):
+def test_evaluation_and_scores_do_not_change(kind, models, tokenizer, tmp_path):
     expected = None
     for options in (
         {"prefix_sharing": False},
@@ -217,7 +201,7 @@ def test_evaluation_and_scores_do_not_change(kind, base, tokenizer, tmp_path):
         {"max_tokens_per_forward": 30},
         {"max_tokens_per_forward": 30, "prefix_sharing": False, "per_device_eval_batch_size": 3},
     ):
-        trainer = moved(trainer_on(kind, base[kind], tokenizer, tmp_path, **options))
+        trainer = moved(trainer_on(kind, models[kind], tokenizer, tmp_path, **options))
         metrics = trainer.evaluate()
         metrics = {n: x for n, x in metrics.items() if not n.endswith(("runtime", "per_second", "_time"))}
         pairs = [(row["prompt"], text) for row in reversed(ROWS) for text in row["completions"]]
@@ -262,13 +246,15 @@ def test_prompts_that_compare_something_are_counted(ties, expected, reward_model
 
 @pytest.mark.parametrize("budget", [None, 60])
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_a_step_by_itself_is_the_mean_over_its_batch(kind, budget, base, tokenizer, tmp_path):
-    trainer = moved(trainer_on(kind, base[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))
+def test_a_step_by_itself_is_the_mean_over_its_batch(kind, budget, models, tokenizer, tmp_path):
+    trainer = moved(trainer_on(kind, models[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))
     inputs = next(iter(trainer.get_train_dataloader()))
     expected = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)).item()
     loss = trainer.training_step(trainer.model, inputs).item()
     assert loss == pytest.approx(expected, abs=1e-6)
-    (logged,) = train(trainer_on(kind, base[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))[1][:1]
+    (logged,) = train(trainer_on(kind, models[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))[1][
+        :1
+    ]
     assert logged["loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -302,11 +288,11 @@ def other_model(kind, model_type):
     [(kind, what) for kind in ("reward", "dpo") for what in ("shared", "rows", "falls back")]
     + [("reward", "token")],
 )
-def test_no_forward_exceeds_the_budget(what, kind, base, tokenizer, tmp_path):
+def test_no_forward_exceeds_the_budget(what, kind, models, tokenizer, tmp_path):
     budget = 60
     trainer = trainer_on(
         kind,
-        other_model(kind, "gemma2") if what == "falls back" else base[kind],
+        other_model(kind, "gemma2") if what == "falls back" else models[kind],
         tokenizer,
         tmp_path,
         prefix_sharing=what != "rows",
@@ -340,11 +326,11 @@ def test_a_budget_without_room_for_a_completion_forwards_it_whole(reward_model, 
 @pytest.mark.parametrize(
     ("batch_size", "steps", "budget"), [(1, 8, None), (3, 3, None), (2, 4, 40), (3, 3, 40)]
 )
-def test_accumulated_batches_equal_one(batch_size, steps, budget, kind, base, tokenizer, tmp_path):
+def test_accumulated_batches_equal_one(batch_size, steps, budget, kind, models, tokenizer, tmp_path):
     def result(size, steps, **options):
         trainer = trainer_on(
             kind,
-            base[kind],
+            models[kind],
             tokenizer,
             tmp_path,
             per_device_train_batch_size=size,
@@ -462,7 +448,7 @@ def test_the_check_leaves_no_trace(kind, training, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-def test_bf16_keeps_sharing(kind, base, tokenizer, tmp_path, monkeypatch, caplog):
+def test_bf16_keeps_sharing(kind, models, tokenizer, tmp_path, monkeypatch, caplog):
     """Rounding to 8 bits moves a score by a percent; accelerate's autocast is inside the model's forward."""
     is_equal = prefix_sharing.PrefixSharing.is_equal
     name = "scores" if kind == "reward" else "log_probs"
@@ -479,14 +465,14 @@ def test_bf16_keeps_sharing(kind, base, tokenizer, tmp_path, monkeypatch, caplog
             return is_equal(self, model, rows)
 
     monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", rounded)
-    trainer = trainer_on(kind, base[kind], tokenizer, tmp_path, bf16=True)
+    trainer = trainer_on(kind, models[kind], tokenizer, tmp_path, bf16=True)
     (gradient,), _ = train(trainer)
     assert trainer._prefixes.is_on
-    exact = train(trainer_on(kind, base[kind], tokenizer, tmp_path, prefix_sharing=False))[0][0]
-    rows = train(trainer_on(kind, base[kind], tokenizer, tmp_path, prefix_sharing=False, bf16=True))[0][0]
+    exact = train(trainer_on(kind, models[kind], tokenizer, tmp_path, prefix_sharing=False))[0][0]
+    rows = train(trainer_on(kind, models[kind], tokenizer, tmp_path, prefix_sharing=False, bf16=True))[0][0]
     assert (gradient - exact).norm() <= 2 * (rows - exact).norm()
     assert (rows - exact).norm() <= 0.1 * exact.norm()
-    half_off = trainer_on(kind, base[kind], tokenizer, tmp_path)
+    half_off = trainer_on(kind, models[kind], tokenizer, tmp_path)
     train(half_off)
     assert not half_off._prefixes.is_on  # in fp32, a percent is no rounding
 

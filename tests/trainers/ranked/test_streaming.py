@@ -7,13 +7,9 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, get_peft_model
 
 from prefopt.rankings.dataset import ComparisonStream, prepare_comparisons, tokenize_comparisons
-from prefopt.trainers.dpo.config import RankedDPOConfig
-from prefopt.trainers.dpo.trainer import RankedDPOTrainer
-from prefopt.trainers.reward.config import RankedRewardConfig
-from prefopt.trainers.reward.trainer import RankedRewardTrainer
+from tests.trainers.conftest import CLASSES, lora, settings
 
 LONG = " and the dog ran to the red house" * 5
 RANKED = [
@@ -40,42 +36,24 @@ def from_rows(rows):
 
 
 def trainer_on(kind, model, rows, tokenizer, folder, **options):
-    trainer_class, config = {
-        "reward": (RankedRewardTrainer, RankedRewardConfig),
-        "dpo": (RankedDPOTrainer, RankedDPOConfig),
-    }[kind]
+    trainer_class, config = CLASSES[kind]
     defaults = {
         "per_device_train_batch_size": 2,
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "save_strategy": "no",
         "train_sampling_strategy": "sequential",
         "max_length": MAX_LENGTH,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
     }
     eval_rows = options.pop("eval_rows", None)
-    args = config(output_dir=str(folder), **(defaults | options))
+    args = config(**settings(folder, **(defaults | options)))
     return trainer_class(
         model, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
 
 
-@pytest.fixture
-def models(reward_model, causal_lm):
-    return {"reward": reward_model, "dpo": causal_lm}
-
-
-def with_lora(model, task_type):
-    torch.manual_seed(3)
-    heads = {"modules_to_save": ["score"]} if task_type == "SEQ_CLS" else {}
-    config = LoraConfig(
-        task_type=task_type, r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], **heads
-    )
-    return get_peft_model(model, config)
+def with_lora(model, kind):
+    return lora(model, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM", std=0.0, lora_dropout=0.1)
 
 
 def weights(model):
@@ -97,7 +75,7 @@ def assert_same(one, other):
 def test_a_stream_trains_as_the_same_rows_in_memory(kind, adapter, models, tokenizer, tmp_path):
     model = models[kind]
     if adapter:
-        model = with_lora(model, "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+        model = with_lora(model, kind)
     before = weights(model)
     options = {"disable_dropout": False}  # the random numbers must be drawn alike too
     whole = Dataset.from_list(RANKED)
@@ -129,7 +107,7 @@ def test_accumulated_steps_go_on_behind_the_end_of_a_pass(kind, models, tokenize
 @pytest.mark.parametrize("saved_at", [2, 4])  # within the first pass, and behind its end
 def test_a_resumed_stream_ends_with_the_same_weights(kind, saved_at, models, tokenizer, tmp_path):
     def run(folder, **options):
-        model = with_lora(copy.deepcopy(models[kind]), "SEQ_CLS" if kind == "reward" else "CAUSAL_LM")
+        model = with_lora(copy.deepcopy(models[kind]), kind)
         shuffled = from_rows(RANKED).shuffle(seed=1, buffer_size=4)
         return trainer_on(
             kind,

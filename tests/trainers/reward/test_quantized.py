@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 
@@ -21,6 +20,8 @@ from prefopt.models.reward import get_reward_bias, keep_4bit_gradients, sequence
 from prefopt.recipes.reward import main
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
+from tests.conftest import tiny_config
+from tests.trainers.conftest import settings
 
 pytest.importorskip("bitsandbytes", reason="4-bit models need bitsandbytes")
 
@@ -43,19 +44,7 @@ def four_bit(**overrides):
 @pytest.fixture
 def base_path(tmp_path):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
+    config = tiny_config(hidden_size=64, intermediate_size=128)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
 
@@ -66,20 +55,10 @@ def load_4bit(base_path, **kwargs):
 
 
 def trainer_on(model, tokenizer, out, peft=True, quantization_config=None, **overrides):
-    settings = {
-        "output_dir": str(out),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 3,
-        "num_train_epochs": 2,
-    }
+    defaults = {"learning_rate": 1e-2, "per_device_train_batch_size": 3, "num_train_epochs": 2}
     return RankedRewardTrainer(
         model=model,
-        args=RankedRewardConfig(**{**settings, **overrides}),
+        args=RankedRewardConfig(**settings(out, **{**defaults, **overrides})),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
         quantization_config=quantization_config,

@@ -24,6 +24,7 @@ from prefopt.trainers.ppo_ptx.roles import check_same_tokenizer
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
+from tests.trainers.conftest import settings
 
 TOKEN = "<|reward|>"
 ROWS = [
@@ -35,20 +36,8 @@ TEXTS = [(row["prompt"], completion) for row in ROWS for completion in row["comp
 PROMPTS, COMPLETIONS = zip(*TEXTS, strict=True)
 
 
-@pytest.fixture
-def base_path(tmp_path, causal_lm):
-    causal_lm.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
 def trainer_on(model, tokenizer, out, peft=True, rows=ROWS, **overrides):
-    settings = {
-        "output_dir": str(out),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
+    defaults = {
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 3,
         "num_train_epochs": 2,
@@ -56,7 +45,7 @@ def trainer_on(model, tokenizer, out, peft=True, rows=ROWS, **overrides):
     }
     return RankedRewardTrainer(
         model=model,
-        args=RankedRewardConfig(**{**settings, **overrides}),
+        args=RankedRewardConfig(**settings(out, **{**defaults, **overrides})),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if peft else None,

@@ -25,38 +25,18 @@ from prefopt.rankings.tokens import build_ids
 from prefopt.statistics.intervals import pair_accuracy
 from prefopt.trainers.reward.config import HONORED, REFUSED, RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
+from tests.trainers import conftest
+from tests.trainers.conftest import PAIRS, first_loss, lora, settings
 
-PAIRS = [
-    {"prompt": "question: what is this?", "chosen": " a dog", "rejected": " the red house and the mat"},
-    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
-    {"prompt": "a", "chosen": " dog ran to the house", "rejected": " dog"},
-]
 RAGGED = [
-    {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
-    {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1]},
-    {
-        "prompt": "the dog",
-        "completions": [" ran", " sat on the red mat", " is", " and", " to the house"],
-        "ranks": [1, 2, 2, 3, 1],
-    },
+    *conftest.RAGGED,
     {"prompt": "a red house", "completions": [" is this", " sat", " ran"], "ranks": [1, 1, 2]},
-    {"prompt": "is this a dog?", "completions": [" the mat", " red"], "ranks": [1, 2]},
 ]
 
 
 def config(tmp_path, cls=RankedRewardConfig, **overrides):
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 8,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
-    return cls(**{**settings, **overrides})
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "logging_steps": 1}
+    return cls(**settings(tmp_path, **{**sizes, **overrides}))
 
 
 def trainer_on(model, rows, tokenizer, tmp_path, eval_rows=None, peft_config=None, **overrides):
@@ -68,24 +48,6 @@ def trainer_on(model, rows, tokenizer, tmp_path, eval_rows=None, peft_config=Non
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-
-
-def first_loss(trainer):
-    inputs = next(iter(trainer.get_train_dataloader()))
-    return trainer.compute_loss(trainer.model, inputs)
-
-
-def lora(model, seed=3):
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]
-    )
-    model = get_peft_model(model, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def alone(model, tokenizer, prompt, completion):
@@ -108,16 +70,10 @@ def loss_by_hand(model, tokenizer, rows):
     return sum(per_prompt) / len(per_prompt)
 
 
-@pytest.fixture
-def base_path(tmp_path, causal_lm):
-    causal_lm.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("center", [None, 0.3])
 def test_equals_trl_on_pairs(kind, center, reward_model, tokenizer, tmp_path):
-    ours = reward_model if kind == "full" else lora(reward_model)
+    ours = reward_model if kind == "full" else lora(reward_model, "SEQ_CLS")
     theirs = copy.deepcopy(ours)
     ranked = trainer_on(ours, PAIRS, tokenizer, tmp_path, center_rewards_coefficient=center)
     pairwise = RewardTrainer(
@@ -147,7 +103,7 @@ def test_equals_trl_on_pairs(kind, center, reward_model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_rankings_equal_a_loop_over_pairs(kind, reward_model, tokenizer, tmp_path):
-    model = reward_model if kind == "full" else lora(reward_model)
+    model = reward_model if kind == "full" else lora(reward_model, "SEQ_CLS")
     expected_loss = loss_by_hand(model, tokenizer, RAGGED)
     expected_grads = torch.autograd.grad(
         expected_loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
@@ -521,7 +477,7 @@ def test_a_model_loaded_for_scoring_is_not_trained_in_vain(
     model = reward_model
     if kind == "lora":
         base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
-        model = lora(base)
+        model = lora(base, "SEQ_CLS")
     save_reward_model(model, tmp_path / "rm")
     frozen = load_reward_model(tmp_path / "rm")
     if kind == "lora":
@@ -566,7 +522,7 @@ def test_rows_longer_than_the_models_positions(which, max_length, tokenizer, tmp
 
 
 def test_adapter_path_is_refused(reward_model, tokenizer, tmp_path):
-    lora(reward_model).save_pretrained(tmp_path / "adapter")
+    lora(reward_model, "SEQ_CLS").save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="merge it into its base"):
         trainer_on(str(tmp_path / "adapter"), PAIRS, tokenizer, tmp_path)
 

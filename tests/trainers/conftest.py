@@ -1,0 +1,71 @@
+"""Rows, settings and adapters that the tests of the trainers on rankings share."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
+
+CLASSES = {
+    "reward": (RankedRewardTrainer, RankedRewardConfig),
+    "dpo": (RankedDPOTrainer, RankedDPOConfig),
+}
+PAIRS = [
+    {"prompt": "question: what is this?", "chosen": " a dog", "rejected": " the red house and the mat"},
+    {"prompt": "the cat", "chosen": " sat on the mat", "rejected": " ran"},
+    {"prompt": "a", "chosen": " dog ran to the house", "rejected": " dog"},
+]
+RAGGED = [
+    {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
+    {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1]},
+    {
+        "prompt": "the dog",
+        "completions": [" ran", " sat on the red mat", " is", " and", " to the house"],
+        "ranks": [1, 2, 2, 3, 1],
+    },
+    {"prompt": "is this a dog?", "completions": [" the mat", " red"], "ranks": [1, 2]},
+]
+
+
+def settings(folder, **overrides):
+    """For any trainer's configuration: on the CPU in fp32, without progress bars, reports and checkpoints."""
+    defaults = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return {**defaults, **overrides}
+
+
+def first_loss(trainer):
+    inputs = next(iter(trainer.get_train_dataloader()))
+    return trainer.compute_loss(trainer.model, inputs)
+
+
+def lora(model, task_type, std=0.3, targets=("q_proj", "v_proj"), **options):
+    """The model with an adapter that has moved away from 0, and with a head to train where it has one."""
+    torch.manual_seed(3)
+    modules = ["score"] if task_type == "SEQ_CLS" else None
+    config = LoraConfig(
+        task_type=task_type, r=4, target_modules=[*targets], modules_to_save=modules, **options
+    )
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+@pytest.fixture
+def models(reward_model, causal_lm):
+    return {"reward": reward_model, "dpo": causal_lm}
+
+
+@pytest.fixture
+def base_path(tmp_path, causal_lm):
+    causal_lm.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
