@@ -227,26 +227,6 @@ def token_logps(
     return in_rows(logps), None if entropies is None else in_rows(entropies)
 
 
-def pretraining_loss(
-    model: nn.Module, batch: dict[str, Tensor], num_tokens: float, has_untempered_head: bool
-) -> Tensor:
-    """`losses.lm_loss` of a batch, without its logits `[B, T, V]`.
-
-    The fused LM head computes tiles of 4096 positions x 32768 words, and computes them again in the backward pass.
-
-    Args:
-        model: the policy, wrapped or not, with TRL's fused LM head.
-        batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, -100 = ignored.
-        num_tokens: divides the summed loss.
-        has_untempered_head: whether the policy has been given one; without, its temperature must be 1.
-
-    Returns:
-        A scalar.
-    """
-    options = {"untempered": True} if has_untempered_head else {}
-    return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss
-
-
 @contextmanager
 def fp32_output(head: nn.Linear, enabled: bool) -> Iterator[None]:
     """Inside, an LM head computes in fp32 whatever autocast and its own dtype are: TRL's `cast_lm_head_to_fp32`."""

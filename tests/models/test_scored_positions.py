@@ -183,7 +183,7 @@ def test_forwards_end_with_the_longest_episode(
     trunk.register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
     with torch.no_grad():
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, 1)
-        values = trainer._values(ids, mask, length, 1)
+        values = trainer.roles.values(ids, mask, length, 1)
         assert widths == ([9, 12, 7] if multiple is None else [12, 12, 8])
         whole = token_logps(trainer.model, ids, mask, length)[0]
         counts = mask[:, -length:].bool()

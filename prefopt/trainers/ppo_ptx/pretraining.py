@@ -1,16 +1,20 @@
-"""Pretraining text for PPO-ptx: packed blocks, shuffled once per epoch, with a position that can be saved."""
+"""The pretraining term of PPO-ptx: packed text, shuffled once per epoch, with a position that can be saved; its gradient."""
 
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +259,7 @@ class StreamedText:
 
 def share_of_process(
     blocks: list[list[int]], process: int, processes: int, batch_size: int, pad_token_id: int
-) -> tuple[list[dict[str, torch.Tensor]], int]:
+) -> tuple[list[dict[str, Tensor]], int]:
     """One process's micro-batches of the blocks of an optimizer step, and the target tokens of ALL of them.
 
     Every process gets the same number of micro-batches, as each backward is a collective act: where the blocks do
@@ -291,3 +295,54 @@ def share_of_process(
             {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~counts, -100)}
         )
     return batches, num_tokens
+
+
+def backward_on_text(
+    model: nn.Module,
+    text: PackedText | StreamedText,
+    args: PPOPtxConfig,
+    accelerator: Accelerator,
+    pad_token_id: int,
+    has_untempered_head: bool,
+) -> tuple[Tensor, float]:
+    """Backward of ptx_coef * LM over the text of an optimizer step (InstructGPT, appendix C.4).
+
+    Under DDP the last backward averages over the processes, as PPO's did.
+
+    Returns:
+        ptx_coef * LM of this process; LM of all.
+    """
+    processes = accelerator.num_processes
+    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    blocks = text.take(max(1, round(args.ptx_batch_ratio * episodes)))
+    batches, num_tokens = share_of_process(
+        blocks, accelerator.process_index, processes, args.ptx_per_device_batch_size, pad_token_id
+    )
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(batches, start=1):
+        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+            loss = pretraining_loss(model, batch, num_tokens / processes, has_untempered_head)
+            accelerator.backward(args.ptx_coef * loss)
+        total += loss.detach()
+    return args.ptx_coef * total, accelerator.reduce(total, "mean").item()
+
+
+def pretraining_loss(
+    model: nn.Module, batch: dict[str, Tensor], num_tokens: float, has_untempered_head: bool
+) -> Tensor:
+    """`losses.lm_loss` of a batch, without its logits `[B, T, V]`.
+
+    The fused LM head computes tiles of 4096 positions x 32768 words, and computes them again in the backward pass.
+
+    Args:
+        model: the policy, wrapped or not, with TRL's fused LM head.
+        batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, -100 = ignored.
+        num_tokens: divides the summed loss.
+        has_untempered_head: whether the policy has been given one; without, its temperature must be 1.
+
+    Returns:
+        A scalar.
+    """
+    options = {"untempered": True} if has_untempered_head else {}
+    return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss

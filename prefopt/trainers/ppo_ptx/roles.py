@@ -1,4 +1,4 @@
-"""The models around PPO's policy: the frozen KL reference, the reward model's tokenizer, the value function."""
+"""The models of PPO: reward models, KL reference, value function, and `Roles`: every forward pass over episodes."""
 
 import copy
 import functools
@@ -10,16 +10,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import add_fused_lm_head, pad
+from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
 
 from prefopt.errors import UserError
+from prefopt.losses.advantages import full_kl
 from prefopt.models.checkpoints import load_reward_model
-from prefopt.models.heads import last_mlp_at
+from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.models.loading import is_adapter, saved_config
 from prefopt.models.reward import sequence_scores, token_scores
 from prefopt.models.roles import AdapterScorer, load_scorer, why_not_shared
@@ -28,6 +30,9 @@ from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 logger = logging.getLogger(__name__)
 
 VALUE_FILE = "value_function.safetensors"
+
+# The exact KL needs all logits, of two models: of this many tokens at a time.
+KL_POSITIONS = 1024
 
 
 def check_same_tokenizer(
@@ -77,11 +82,13 @@ def score_ids(
 ) -> list[float]:
     """The reward model's score of each sequence of token ids, `batch_size` at a time."""
     scores: list[float] = []
-    with _active(model):  # switched once for all batches
+    # Switched once for all batches.
+    with _active(model):
         for start in range(0, len(sequences), batch_size):
             rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
             ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
-            shortest = min(map(len, rows))  # a reward token may be appended to all of them
+            # One column more than there are: a reward token may be appended to all rows.
+            shortest = min(map(len, rows))
             with last_mlp_at(model, shortest - 1, ids.size(1) + 1):
                 scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
     return scores
@@ -109,7 +116,8 @@ def suppress_reward_tokens(args: PPOPtxConfig, models: list[str | PreTrainedMode
 def frozen_copy(policy: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool) -> PreTrainedModel:
     """The full model as it is now, with a fused LM head of its own. In-memory models work: nothing is reloaded."""
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    del reference.forward  # TRL's fused forward, which is bound to the policy
+    # TRL's fused forward is bound to the policy.
+    del reference.forward
     add_fused_lm_head(reference, temperature, cast_lm_head_to_fp32)
     return reference
 
@@ -124,7 +132,8 @@ def add_untempered_head(policy: PreTrainedModel | PeftModel, cast_lm_head_to_fp3
     add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
     at_one = model.forward
 
-    @functools.wraps(tempered)  # `generate` checks its arguments against the signature
+    # `generate` checks its arguments against the signature.
+    @functools.wraps(tempered)
     def forward(self: nn.Module, *args: Any, untempered: bool = False, **kwargs: Any) -> Any:
         return (at_one if untempered else tempered)(*args, **kwargs)
 
@@ -135,12 +144,14 @@ def add_reference_adapter(policy: PeftModel) -> str:
     """Copy the trained adapter `default` to a frozen adapter `ref`; returns that name. An existing `ref` is kept."""
     if "ref" not in policy.peft_config:
         config = copy.deepcopy(policy.peft_config["default"])
-        config.lora_dropout = 0.0  # the reference is the weights, also while the policy trains
+        # The reference is the weights, also while the policy trains.
+        config.lora_dropout = 0.0
         policy.add_adapter("ref", config)
         for name, parameter in policy.named_parameters():
             if ".default." in name:
                 reference = policy.get_parameter(name.replace(".default.", ".ref."))
-                reference.data = parameter.data.clone()  # the dtype too, or the first KL is not 0
+                # The dtype too, or the first KL is not 0.
+                reference.data = parameter.data.clone()
     for name, parameter in policy.named_parameters():
         if ".ref." in name:
             parameter.requires_grad_(False)
@@ -164,15 +175,15 @@ class ValueFunction:
     def __init__(self, module: nn.Module, trunk: nn.Module | None = None) -> None:
         self.module, self.is_head = module, trunk is not None
         named = dict(module.named_parameters())
-        if isinstance(module, AdapterScorer):
-            with module.active():
+        # An adapter's weights are trainable while it is the active one.
+        with _active(module):
+            if isinstance(module, AdapterScorer):
                 named |= module.adapter_parameters()
-                self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
-        else:
             self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
         if not self.named_parameters:
             raise UserError("value_model has no trainable parameter; make one with `value_model_from`")
-        for parameter in self.parameters:  # 16-bit weights would swallow small updates
+        # 16-bit weights would swallow small updates.
+        for parameter in self.parameters:
             parameter.data = parameter.data.float()
         self._reads_trunk = False
         self._trunk_values: list[Tensor] = []
@@ -210,7 +221,7 @@ class ValueFunction:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Policy forwards inside this context leave the head's values behind; nothing happens without a head."""
+        """Policy forwards inside this context keep the head's values for `__call__`; nothing happens without a head."""
         self._trunk_values, self._reads_trunk = [], self.is_head
         try:
             yield
@@ -247,3 +258,136 @@ class ValueFunction:
             raise UserError(f"{path} is of another value function; they differ in {differing}")
         for name, parameter in self.named_parameters.items():
             parameter.data.copy_(weights[name])
+
+
+class Roles:
+    """Policy, KL reference and value function, and what PPO asks of them about episodes.
+
+    An episode is a row of `ids [B, T]`, whose last `length` columns are the completion, padded at its end.
+
+    Args:
+        policy: the model that trains, not wrapped.
+        reference: a frozen copy of it, or the name of the policy's frozen adapter, or None: the policy without adapter.
+        value_function: V.
+        accelerator: for autocast.
+        temperature: of the samples: every log-probability is the one at it.
+        cast_lm_head_to_fp32: as the policy's fused head was added with.
+        pad_to_multiple_of: widths that forwards are cut to; None for any.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel | PeftModel,
+        reference: nn.Module | str | None,
+        value_function: "ValueFunction",
+        accelerator: Accelerator,
+        temperature: float,
+        cast_lm_head_to_fp32: bool,
+        pad_to_multiple_of: int | None,
+    ) -> None:
+        self.policy, self.value_function, self.accelerator = policy, value_function, accelerator
+        self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._reference = reference
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The KL reference: a model of its own, or the policy with another adapter or none."""
+        if isinstance(self._reference, nn.Module):
+            yield self._reference
+        else:
+            with use_adapter(self.accelerator.unwrap_model(self.policy), self._reference):
+                yield self.policy
+
+    @torch.no_grad()
+    def read(
+        self, ids: Tensor, attention_mask: Tensor, length: int, size: int, logps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities under policy and reference, and values, each `[B, length]`; `size` rows at a time.
+
+        `logps` are the policy's, if `logps` of this class has just computed them: a value head has seen that forward.
+        """
+        if logps is None:
+            logps, _ = self.logps(self.policy, ids, attention_mask, length, size)
+        values = self.values(ids, attention_mask, length, size)
+        with self.reference() as reference:
+            ref_logps, _ = self.logps(reference, ids, attention_mask, length, size)
+        return logps, ref_logps, values
+
+    def logps(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        attention_mask: Tensor,
+        length: int,
+        size: int | None = None,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities `[B, length]` of the completions under a model, and entropies if they are asked for.
+
+        Without the LM head's work on prompts and without the padding that ends all rows.
+        """
+        logps, entropies = [], []
+        with self.value_function.reading(), self.accelerator.autocast():
+            for x, mask, padding in self._batches(ids, attention_mask, size):
+                with last_mlp_at(model, x.size(1) - length + padding - 1, x.size(1) - 1):
+                    of_batch = token_logps(
+                        model,
+                        x,
+                        mask,
+                        length - padding,
+                        temperature=self.temperature,
+                        cast_lm_head_to_fp32=self.cast_lm_head_to_fp32,
+                        compute_entropy=compute_entropy,
+                    )
+                logps.append(F.pad(of_batch[0], (0, padding)))
+                if compute_entropy:
+                    entropies.append(F.pad(of_batch[1], (0, padding)))
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None
+
+    def values(self, ids: Tensor, attention_mask: Tensor, length: int, size: int | None = None) -> Tensor:
+        """Values `[B, length]` of the states before the completions' tokens.
+
+        With a head they come from the last `logps` of the same episodes; else `size` rows are forwarded at a time.
+        """
+        value_function = self.value_function
+        if value_function.is_head:
+            return value_function(ids, attention_mask, length)
+        values = []
+        with self.accelerator.autocast(), value_function.active():
+            for x, mask, padding in self._batches(ids, attention_mask, size):
+                with last_mlp_at(value_function.module, x.size(1) - length + padding - 1, x.size(1) - 1):
+                    of_batch = value_function(x, mask, length - padding)
+                values.append(F.pad(of_batch, (0, padding)))
+        return torch.cat(values)
+
+    @torch.no_grad()
+    def full_kl(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """KL divergence `[B, length]` at each completion token, exact; the logits of few rows exist at a time."""
+        rows, kl = max(1, KL_POSITIONS // length), []
+        for batch in zip(ids.split(rows), attention_mask.split(rows), strict=True):
+            logits = self.logits(self.policy, *batch, length)
+            with self.reference() as reference:
+                kl.append(full_kl(logits, self.logits(reference, *batch, length)))
+        return torch.cat(kl)
+
+    def logits(self, model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Logits `[B, length, V]` that predict the completions."""
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with self.accelerator.autocast(), fp32_output(head, self.cast_lm_head_to_fp32):
+            output = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length + 1)
+        return output.logits[:, :-1] / self.temperature
+
+    def _batches(
+        self, ids: Tensor, attention_mask: Tensor, size: int | None
+    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """`size` rows at a time, and how many columns at their end, padding in every row, were cut off.
+
+        A rollout is padded to its longest episode, so most batches have some.
+        """
+        size = size or len(ids)
+        for x, mask in zip(ids.split(size), attention_mask.split(size), strict=True):
+            padding = mask.size(1) - 1 - int(mask.any(0).nonzero().max())
+            padding -= padding % (self.pad_to_multiple_of or 1)
+            width = mask.size(1) - padding
+            yield x[:, :width], mask[:, :width], padding

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import textwrap
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +22,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Sampler
 from transformers import (
     BitsAndBytesConfig,
@@ -36,9 +39,11 @@ from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
 from prefopt.models.reward import keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
+from prefopt.rankings.tokens import without_nulls_in_calls
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, pack_documents
+from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
+    Roles,
     ValueFunction,
     add_reference_adapter,
     add_untempered_head,
@@ -48,8 +53,15 @@ from prefopt.trainers.ppo_ptx.roles import (
     score_ids,
     suppress_reward_tokens,
 )
-from prefopt.trainers.ppo_ptx.rollout import PromptOrder, RolloutMixin, check_prompts, check_vllm
-from prefopt.trainers.ppo_ptx.step import OptimizationMixin
+from prefopt.trainers.ppo_ptx.rollout import (
+    PromptOrder,
+    Rollouts,
+    Sampled,
+    check_prompts,
+    check_vllm,
+    divided_anew,
+)
+from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, ppo_loss, warm_up_from
 from prefopt.trainers.ppo_ptx.watch import TrainingWatch
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.cards import PublishingMixin
@@ -68,7 +80,7 @@ STATEFUL = ("kl_controller", "score_statistics")
 RewardModel = PreTrainedModel | PeftModel
 
 
-class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
+class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
     """PPO with a value function, the KL penalty in the reward, and pretraining gradients in the same step.
 
     Each optimizer step minimizes, over one minibatch of episodes and its share of pretraining text,
@@ -161,9 +173,9 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
             raise UserError("ptx_coef > 0 needs pretrain_dataset; for plain PPO set ptx_coef=0")
         check_prompts(train_dataset, args)
         _check_policy(model)
-        self.reward_models: list[Any] = []  # paths until the policy, whose base they may share, is there
-        self._prompt_ids: list[list[int]] = []  # of the rollout being scored
-        self._scores: Tensor | None = None  # of the rollout being scored
+        # Paths until the policy, whose base they may share, is there.
+        self.reward_models: list[Any] = []
+        self._sampled = Sampled()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
@@ -194,14 +206,16 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
                 "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
             )
 
-        check_vllm(args, self.model, None, [])  # what was a path
+        # Again, for a policy that was a path.
+        check_vllm(args, self.model, None, [])
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)
-        if suppressed:  # the saved policy shall not sample it either
+        # The saved policy shall not sample it either.
+        if suppressed:
             self.model.config.reward_token_id = suppressed[0]
             self.model.generation_config.suppress_tokens = args.generation_kwargs["suppress_tokens"]
         self.kl_controller = KLController(args.kl_coef, args.kl_target, args.kl_horizon)
-        self.score_statistics = RunningStatistics()  # of the scores of all training episodes so far
+        self.score_statistics = RunningStatistics()
         self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
         self.add_callback(TrainingWatch())
@@ -211,16 +225,34 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
                 reward_model = load_reward_role(reward_model, self.model, adapter)
                 self.reward_models[number - 1] = reward_model
             check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
-            keep_4bit_gradients(reward_model)  # the value function may be a copy of it
+            # The value function may be a copy of it.
+            keep_4bit_gradients(reward_model)
             reward_model.to(self.accelerator.device).eval().requires_grad_(False)
         # The KL reference: a copy of the full model, adapter `ref`, or (None) no adapter where a new one is trained.
-        self._reference_adapter = None
+        reference = None
         if not isinstance(self.model, PeftModel):
             reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            reference = self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         elif peft_config is None:
-            self._reference_adapter = add_reference_adapter(self.model)
+            reference = add_reference_adapter(self.model)
         self.value_function = self._make_value_function(value_model)
+        self.roles = Roles(
+            self.model,
+            reference,
+            self.value_function,
+            self.accelerator,
+            self.temperature,
+            args.cast_lm_head_to_fp32,
+            self.pad_to_multiple_of,
+        )
+        self._rollouts = Rollouts(
+            self.roles,
+            args,
+            self.accelerator,
+            self.eos_token_ids,
+            self.kl_controller,
+            self.score_statistics,
+        )
         self.weight_average = None
         if args.ema_decay is not None:
             values = {id(p) for p in self.value_function.parameters}
@@ -263,26 +295,24 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
         number = len(self.reward_models)
 
         def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-            return self._score(self.reward_models[number], completion_ids)
+            # As sampled: never decoded and tokenized again.
+            sequences = [p + c for p, c in zip(self._sampled.prompt_ids, completion_ids, strict=True)]
+            size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
+            # A reward model may share the policy's base, whose dropout is not its own.
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                with self.accelerator.autocast():
+                    return score_ids(
+                        self.reward_models[number], sequences, size, pad_id, self.accelerator.device
+                    )
+            finally:
+                self.model.train(was_training)
 
         self.reward_models.append(reward)
         count = len(self.reward_models)
         score.__name__ = "reward_model" if count == 1 else f"reward_model_{count}"
         return score
-
-    def _score(self, model: RewardModel, completion_ids: list[list[int]]) -> list[float]:
-        """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenized again."""
-        sequences = [p + c for p, c in zip(self._prompt_ids, completion_ids, strict=True)]
-        size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
-        was_training = (
-            self.model.training
-        )  # a reward model may share the policy's base, whose dropout is not its own
-        self.model.eval()
-        try:
-            with self.accelerator.autocast():
-                return score_ids(model, sequences, size, pad_id, self.accelerator.device)
-        finally:
-            self.model.train(was_training)
 
     def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:
@@ -294,7 +324,8 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
                 value_model = value_model_from(load_reward_model(value_model))
             check_same_tokenizer(value_model, self.model, self._tokenizer, "value model")
             value_function = ValueFunction(value_model.train())
-            if isinstance(value_model, AdapterScorer):  # the base's settings are the policy's
+            # The settings of a shared base are the policy's.
+            if isinstance(value_model, AdapterScorer):
                 value_function.module.to(self.accelerator.device)
                 return value_function
             if self.args.disable_dropout:
@@ -312,25 +343,149 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
             return trainable_copy(reward_model)
         return value_model_from(reward_model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        roles = [*self.reward_models, self.value_function.module]
-        for role in roles if self.args.should_save else ():
-            if isinstance(role, AdapterScorer):  # with its head, over what PEFT has written of the adapter
-                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
-
-    def _card_data(self) -> dict[str, Any]:
-        data = super()._card_data()
-        names = [os.path.basename(model.config.name_or_path.rstrip("/")) for model in self.reward_models]
-        functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
-        data["reward"] = ", ".join(name for name in [*names, *functions] if name)
-        if self.pretraining is not None:
-            data["pretraining text"] = f"sequences of {self.args.ptx_max_length} tokens"
-        return data
-
+    # ---- the rollout ------------------------------------------------------------------------------------------
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
         return self._prompt_order.sampler
+
+    def _generate(self, prompts: list) -> tuple:
+        was_training = self.model.training
+        generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
+        # TRL leaves the model in training mode after continuous batching.
+        self.model.train(was_training)
+        if len(generated[1]) != len(prompts):
+            raise RuntimeError(f"generation gave {len(generated[1])} completions for {len(prompts)} prompts")
+        self._sampled.prompt_ids = generated[0]
+        return generated
+
+    def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
+        # Of all processes, one column per function.
+        rewards = super()._calculate_rewards(inputs, *args)
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        scores[rewards.isnan().all(1)] = torch.nan
+        start = self.accelerator.process_index * len(inputs)
+        self._sampled.scores = scores[start : start + len(inputs)]
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
+        rollout = super()._generate_and_score_completions(inputs)
+        is_training = self.model.training
+        logged = self._metrics["train" if is_training else "eval"]
+        for name, value in self._rollouts.complete(rollout, self._sampled.scores, is_training).items():
+            logged[name].append(value)
+        # Of groups of one it is always 1.
+        if (self.num_generations if is_training else self.num_generations_eval) == 1:
+            logged.pop("frac_reward_zero_std", None)
+        self._log_advantages(rollout["advantages"], rollout["loss_mask"])
+        return rollout
+
+    def _log_advantages(self, advantages: Tensor, counts: Tensor) -> None:
+        """Replace TRL's group advantages in its table of completions by the mean over each completion's tokens."""
+        rows = advantages.sum(1) / counts.sum(1).clamp(min=1)
+        table = self._logs["advantages"]
+        rows = self.accelerator.gather(rows).tolist()
+        for _ in range(min(len(rows), len(table))):
+            table.pop()
+        table.extend(rows)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **not_of_text: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        logps, entropies = self.roles.logps(
+            model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
+        )
+        return logps, entropies, None
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        is_training = self.model.training
+        is_new_epoch = is_training and self._step % self.args.steps_per_generation == 0
+        if is_new_epoch and self._is_inside_rollout and self._buffered_inputs is not None:
+            self._buffered_inputs = divided_anew(self._buffered_inputs)
+        inputs = super()._prepare_inputs(generation_batch)
+        # A new rollout, or a batch of evaluation.
+        if "num_tokens" not in inputs:
+            batches = self._buffered_inputs if is_training else [inputs]
+            self._rollouts.count_tokens(batches, self.args.gradient_accumulation_steps if is_training else 1)
+        return inputs
+
+    # ---- the step ---------------------------------------------------------------------------------------------
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss, parts = ppo_loss(model, inputs, self.roles, self.args, self.accelerator)
+        is_training = self.model.training
+        means = self.accelerator.reduce(torch.stack([x.float() for x in parts.values()]), "mean")
+        # TRL averages what the micro-batches append; these are parts of a sum.
+        scale = self.args.gradient_accumulation_steps if is_training else 1
+        for name, value in zip(parts, means.tolist(), strict=True):
+            self._metrics["train" if is_training else "eval"][name].append(value * scale)
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        # Trainer zeroes the gradients of the policy alone.
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            self.value_function.zero_grad()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Synchronized with the last micro-batch: PPO's part of the minibatch's gradient is complete.
+        if self.accelerator.sync_gradients:
+            start = time.perf_counter()
+            backward = None
+            if self.pretraining is not None:
+                backward = functools.partial(
+                    backward_on_text,
+                    model,
+                    self.pretraining,
+                    self.args,
+                    self.accelerator,
+                    self._tokenizer.pad_token_id,
+                    has_untempered_head=self.temperature != 1,
+                )
+            ptx_loss, metrics = complete_gradient(
+                [p for p in self.model.parameters() if p.requires_grad],
+                self.value_function,
+                backward,
+                self.state.global_step < self.args.value_warmup_steps,
+                self.accelerator,
+            )
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+            self._metrics["train"]["step_time"][-1] += time.perf_counter() - start
+            if ptx_loss is not None:
+                loss = loss + ptx_loss
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        values = self.value_function.parameters
+        self.accelerator.clip_grad_norm_(values, self.args.max_grad_norm)
+        # Set aside: the value adapter on the policy's base is among the model's parameters, but clipped by itself.
+        gradients = [parameter.grad for parameter in values]
+        for parameter in values:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(model)
+        for parameter, gradient in zip(values, gradients, strict=True):
+            parameter.grad = gradient
+        return norm
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Trainer's parameter groups for the policy, and with `value_learning_rate` the value function's."""
+        optimizer = super().create_optimizer(model)
+        values, args = self.value_function.parameters, self.args
+        add_value_groups(optimizer, values, args.value_learning_rate, args.weight_decay)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Trainer's schedule, whose warm-up starts at `warmup_start_ratio` of the peak instead of 0, for all groups."""
+        is_given = self.lr_scheduler is not None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not is_given and isinstance(scheduler, LambdaLR):
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warm_up_from(scheduler, self.args.warmup_start_ratio, warmup_steps)
+        return self.lr_scheduler
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
     def _add_to_checkpoint(self, folder: str) -> None:
@@ -362,13 +517,31 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
             elif self.args.should_save:
                 self.weight_average.save(folder)
         super().save_model(output_dir, _internal_call)
+        # Next to the adapter: the policy must never sample that token.
         config = self.model.config
         if (
             self.args.should_save
             and is_peft_model(self.model)
             and getattr(config, "reward_token_id", None) is not None
         ):
-            config.save_pretrained(folder)  # beside the adapter: the policy must never sample that token
+            config.save_pretrained(folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        roles = [*self.reward_models, self.value_function.module]
+        for role in roles if self.args.should_save else ():
+            # With its head, over what PEFT has written of the adapter.
+            if isinstance(role, AdapterScorer):
+                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
+
+    def _card_data(self) -> dict[str, Any]:
+        data = super()._card_data()
+        names = [os.path.basename(model.config.name_or_path.rstrip("/")) for model in self.reward_models]
+        functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
+        data["reward"] = ", ".join(name for name in [*names, *functions] if name)
+        if self.pretraining is not None:
+            data["pretraining text"] = f"sequences of {self.args.ptx_max_length} tokens"
+        return data
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside this context the policy has its averaged weights: `with trainer.averaged_weights(): ...evaluate()`.
@@ -409,14 +582,15 @@ class PPOPtxTrainer(RolloutMixin, OptimizationMixin, CompleteCheckpointsMixin, P
         self._metrics["train"].update(state["metrics"])
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
-        # TRL restarts at 0, which would put rollouts out of phase with the prompts
+        # TRL restarts at 0, which would put rollouts out of phase with the prompts.
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._buffered_inputs = None
         if not self._is_inside_rollout:
             return
         path = os.path.join(checkpoint, self._rollout_file)
         if state["rollout"] == self._rollout_layout and os.path.isfile(path):
-            device = self.accelerator.device  # with several processes "cpu:0", which torch.load does not know
+            # With several processes "cpu:0", which torch.load does not know.
+            device = self.accelerator.device
             device = "cpu" if device.type == "cpu" else device
             self._buffered_inputs = torch.load(path, map_location=device, weights_only=True)
         else:

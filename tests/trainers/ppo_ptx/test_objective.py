@@ -13,9 +13,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.losses import lm_loss
 from prefopt.models import heads as lm_heads
-from prefopt.models.heads import fp32_output, pretraining_loss
+from prefopt.models.heads import fp32_output
+from prefopt.trainers.ppo_ptx import roles
 from prefopt.trainers.ppo_ptx import rollout as module
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from prefopt.trainers.ppo_ptx.roles import add_untempered_head
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
@@ -126,7 +128,7 @@ def test_kl_equals_the_loop(kind, estimator, make, causal_lm, rewarded, monkeypa
     causal_lm.generation_config.eos_token_id = END_IDS
     model = lora(causal_lm) if kind == "lora" else causal_lm
     reference = copy.deepcopy(model)
-    monkeypatch.setattr(module, "KL_POSITIONS", 2 * LENGTH)  # of eight rows two at a time
+    monkeypatch.setattr(roles, "KL_POSITIONS", 2 * LENGTH)  # of eight rows two at a time
     trainer = make(
         model=model, kl_estimator=estimator, kl_coef=0.3, temperature=0.7, missing_eos_penalty=0.25
     )
@@ -174,9 +176,9 @@ def test_cast_of_the_lm_head_reaches_the_exact_kl(make, causal_lm):
         assert head(hidden).dtype == torch.bfloat16
     trainer = make(kl_estimator="full", bf16=True, cast_lm_head_to_fp32=True)
     ids, mask = torch.randint(5, 300, (2, 9)), torch.ones(2, 9, dtype=torch.long)
-    exact = trainer._logits(trainer.model, ids, mask, 4)
-    trainer.args.cast_lm_head_to_fp32 = False
-    assert not torch.equal(exact, trainer._logits(trainer.model, ids, mask, 4))
+    exact = trainer.roles.logits(trainer.model, ids, mask, 4)
+    trainer.roles.cast_lm_head_to_fp32 = False
+    assert not torch.equal(exact, trainer.roles.logits(trainer.model, ids, mask, 4))
 
 
 # ---- the coefficient ----------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_no_tensor_of_batch_time_vocabulary(estimator, make, causal_lm, monkeypa
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 8)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 100)
     monkeypatch.setattr(lm_heads, "DENSE_LOGITS", 8 * VOCABULARY)
-    monkeypatch.setattr(module, "KL_POSITIONS", 8)
+    monkeypatch.setattr(roles, "KL_POSITIONS", 8)
     trainer = make(
         ptx_coef=1.0, max_steps=1, temperature=0.9, kl_estimator=estimator, ptx_per_device_batch_size=2
     )

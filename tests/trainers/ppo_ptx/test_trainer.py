@@ -233,7 +233,9 @@ def test_scored_ids_are_those_of_reward_training(
         completion = decoded if kind == "plain" else [{"role": "assistant", "content": decoded}]
         expected.append(build_ids(tok, prompt, completion, truncated=truncated))
     assert scored == [prompt + completion for prompt, completion in expected]
-    for score, (prompt, completion) in zip(trainer._scores, expected, strict=True):  # padding does not matter
+    for score, (prompt, completion) in zip(
+        trainer._sampled.scores, expected, strict=True
+    ):  # padding does not matter
         ids = torch.tensor([prompt + completion])
         alone = reward_model.score(reward_model.model(ids).last_hidden_state)[0, -1, 0] - 0.5
         assert float(score) == pytest.approx(float(alone), abs=1e-5)
@@ -252,7 +254,9 @@ def test_reward_model_from_path(kind, make, reward_model, tmp_path):
     rollout = rollout_of(trainer)
     ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
     mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
-    torch.testing.assert_close(trainer._scores, sequence_scores(reward_model, ids, mask), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        trainer._sampled.scores, sequence_scores(reward_model, ids, mask), atol=1e-5, rtol=0
+    )
     trainer.train()
     moved = {name for name, p in trainer.value_function.module.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "score" in name for name in moved) == (kind == "adapter")
