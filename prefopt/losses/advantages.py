@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prefopt.losses.tensors import at_least_fp32, require_same_shape
+from prefopt.losses.tensors import at_least_fp32, of_one_shape, require_same_shape
 
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -38,8 +38,8 @@ def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
         >>> k1(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]))
         tensor([ 2., -1.])
     """
-    require_same_shape(logps=logps, ref_logps=ref_logps)
-    return at_least_fp32(logps.detach()) - at_least_fp32(ref_logps.detach())
+    logps, ref_logps = of_one_shape(logps=logps.detach(), ref_logps=ref_logps.detach())
+    return logps - ref_logps
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -122,17 +122,16 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) 
         ... )
         tensor([[-0.2000,  1.1000,  0.0000]])
     """
-    require_same_shape(kl=kl, mask=mask)
+    kl, mask = of_one_shape(kl=kl.detach(), mask=mask)
     if mask.dim() != 2 or scores.shape != mask.shape[:1]:
         raise ValueError(
             f"expected scores [B] and mask [B, T], got {tuple(scores.shape)}, {tuple(mask.shape)}"
         )
-    mask = mask.bool()
-    scores, kl = (at_least_fp32(x.detach()) for x in (scores, kl))
     penalty = torch.where(mask, -kl_coef * kl, 0.0)
-    remaining = mask.flip(1).cumsum(1).flip(1)  # tokens that count from here on
+    # Tokens that count from here on.
+    remaining = mask.flip(1).cumsum(1).flip(1)
     is_last = mask & (remaining == 1)
-    return torch.where(is_last, penalty + scores.unsqueeze(1), penalty)
+    return torch.where(is_last, penalty + scores.detach().unsqueeze(1), penalty)
 
 
 def gae(
@@ -168,11 +167,10 @@ def gae(
         >>> returns
         tensor([[0.7500, 1.0000]])
     """
-    require_same_shape(rewards=rewards, values=values, mask=mask)
+    rewards, values, mask = of_one_shape(rewards=rewards.detach(), values=values.detach(), mask=mask)
     if mask.dim() != 2:
         raise ValueError(f"expected [B, T], got {tuple(mask.shape)}")
-    mask = mask.bool()
-    rewards, values = (torch.where(mask, at_least_fp32(x.detach()), 0.0) for x in (rewards, values))
+    rewards, values = (torch.where(mask, x, 0.0) for x in (rewards, values))
     advantages = torch.zeros_like(values)
     next_advantage = next_value = values.new_zeros(values.shape[0])
     for t in reversed(range(values.shape[1])):
@@ -208,9 +206,7 @@ def masked_whiten(x: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor] | 
         >>> masked_whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]]))
         tensor([[-0.7071,  0.7071,  0.0000]])
     """
-    require_same_shape(x=x, mask=mask)
-    mask = mask.bool()
-    x = at_least_fp32(x.detach())
+    x, mask = of_one_shape(x=x.detach(), mask=mask)
     counted = torch.where(mask, x, 0.0).double()
     statistics = torch.stack([mask.sum().double(), counted.sum(), counted.square().sum()])
     if reduce is not None:

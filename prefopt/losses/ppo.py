@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.losses.tensors import at_least_fp32, require_same_shape
+from prefopt.losses.tensors import at_least_fp32, of_one_shape
 
 
 def clipped_policy_loss(
@@ -48,11 +48,11 @@ def clipped_policy_loss(
         >>> loss
         tensor(-1.2000)
     """
-    require_same_shape(logps=logps, old_logps=old_logps, advantages=advantages, mask=mask)
-    mask = mask.bool()
+    logps, old_logps, advantages, mask = of_one_shape(
+        logps=logps, old_logps=old_logps, advantages=advantages, mask=mask
+    )
     # Masked before exp: the gradient of an excluded infinite ratio would be 0 * inf.
-    log_ratio = torch.where(mask, at_least_fp32(logps) - at_least_fp32(old_logps), 0.0)
-    advantages, ratio = at_least_fp32(advantages), log_ratio.exp()
+    ratio = torch.where(mask, logps - old_logps, 0.0).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return _token_mean(-torch.minimum(ratio * advantages, clipped * advantages), mask, num_tokens)
 
@@ -93,11 +93,8 @@ def clipped_value_loss(
         >>> clipped_value_loss(values=one, old_values=0 * one, returns=one, mask=one)  # 0.5 * (0.2 - 1)^2
         tensor(0.3200)
     """
-    require_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    mask = mask.bool()
-    values, old_values, returns = (
-        torch.where(mask, at_least_fp32(x), 0.0) for x in (values, old_values, returns)
-    )
+    *predicted, mask = of_one_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in predicted)
     clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
     worse = torch.maximum((values - returns).square(), (clipped - returns).square())
     return _token_mean(0.5 * worse, mask, num_tokens)

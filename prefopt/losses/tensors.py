@@ -20,3 +20,14 @@ def require_same_shape(**tensors: Tensor) -> None:
     if len({tuple(x.shape) for x in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"shapes differ: {shapes}")
+
+
+def of_one_shape(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, each in fp32 at least and the one called `mask` as bool; raises as `require_same_shape` does.
+
+    Example:
+        >>> of_one_shape(values=torch.ones(1, dtype=torch.bfloat16), mask=torch.ones(1))
+        [tensor([1.]), tensor([True])]
+    """
+    require_same_shape(**tensors)
+    return [x.bool() if name == "mask" else at_least_fp32(x) for name, x in tensors.items()]
