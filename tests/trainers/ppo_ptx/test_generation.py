@@ -4,65 +4,25 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
 from prefopt.losses import clipped_policy_loss
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
-
-PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red"]
-
-
-def lora(model, **kwargs):
-    torch.manual_seed(5)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **kwargs))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
+from tests.trainers.ppo_ptx.conftest import PROMPTS, length_reward, lora
 
 
 @pytest.fixture
-def make(causal_lm, tokenizer, tmp_path):
-    def make(
-        model=causal_lm,
-        reward=lambda completion_ids, **kwargs: [float(len(x)) for x in completion_ids],
-        **options,
-    ):
-        given = {
-            name: options.pop(name) for name in ("eval_dataset", "quantization_config") if name in options
-        }
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "max_completion_length": 6,
-            "max_steps": 2,
-            "warmup_steps": 0,
-            "learning_rate": 1e-2,
-            "ptx_coef": 0.0,
-        }
-        torch.manual_seed(3)
-        return PPOPtxTrainer(
-            model,
-            reward,
-            PPOPtxConfig(**{**settings, **options}),
-            Dataset.from_dict({"prompt": PROMPTS * 4}),
-            processing_class=tokenizer,
-            **given,
-        )
+def make(make, causal_lm):
+    """Samples of one seed, longer completions rewarded, larger steps."""
+    defaults = {"per_device_eval_batch_size": 4, "learning_rate": 1e-2}
 
-    return make
+    def make_with_defaults(model=causal_lm, reward=length_reward, **options):
+        torch.manual_seed(3)
+        return make(model, reward, **{**defaults, **options})
+
+    return make_with_defaults
 
 
 # ---- continuous batching ------------------------------------------------------------------------------------------
@@ -118,7 +78,7 @@ def test_continuous_batching_trains_and_evaluates(make, causal_lm):
         seen.extend(prompts)
         return [float(len(ids)) for ids in completion_ids]
 
-    trainer = make(reward=reward, eval_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}), **CONTINUOUS)
+    trainer = make(reward=reward, eval_dataset=PROMPTS.select(range(8)), **CONTINUOUS)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     after = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -128,7 +88,7 @@ def test_continuous_batching_trains_and_evaluates(make, causal_lm):
         assert log.get("clip_ratio/region_mean", 0) == 0  # the policy that samples is the one that trains
     seen.clear()
     trainer.evaluate()
-    assert sorted(seen) == sorted(PROMPTS * 2)
+    assert sorted(seen) == sorted(PROMPTS["prompt"][:8])
     assert "eval_objective/kl" in trainer.state.log_history[-1]
     assert all(torch.equal(after[name], p) for name, p in trainer.model.named_parameters())
 

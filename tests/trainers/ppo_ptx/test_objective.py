@@ -6,8 +6,6 @@ import statistics
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
@@ -19,21 +17,9 @@ from prefopt.trainers.ppo_ptx import rollout as module
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from prefopt.trainers.ppo_ptx.roles import add_untempered_head
-from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from tests.trainers.ppo_ptx.conftest import END_IDS, PROMPTS, logs_of, lora, rollout_of
 
-PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red"] * 3
-TEXTS = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran to the red house", "a dog"] * 4})
 VOCABULARY, LENGTH = 320, 6
-END_IDS = [1, *range(200, 230)]  # many tokens end a completion: lengths differ
-
-
-def lora(model):
-    torch.manual_seed(5)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def move(model):
@@ -44,39 +30,15 @@ def move(model):
 
 
 @pytest.fixture
-def make(causal_lm, tokenizer, tmp_path):
-    def make(reward=lambda completions, **kwargs: [0.5] * len(completions), model=causal_lm, **options):
-        given = {name: options.pop(name) for name in ("eval_dataset", "callbacks") if name in options}
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 4,
-            "max_completion_length": LENGTH,
-            "max_steps": 3,
-            "warmup_steps": 0,
-            "learning_rate": 2e-2,
-            "value_learning_rate": 1e-3,
-            "ptx_max_length": 16,
-            "ptx_batch_ratio": 0.5,
-            "ptx_coef": 0.0,
-        }
-        torch.manual_seed(3)
-        return PPOPtxTrainer(
-            model,
-            reward,
-            PPOPtxConfig(**{**settings, **options}),
-            Dataset.from_dict({"prompt": PROMPTS}),
-            processing_class=tokenizer,
-            pretrain_dataset=TEXTS if options.get("ptx_coef") else None,
-            **given,
-        )
+def make(make):
+    """Samples of one seed, a constant reward, larger steps."""
+    defaults = {"max_completion_length": LENGTH, "max_steps": 3, "learning_rate": 2e-2}
 
-    return make
+    def make_with_defaults(reward=lambda completions, **kwargs: [0.5] * len(completions), **options):
+        torch.manual_seed(3)
+        return make(rewards=reward, **{**defaults, **options})
+
+    return make_with_defaults
 
 
 @pytest.fixture
@@ -91,15 +53,6 @@ def rewarded(monkeypatch):
     original = module.kl_shaped_rewards
     monkeypatch.setattr(module, "kl_shaped_rewards", watch)
     return calls
-
-
-def rollout_of(trainer, rows=8):
-    trainer.model.train()
-    return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS[:rows]])
-
-
-def logs_of(trainer, name):
-    return [log[name] for log in trainer.state.log_history if name in log]
 
 
 # ---- KL estimators ------------------------------------------------------------------------------------------------
@@ -201,7 +154,7 @@ def test_evaluation_moves_neither_coefficient_nor_statistics(make):
         kl_coef=0.1,
         kl_target=0.5,
         normalize_scores=True,
-        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:4]}),
+        eval_dataset=PROMPTS.select(range(4)),
         per_device_eval_batch_size=4,
     )
     trainer.train()

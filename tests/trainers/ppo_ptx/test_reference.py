@@ -7,27 +7,17 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from prefopt.models.reward import set_reward_bias
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import PackedText
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from tests.trainers.ppo_ptx.conftest import END_IDS, config, lora
 
 PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red house"] * 2
 DOCUMENTS = ["the cat sat on the mat and the dog ran to the red house", "a dog", "what is this? a cat"] * 3
-END_IDS = [1, *range(200, 230)]  # many tokens end a completion: lengths differ
+TARGETS = ("q_proj", "v_proj")
 KL, PTX, VF, GAMMA, LAMBDA, CLIP, VALUE_CLIP, PENALTY = 0.3, 2.0, 0.7, 0.97, 0.9, 0.1, 0.15, 0.4
-
-
-def lora(model, seed, **kwargs):
-    torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **kwargs))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def token_share(completion_ids, **kwargs):
@@ -175,9 +165,11 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
     causal_lm.generation_config.eos_token_id = END_IDS
     is_lora, has_head = case.startswith("lora"), case.endswith("head")
     set_reward_bias(reward_model, 0.25)
-    policy = lora(causal_lm, 5, task_type="CAUSAL_LM") if is_lora else causal_lm
+    policy = lora(causal_lm, std=0.3, targets=TARGETS) if is_lora else causal_lm
     if is_lora:
-        reward_model = lora(reward_model, 6, task_type="SEQ_CLS", modules_to_save=["score"])
+        reward_model = lora(
+            reward_model, "SEQ_CLS", seed=6, std=0.3, targets=TARGETS, modules_to_save=["score"]
+        )
     sft = copy.deepcopy(policy)
     scorer = copy.deepcopy(reward_model)
 
@@ -195,13 +187,8 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
     trainer = PPOPtxTrainer(
         policy,
         token_share if has_head else reward_model,
-        PPOPtxConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=1,
+        config(
+            tmp_path,
             gradient_checkpointing=checkpointing,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
@@ -20,47 +19,25 @@ from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.checkpoints import MARKER, newest_complete_checkpoint, seal, what_is_missing
-
-PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog ran to the", "question: what is this?", "red"] * 4})
-
-
-def length_reward(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
-
-
-def config(tmp_path, **overrides):
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_completion_length": 6,
-        "max_steps": 6,
-        "warmup_steps": 0,
-        "learning_rate": 0.01,
-        "value_learning_rate": 0.02,
-        "ptx_coef": 0.0,
-    }
-    return PPOPtxConfig(**{**settings, **overrides})
+from tests.trainers.ppo_ptx.conftest import PROMPTS, config, lora
 
 
 @pytest.fixture
-def make(causal_lm, reward_model, tokenizer, tmp_path):
-    def make(model=causal_lm, callbacks=None, **kwargs):
-        args = config(tmp_path, **kwargs)
-        return PPOPtxTrainer(
-            model, [reward_model], args, PROMPTS, PROMPTS, processing_class=tokenizer, callbacks=callbacks
-        )
+def make(make):
+    """Six steps of two episodes, and an evaluation."""
+    defaults = {
+        "eval_dataset": PROMPTS,
+        "logging_steps": 500,
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "value_learning_rate": 0.02,
+    }
 
-    return make
+    def make_with_defaults(*args, **options):
+        return make(*args, **{**defaults, **options})
 
-
-def lora(model):
-    torch.manual_seed(5)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"]))
+    return make_with_defaults
 
 
 class EachStep(TrainerCallback):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -15,11 +14,8 @@ from transformers import (
 from prefopt.models.checkpoints import load_reward_model, save_reward_model
 from prefopt.models.reward import keep_4bit_gradients, keep_head_fp32, sequence_scores, set_reward_bias
 from prefopt.models.roles import AdapterScorer
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
-
-PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog ran to the", "question: what is this?", "red"] * 4})
-TEXTS = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran to the red house", "a dog"] * 4})
+from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config
 
 
 def loading(bits):
@@ -69,27 +65,17 @@ def run(request, tokenizer, tmp_path):
         policy = AutoPeftModelForCausalLM.from_pretrained(
             tmp_path / "sft", is_trainable=True, **loading(bits)
         )
-        args = PPOPtxConfig(
+        args = config(
+            tmp_path,
             **{
                 "output_dir": str(tmp_path / ("shared" if shared else "alone")),
-                "use_cpu": True,
-                "report_to": "none",
-                "disable_tqdm": True,
-                "save_strategy": "no",
-                "logging_steps": 1,
-                "per_device_train_batch_size": 4,
+                "gradient_checkpointing": True,
                 "steps_per_generation": 2,
-                "max_completion_length": 6,
                 "max_steps": 3,
-                "learning_rate": 1e-3,
-                "value_learning_rate": 1e-3,
-                "warmup_steps": 0,
-                "ptx_max_length": 16,
-                "ptx_batch_ratio": 0.5,
                 "ptx_coef": 1.0,
                 "max_grad_norm": 0.05,
                 **overrides,
-            }
+            },
         )
         rewards = str(tmp_path / "rm") if shared else load_reward_model(tmp_path / "rm")
         trainer = PPOPtxTrainer(

@@ -7,9 +7,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
 
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from tests.trainers.ppo_ptx.conftest import PROMPTS, config, length_reward
 
 TEXTS = [
     f"{a} {b} number {i}" for i, (a, b) in enumerate([("the cat", "sat"), ("a dog", "ran to the house")] * 9)
@@ -141,12 +141,6 @@ def test_bad_documents_raise(rows, expected, tokenizer):
 
 # ---- PPO-ptx ----
 
-PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog ran to the", "what is this?", "red"] * 4})
-
-
-def length_reward(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
-
 
 @pytest.fixture
 def make(causal_lm, tokenizer, tmp_path):
@@ -154,21 +148,16 @@ def make(causal_lm, tokenizer, tmp_path):
 
     def make(folder, text, **options):
         causal_lm.load_state_dict(weights)
-        args = PPOPtxConfig(
+        args = config(
+            tmp_path,
             output_dir=str(tmp_path / folder),
-            per_device_train_batch_size=4,
             generation_batch_size=8,
             max_completion_length=5,
             learning_rate=0.01,
             ptx_coef=1.0,
-            ptx_batch_ratio=0.5,
             ptx_max_length=8,
-            logging_steps=1,
+            save_strategy="steps",
             save_steps=3,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
             **{"max_steps": 6} | options,
         )
         return PPOPtxTrainer(
@@ -203,7 +192,7 @@ def test_prompts_cannot_be_a_stream(make, tokenizer, causal_lm, tmp_path):
         PPOPtxTrainer(
             causal_lm,
             length_reward,
-            PPOPtxConfig(str(tmp_path), ptx_coef=0.0, use_cpu=True, report_to="none", max_steps=1),
+            config(tmp_path, max_steps=1),
             PROMPTS.to_iterable_dataset(),
             processing_class=tokenizer,
         )

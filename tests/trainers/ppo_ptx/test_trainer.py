@@ -24,79 +24,9 @@ from transformers import (
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.reward import sequence_scores, set_reward_bias, token_scores
 from prefopt.rankings.tokens import build_ids
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import VALUE_FILE, score_ids
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
-
-PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog ran to the", "question: what is this?", "red"] * 4})
-TEXTS = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran to the red house", "a dog"] * 4})
-
-
-def length_reward(completion_ids, **kwargs):
-    return [float(len(ids)) for ids in completion_ids]
-
-
-def config(tmp_path, **overrides):
-    settings = {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 6,
-        "max_steps": 2,
-        "warmup_steps": 0,
-        "learning_rate": 1e-3,
-        "value_learning_rate": 1e-3,
-        "ptx_max_length": 16,
-        "ptx_batch_ratio": 0.5,
-        "ptx_coef": 0.0,
-    }
-    return PPOPtxConfig(**{**settings, **overrides})
-
-
-@pytest.fixture
-def make(causal_lm, reward_model, tokenizer, tmp_path):
-    def make(model=causal_lm, rewards=reward_model, data=PROMPTS, **kwargs):
-        names = (
-            "eval_dataset",
-            "pretrain_dataset",
-            "value_model",
-            "callbacks",
-            "peft_config",
-            "processing_class",
-        )
-        given = {name: kwargs.pop(name) for name in names if name in kwargs}
-        given.setdefault("processing_class", tokenizer)
-        if kwargs.get("ptx_coef"):
-            given.setdefault("pretrain_dataset", TEXTS)
-        return PPOPtxTrainer(model, rewards, config(tmp_path, **kwargs), train_dataset=data, **given)
-
-    return make
-
-
-def lora(model, task_type="CAUSAL_LM", **kwargs):
-    torch.manual_seed(5)
-    model = get_peft_model(model, LoraConfig(task_type=task_type, r=4, target_modules=["q_proj"], **kwargs))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
-
-
-def rollout_of(trainer):
-    """One rollout, as the trainer makes it at its first step."""
-    trainer.model.train()
-    return trainer._generate_and_score_completions(
-        [{"prompt": p} for p in trainer.train_dataset["prompt"][:8]]
-    )
-
-
-def first_log(trainer):
-    return next(log for log in trainer.state.log_history if "objective/kl" in log)
+from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, first_log, length_reward, lora, rollout_of
 
 
 def weights_of(trainer):
