@@ -114,7 +114,8 @@ class RunningStatistics:
         """
         require_same_shape(x=x, mask=mask)
         mask = mask.bool()
-        deviations = torch.where(mask, x.detach().double() - self.mean, 0.0)  # from one mean on all processes
+        # From one mean on all processes.
+        deviations = torch.where(mask, x.detach().double() - self.mean, 0.0)
         sums = torch.stack([mask.sum().double(), deviations.sum(), deviations.square().sum()])
         count, total, squares = (sums if reduce is None else reduce(sums)).tolist()
         if count == 0:

@@ -1,7 +1,7 @@
-"""Ways to read an LM head next to TRL's: at the positions that are read, in tiles, at temperature 1, in fp32.
+"""Ways to read an LM head next to TRL's: at the positions that are read, in tiles, in fp32.
 
-`completion_logps` sums over completions (DPO), `token_logps` gives every token's (PPO), `pretraining_loss` the mean over
-text; `last_mlp_at` spares the last layer's MLP where nothing is read.
+`completion_logps` sums over completions (DPO), `token_logps` gives every token's (PPO); `last_mlp_at` spares the last
+layer's MLP where nothing is read.
 """
 
 from collections.abc import Iterator

@@ -58,7 +58,8 @@ class AdapterScorer(nn.Module):
         peft_config: PeftConfig,
     ) -> None:
         super().__init__()
-        self._model = [model]  # in a list: the base is not part of this module
+        # In a list: the base is not part of this module.
+        self._model = [model]
         self.adapter, self.score, self.config, self.peft_config = adapter, score.float(), config, peft_config
 
     @property
@@ -126,7 +127,8 @@ def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:
         return f"it was trained on {theirs!r}, the policy on {ours!r}"
     if config.peft_type != model.peft_type:
         return f"it is a {config.peft_type.value} adapter, the policy's a {model.peft_type.value} adapter"
-    if extra := set(config.modules_to_save or ()) - {"score", "classifier"}:  # names PEFT tries for a head
+    # These two are names that PEFT tries for a head.
+    if extra := set(config.modules_to_save or ()) - {"score", "classifier"}:
         return f"it has weights of its own for {', '.join(sorted(extra))}"
     if getattr(config, "trainable_token_indices", None):
         return "it has token embeddings of its own"
@@ -185,7 +187,8 @@ def trainable_copy(scorer: AdapterScorer, adapter: str = "value") -> AdapterScor
 def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[str, Tensor]) -> None:
     config = copy.deepcopy(config)
     config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
-    config.lora_dropout = 0.0  # scores and values are those of the weights, also while the policy trains
+    # Scores and values are those of the weights, also while the policy trains.
+    config.lora_dropout = 0.0
     model.add_adapter(name, config)
     result = set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
@@ -194,7 +197,8 @@ def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[
             f"the adapter does not fit the base: {len(missing)} weights missing, {len(result.unexpected_keys)} too "
             f"many, such as {[*missing, *result.unexpected_keys][0]}"
         )
-    model.set_adapter(model.active_adapter)  # the new weights are frozen unless their role is active
+    # The new weights are frozen unless their role is active.
+    model.set_adapter(model.active_adapter)
 
 
 def _same_place(ours: str | None, theirs: str | None) -> bool:

@@ -118,7 +118,16 @@ SHARDING = {
 
 
 class _OnePerPrompt(int):
-    """The number 1 past GRPOConfig's `num_generations < 2` check: PPO has a value function and needs no group."""
+    """The number 1, which is not less than 2: PPO has a value function and needs no group of completions.
+
+    GRPOConfig.__post_init__ divides the batch by `num_generations`, which is right for 1 as well, and ends with
+
+        if self.num_generations < 2:
+            raise ValueError("GRPO requires at least 2 generations per prompt to calculate the advantages. ...")
+
+    There is no seam to get past that one line: it stands in the middle of a long method that must run. So the number
+    that it sees answers False, for as long as the method runs; `PPOPtxConfig.num_generations` is a plain 1 afterwards.
+    """
 
     def __lt__(self, other: object) -> bool:
         return False
@@ -274,15 +283,18 @@ class PPOPtxConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._refuse_options()
-        if self.bf16 is None:  # TRL's default is True, which raises without a GPU
+        # TRL's default is True, which raises without a GPU.
+        if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         completions = self.num_generations
+        # See `_OnePerPrompt`: what TRL's checks see.
         if completions == 1:
             self.num_generations = _OnePerPrompt(1)
         warmup_steps, self.warmup_steps = self.warmup_steps, self.warmup_steps or 0
         super().__post_init__()
         self.num_generations = completions
-        if (self.generation_kwargs or {}).get("do_sample") is False:  # parsed by now, if it was a JSON string
+        # Parsed by now, if it was a JSON string.
+        if (self.generation_kwargs or {}).get("do_sample") is False:
             raise UserError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
         if self.fp16:
             raise UserError("fp16 loss scaling does not carry over several backward passes: use bf16 or fp32")
@@ -297,7 +309,8 @@ class PPOPtxConfig(GRPOConfig):
                 "= generation_batch_size / (per_device_train_batch_size * processes)) must be a multiple of "
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
-        if warmup_steps is None:  # InstructGPT C.4: "the first 10 iterations", each a batch of 512 episodes
+        # InstructGPT C.4: "the first 10 iterations", each a batch of 512 episodes.
+        if warmup_steps is None:
             micro_batches = 10 * self.steps_per_generation * self.num_iterations
             self.warmup_steps = micro_batches // self.gradient_accumulation_steps
         if self.kl_target is not None and self.kl_horizon < self.generation_batch_size:
@@ -315,7 +328,8 @@ class PPOPtxConfig(GRPOConfig):
         defaults = {f.name: f.default for f in fields(self)}
         for name, sentence in {**FIXED, **REFUSED}.items():
             value = getattr(self, name)
-            off = value is False and defaults[name] == "none"  # GRPOConfig's other spelling of scale_rewards
+            # GRPOConfig's other spelling of scale_rewards.
+            off = value is False and defaults[name] == "none"
             if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
                 raise UserError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
         limits = {

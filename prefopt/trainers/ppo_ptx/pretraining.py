@@ -173,7 +173,8 @@ class StreamedText:
     @position.setter
     def position(self, position: Mapping[str, Any]) -> None:
         self._go_to(position)
-        if position["last_block"] is None:  # nothing was taken yet
+        # Nothing was taken yet.
+        if position["last_block"] is None:
             return
         self._fill()
         self._taken = position["taken"]
@@ -185,7 +186,8 @@ class StreamedText:
 
     def _go_to(self, place: Mapping[str, Any]) -> None:
         self._pass, self._row, self._empty, self._rest = (place[k] for k in ("pass", "row", "empty", "rest"))
-        self._number, self._buffer, self._taken = place["buffer"], [], 0  # of the buffer that is filled next
+        # The number is that of the buffer that is filled next.
+        self._number, self._buffer, self._taken = place["buffer"], [], 0
         self._filled_at, self._last_block = self._place(place["text"]), None
         self.documents.set_epoch(self._pass)
         if place["text"] is not None:
@@ -339,7 +341,7 @@ def pretraining_loss(
         model: the policy, wrapped or not, with TRL's fused LM head.
         batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, -100 = ignored.
         num_tokens: divides the summed loss.
-        has_untempered_head: whether the policy has been given one; without, its temperature must be 1.
+        has_untempered_head: whether the policy has one (`add_untempered_head`); without, its temperature must be 1.
 
     Returns:
         A scalar.

@@ -179,7 +179,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
-        given = trainable_weights(model)
+        original = trainable_weights(model)
         check_vllm(args, model, quantization_config, suppressed)
 
         super().__init__(
@@ -209,7 +209,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         # Again, for a policy that was a path.
         check_vllm(args, self.model, None, [])
         keep_4bit_gradients(self.model)
-        undo_rounding(self.model, given)
+        undo_rounding(self.model, original)
         # The saved policy shall not sample it either.
         if suppressed:
             self.model.config.reward_token_id = suppressed[0]
@@ -502,7 +502,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             torch.save(self._buffered_inputs, os.path.join(folder, self._rollout_file))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the policy as a plain model or adapter, and the value function's trained weights beside it.
+        """Save the policy as a plain model or adapter, and the value function's trained weights next to it.
 
         With `ema_decay`, the policy with averaged weights is saved to the subfolder `ema/`, to be loaded by itself.
         """

@@ -1,4 +1,4 @@
-"""What goes wrong in PPO training, told from its log: every trouble once, with its remedy."""
+"""What goes wrong in PPO training, seen in its log: every trouble once, with its remedy; and a stop on overoptimization."""
 
 import logging
 import math
@@ -17,20 +17,30 @@ from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 logger = logging.getLogger(__name__)
 
 # Where training counts as gone wrong. The runs of the sandbox (PPO and PPO-ptx, four seeds) stay well inside each.
-WINDOW = 5  # log entries that are averaged: one noisy entry is no trouble
-KL_PER_TOKEN = (
-    2.0  # nats: sampled tokens e^2 = 7 times as probable as under the reference; sandbox PPO ends near 1
-)
-ENTROPY_LEFT = 0.1  # share of the entropy at the start; the sandbox ends at .35 to .6
-EXPLAINED_VARIANCE = -1.0  # errors with twice the variance of the returns, where a constant value gets 0
-LEARNING_TO_VALUE = 20  # log entries before that counts: a copy of the reward model may start there
-VALUE_LOSS_GROWTH = 10.0  # times the lowest value loss so far
-GRADIENT_RATIO = 10.0  # of two norms: the smaller term turns the sum by at most asin(1 / 10), 6 degrees
-CLIPPED = 0.3  # share of tokens whose ratio is clipped: their gradient is 0; the sandbox stays below .03
-UNSCORED = 0.1  # share of episodes: lost work, and if the unscored ones are alike, a bias
-WITHOUT_EOS = 0.9  # share of episodes
-FALL = 0.1  # standard deviations of a held-out score: its standard error on 100 episodes
-PATIENCE = 3  # evaluations in a row
+# Log entries that are averaged: one noisy entry is no trouble.
+WINDOW = 5
+# Nats: sampled tokens e^2 = 7 times as probable as under the reference; sandbox PPO ends near 1.
+KL_PER_TOKEN = 2.0
+# Share of the entropy at the start; the sandbox ends at .35 to .6.
+ENTROPY_LEFT = 0.1
+# Errors with twice the variance of the returns, where a constant value gets 0.
+EXPLAINED_VARIANCE = -1.0
+# Log entries before that counts: a copy of the reward model may start there.
+LEARNING_TO_VALUE = 20
+# Times the lowest value loss so far.
+VALUE_LOSS_GROWTH = 10.0
+# Of two norms: the smaller term turns the sum by at most asin(1 / 10), 6 degrees.
+GRADIENT_RATIO = 10.0
+# Share of tokens whose ratio is clipped: their gradient is 0; the sandbox stays below .03.
+CLIPPED = 0.3
+# Share of episodes: lost work, and if the unscored ones are alike, a bias.
+UNSCORED = 0.1
+# Share of episodes.
+WITHOUT_EOS = 0.9
+# Standard deviations of a held-out score: its standard error on 100 episodes.
+FALL = 0.1
+# Evaluations in a row.
+PATIENCE = 3
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,8 @@ def diagnose(
 
     Args:
         history: `trainer.state.log_history`, or `log_history` of trainer_state.json. A key that is missing, or None,
-            leaves out what is told from it.
-        settings: `TrainingWatch.settings`, which trainer_state.json keeps. Of these, `episodes_per_rollout` tells the
+            leaves out what depends on it.
+        settings: `TrainingWatch.settings`, which trainer_state.json keeps. Of these, `episodes_per_rollout` gives the
             share of unscored episodes, and `normalize_scores` the unit of the scores.
 
     Example:
@@ -70,7 +80,7 @@ class Diagnosis:
         settings = settings or {}
         self.episodes = settings.get("episodes_per_rollout")
         self.is_normalized = bool(settings.get("normalize_scores"))
-        self.found: set[str] = set()
+        self._reported: set[str] = set()
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._first: dict[str, list[float]] = defaultdict(list)
         self._values_seen = 0
@@ -98,8 +108,8 @@ class Diagnosis:
         ]
         troubles = []
         for name, key, message in filter(None, checks):
-            if name not in self.found:
-                self.found.add(name)
+            if name not in self._reported:
+                self._reported.add(name)
                 troubles.append(Trouble(name, int(entry.get("step", 0)), key, message))
         return troubles
 
@@ -185,7 +195,8 @@ class Diagnosis:
 
     def _unbalanced_gradients(self) -> tuple[str, str, str] | None:
         ppo, ptx = self._now("grad_norm/ppo"), self._now("grad_norm/ptx")
-        if not ppo or not ptx or not min(self._last["grad_norm/ppo"]) > 0:  # 0: the policy does not move yet
+        # 0 while the policy does not move yet.
+        if not ppo or not ptx or not min(self._last["grad_norm/ppo"]) > 0:
             return None
         if ptx > GRADIENT_RATIO * ppo:
             return (
@@ -207,7 +218,8 @@ class Diagnosis:
         if self._now("reward") is None or self._now("reward_std") is None:
             return False
         level = max(map(abs, self._last["reward"]))
-        return max(self._last["reward_std"]) <= 1e-5 * max(1.0, level)  # the rounding of a mean in fp32
+        # The rounding of a mean in fp32.
+        return max(self._last["reward_std"]) <= 1e-5 * max(1.0, level)
 
     def _equal_rewards(self) -> tuple[str, str, str] | None:
         if not self._rewards_are_equal():
@@ -253,19 +265,20 @@ class Diagnosis:
         )
 
     def _over_optimization(self, entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-        found = []
+        troubles = []
         for key in entry:
             if key.startswith("eval_rewards/") and key.endswith("/mean"):
                 evaluations = self._evaluations[key, evaluation_set(entry)]
                 evaluations.extend(read_evaluation(entry, key, "eval_reward"))
                 best = overoptimized_since(evaluations, PATIENCE)
                 if best is not None:
-                    found.append(("over-optimization", key, overoptimization_message(key, evaluations, best)))
-        return found
+                    message = overoptimization_message(key, evaluations, best)
+                    troubles.append(("over-optimization", key, message))
+        return troubles
 
 
 class TrainingWatch(TrainerCallback, ExportableState):
-    """Warns, once each, of the troubles that `diagnose` tells from the log; PPOPtxTrainer adds it by itself.
+    """Warns, once each, of the troubles that `diagnose` sees in the log; PPOPtxTrainer adds it by itself.
 
     trainer_state.json keeps `settings`, for whoever reads the log later.
     """
@@ -290,7 +303,8 @@ class TrainingWatch(TrainerCallback, ExportableState):
         }
         state.stateful_callbacks["TrainingWatch"] = self.state()
         self._diagnosis = Diagnosis(self.settings)
-        for entry in state.log_history:  # of the run that this one resumes: warned of before
+        # Of the run that this one resumes: warned of before.
+        for entry in state.log_history:
             self._diagnosis.add(entry)
 
     def on_log(self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

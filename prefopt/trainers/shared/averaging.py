@@ -50,7 +50,8 @@ class WeightAverage(TrainerCallback):
     def restart(self) -> None:
         """The average becomes the current weights."""
         self._averaged = AveragedModel(self._weights(), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self.update()  # AveragedModel's first update copies
+        # AveragedModel's first update copies.
+        self.update()
 
     def update(self) -> None:
         """Take the current weights into the average."""
@@ -67,13 +68,13 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; behind, its own again, bit for bit."""
-        own = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        """Inside, the model has the averaged weights; afterwards its last ones again, bit for bit."""
+        last = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         try:
             self._fill(self.averages)
             yield
         finally:
-            self._fill(own)
+            self._fill(last)
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -100,7 +101,8 @@ class WeightAverage(TrainerCallback):
 
     # ---- Trainer's events -------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # not where a checkpoint was loaded
+        # Not where a checkpoint was loaded.
+        if state.global_step == 0:
             self.restart()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -167,9 +167,8 @@ class CompleteCheckpointsMixin:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
-        if (
-            step == self._sealed_step
-        ):  # asked for twice at one step: the first one is not given up for the second
+        # Asked for twice at one step: the first one is not given up for the second.
+        if step == self._sealed_step:
             return
         run = Path(self._get_output_dir(trial))
         unfinished, name = run / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{step}"
@@ -190,7 +189,8 @@ class CompleteCheckpointsMixin:
         if self.args.should_save:
             self.state.save_to_json(os.path.join(unfinished / name, TRAINER_STATE_NAME))
             seal(unfinished / name, type(self).__name__)
-            shutil.rmtree(run / name, ignore_errors=True)  # of an earlier run, or left incomplete
+            # Of an earlier run, or left incomplete.
+            shutil.rmtree(run / name, ignore_errors=True)
             os.rename(unfinished / name, run / name)
             unfinished.rmdir()
             _sync(run)

@@ -20,17 +20,17 @@ def trainable_weights(model: object) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def undo_rounding(model: nn.Module, given: dict[str, Tensor]) -> None:
-    """Make the trainable weights of an adapter on a quantized base fp32 again, with the values they were given.
+def undo_rounding(model: nn.Module, original: dict[str, Tensor]) -> None:
+    """Make the trainable weights of an adapter on a quantized base fp32 again, with their original values.
 
     bf16 would swallow small updates, and the saved adapter would score differently from the one reloaded in fp32.
-    `given`, from `trainable_weights`, is emptied: later calls leave trained weights alone.
+    `original`, from `trainable_weights`, is emptied: later calls leave trained weights alone.
     """
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-                parameter.data = given.get(name, parameter.data).to(parameter.device).float()
-    given.clear()
+                parameter.data = original.get(name, parameter.data).to(parameter.device).float()
+    original.clear()
 
 
 def is_asked_for(engine: str, args: TrainingArguments) -> bool:

@@ -20,6 +20,15 @@ def test_default_config_constructs_without_gpu(tmp_path, monkeypatch):
     assert (args.kl_coef, args.ptx_coef, args.ptx_batch_ratio) == (0.02, 27.8, 8.0)
 
 
+def test_one_completion_per_prompt_is_a_plain_one(tmp_path):
+    """Once TRL allows it, `_OnePerPrompt` can go."""
+    with pytest.raises(ValueError, match="at least 2 generations per prompt"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=1)
+    args = PPOPtxConfig(str(tmp_path), use_cpu=True)
+    assert type(args.num_generations) is int
+    assert args.num_generations < 2
+
+
 def test_every_grpo_field_has_one_decision():
     decided = [*HONORED, *FIXED, *REFUSED]
     assert grpo_fields() <= set(decided) <= grpo_fields() | {f.name for f in fields(TrainingArguments)}
