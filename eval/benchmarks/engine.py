@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.evaluation.benchmarks.benchmark import Benchmark
-from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
+from prefopt.errors import UserError
+from prefopt.evaluation.benchmarks import BENCHMARKS, Benchmark, scores
 from prefopt.inference.generate import end_token_ids
 
 TASKS = Path(__file__).parent / "lm_eval"  # own YAML files; each says why it is needed
@@ -29,7 +29,7 @@ def load_rows(name: str, files: str | Mapping[str, str] | None = None) -> Any:
             SQuADv2, DROP and QuAC may be about the same text.
 
     Raises:
-        ValueError: a file of another kind, without rows, or whose rows lack a field.
+        UserError: a file of another kind, without rows, or whose rows lack a field.
         FileNotFoundError: no such file.
     """
     from datasets import Dataset, DatasetDict, load_dataset
@@ -41,19 +41,19 @@ def load_rows(name: str, files: str | Mapping[str, str] | None = None) -> Any:
         return DatasetDict({split: found[of] for split, of in wanted.items() if of is not None})
     files = {"test": files} if isinstance(files, str) else dict(files)
     if "test" not in files or not set(files) <= {"test", "train"}:
-        raise ValueError(f"rows of {name}: expected a file, or test: and train: files, got {files}")
+        raise UserError(f"rows of {name}: expected a file, or test: and train: files, got {files}")
     readers = {".jsonl": Dataset.from_json, ".json": Dataset.from_json}
     readers |= {".parquet": Dataset.from_parquet, ".csv": Dataset.from_csv}
     rows = {}
     for split, path in files.items():
         if Path(path).suffix not in readers:
-            raise ValueError(f"rows of {name}: {path}: expected a file ending in {', '.join(readers)}")
+            raise UserError(f"rows of {name}: {path}: expected a file ending in {', '.join(readers)}")
         if not Path(path).is_file():
             raise FileNotFoundError(f"rows of {name}: no file {path}")
         rows[split] = readers[Path(path).suffix](str(path))
         missing = [column for column in benchmark.fields if column not in rows[split].column_names]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"rows of {name}: {path}: field {missing[0]!r} is missing; expected the format of {benchmark.hub}: "
                 f"{', '.join(benchmark.fields)}"
             )
@@ -90,6 +90,8 @@ def build_task(
         "repeats": repeats,
         **copy.deepcopy(benchmark.changes),
     }
+    if "process_results" in changes:
+        changes["process_results"] = getattr(scores, changes["process_results"])
     if prefix:
         changes["description"] = prefix
     with _quiet(), redirect_stdout(io.StringIO()):  # one of its modules prints what is not installed
@@ -162,9 +164,8 @@ def ask(
         instruction: text before everything else (the prompted baseline's).
         chat: prompts go through the tokenizer's chat template.
     """
-    from lm_eval.evaluator import (
-        evaluate,
-    )  # simple_evaluate asks the system about itself for seconds each time
+    # simple_evaluate asks the system about itself for seconds each time
+    from lm_eval.evaluator import evaluate
 
     generates = task.OUTPUT_TYPE == "generate_until"
     if generates:  # lm-eval refuses to write more than the model has positions
@@ -211,7 +212,7 @@ def _record(benchmark: Benchmark, sample: Mapping[str, Any], generates: bool) ->
         "hash": sample["doc_hash"],
         "cluster": str(sample["doc_id"] if benchmark.cluster is None else doc[benchmark.cluster]),
         "values": {
-            score.key: float(sample[score.key])
+            score.name: float(sample[score.name])
             for score in benchmark.scores
             if score.by == "lm-eval" and score.statistic != "bleu"
         },

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.evaluation.benchmarks.benchmark import Score, conditions
+from prefopt.evaluation.benchmarks import BENCHMARKS, Score, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
-from prefopt.evaluation.benchmarks.estimates import difference, estimate
 from prefopt.evaluation.benchmarks.scorers import (
     Answers,
     Key,
@@ -23,7 +22,7 @@ from prefopt.evaluation.benchmarks.scorers import (
     kept_file,
     score_toxicity,
 )
-from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
+from prefopt.evaluation.benchmarks.scores import difference, estimate
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, parsed_mapping
 from prefopt.inference.jsonl import write_whole

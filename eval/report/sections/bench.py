@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.evaluation.benchmarks.benchmark import Score, paper_condition
-from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
+from prefopt.evaluation.benchmarks import BENCHMARKS, Score, paper_condition
 from prefopt.evaluation.report.paper import MARK, table_14
 from prefopt.evaluation.report.paper import MODELS as OF_THE_PAPER
 from prefopt.evaluation.report.plots import intervals_plot

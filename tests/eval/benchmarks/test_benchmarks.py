@@ -12,9 +12,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefopt.evaluation.benchmarks.benchmark import conditions
+from prefopt.evaluation.benchmarks import BENCHMARKS, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
-from prefopt.evaluation.benchmarks.tasks import BENCHMARKS
 from prefopt.evaluation.report.sections import bench as bench_section
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find

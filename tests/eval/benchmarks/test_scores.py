@@ -5,11 +5,12 @@ import pytest
 import sacrebleu
 from datasets import Dataset
 
-from prefopt.evaluation.benchmarks.benchmark import Score
-from prefopt.evaluation.benchmarks.estimates import difference, estimate
-from prefopt.evaluation.benchmarks.scorers import judge_answers
+from prefopt.evaluation.benchmarks import Score
+from prefopt.evaluation.benchmarks.scorers import ScorerError, judge_answers
 from prefopt.evaluation.benchmarks.scores import (
     crows_pairs_results,
+    difference,
+    estimate,
     pair_entropy,
     quac_docs,
     quac_results,
@@ -19,7 +20,6 @@ from prefopt.evaluation.benchmarks.scores import (
     winogender_docs,
     word_f1,
 )
-from prefopt.evaluation.benchmarks.toxicity import ScorerError
 
 
 @pytest.mark.parametrize(
@@ -158,21 +158,21 @@ def records(values, clusters=None, key="f1"):
 
 def test_means_resample_clusters():
     values, clusters = [1, 0, 1, 1, 0.5, 0], [0, 0, 0, 1, 1, 2]
-    found = estimate(Score("f1", "f1", "", scale=100), records(values, clusters))
+    found = estimate(Score("f1", "", scale=100), records(values, clusters))
     assert found.value == pytest.approx(100 * 3.5 / 6)
     assert (found.n, found.n_clusters) == (6, 3)
     wide = estimate(
-        Score("f1", "f1", ""), records([1, 1, 0, 0] * 10, [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
+        Score("f1", ""), records([1, 1, 0, 0] * 10, [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
     )
-    copies = estimate(Score("f1", "f1", ""), records([1] * 10 + [0] * 10, [0] * 10 + [1] * 10))
-    alone = estimate(Score("f1", "f1", ""), records([1] * 10 + [0] * 10))
+    copies = estimate(Score("f1", ""), records([1] * 10 + [0] * 10, [0] * 10 + [1] * 10))
+    alone = estimate(Score("f1", ""), records([1] * 10 + [0] * 10))
     assert copies.ci_high - copies.ci_low > 2 * (alone.ci_high - alone.ci_low)  # ten copies are one row
     assert wide.value == 0.5
 
 
 def test_perplexity_of_log_likelihoods():
     lls = [-1.0, -2.5, -0.3]
-    score = Score("perplexity", "perplexity", "", False, statistic="perplexity")
+    score = Score("perplexity", "", False, statistic="perplexity")
     assert estimate(score, records(lls, key="perplexity")).value == pytest.approx(math.exp(3.8 / 3))
     twice = records([2 * ll for ll in lls], key="perplexity")
     paired = difference(score, twice, records(lls, key="perplexity"))
@@ -201,7 +201,7 @@ def translations(answers):
 
 
 def test_bleu_is_sacrebleus_of_the_corpus_and_not_a_mean_over_sentences():
-    score = Score("bleu", "bleu", "", statistic="bleu")
+    score = Score("bleu", "", statistic="bleu")
     found = estimate(score, translations(ANSWERS))
     assert found.value == pytest.approx(sacrebleu.corpus_bleu(ANSWERS, [REFERENCES]).score)
     assert found.ci_low < found.value < found.ci_high
@@ -218,7 +218,7 @@ def test_differences_are_paired_and_have_a_sign():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     stage = np.clip(base - 0.05, 0, 1)
-    score = Score("f1", "f1", "")
+    score = Score("f1", "")
     paired = difference(score, records(stage), records(base))
     assert paired.value == pytest.approx(float((stage - base).mean()))
     assert paired.ci_high < 0  # far narrower than the intervals of either

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from prefopt.evaluation.benchmarks.toxicity import (
+from prefopt.evaluation.benchmarks.scorers import (
     HOSTILE,
     ScorerError,
-    load_function,
     load_scorer,
     over_samples,
     toxicity_scores,
 )
+from prefopt.evaluation.judges.gold import load_callable
 
 TEXTS = ["the cat sat", "you idiot", "a red house"]
 
@@ -81,7 +81,7 @@ def test_expected_maximum_and_probability_against_a_loop():
 @pytest.mark.parametrize("name", ["math", "math:", ":sqrt", "math:nothing", "no_such_module:f", "math:pi"])
 def test_names_of_functions_that_are_none(name):
     with pytest.raises(ValueError, match=r"math|module"):
-        load_function(name)
+        load_callable(name)
 
 
 @pytest.fixture(scope="module")
