@@ -7,6 +7,7 @@ from typing import Any
 
 from prefopt.evaluation.results import BASELINE, find
 from prefopt.evaluation.training_run import thirds
+from prefopt.statistics.intervals import Z
 
 REWARD = "gold_reward"
 TAX = {"pretraining_bits_per_byte": "bits per byte", "heldout_task_accuracy": "task accuracy"}
@@ -188,7 +189,7 @@ def last_third(points: Sequence[Mapping[str, float]], name: str) -> Gain | None:
     value, variance = 0.0, 0.0
     for sign, part in ((-1, parts[1]), (1, parts[2])):
         value += sign * sum(p[name] for p in part) / len(part)
-        errors = [(p[f"{name}_high"] - p[f"{name}_low"]) / 2 / 1.96 for p in part]
+        errors = [(p[f"{name}_high"] - p[f"{name}_low"]) / 2 / Z for p in part]
         variance += sum(e * e for e in errors) / len(part) ** 2
-    half = 1.96 * math.sqrt(variance)
+    half = Z * math.sqrt(variance)
     return Gain(value - half, value, value + half)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import expit
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, no_number
@@ -15,6 +16,7 @@ from prefopt.evaluation.stages.judge import JUDGES, scores_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics import bradley_terry
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
+from prefopt.statistics.logistic import logistic_fit
 
 Row = Mapping[str, Any]
 NO_JUDGE = Skipped(
@@ -165,28 +167,13 @@ def length_controlled_win_rate(
 
 
 def _win_rate_at_equal_length(preferences: NDArray, x: NDArray, axis: int) -> NDArray:
-    """Newton's method on the penalized log-likelihood, for all resamples at once."""
-    y, x = np.moveaxis(np.atleast_2d(preferences), axis, -1), np.moveaxis(np.atleast_2d(x), axis, -1)
-    theta, phi = np.zeros(len(y)), np.zeros(len(y))
-    for _ in range(100):
-        p = 1 / (1 + np.exp(-(theta[:, None] + phi[:, None] * x)))
-        middle = 1 / (1 + np.exp(-theta))
-        slope = np.stack([(y - p).sum(-1) + 0.5 - middle, ((y - p) * x).sum(-1) - phi / 100], -1)
-        weight = p * (1 - p)
-        cross = (weight * x).sum(-1)
-        curvature = np.stack(
-            [
-                np.stack([weight.sum(-1) + middle * (1 - middle), cross], -1),
-                np.stack([cross, (weight * x * x).sum(-1) + 0.01], -1),
-            ],
-            -2,
-        )
-        step = np.linalg.solve(curvature, slope[..., None])[..., 0].clip(-1.5, 1.5)
-        theta, phi = theta + step[:, 0], phi + step[:, 1]
-        if np.abs(step).max() < 1e-8:
-            break
-    value = 1 / (1 + np.exp(-theta))
-    return value if np.ndim(preferences) > 1 else value[0]
+    """For all resamples at once; the prompts run over the last axis, and one more stands for half a win of each side."""
+    one = np.ones_like(preferences)
+    design = np.stack([one, x], axis=-1)
+    tie = np.broadcast_to([1.0, 0.0], (*design.shape[:-2], 1, 2))
+    wins = np.concatenate([preferences, one[..., :1] / 2], axis=-1)
+    fit = logistic_fit(np.concatenate([design, tie], axis=-2), wins, np.ones_like(wins), ridge=[0.0, 0.01])
+    return expit(fit[..., 0])
 
 
 # ---- the stage ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from prefopt.errors import UserError
 from prefopt.statistics.intervals import Estimate
+from prefopt.statistics.logistic import logistic_fit
 
 
 def strengths(
@@ -68,28 +69,17 @@ def strengths(
 def fit(wins: NDArray) -> NDArray:
     """Maximum-likelihood strengths `[..., M]` for win counts `[..., M, M]` (row beat column); the first one is 0.
 
-    Newton's method on sum_ij wins_ij * log sigmoid(s_i - s_j), which is concave.
+    The maximum of sum_ij wins_ij * log sigmoid(s_i - s_j).
 
     Example:
         >>> fit(np.array([[0.0, 1.0], [3.0, 0.0]])).round(6).tolist() == [0.0, round(float(np.log(3)), 6)]
         True
     """
-    games = wins + np.swapaxes(wins, -1, -2)
-    s = np.zeros(wins.shape[:-1])
-    every = np.arange(1, wins.shape[-1])
-    if len(every) == 0:
-        return s
-    for _ in range(100):
-        p = 1 / (1 + np.exp(s[..., None, :] - s[..., :, None]))
-        slope = (wins - games * p).sum(-1)[..., 1:]
-        weight = games * p * (1 - p)
-        curvature = -weight[..., 1:, 1:]
-        curvature[..., every - 1, every - 1] += weight.sum(-1)[..., 1:]
-        step = np.linalg.solve(curvature, slope[..., None])[..., 0].clip(-1.5, 1.5)
-        s[..., 1:] += step
-        if np.abs(step).max() < 1e-9:
-            break
-    return s
+    one, other = np.triu_indices(wins.shape[-1], k=1)
+    every = np.eye(wins.shape[-1])
+    won = wins[..., one, other]
+    strengths = logistic_fit((every[one] - every[other])[:, 1:], won, won + wins[..., other, one])
+    return np.concatenate([np.zeros((*wins.shape[:-2], 1)), strengths], axis=-1)
 
 
 def _joined_to_first(adjacent: NDArray) -> NDArray:

@@ -12,6 +12,8 @@ from scipy.stats import bootstrap
 
 from prefopt.errors import UserError
 
+Z = 1.96  # half the width of a 95 % interval of a normal statistic, in its standard errors
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -15,10 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from prefopt.errors import UserError
-from prefopt.statistics.intervals import Estimate, mean_estimate
+from prefopt.statistics.intervals import Estimate, Z, mean_estimate
 
 KEYS = {"proxy": "rewards/reward_model", "gold": "rewards/gold"}
-Z = 1.96  # of a 95 % interval of a normal mean
 
 
 def best_of_n_distance(n: ArrayLike) -> NDArray:

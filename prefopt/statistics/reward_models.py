@@ -12,10 +12,10 @@ from itertools import combinations, product
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 from prefopt.statistics.intervals import Estimate, mean_estimate, ratio_of_sums
 from prefopt.statistics.rankings import CALIBRATION_BINS, calibration_gaps, pairs_right, ranking_metrics
@@ -246,15 +246,8 @@ def length_correlation(values: Rows, lengths: Rows) -> Estimate:
         >>> length_correlation([[1.0, 2.0, 3.0], [5.0, 5.0]], [[4, 6, 9], [1, 2]]).value
         1.0
     """
-    found = [_spearman(v, n) for v, n in zip(values, lengths, strict=True)]
-    return mean_estimate([rho for rho in found if rho is not None])
-
-
-def _spearman(a: ArrayLike, b: ArrayLike) -> float | None:
-    a, b = rankdata(a), rankdata(b)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else None
+    varied = [(v, n) for v, n in zip(values, lengths, strict=True) if len(set(v)) > 1 and len(set(n)) > 1]
+    return mean_estimate([spearmanr(v, n).statistic for v, n in varied])
 
 
 def labeler_agreement(

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.statistics.intervals import Estimate
-
-Z = 1.96  # of a 95 % interval of a normal statistic
+from prefopt.statistics.intervals import Estimate, Z
 
 
 def words(text: str) -> list[str]:

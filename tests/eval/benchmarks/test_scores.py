@@ -161,9 +161,7 @@ def test_means_resample_clusters():
     found = estimate(Score("f1", "", scale=100), records(values, clusters))
     assert found.value == pytest.approx(100 * 3.5 / 6)
     assert (found.n, found.n_clusters) == (6, 3)
-    wide = estimate(
-        Score("f1", ""), records([1, 1, 0, 0] * 10, [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
-    )
+    wide = estimate(Score("f1", ""), records([1, 1, 0, 0] * 10, [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10))
     copies = estimate(Score("f1", ""), records([1] * 10 + [0] * 10, [0] * 10 + [1] * 10))
     alone = estimate(Score("f1", ""), records([1] * 10 + [0] * 10))
     assert copies.ci_high - copies.ci_low > 2 * (alone.ci_high - alone.ci_low)  # ten copies are one row
