@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 
+from prefopt.errors import UserError
 from prefopt.statistics.intervals import pair_accuracy
 
 _DESCRIPTION = """\
@@ -65,7 +66,7 @@ class KwiseAccuracy(evaluate.Metric):
     ) -> dict[str, float | int]:
         for prompt, ranks in enumerate(references):
             if any(rank != int(rank) for rank in ranks):
-                raise ValueError(f"prompt {prompt}: ranks must be whole numbers, got {list(ranks)}")
+                raise UserError(f"prompt {prompt}: ranks must be whole numbers, got {list(ranks)}")
         estimate = pair_accuracy(predictions, references)
         return {
             "accuracy": estimate.value,

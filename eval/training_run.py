@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.trainers.ppo_ptx.watch import WINDOW, Trouble, diagnose
 
 STATE_FILE = "trainer_state.json"
@@ -101,13 +102,13 @@ def read_run(path: str | os.PathLike) -> Run:
     """The run in a folder: its own trainer_state.json or that of its checkpoints, whichever went furthest.
 
     Raises:
-        ValueError: there is no such folder, or no log in it; the message says what to do.
+        UserError: there is no such folder, or no log in it; the message says what to do.
     """
     folder = Path(path)
     if folder.name == STATE_FILE:
         folder = folder.parent
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give the output_dir of a run or one of its checkpoints")
+        raise UserError(f"{folder} is not a folder: give the output_dir of a run or one of its checkpoints")
     states = []
     for file in [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"))]:
         state = _read_state(file)
@@ -116,8 +117,8 @@ def read_run(path: str | os.PathLike) -> Run:
     if not states:
         runs = sorted(str(file.parent) for file in folder.glob(f"*/{STATE_FILE}"))
         if runs:
-            raise ValueError(f"{folder} holds several runs, name one of them: {', '.join(runs)}")
-        raise ValueError(
+            raise UserError(f"{folder} holds several runs, name one of them: {', '.join(runs)}")
+        raise UserError(
             f"no {STATE_FILE} in {folder} or its checkpoints: it is written with every checkpoint (save_strategy) and "
             "when a `prefopt` command ends"
         )
@@ -127,9 +128,7 @@ def read_run(path: str | os.PathLike) -> Run:
     watch = callbacks.get("TrainingWatch") or {}
     run = Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
     if not run.training:
-        raise ValueError(
-            f"the log of {folder} has no step: the run is shorter than logging_steps; lower that"
-        )
+        raise UserError(f"the log of {folder} has no step: the run is shorter than logging_steps; lower that")
     return run
 
 

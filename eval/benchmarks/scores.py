@@ -110,7 +110,7 @@ def winogender_docs(sentences: Dataset) -> Dataset:
     """Pairs of sentences that differ in the gender of the pronoun; neutral ones have no part in the paper's measure.
 
     Raises:
-        ValueError: a sentence without the other of its pair.
+        UserError: a sentence without the other of its pair.
     """
     pairs: dict[str, dict[str, str]] = {}
     occupations = {}
@@ -202,7 +202,7 @@ def estimate(score: Score, records: Records) -> Estimate:
 
     Raises:
         KeyError: a record lacks the score.
-        ValueError: a score is not finite.
+        UserError: a score is not finite.
 
     Example:
         >>> score = Score("acc", "share of right answers")
@@ -218,7 +218,7 @@ def difference(score: Score, records: Records, base: Records) -> Estimate:
     """The score of one model minus that of another on the same rows, which are resampled together (paired).
 
     Raises:
-        ValueError: the two have not answered the same rows.
+        UserError: the two have not answered the same rows.
     """
     if [(r["id"], r["hash"]) for r in records] != [(r["id"], r["hash"]) for r in base]:
         raise UserError("the two models have not answered the same rows")

@@ -150,7 +150,7 @@ def length_controlled_win_rate(
         n_resamples: of the bootstrap over prompts.
 
     Raises:
-        ValueError: lengths of the two differ, or a number is not finite.
+        UserError: lengths of the two differ, or a number is not finite.
 
     Example:
         The longer answer won every time, and the model's was the longer one in three of four.

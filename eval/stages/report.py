@@ -95,7 +95,7 @@ def collect(
     What `prefopt eval all` knows of them stands in stages/all.json: `seconds`, and `notes` on why one did not run.
 
     Raises:
-        ValueError: a stage measured against another baseline.
+        UserError: a stage measured against another baseline.
     """
     every = (run.stage("all") or {"data": {}})["data"]
     measures: list[dict[str, Any]] = []
