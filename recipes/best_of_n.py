@@ -6,7 +6,7 @@
 The baseline that PPO is compared with, and that trains nothing (Stiennon et al. 2020, arXiv:2009.01325; Nakano et al.
 2021, arXiv:2112.09332). Each output row keeps the input row's fields, except those about other completions, and adds
 `completion`, `truncated`, `ids`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions` and their
-`scores` too. A killed run goes on where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16:
+`scores` too. A killed run resumes where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16:
 best.jsonl}`.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
+from prefopt.errors import UserError
 from prefopt.inference.generate import (
     Completion,
     batches_by_length,
@@ -28,11 +29,11 @@ from prefopt.inference.generate import (
 )
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.scoring import score_samples
-from prefopt.models.checkpoints import check_reward_model, load_classifier
-from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.models.checkpoints import load_classifier
+from prefopt.recipes.common.arguments import parse
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
-from prefopt.recipes.common.preflight import check_prompts
+from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import require_chat_template
 from prefopt.recipes.sample import (
@@ -59,7 +60,7 @@ class BestOfNArguments(SamplingArguments):
     )
     n: int = field(default=16, metadata={"help": "Completions per prompt, of which one is kept."})
     keep_samples: bool = field(
-        default=False, metadata={"help": "Write all completions and their scores besides."}
+        default=False, metadata={"help": "Write all completions and their scores as well."}
     )
 
 
@@ -81,32 +82,35 @@ def best_rows(
     """
 
     def best(number: int, batch: Sequence[int]) -> list[dict[str, Any]]:
-        drawn, scores = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
-        return [_best(mine, theirs, keep_samples) for mine, theirs in zip(drawn, scores, strict=True)]
+        samples, scores = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
+        return [
+            _best(completions, their_scores, keep_samples)
+            for completions, their_scores in zip(samples, scores, strict=True)
+        ]
 
-    found: dict[int, dict[str, Any]] = {}
+    chosen: dict[int, dict[str, Any]] = {}
     for number, batch in enumerate(batches):
         entry = journal.entry(lambda n=number, b=batch: best(n, b))
-        found |= zip(batch, entry, strict=True)
-        progress(len(found), len(rows))
+        chosen |= zip(batch, entry, strict=True)
+        progress(len(chosen), len(rows))
     return [
-        {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS} | found[i]
+        {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS} | chosen[i]
         for i, row in enumerate(rows)
     ]
 
 
-def _best(drawn: Sequence[Completion], scores: Sequence[float], keep_samples: bool) -> dict[str, Any]:
+def _best(samples: Sequence[Completion], scores: Sequence[float], keep_samples: bool) -> dict[str, Any]:
     best = scores.index(max(scores))
-    found = {
-        "completion": drawn[best].text,
-        "truncated": drawn[best].truncated,
-        "ids": drawn[best].ids,
+    chosen = {
+        "completion": samples[best].text,
+        "truncated": samples[best].truncated,
+        "ids": samples[best].ids,
         "score": scores[best],
         "mean_score": sum(scores) / len(scores),
     }
     if keep_samples:
-        found |= {"completions": [completion.text for completion in drawn], "scores": scores}
-    return found
+        chosen |= {"completions": [completion.text for completion in samples], "scores": scores}
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,10 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_prompts(args)
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, rows)
-    try:
-        check_reward_model(args.reward_model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
+    check_reward_models(reward_model_name_or_path=args.reward_model_name_or_path)
     models = [str(model_args.model_name_or_path), args.reward_model_name_or_path]
     check_prompts(rows, str(args.dataset_name), tokenizer, models, ("max_new_tokens", args.max_new_tokens))
 
@@ -150,11 +151,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress=progress,
             )
 
-    try:
-        best = continued_rows(Path(args.output), inputs, choose)
-    except ValueError as error:
-        raise UserError(error) from error
-    _report(best, args.n)
+    _report(continued_rows(Path(args.output), inputs, choose), args.n)
 
 
 def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:
@@ -172,7 +169,7 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
                 )
             )
         policy, reward_model, reward_tokenizer = loaded
-        drawn = generate(
+        samples = generate(
             policy,
             tokenizer,
             prompts,
@@ -182,10 +179,10 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
             batch_size=args.batch_size,
             seed=seed,
         )
-        flat = [completion for mine in drawn for completion in mine]
+        flat = [completion for completions in samples for completion in completions]
         repeated = [prompt for prompt in prompts for _ in range(args.n)]
         scores = score_samples(reward_model, reward_tokenizer, tokenizer, repeated, flat, args.batch_size)
-        return drawn, [scores[i : i + args.n] for i in range(0, len(scores), args.n)]
+        return samples, [scores[i : i + args.n] for i in range(0, len(scores), args.n)]
 
     return draw
 

@@ -20,14 +20,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl, write_whole
 from prefopt.rankings.formats import FORMATS, convert, detect
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
-from prefopt.recipes.common.arguments import UserError, named, parse
-from prefopt.recipes.common.checked_rows import Kind, SourceArguments, checked_rows, good_rows, read_rows
-from prefopt.recipes.common.sources import keep_inputs
+from prefopt.recipes.common.arguments import Command, dispatch
+from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.sources import (
+    Kind,
+    SourceArguments,
+    checked_rows,
+    good_rows,
+    keep_inputs,
+    read_rows,
+)
 
 Row = Mapping[str, Any]
 
@@ -105,31 +113,18 @@ class SplitArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        told = "\n".join(f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items())
-        told = f"prefopt data <command> FILE_OR_HUB_ID ...\n{told}"
-        if argv and argv[0] in ("-h", "--help"):
-            print(told)
-            return
-        raise UserError(f"expected a command{f', got {argv[0]!r}' if argv else ''}: {told}")
-    try:
-        COMMANDS[argv[0]](argv[1:])
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {error.filename}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(error) from error
+    dispatch("prefopt data", COMMANDS, argv, "FILE_OR_HUB_ID ...")
 
 
-def convert_(argv: list[str]) -> None:
-    """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns"""
-    source, args = _parse(ConvertArguments, argv, "convert")
+def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
+    """Write ranked comparisons of rows in a public format."""
     out = Path(args.out or "rankings.jsonl")
     keep_inputs(out, [str(source.data)])
     if args.out is None and out.exists():
         raise UserError(f"{out} is there already, perhaps with the labels of people: name a file with --out")
     counts: Counter[str] = Counter()
-    read: list[str | None] = []  # of each row read, its format, of the first alone
+    # One entry per row; only the first says the format, which all of them share.
+    read: list[str | None] = []
 
     def counted() -> Iterator[Row]:
         for row in read_rows(source):
@@ -142,19 +137,21 @@ def convert_(argv: list[str]) -> None:
         for row in convert(counted(), args.format, counts=counts, **options):
             yield row
         if row is None:
-            raise ValueError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_told(counts)}")
+            raise UserError(
+                f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}"
+            )
 
     written = write_jsonl(out, ranked())
     print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
     if counts:
-        print(f"left out: {_told(counts)}")
+        print(f"left out: {_in_words(counts)}")
     print(f"ranked comparisons: {out} ({written:,} rows)")
 
 
-def validate(argv: list[str]) -> None:
-    """rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind"""
-    source, args = _parse(ValidateArguments, argv, "validate")
-    found: dict[str, tuple[int, str]] = {}  # kind of problem: how many, and the first
+def validate(source: SourceArguments, args: ValidateArguments) -> None:
+    """Stop at the first row that a trainer would refuse, or count the problems."""
+    # Kind of problem: how many rows have it, and the first.
+    problems: dict[str, tuple[int, str]] = {}
     checked = bad = 0
     kinds: set[Kind] = set()
     for number, (kind, _, problem) in enumerate(checked_rows(read_rows(source), str(source.data), args.kind)):
@@ -166,21 +163,20 @@ def validate(argv: list[str]) -> None:
         if not args.all:
             raise UserError(f"{source.data} row {number}: {problem}")
         name = re.sub(r"\[\d+\]", "[...]", problem.partition(", got")[0])
-        count, first = found.get(name, (0, f"row {number}: {problem}"))
-        found[name] = (count + 1, first)
+        count, first = problems.get(name, (0, f"row {number}: {problem}"))
+        problems[name] = (count + 1, first)
     if not checked:
         raise UserError(f"{source.data}: no rows")
-    if not found:
+    if not problems:
         print(f"{source.data}: {checked:,} rows of {kinds.pop()}, all as they should be")
         return
-    for name, (count, first) in sorted(found.items(), key=lambda item: -item[1][0]):
+    for name, (count, first) in sorted(problems.items(), key=lambda item: -item[1][0]):
         print(f"{count:,} rows: {name}; the first is {first}")
     raise UserError(f"{source.data}: {bad:,} of {checked:,} rows of {kinds.pop()} are not as they should be")
 
 
-def stats(argv: list[str]) -> None:
-    """rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others"""
-    source, args = _parse(StatsArguments, argv, "stats")
+def stats(source: SourceArguments, args: StatsArguments) -> None:
+    """Print sizes, ties, lengths, repeats, agreement and what is shared with others."""
     others = {name: SourceArguments(name) for name in args.against}
     others |= {f"split {name}": replace(source, split=name, max_rows=None) for name in args.against_split}
     against = {
@@ -196,22 +192,21 @@ def stats(argv: list[str]) -> None:
             yield row
 
     tokens = _token_counts(args.tokenizer) if args.tokenizer else None
-    found = statistics(rows(), against=against, tokens=tokens)
-    if not found.rows:
+    result = statistics(rows(), against=against, tokens=tokens)
+    if not result.rows:
         raise UserError(f"{source.data}: no rows")
-    agreement = _agreement(judged, found, str(source.data))
+    agreement = _agreement(judged, result, str(source.data))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in [*found.lines(), *((name, told) for name, (_, told) in agreement.items())]:
+    for name, value in [*result.lines(), *((name, text) for name, (_, text) in agreement.items())]:
         table.add_row(name, value)
     _print(table)
     if args.out:
-        numbers = {**found.to_dict(), "agreement": {name: value for name, (value, _) in agreement.items()}}
+        numbers = {**result.to_dict(), "agreement": {name: value for name, (value, _) in agreement.items()}}
         write_whole(args.out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
 
 
-def split(argv: list[str]) -> None:
-    """rankings.jsonl --by user --out split: train, validation and test rows with no user on two sides"""
-    source, args = _parse(SplitArguments, argv, "split")
+def split(source: SourceArguments, args: SplitArguments) -> None:
+    """Write the sides, with no value of `by` on two of them."""
     shares = {"validation": args.validation, "test": args.test}
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
         raise UserError(
@@ -228,13 +223,13 @@ def split(argv: list[str]) -> None:
         raise UserError(f"{source.data}: expected rows with a prompt, got {'others' if rows else 'no rows'}")
     try:
         if args.dedupe_prefix is not None:
-            told = f"share {args.dedupe_prefix} first characters of the prompt with an earlier one"
-            rows = _kept(rows, one_per_prefix(rows, args.dedupe_prefix), told)
+            text = f"share {args.dedupe_prefix} first characters of the prompt with an earlier one"
+            rows = _kept(rows, one_per_prefix(rows, args.dedupe_prefix), text)
         if args.max_per_user is not None:
-            told = f"are over {args.max_per_user} prompts of their {args.by}"
-            rows = _kept(rows, most_per_key(rows, args.by, args.max_per_user, args.seed), told)
+            text = f"are over {args.max_per_user} prompts of their {args.by}"
+            rows = _kept(rows, most_per_key(rows, args.by, args.max_per_user, args.seed), text)
         sides = split_by_key(rows, args.by, shares, args.seed)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{source.data} {error}") from error
     prompts = {side: {prompt_key(rows[i]) for i in positions} for side, positions in sides.items()}
     for side, positions in sides.items():
@@ -252,35 +247,26 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
 
 
-def _kept(rows: list[Row], kept: list[int], told: str) -> list[Row]:
+def _kept(rows: list[Row], kept: list[int], text: str) -> list[Row]:
     if len(kept) < len(rows):
-        print(f"left out: {len(rows) - len(kept):,} of {len(rows):,} rows, which {told}")
+        print(f"left out: {len(rows) - len(kept):,} of {len(rows):,} rows, which {text}")
     return [rows[i] for i in kept]
 
 
-def _parse(arguments: type, argv: list[str], name: str) -> tuple[SourceArguments, Any]:
-    source, args = parse((SourceArguments, arguments), named(argv, "data"), f"prefopt data {name}")
-    if not source.data:
-        raise UserError("data is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
-    if source.max_rows is not None and source.max_rows < 1:
-        raise UserError(f"max_rows is {source.max_rows}; expected 1 or more")
-    return source, args
-
-
-def _told(counts: Counter[str]) -> str:
+def _in_words(counts: Counter[str]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common()) or "nothing"
 
 
-def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, tuple[dict[str, Any], str]]:
+def _agreement(judged: list[Row], result: Statistics, source: str) -> dict[str, tuple[dict[str, Any], str]]:
     """How far labelers agree: numbers, and the same in words; nothing if no two of them saw one prompt."""
-    if not found.prompts_of_several_labelers:
+    if not result.prompts_of_several_labelers:
         return {}
     from prefopt.labeling.agreement import agreement
 
     of = agreement(judged, source=source)
     if not of.shared_items:
         return {}
-    told = {}
+    measures = {}
     for name, estimate in {
         "agreement of labelers on untied pairs": of.all_pairs,
         "Kendall's W of labelers": of.kendall_w,
@@ -296,8 +282,11 @@ def _agreement(judged: list[Row], found: Statistics, source: str) -> dict[str, t
         if numbers["value"] is None:
             continue
         interval = "" if numbers["ci_low"] is None else f" [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]"
-        told[name] = ({**numbers, "n": estimate.n}, f"{estimate.value:.3f}{interval} (n = {estimate.n:,})")
-    return told
+        measures[name] = (
+            {**numbers, "n": estimate.n},
+            f"{estimate.value:.3f}{interval} (n = {estimate.n:,})",
+        )
+    return measures
 
 
 def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
@@ -322,13 +311,33 @@ def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
     return count
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "convert": convert_,
-    "validate": validate,
-    "stats": stats,
-    "split": split,
+COMMANDS = {
+    "convert": Command(
+        convert_rows,
+        (SourceArguments, ConvertArguments),
+        "data",
+        "nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns",
+    ),
+    "validate": Command(
+        validate,
+        (SourceArguments, ValidateArguments),
+        "data",
+        "rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind",
+    ),
+    "stats": Command(
+        stats,
+        (SourceArguments, StatsArguments),
+        "data",
+        "rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others",
+    ),
+    "split": Command(
+        split,
+        (SourceArguments, SplitArguments),
+        "data",
+        "rankings.jsonl --by user --out split: train, validation and test rows with no user on two sides",
+    ),
 }
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "data")

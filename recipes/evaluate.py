@@ -8,7 +8,6 @@ has the keys of all. A stage reads and writes files in `output_dir` only, so eac
 second run of a stage does what is missing.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import Gold
 from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.evaluation.stages import STAGES, benchmarks, generate, report
 from prefopt.evaluation.stages.judge import JudgeArguments
-from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.recipes.common.arguments import choose, parse
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.rows import check_fields, load_rows
@@ -46,13 +46,9 @@ def main(
         gold: from Python, a gold reward that has no importable name; in place of `gold_judge`.
         wall_seconds: from Python, the seconds of the steps before, for the report.
     """
-    argv = sys.argv[1:] if argv is None else argv
     stages = {stage.name: stage for stage in (*STAGES, report.STAGE, ALL)}
-    if not argv or argv[0] not in stages:
-        named = f", got {argv[0]!r}" if argv and argv[0] not in ("-h", "--help") else ""
-        lines = "\n".join(f"  {stage.name:<14} {stage.answers}" for stage in stages.values())
-        raise UserError(f"expected a stage{named}: prefopt eval <stage> --config evaluation.yaml\n{lines}")
-    name, *rest = argv
+    texts = {name: stage.answers for name, stage in stages.items()}
+    name, rest = choose("stage", texts, argv, "prefopt eval <stage> --config evaluation.yaml")
     evaluation = Evaluation(parse(ARGUMENTS, rest, f"prefopt eval {name}", __doc__), wall_seconds)
     if not evaluation.args.models:
         raise UserError("models is required: the name of each model and its folder or Hub id")
@@ -96,12 +92,13 @@ class Evaluation:
 
     def all(self) -> None:
         """All stages whose data are given, then the report; a stage that breaks does not cost the reader the others."""
+        # Every stage measures completions of these, so a mistake in them ends the command before the first.
+        _prompts(self.given[generate.GenerateArguments])
         seconds: dict[str, float] = {}
         notes: dict[str, NoNumber] = {}
         for stage in STAGES:
-            self.run.forget_stage(
-                stage.name
-            )  # an earlier result of what does not run or breaks now would mislead
+            # An earlier result of what does not run or breaks now would mislead.
+            self.run.forget_stage(stage.name)
             if stage is benchmarks.STAGE and not self._benchmarks_are_named():
                 notes[stage.name] = NO_BENCHMARKS
                 continue

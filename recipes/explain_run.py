@@ -2,7 +2,7 @@
 
     prefopt explain-run runs/demo/ppo_ptx
 
-Reads the log in a run's folder or in its checkpoints (trainer_state.json), also while the run goes on, and loads no
+Reads the log in a run's folder or in its checkpoints (trainer_state.json), also while it is running, and loads no
 model. Prints a summary and writes one page with the plots. Reward models, DPO and SFT are explained as far as their
 logs go.
 """
@@ -11,9 +11,10 @@ import argparse
 import os
 from pathlib import Path
 
+from prefopt.errors import UserError
 from prefopt.evaluation.report.training_run import build_page
 from prefopt.evaluation.training_run import read_run, summary
-from prefopt.recipes.common.arguments import UserError
+from prefopt.recipes.common.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,4 +38,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "explain-run")

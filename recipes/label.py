@@ -2,7 +2,7 @@
 
     prefopt label export samples.jsonl --out sheet.html      # send sheet.html to labelers, keep sheet.key.jsonl
     prefopt label import answers*.jsonl --out rankings.jsonl
-    prefopt label agreement rankings.jsonl                   # how far labelers agree, and each beside the others
+    prefopt label agreement rankings.jsonl                   # how far labelers agree, and each against the others
     prefopt label next samples.jsonl --reward_model rm --labeled rankings.jsonl --out next.jsonl
 
 The sheet is one file that opens from disk, also on a phone and offline. Labelers send back what its download gives.
@@ -12,14 +12,14 @@ The sheet is one file that opens from disk, also on a phone and offline. Labeler
 import json
 import logging
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.progress import track
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.inference.scoring import score_rows
 from prefopt.labeling.agreement import agreement
@@ -30,7 +30,8 @@ from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
 from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
-from prefopt.recipes.common.arguments import UserError, named, parse
+from prefopt.recipes.common.arguments import Command, dispatch
+from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.rows import check_fields, load_rows
 from prefopt.recipes.common.sources import keep_inputs
 
@@ -38,7 +39,8 @@ logger = logging.getLogger(__name__)
 
 Format = Literal["sheet", "label-studio"]
 READERS = {"sheet": read_answers, "label-studio": read_label_studio}
-ROWS_AT_ONCE = 200  # between two steps of the progress bar
+# Between two steps of the progress bar.
+ROWS_AT_ONCE = 200
 OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json"}
 
 
@@ -56,7 +58,7 @@ class ExportArguments:
     out: str | None = field(
         default=None,
         metadata={
-            "help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written beside it."
+            "help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written next to it."
         },
     )
     instructions: str | None = field(
@@ -87,7 +89,7 @@ class ImportArguments:
     key: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Keys of the sheets; default: every .key.jsonl beside the answers and in this folder."
+            "help": "Keys of the sheets; default: every .key.jsonl next to the answers and in this folder."
         },
     )
     out: str = field(
@@ -113,7 +115,7 @@ class AgreementArguments:
     )
     screening: list[str] = field(
         default_factory=list,
-        metadata={"help": "Answers to screening tasks; default: NAME.screening.jsonl beside the rankings."},
+        metadata={"help": "Answers to screening tasks; default: NAME.screening.jsonl next to the rankings."},
     )
     out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
 
@@ -149,22 +151,11 @@ class NextArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        named = f", got {argv[0]!r}" if argv and argv[0] not in ("-h", "--help") else ""
-        told = "\n".join(f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items())
-        raise UserError(f"expected a command{named}: prefopt label <command> ...\n{told}")
-    try:
-        COMMANDS[argv[0]](argv[1:])
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {error.filename}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(error) from error
+    dispatch("prefopt label", COMMANDS, argv, "...")
 
 
-def export(argv: list[str]) -> None:
-    """samples.jsonl --out sheet.html: one HTML file for labelers, and the key to its answers"""
-    (args,) = parse((ExportArguments,), named(argv, "samples"), "prefopt label export")
+def export(args: ExportArguments) -> None:
+    """Write the sheet, or the tasks of another tool, and the key to its answers."""
     rows = _rows(args.samples, "samples")
     known = _rows(args.screening, "screening") if args.screening else []
     try:
@@ -194,7 +185,7 @@ def export(argv: list[str]) -> None:
 def _export_to_label_studio(key: Key, out: Path, instructions: str) -> tuple[list[Path], Path]:
     """The key first, as for a sheet: tasks without it would be labor lost."""
     if out.suffix != ".json":
-        raise ValueError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
+        raise UserError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
     key_path = out.with_suffix(".key.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_key(key, key_path)
@@ -208,9 +199,8 @@ def _export_to_label_studio(key: Key, out: Path, instructions: str) -> tuple[lis
     return list(contents), key_path
 
 
-def import_(argv: list[str]) -> None:
-    """answers*.jsonl --out rankings.jsonl: ranked comparisons from what labelers sent back, with a report"""
-    (args,) = parse((ImportArguments,), named(argv, "answers"), "prefopt label import")
+def import_rankings(args: ImportArguments) -> None:
+    """Write the rankings that labelers sent back, and a report of them."""
     if not args.answers:
         raise UserError("answers is required: the files that labelers sent back")
     if args.characters_per_second <= 0:
@@ -218,7 +208,7 @@ def import_(argv: list[str]) -> None:
     folders = dict.fromkeys([*(Path(name).parent for name in args.answers), Path()])
     keys = args.key or sorted({path.resolve() for folder in folders for path in folder.glob("*.key.jsonl")})
     if not keys:
-        raise UserError("no .key.jsonl beside the answers or in this folder; name it with --key")
+        raise UserError("no .key.jsonl next to the answers or in this folder; name it with --key")
     answers = [answer for name in args.answers for answer in READERS[args.format](name)]
     imported = import_answers(
         answers, [read_key(path) for path in keys], characters_per_second=args.characters_per_second
@@ -234,17 +224,17 @@ def import_(argv: list[str]) -> None:
         write_jsonl(screening, imported.screening)
         print(f"answers to screening tasks: {screening} ({len(imported.screening)} rows)")
     else:
-        screening.unlink(missing_ok=True)  # of an earlier import into the same file
+        # One of an earlier import into the same file would be taken for this one's.
+        screening.unlink(missing_ok=True)
 
 
-def agreement_(argv: list[str]) -> None:
-    """rankings.jsonl: how far labelers agree with each other, and each with known answers"""
-    (args,) = parse((AgreementArguments,), named(argv, "rankings"), "prefopt label agreement")
+def show_agreement(args: AgreementArguments) -> None:
+    """Print how far labelers agree with each other and with known answers."""
     if not args.rankings:
         raise UserError("rankings is required: ranked comparisons with `labeler`")
     files = [Path(name) for name in args.rankings]
-    beside = [path.with_suffix(".screening.jsonl") for path in files]
-    screening = [Path(name) for name in args.screening] or [path for path in beside if path.is_file()]
+    usual = [path.with_suffix(".screening.jsonl") for path in files]
+    screening = [Path(name) for name in args.screening] or [path for path in usual if path.is_file()]
     skipped: dict[str, int] = {}
     for path in files:
         report = path.with_suffix(".report.json")
@@ -254,21 +244,20 @@ def agreement_(argv: list[str]) -> None:
     rows = [row for path in files for row in read_jsonl(path)]
     if not rows:
         raise UserError(f"{' + '.join(map(str, files))}: no rows to compare")
-    found = agreement(
+    result = agreement(
         rows,
         screening=[row for path in screening for row in read_jsonl(path)],
         skipped=skipped,
         source=" + ".join(map(str, files)),
         screening_source=" + ".join(map(str, screening)),
     )
-    print("\n".join(found.lines()))
+    print("\n".join(result.lines()))
     if args.out:
-        write_whole(args.out, json.dumps(_finite(found.to_dict()), indent=1) + "\n")
+        write_whole(args.out, json.dumps(_finite(result.to_dict()), indent=1) + "\n")
 
 
-def next_(argv: list[str]) -> None:
-    """samples.jsonl --reward_model rm: which prompts and outputs to show next, by the reward model's doubt"""
-    (args,) = parse((NextArguments,), named(argv, "samples"), "prefopt label next")
+def choose_tasks(args: NextArguments) -> None:
+    """Write the prompts and outputs of which the reward models are least sure."""
     if not args.reward_model:
         raise UserError("reward_model is required: what `prefopt reward` saved, once or several times")
     if args.by == "disagreement" and len(args.reward_model) < 2:
@@ -284,7 +273,8 @@ def next_(argv: list[str]) -> None:
     }
     left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
-    choose_next([], [], **options)  # the arguments are checked before models are loaded
+    # Without rows it checks the arguments alone, before models are loaded.
+    choose_next([], [], **options)
     keep_inputs(Path(args.out), [args.samples, *args.labeled])
     if not left:
         raise UserError(f"{args.samples}: all {len(rows)} prompts are labeled already, or there are none")
@@ -294,7 +284,7 @@ def next_(argv: list[str]) -> None:
         parts = [left[start : start + ROWS_AT_ONCE] for start in range(0, len(left), ROWS_AT_ONCE)]
         shown = track(parts, f"scores of {name}")
         scores.append(
-            [found for part in shown for found in score_rows(model, tokenizer, part, args.batch_size)]
+            [score for part in shown for score in score_rows(model, tokenizer, part, args.batch_size)]
         )
     chosen = choose_next(left, list(zip(*scores, strict=True)), **options, source=str(args.samples))
     if not chosen:
@@ -332,13 +322,33 @@ def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     return load_rows(name, key=key, check=check_fields("prompt"))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "export": export,
-    "import": import_,
-    "agreement": agreement_,
-    "next": next_,
+COMMANDS = {
+    "export": Command(
+        export,
+        (ExportArguments,),
+        "samples",
+        "samples.jsonl --out sheet.html: one HTML file for labelers, and the key to its answers",
+    ),
+    "import": Command(
+        import_rankings,
+        (ImportArguments,),
+        "answers",
+        "answers*.jsonl --out rankings.jsonl: ranked comparisons from what labelers sent back, with a report",
+    ),
+    "agreement": Command(
+        show_agreement,
+        (AgreementArguments,),
+        "rankings",
+        "rankings.jsonl: how far labelers agree with each other, and each with known answers",
+    ),
+    "next": Command(
+        choose_tasks,
+        (NextArguments,),
+        "samples",
+        "samples.jsonl --reward_model rm: which prompts and outputs to show next, by the reward model's doubt",
+    ),
 }
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "label")

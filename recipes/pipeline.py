@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationRun
 from prefopt.inference.generate import generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
@@ -23,7 +24,7 @@ from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import UserError, config_folder, parse
+from prefopt.recipes.common.arguments import config_folder, parse
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers

@@ -22,12 +22,13 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_whole
 from prefopt.memory_plan.fitting import NESTED_NF4, NF4, Fit, fit, largest_batch
 from prefopt.memory_plan.models import Adapter, Architecture, Precision
 from prefopt.memory_plan.passes import Moment
 from prefopt.memory_plan.steps import CUDA_CONTEXT, FRAGMENTATION, STEPS, Settings, moments, peak
-from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.arguments import DataArguments, parse
 from prefopt.recipes.common.models import is_adapter
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
 from prefopt.recipes.reward import RewardArguments

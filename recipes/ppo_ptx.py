@@ -13,29 +13,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from trl import ModelConfig
-
-from prefopt.models.checkpoints import check_reward_model
-from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.errors import UserError
+from prefopt.recipes.common.arguments import DataArguments
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.models import (
-    check_hub,
-    load_policy,
-    load_tokenizer,
-    model_init_kwargs,
-    peft_config,
-    quantization_for,
-    train_and_save,
-)
-from prefopt.recipes.common.preflight import check_length, check_prompts, is_finished
-from prefopt.recipes.common.rows import (
-    check_fields,
-    load_rows,
-    load_train_and_eval,
-    require_chat_template,
-    stream_rows,
-)
+from prefopt.recipes.common.models import load_policy
+from prefopt.recipes.common.preflight import check_prompts, check_reward_models
+from prefopt.recipes.common.rows import check_fields, load_rows, load_train_and_eval, stream_rows
+from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
@@ -43,7 +28,7 @@ from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
 
 @dataclass
 class PPOPtxArguments(DataArguments):
-    """Data and models of the PPO step, beside the policy."""
+    """Data and models of the PPO step, apart from the policy."""
 
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
@@ -67,13 +52,10 @@ class PPOPtxArguments(DataArguments):
 
 def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[float]]] = ()) -> None:
     """Run the PPO or PPO-ptx step; `monitors` are reward functions that are logged but not trained on."""
-    data, args, model_args = parse(
-        (PPOPtxArguments, PPOPtxConfig, ModelConfig), argv, "prefopt ppo-ptx", __doc__
-    )
-    init_kwargs = model_init_kwargs(model_args)
-    if is_finished(args):
+    step = begin(PPOPtxArguments, PPOPtxConfig, argv, "prefopt ppo-ptx", __doc__)
+    if step is None:
         return
-    check_hub(args)
+    data, args = step.data, step.args
     if not data.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
     if (args.ptx_coef > 0) != (data.pretrain_dataset_name is not None):
@@ -93,35 +75,26 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     if data.overoptimization_patience is not None and (not monitors or args.eval_strategy == "no"):
         raise UserError("overoptimization_patience needs gold_reward, eval_strategy and evaluation prompts")
 
-    tokenizer = load_tokenizer(model_args)
-    if args.ptx_coef > 0:
-        check_length(args, "ptx_max_length", model_args.model_name_or_path, model_args.model_revision)
-    require_chat_template(tokenizer, train, evaluation)
+    tokenizer = step.tokenizer(train, evaluation, length="ptx_max_length" if args.ptx_coef > 0 else None)
     if args.reward_weights is not None:
         raise UserError(
             "reward_weights: this recipe has one reward model, whose weight is 1; use PPOPtxTrainer for more"
         )
     args.reward_weights = [1.0] + [0.0] * len(monitors)
-    try:
-        check_reward_model(data.reward_model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"reward_model_name_or_path: {str(error).splitlines()[0]}") from error
-    policy, reward = model_args.model_name_or_path, data.reward_model_name_or_path
+    check_reward_models(reward_model_name_or_path=data.reward_model_name_or_path)
+    models = [step.model_args.model_name_or_path, data.reward_model_name_or_path]
     limit = ("max_completion_length", args.max_completion_length)
     template = args.chat_template_kwargs or {}
-    check_prompts(train, str(data.dataset_name), tokenizer, [policy, reward], limit, **template)
-    args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
-    model = load_policy(model_args, init_kwargs)
-    trainer = PPOPtxTrainer(
-        model=model,
+    check_prompts(train, str(data.dataset_name), tokenizer, models, limit, **template)
+    trainer = step.trainer(
+        PPOPtxTrainer,
+        load_policy(step.model_args, step.init_kwargs),
+        loads_others=True,
         reward_funcs=[data.reward_model_name_or_path, *monitors],
-        args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         pretrain_dataset=pretraining,
-        quantization_config=quantization_for(model, model_args),
-        peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     if data.overoptimization_patience is not None:
         proxy, held_out = (f"eval_rewards/{name}/mean" for name in trainer.reward_func_names[:2])
@@ -132,13 +105,11 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
 def _gold_reward(name: str) -> str | Callable[..., list[float]]:
     """A reward model's path, checked, or a reward function by its dotted name."""
     if "/" in name or Path(name).exists():
-        try:
-            check_reward_model(name)
-        except (OSError, ValueError) as error:
-            raise UserError(f"gold_reward: {str(error).splitlines()[0]}") from error
+        check_reward_models(gold_reward=name)
         return name
     module, _, function = name.rpartition(".")
-    sys.path.append(os.getcwd())  # as TRL's own scripts do for their reward functions
+    # As TRL's own scripts do for their reward functions.
+    sys.path.append(os.getcwd())
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Publish a trained model on the Hub, with a model card; run again, it goes on where it failed.
+"""Publish a trained model on the Hub, with a model card; run again, it resumes where it failed.
 
     prefopt push rm me/my-reward-model
     prefopt push policy me/my-policy --merge true --private true
@@ -9,18 +9,18 @@ as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is se
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from prefopt.errors import UserError
 from prefopt.hub.cards import is_handwritten, read_facts, write_card
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
-from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.recipes.common.arguments import parse
+from prefopt.recipes.common.errors import run_command
 
-# Measures of results.json that a card shows, with what follows behind a dot, and what the card calls them.
+# Measures of results.json that a card shows, with what follows a dot, and what the card calls them.
 SHOWN = {
     "winrate": "win rate",
     "winrate_judge": "win rate, judge",
@@ -52,7 +52,7 @@ class PushArguments:
     roles: bool = field(
         default=False,
         metadata={
-            "help": "Also publish what PPO-ptx and DPO keep beside the policy: value function, reference, ..."
+            "help": "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."
         },
     )
     results: str | None = field(
@@ -65,8 +65,7 @@ class PushArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Publish one folder."""
-    argv = sys.argv[1:] if argv is None else argv
-    (args,) = parse((PushArguments,), positional(argv, ("folder", "repo_id")), "prefopt push")
+    (args,) = parse((PushArguments,), argv, "prefopt push", positional=("folder", "repo_id"))
     if not args.folder or not args.repo_id:
         raise UserError("give a folder and a repository: prefopt push FOLDER OWNER/NAME")
     folder = Path(args.folder)
@@ -100,21 +99,22 @@ def main(argv: list[str] | None = None) -> None:
 def add_results(folder: Path, results: str, name: str | None) -> None:
     """Put the numbers of a results.json that belong to this model into its card."""
     if is_handwritten(folder):
-        raise ValueError(
+        raise UserError(
             f"{folder / 'README.md'} was edited by hand, so no results are added to it: leave --results away, or move "
-            "the file aside to have it written anew"
+            "the file aside to have it written again"
         )
     try:
         measures = json.loads(Path(results).read_text(encoding="utf-8"))["measures"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"--results {results}: expected the results.json of `prefopt eval`: {error}"
         ) from error
     rows = {}
     for m in measures:
         title = _title(m["name"])
         if title is None or m["status"] != "ok" or (m["against"] and not m["name"].startswith("winrate")):
-            continue  # of other measures than win rates, `against` marks a difference
+            # Of other measures than win rates, `against` marks a difference.
+            continue
         rows.setdefault(m["model"], []).append(
             {
                 "title": title + (f" against {m['against']}" if m["against"] else ""),
@@ -128,7 +128,7 @@ def add_results(folder: Path, results: str, name: str | None) -> None:
         )
     name = name or folder.resolve().name
     if name not in rows:
-        raise ValueError(
+        raise UserError(
             f"--results {results} has no numbers of {name!r}; name the model with --results_name, one of: "
             f"{', '.join(sorted(rows)) or 'none'}"
         )
@@ -149,20 +149,5 @@ def _title(measure: str) -> str | None:
     return None
 
 
-def positional(argv: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The arguments before the first option as values of `--NAME`, one each.
-
-    >>> positional(["rm", "me/rm", "--merge", "true"], ["folder", "repo_id"])
-    ['--folder', 'rm', '--repo_id', 'me/rm', '--merge', 'true']
-    """
-    first = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    if first > len(names):
-        raise UserError(f"too many arguments: {' '.join(argv[len(names) : first])}; options begin with --")
-    options = [
-        part for name, value in zip(names, argv[:first], strict=False) for part in (f"--{name}", value)
-    ]
-    return [*options, *argv[first:]]
-
-
 if __name__ == "__main__":
-    main()
+    run_command(main, "push")

@@ -9,7 +9,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from prefopt.recipes.common.arguments import UserError
+from prefopt.errors import UserError
+from prefopt.recipes.common.errors import run_command
 
 HOME = Path(__file__).parent
 
@@ -20,10 +21,10 @@ def recipe_folders() -> dict[str, str]:
     >>> recipe_folders()["tiny"]
     'All steps on a small closed world, on 2 CPU cores in about ten minutes'
     """
-    found = {}
+    folders = {}
     for readme in sorted(HOME.glob("*/README.md")):
-        found[readme.parent.name] = readme.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-    return found
+        folders[readme.parent.name] = readme.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return folders
 
 
 def copy(name: str, target: Path, *, force: bool = False) -> list[Path]:
@@ -77,4 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "recipes")

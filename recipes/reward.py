@@ -11,22 +11,12 @@ part of both answers. With `--center_on demonstrations.jsonl` the bias is set so
 from dataclasses import dataclass, field
 from functools import partial
 
-from trl import ModelConfig
-
-from prefopt.recipes.common.arguments import ComparisonArguments, parse
+from prefopt.recipes.common.arguments import ComparisonArguments
 from prefopt.recipes.common.conversations import demonstrations_from_messages
 from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.models import (
-    check_hub,
-    load_reward_start,
-    load_tokenizer,
-    model_init_kwargs,
-    peft_config,
-    quantization_for,
-    train_and_save,
-)
-from prefopt.recipes.common.preflight import check_length, is_finished
-from prefopt.recipes.common.rows import check_fields, load_comparisons, load_rows, require_chat_template
+from prefopt.recipes.common.models import load_reward_start
+from prefopt.recipes.common.rows import check_fields, load_comparisons, load_rows
+from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
 
@@ -43,41 +33,29 @@ class RewardArguments(ComparisonArguments):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the reward-model step."""
-    data, args, model_args = parse(
-        (RewardArguments, RankedRewardConfig, ModelConfig), argv, "prefopt reward", __doc__
-    )
-    init_kwargs = model_init_kwargs(model_args)
-    if is_finished(args):
+    adapter = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    step = begin(RewardArguments, RankedRewardConfig, argv, "prefopt reward", __doc__, **adapter)
+    if step is None:
         return
-    check_hub(args)
-    adapter = peft_config(model_args, task_type="SEQ_CLS", modules_to_save=["score"])
-    train, evaluation = load_comparisons(data, args)
+    train, evaluation = load_comparisons(step.data, step.args)
     demonstrations = None
-    if data.center_on:
+    if step.data.center_on:
         demonstrations = load_rows(
-            data.center_on,
+            step.data.center_on,
             check=check_fields("prompt", "completion"),
             convert=demonstrations_from_messages,
             key="center_on",
         )
-
-    tokenizer = load_tokenizer(model_args, args)
-    check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
-    require_chat_template(tokenizer, train, evaluation, demonstrations)
-    model = load_reward_start(model_args, init_kwargs, tokenizer, args.reward_token)
-    if isinstance(model, str):  # TRL warns of options for a model that is loaded already
-        args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
-    trainer = RankedRewardTrainer(
-        model=model,
-        args=args,
+    tokenizer = step.tokenizer(train, evaluation, demonstrations)
+    trainer = step.trainer(
+        RankedRewardTrainer,
+        load_reward_start(step.model_args, step.init_kwargs, tokenizer, step.args.reward_token),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        quantization_config=quantization_for(model, model_args),
-        peft_config=adapter,
     )
     center = partial(trainer.center_on, demonstrations) if demonstrations is not None else None
-    train_and_save(trainer, data, then=center)
+    train_and_save(trainer, step.data, then=center)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
+from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, generate
 from prefopt.inference.journal import (
     Journal,
@@ -26,7 +27,7 @@ from prefopt.inference.journal import (
     is_kept,
     source_state,
 )
-from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.arguments import DataArguments, parse
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs

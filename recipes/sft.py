@@ -16,11 +16,12 @@ The baseline without a reward model, "FeedME" (text-davinci-001 and 002: demonst
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from prefopt.errors import UserError
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.checks import validate_comparisons
-from prefopt.recipes.common.arguments import DataArguments, UserError, parse
+from prefopt.recipes.common.arguments import DataArguments
 from prefopt.recipes.common.demonstrations import (
     check_sft_rows,
     kind_of,
@@ -28,23 +29,9 @@ from prefopt.recipes.common.demonstrations import (
     tokenize_demonstrations,
 )
 from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.models import (
-    check_hub,
-    load_policy,
-    load_tokenizer,
-    model_init_kwargs,
-    peft_config,
-    quantization_for,
-    train_and_save,
-)
-from prefopt.recipes.common.preflight import check_length, is_finished
-from prefopt.recipes.common.rows import (
-    check_fields,
-    load_rows,
-    load_train_and_eval,
-    require_chat_template,
-    stream_rows,
-)
+from prefopt.recipes.common.models import load_policy
+from prefopt.recipes.common.rows import check_fields, load_rows, load_train_and_eval, stream_rows
+from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
 from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
@@ -124,15 +111,12 @@ def mix_pretraining(
 
 
 def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """Rows for training, for evaluation, and beside those for training the well rated outputs, if there are both."""
+    """Rows for training, for evaluation, and well rated outputs to train on as well, if there are both."""
     wants_eval = args.eval_strategy != "no"
     rated = None
     if data.rated_dataset_name is not None:
         rows = load_rows(data.rated_dataset_name, check=validate_comparisons, key="rated_dataset_name")
-        try:
-            rated = rated_demonstrations(rows, data.min_rating, data.rated_dataset_name)
-        except ValueError as error:
-            raise UserError(error) from error
+        rated = rated_demonstrations(rows, data.min_rating, data.rated_dataset_name)
     if rated is not None and data.dataset_name is None:
         if wants_eval and not data.eval_dataset_name:
             raise UserError(
@@ -159,11 +143,10 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
 
 def main(argv: list[str] | None = None) -> None:
     """Run the SFT step."""
-    data, args, model_args = parse((SFTArguments, SFTStepConfig, ModelConfig), argv, "prefopt sft", __doc__)
-    init_kwargs = model_init_kwargs(model_args)
-    if is_finished(args):
+    step = begin(SFTArguments, SFTStepConfig, argv, "prefopt sft", __doc__)
+    if step is None:
         return
-    check_hub(args)
+    data, args = step.data, step.args
     if not 0 <= data.pretrain_mix < 1:
         raise UserError(f"pretrain_mix is {data.pretrain_mix}; expected a share in [0, 1)")
     if (data.pretrain_mix > 0) != (data.pretrain_dataset_name is not None):
@@ -173,9 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             "assistant_only_loss and completion_only_loss: say it with loss_on, `all` answers or the `last`"
         )
     train, evaluation, rated = load_sft_rows(data, args)
-    tokenizer = load_tokenizer(model_args, args)
-    check_length(args, "max_length", model_args.model_name_or_path, model_args.model_revision)
-    require_chat_template(tokenizer, train, evaluation, rated)
+    tokenizer = step.tokenizer(train, evaluation, rated)
     if kind_of(train) != "text":
         options = {"tokenizer": tokenizer, "max_length": args.max_length, "loss_on": data.loss_on}
         train = tokenize_demonstrations(train, source="train", **options)
@@ -194,18 +175,12 @@ def main(argv: list[str] | None = None) -> None:
         load = stream_rows if data.pretrain_streaming else load_rows
         texts = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
-
-    model = load_policy(model_args, init_kwargs)
-    if isinstance(model, str):  # TRL warns of options for a model that is loaded already
-        args.model_init_kwargs = {**init_kwargs, **(args.model_init_kwargs or {})}
-    trainer = SFTStepTrainer(
-        model=model,
-        args=args,
+    trainer = step.trainer(
+        SFTStepTrainer,
+        load_policy(step.model_args, step.init_kwargs),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        quantization_config=quantization_for(model, model_args),
-        peft_config=peft_config(model_args, task_type="CAUSAL_LM"),
     )
     keep_4bit_gradients(trainer.model)
     train_and_save(trainer, data)

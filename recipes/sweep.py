@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from prefopt.errors import UserError
 from prefopt.evaluation.report.sweep import VERDICT, build_sweep_page
 from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -22,7 +23,7 @@ from prefopt.evaluation.stages import compare, drift, generate, judge, report, t
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
-from prefopt.recipes.common.arguments import UserError, config_folder, parse
+from prefopt.recipes.common.arguments import config_folder, parse
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
 from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments

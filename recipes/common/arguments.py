@@ -1,16 +1,40 @@
-"""Strict arguments for every recipe: YAML and command line, where an unknown key is an error."""
+"""Strict arguments for every command: YAML and command line, where an unknown key is an error, and a help that is short."""
 
+import argparse
+import copy
 import difflib
+import inspect
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prefopt.recipes.common.errors import UserError, explain
+from prefopt.errors import UserError
+from prefopt.recipes.common.errors import explain
+
+# Of the hundreds of keys that steps inherit, those that people set.
+USUAL = """
+    output_dir num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps
+    generation_batch_size num_iterations learning_rate lr_scheduler_type warmup_steps max_grad_norm max_length
+    max_completion_length temperature packing beta loss_type bf16 gradient_checkpointing use_vllm vllm_mode
+    logging_steps eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps save_total_limit
+    resume_from_checkpoint report_to push_to_hub hub_model_id seed use_cpu
+    model_name_or_path model_revision dtype attn_implementation use_peft lora_r lora_alpha lora_dropout
+    lora_target_modules load_in_4bit load_in_8bit
+"""
+KINDS = {"str": "TEXT", "int": "N", "float": "X", "string_to_bool": "true|false"}
+# What these keys do in prefopt's steps, where the inherited help says something else.
+HELP = {
+    "bf16": "Mixed precision in bf16; unset: where the hardware has it.",
+    "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir; or a checkpoint's folder.",
+}
+MODEL, STEP, TRAINING, MORE = "model", "settings of this step", "training", "more of TRL and transformers"
 
 
 @dataclass
@@ -42,36 +66,44 @@ class ComparisonArguments(DataArguments):
     )
 
 
+# ---- keys and values --------------------------------------------------------------------------------------------
 def parse(
-    dataclass_types: Sequence[type], argv: list[str] | None, prog: str, description: str | None = None
+    dataclass_types: Sequence[type],
+    argv: list[str] | None,
+    prog: str,
+    description: str | None = None,
+    positional: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Parse `--config file.yaml --key value ...`; a key that no dataclass knows is an error.
 
-    Keys given on the command line win over the file. A chat template that the file names may lie beside it. `--help`
-    shows `description`, prefopt's own keys and the usual ones of TRL and transformers, `--help-all` all of them.
+    Keys given on the command line win over the file. A chat template that the file names may lie next to it. The
+    arguments before the first option are values of the keys `positional`, one each; a last key that is a list takes
+    all the others. `--help` shows `description`, prefopt's own keys and the usual ones of TRL and transformers,
+    `--help-all` all of them.
     """
-    argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
+    known = {f.name: f for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
+    argv = _split_config(argv)
+    argv = _named(argv, positional, {name for name, f in known.items() if f.default_factory is list})
     argv = [_with_underscores(argument) for argument in argv]
-    known = {f.name for dataclass_type in dataclass_types for f in fields(dataclass_type) if f.init}
     if "--config" in argv:
         position = argv.index("--config") + 1
         if position == len(argv):
             raise UserError("--config needs a YAML file")
         keys = _read_config(argv[position])
-        _refuse_unknown(set(keys) - {"env"}, known, argv[position])
-        beside = Path(argv[position]).parent / str(keys.get("chat_template_path"))
-        if beside.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
-            argv += ["--chat_template_path", str(beside)]
+        _refuse_unknown(set(keys) - {"env"}, set(known), argv[position])
+        template = Path(argv[position]).parent / str(keys.get("chat_template_path"))
+        if template.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
+            argv += ["--chat_template_path", str(template)]
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
     options -= {"config", "help", "help_all"}
-    _refuse_unknown(options, known | {f"no_{name}" for name in known}, "the command line")
+    _refuse_unknown(options, {*known, *(f"no_{name}" for name in known)}, "the command line")
 
-    from prefopt.recipes.common.step_parser import StepParser  # a misspelt key is told before TRL is loaded
+    # Not above: a misspelt key is answered before TRL is loaded, which takes seconds.
+    from trl import TrlParser
 
-    show_all = "--help_all" in argv
-    parser = StepParser(dataclass_types, prog, description, show_all)
-    if show_all:
-        parser.print_help()
+    parser = TrlParser(dataclass_types, prog=prog, usage=_usage(prog), allow_abbrev=False)
+    if not {"-h", "--help", "--help_all"}.isdisjoint(argv):
+        print(_help(parser, description, show_all="--help_all" in argv), end="")
         raise SystemExit(0)
     try:
         with warnings.catch_warnings():
@@ -82,30 +114,11 @@ def parse(
         raise UserError(explain(error) or error) from error
     for arguments in parsed:
         if hasattr(arguments, "report_to"):
-            from prefopt.recipes.common.preflight import (
-                check_reporting,  # loads torch, which few commands need
-            )
+            # Loads torch, which few commands need.
+            from prefopt.recipes.common.preflight import check_reporting
 
             check_reporting(arguments.report_to)
     return parsed
-
-
-def _with_underscores(argument: str) -> str:
-    """--max-steps=3 -> --max_steps=3; values stay what they are."""
-    if not argument.startswith("--"):
-        return argument
-    key, *value = argument[2:].split("=", 1)
-    return "--" + "=".join([key.replace("-", "_"), *value])
-
-
-def named(argv: Sequence[str], name: str) -> list[str]:
-    """The arguments before the first option as values of `--name`.
-
-    >>> named(["a.jsonl", "b.jsonl", "--out", "c.jsonl"], "answers")
-    ['--answers', 'a.jsonl', 'b.jsonl', '--out', 'c.jsonl']
-    """
-    first = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
-    return [*([f"--{name}", *argv[:first]] if first else []), *argv[first:]]
 
 
 def config_folder(argv: list[str] | None) -> Path | None:
@@ -114,12 +127,44 @@ def config_folder(argv: list[str] | None) -> Path | None:
     >>> config_folder(["--config", "tiny/pipeline.yaml", "--seed", "1"]).name
     'tiny'
     """
-    argv = [part for argument in (sys.argv[1:] if argv is None else argv) for part in _split_config(argument)]
+    argv = _split_config(argv)
     return Path(argv[argv.index("--config") + 1]).parent if "--config" in argv[:-1] else None
 
 
-def _split_config(argument: str) -> list[str]:
-    return ["--config", argument[9:]] if argument.startswith("--config=") else [argument]
+def _split_config(argv: list[str] | None) -> list[str]:
+    """TrlParser knows `--config FILE` only, not `--config=FILE`."""
+    argv = sys.argv[1:] if argv is None else argv
+    return [
+        part
+        for argument in argv
+        for part in (["--config", argument[9:]] if argument.startswith("--config=") else [argument])
+    ]
+
+
+def _named(argv: Sequence[str], names: Sequence[str], lists: set[str]) -> list[str]:
+    """The arguments before the first option as values of the keys `names`.
+
+    >>> _named(["rm", "me/rm", "--merge", "true"], ["folder", "repo_id"], set())
+    ['--folder', 'rm', '--repo_id', 'me/rm', '--merge', 'true']
+    >>> _named(["a.jsonl", "b.jsonl", "--out", "c.jsonl"], ["answers"], {"answers"})
+    ['--answers', 'a.jsonl', 'b.jsonl', '--out', 'c.jsonl']
+    """
+    values = list(takewhile(lambda argument: not argument.startswith("-"), argv))
+    rest, options = values, []
+    for name in names:
+        values_of_it, rest = (rest, []) if name in lists else (rest[:1], rest[1:])
+        options += [f"--{name}", *values_of_it] if values_of_it else []
+    if rest:
+        raise UserError(f"too many arguments: {' '.join(rest)}; options begin with --")
+    return [*options, *argv[len(values) :]]
+
+
+def _with_underscores(argument: str) -> str:
+    """--max-steps=3 -> --max_steps=3; values stay what they are."""
+    if not argument.startswith("--"):
+        return argument
+    key, *value = argument[2:].split("=", 1)
+    return "--" + "=".join([key.replace("-", "_"), *value])
 
 
 def _read_config(path: str) -> dict[str, Any]:
@@ -145,3 +190,108 @@ def _refuse_unknown(keys: set[str], known: set[str], where: str) -> None:
         hints.append(repr(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
     if hints:
         raise UserError(f"unknown key in {where}: {', '.join(hints)}")
+
+
+# ---- commands of a command --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Command:
+    """One of the commands of `prefopt data` or `prefopt label`."""
+
+    # Called with one object of each of `arguments`.
+    run: Callable[..., None]
+    arguments: tuple[type, ...]
+    # The key of the arguments before the first option.
+    positional: str
+    # Its line in the help: an example, and what it does.
+    text: str
+
+
+def dispatch(prog: str, commands: Mapping[str, Command], argv: list[str] | None, values: str) -> None:
+    """Run the command that the first argument names, with the others; `values` stands for those in the usage."""
+    usage = f"{prog} <command> {values}"
+    name, rest = choose("command", {name: one.text for name, one in commands.items()}, argv, usage)
+    command = commands[name]
+    try:
+        command.run(*parse(command.arguments, rest, f"{prog} {name}", positional=(command.positional,)))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {error.filename}") from error
+    except OSError as error:
+        raise UserError(error) from error
+
+
+def choose(kind: str, texts: Mapping[str, str], argv: list[str] | None, usage: str) -> tuple[str, list[str]]:
+    """The first argument, which is one of the names of `texts`, and the others; `--help` shows name and text of each.
+
+    Raises:
+        UserError: there is none, or it is another.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    width = max(map(len, texts)) + 2
+    shown = "\n".join([usage, *(f"  {name:<{width}}{text}" for name, text in texts.items())])
+    if argv and argv[0] in ("-h", "--help"):
+        print(shown)
+        raise SystemExit(0)
+    if not argv or argv[0] not in texts:
+        raise UserError(f"expected a {kind}{f', got {argv[0]!r}' if argv else ''}: {shown}")
+    return argv[0], argv[1:]
+
+
+# ---- help -------------------------------------------------------------------------------------------------------
+def _usage(prog: str) -> str:
+    return f"{prog} [--config step.yaml] [--key value ...]"
+
+
+def _help(parser: Any, description: str | None, show_all: bool) -> str:
+    """The keys of a TrlParser in groups, each in one spelling; without `show_all` prefopt's own and the usual ones."""
+    titles = {f.name: _title(kind, f.name) for kind in parser.dataclass_types for f in fields(kind)}
+    own = [title for title in dict.fromkeys(titles.values()) if title not in (MODEL, STEP, TRAINING, MORE)]
+    groups: dict[str, list[argparse.Action]] = {name: [] for name in (*own, MODEL, STEP, TRAINING, MORE)}
+    hidden = 0
+    for action in parser._actions[1:]:
+        # `--no_KEY` stores false without a value.
+        is_negation, title = action.nargs == 0, titles[action.dest]
+        if show_all or not (is_negation or title == MORE):
+            groups[title].append(_shown(action, title, is_negation, show_all))
+        elif not is_negation:
+            hidden += 1
+    formatter = argparse.RawDescriptionHelpFormatter(parser.prog, max_help_position=34)
+    formatter.add_usage(_usage(parser.prog), [], [])
+    formatter.add_text(description)
+    for title, actions in {"options": parser._actions[:1], **groups}.items():
+        formatter.start_section(title)
+        formatter.add_arguments(actions)
+        formatter.end_section()
+    if hidden:
+        formatter.add_text(f"{hidden} more keys of TRL and transformers: {parser.prog} --help-all")
+    return formatter.format_help()
+
+
+def _shown(action: argparse.Action, title: str, is_negation: bool, show_all: bool) -> argparse.Action:
+    """A key as the help shows it: in one spelling, with the kind of its value, its text and its default."""
+    action = copy.copy(action)
+    action.option_strings = action.option_strings[:1]
+    if not is_negation and action.choices is None:
+        action.metavar = KINDS.get(getattr(action.type, "__name__", ""), "VALUE")
+    elif len(action.choices or ()) > 5 and not show_all:
+        action.metavar = "NAME"
+    text = HELP.get(action.dest, action.help or "")
+    if title in (MODEL, TRAINING) and not show_all:
+        text = re.split(r"(?<=\.) ", text)[0]
+    shows_default = not is_negation and action.default not in (None, "", [], {}) and "default" not in text
+    action.help = f"{text} [%(default)s]" if shows_default else text
+    return action
+
+
+def _title(dataclass_type: type, key: str) -> str:
+    """The group of a key; MORE for one that the short help leaves out."""
+    module = sys.modules[dataclass_type.__module__]
+    if key in getattr(module, "REFUSED", ()) or key in getattr(module, "FIXED", ()):
+        return MORE
+    # By name: importing transformers' own takes seconds that `prefopt data` does without.
+    trains = any(c.__name__ == "TrainingArguments" for c in dataclass_type.__mro__)
+    owner = next(c for c in dataclass_type.__mro__ if key in inspect.get_annotations(c))
+    if owner.__module__.startswith("prefopt."):
+        return STEP if trains else (dataclass_type.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    if key not in USUAL.split():
+        return MORE
+    return TRAINING if trains else MODEL

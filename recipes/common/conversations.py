@@ -11,6 +11,8 @@ from typing import Any
 from datasets import Dataset
 from trl import maybe_extract_prompt
 
+from prefopt.errors import UserError
+
 Rows = Dataset | list[dict]
 Messages = Sequence[Mapping[str, Any]]
 
@@ -25,7 +27,7 @@ def is_message(message: object) -> bool:
 
 
 def answers(messages: Messages) -> list[int]:
-    """Positions of the assistant's turns behind the first user turn: those that answer something.
+    """Positions of the assistant's turns after the first user turn: those that answer something.
 
     >>> turns = ["system", "assistant", "user", "assistant", "user", "assistant", "user"]
     >>> answers([{"role": role, "content": "..."} for role in turns])
@@ -37,17 +39,17 @@ def answers(messages: Messages) -> list[int]:
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives the chat template beside its messages, as in TRL: `tools` and `chat_template_kwargs`.
+    """What a row gives the chat template along with its messages, as in TRL: `tools` and `chat_template_kwargs`.
 
     >>> template_kwargs({"messages": [], "tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False}})
     {'enable_thinking': False, 'tools': [{'name': 'search'}]}
     """
-    found = {
+    kwargs = {
         key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
     }
     if tools := row.get("tools"):
-        found["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return found
+        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return kwargs
 
 
 def check_conversations(rows: Rows, source: str) -> None:
@@ -57,11 +59,11 @@ def check_conversations(rows: Rows, source: str) -> None:
         ValueError: naming the source, the row (counted from 0), what was expected, and the remedy.
     """
     if len(rows) == 0:
-        raise ValueError(f"{source}: no rows")
+        raise UserError(f"{source}: no rows")
     for number, row in enumerate(_messages(rows)):
         _check_messages(row, number, source)
         if not answers(row):
-            raise ValueError(
+            raise UserError(
                 f"{source} row {number}: field 'messages': expected an assistant's answer to a user, got the roles "
                 f"{[message['role'] for message in row]}; drop the row"
             )
@@ -83,10 +85,11 @@ def prompts_from_messages(rows: Rows, source: str) -> Rows:
     if not _has_conversations_instead_of(rows, "prompt"):
         return rows
     left_off = 0
-    for number, messages in enumerate(_messages(rows)):  # not in `map`, whose result may come from a cache
+    # Not in `map`, whose result may come from a cache.
+    for number, messages in enumerate(_messages(rows)):
         _check_messages(messages, number, source)
         if not any(message["role"] == "user" for message in messages):
-            raise ValueError(
+            raise UserError(
                 f"{source} row {number}: field 'messages': expected a user turn to answer, got none; drop the row"
             )
         left_off += messages[-1]["role"] != "user"
@@ -148,13 +151,13 @@ def split_implicit_prompts(rows: Rows, source: str) -> Rows:
         pair = {name: row.get(name) for name in ("chosen", "rejected")}
         for name, turns in pair.items():
             _check_messages(turns, number, source, name)
-        found = maybe_extract_prompt(pair)
-        if not found["prompt"]:
-            raise ValueError(
+        result = maybe_extract_prompt(pair)
+        if not result["prompt"]:
+            raise UserError(
                 f"{source} row {number}: expected 'chosen' and 'rejected' that begin with the same turns, as there is no "
                 "prompt beside them; correct or drop the row"
             )
-        return found
+        return result
 
     return _replace(rows, split, ("prompt", "chosen", "rejected"), source)
 
@@ -178,7 +181,7 @@ def _messages(rows: Rows) -> Iterable[Any]:
 
 def _check_messages(messages: object, number: int, source: str, name: str = "messages") -> None:
     if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-        raise ValueError(
+        raise UserError(
             f"{source} row {number}: field {name!r}: expected messages with 'role' and 'content', got "
             f"{repr(messages)[:80]}; correct or drop the row"
         )

@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.rankings.tokens import build_ids
-from prefopt.recipes.common.arguments import UserError
 from prefopt.recipes.common.conversations import answers, check_conversations, template_kwargs
 from prefopt.recipes.common.rows import Rows, check_fields
 
@@ -27,7 +27,7 @@ def check_sft_rows(rows: Rows, source: str) -> None:
     elif "messages" in names and "completion" not in names:
         check_conversations(rows, source)
     elif "completions" in names:
-        raise ValueError(
+        raise UserError(
             f"{source}: the rows are ranked comparisons; give them as rated_dataset_name to learn from their best outputs"
         )
     else:
@@ -47,7 +47,7 @@ def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Datas
     Raises:
         ValueError: no output is rated so.
     """
-    found: dict[str, dict] = {}
+    demonstrations: dict[str, dict] = {}
     rated = good = without = 0
     for row in rows:
         if row.get("ratings") is None:
@@ -59,15 +59,15 @@ def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Datas
             if rating >= min_rating:
                 good += 1
                 demonstration = {"prompt": row["prompt"], "completion": completion, "truncated": cut}
-                found.setdefault(json.dumps(demonstration, sort_keys=True), demonstration)
-    if not found:
-        raise ValueError(
+                demonstrations.setdefault(json.dumps(demonstration, sort_keys=True), demonstration)
+    if not demonstrations:
+        raise UserError(
             f"{source}: none of {rated} rated outputs is rated {min_rating:g} or more ({without} of {len(rows)} rows have no "
             "ratings); lower min_rating, or give rankings with `ratings`"
         )
     logger.warning("%s: %d of %d rated outputs are rated %g or more, %d of them repeated; %d of %d rows have no ratings",
-                   source, good, rated, min_rating, good - len(found), without, len(rows))  # fmt: skip
-    return Dataset.from_list(list(found.values()))
+                   source, good, rated, min_rating, good - len(demonstrations), without, len(rows))  # fmt: skip
+    return Dataset.from_list(list(demonstrations.values()))
 
 
 def conversation_examples(

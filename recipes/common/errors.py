@@ -1,17 +1,18 @@
-"""Troubles of every day, each answered with one sentence and a remedy. An error that is not one keeps its traceback.
+"""Common errors, each answered with one sentence and a remedy. An error that is not one of them keeps its traceback.
 
-`run_command` stands around every command, whether `prefopt` or `accelerate launch -m prefopt.recipes...` started it;
-`PREFOPT_TRACEBACK=1` shows the traceback behind a sentence.
+`run_command` is around every command, whether `prefopt` or `accelerate launch -m prefopt.recipes...` started it;
+`PREFOPT_TRACEBACK=1` shows the traceback that a sentence replaces.
 """
 
 import errno
-import linecache
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from prefopt.errors import UserError
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -27,7 +28,8 @@ TO_LOWER = {
     "best-of-n": "batch_size or max_new_tokens",
     "eval": "batch_size or max_new_tokens",
 }
-PLANNED = ("sft", "reward", "dpo", "ppo-ptx")  # of these `prefopt plan` knows the memory
+# Of these `prefopt plan` knows the memory.
+PLANNED = ("sft", "reward", "dpo", "ppo-ptx")
 
 # Of how TRL and peft call transformers and torch, which no key of a command changes.
 NOISE = (
@@ -36,15 +38,8 @@ NOISE = (
 )
 
 
-class UserError(SystemExit):
-    """A mistake in the input, reported as one line without a traceback."""
-
-    def __init__(self, message: object) -> None:
-        super().__init__(f"error: {message}")
-
-
 def run_command(main: Callable[[list[str] | None], Any], command: str, argv: list[str] | None = None) -> None:
-    """Run a command; a trouble of every day ends it with one sentence in place of a traceback."""
+    """Run a command; a common error ends it with one sentence in place of a traceback."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -54,26 +49,26 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
             raise
         print(_interrupted(command), file=sys.stderr)
         sys.exit(130)
-    except (Exception, UserError) as error:
-        sentence = None if isinstance(error, UserError) else explain(error, command)
-        if _wants_traceback() or (sentence is None and not isinstance(error, UserError)):
+    except Exception as error:
+        sentence = explain(error, command)
+        if sentence is None or _wants_traceback():
             traceback.print_exc()
             sys.exit(1)
-        if sentence is not None and not _is_own(error):
+        # A UserError names the place itself; of the others only the traceback knows it.
+        if not isinstance(error, UserError):
             sentence += " (PREFOPT_TRACEBACK=1 shows where it happened)"
         process = int(os.environ.get("RANK", "0"))
-        told = f"error: {sentence}" if sentence is not None else str(error)
-        sys.exit(told if process == 0 else f"process {process}: {told}")
+        sys.exit(f"error: {sentence}" if process == 0 else f"process {process}: error: {sentence}")
 
 
 def explain(error: BaseException, command: str = "") -> str | None:
-    """What a trouble of every day is and what to do about it; None for an error that is not one.
+    """What a common error is and what to do about it; None for an error that is not one of them.
 
     >>> explain(MemoryError(), "sample")
     'out of memory: lower batch_size or max_new_tokens'
     >>> explain(ZeroDivisionError("a bug"))
     """
-    if _is_own(error):
+    if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
         for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package):
@@ -98,23 +93,10 @@ def _wants_traceback() -> bool:
 def _interrupted(command: str) -> str:
     if command in PLANNED:
         return (
-            "interrupted. With `resume_from_checkpoint: true` the same command goes on from the newest complete "
+            "interrupted. With `resume_from_checkpoint: true` the same command resumes from the newest complete "
             "checkpoint of output_dir"
         )
     return "interrupted"
-
-
-def _is_own(error: BaseException) -> bool:
-    """Whether a `raise` of prefopt itself made it: such a text was written for the user."""
-    place = error.__traceback__
-    if not isinstance(error, (ValueError, TypeError)) or place is None:
-        return False
-    while place.tb_next is not None:
-        place = place.tb_next
-    scope = place.tb_frame.f_globals
-    module = scope["__spec__"].name if scope.get("__spec__") else scope.get("__name__", "")
-    line = linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno, scope)
-    return module.split(".")[0] == "prefopt" and line.lstrip().startswith("raise ")
 
 
 # ---- the rules: (error, command) -> sentence or None ------------------------------------------------------------
@@ -128,12 +110,12 @@ def _memory(error: BaseException, command: str) -> str | None:
     )
     if not is_memory:
         return None
-    wanted = text[text.find("Tried to allocate") :].split(". ")[0] if "Tried to allocate" in text else ""
+    size = text[text.find("Tried to allocate") :].split(". ")[0] if "Tried to allocate" in text else ""
     where = " on the GPU" if "CUDA" in text or "HIP" in text else ""
-    told = f"out of memory{where}{f' ({wanted.lower()})' if wanted else ''}"
+    sentence = f"out of memory{where}{f' ({size.lower()})' if size else ''}"
     remedy = TO_LOWER.get(command, "a batch size or a length in the settings")
     planned = "; `prefopt plan` says what fits" if command in PLANNED else ""
-    return f"{told}: lower {remedy}{planned}"
+    return f"{sentence}: lower {remedy}{planned}"
 
 
 def _disk(error: BaseException, command: str) -> str | None:
@@ -147,7 +129,7 @@ def _disk(error: BaseException, command: str) -> str | None:
     kept = ""
     if command in PLANNED:
         kept = (
-            "; complete checkpoints are kept, and resume_from_checkpoint: true goes on from the newest; a lower "
+            "; complete checkpoints are kept, and resume_from_checkpoint: true resumes from the newest; a lower "
             "save_total_limit keeps fewer"
         )
     return f"the disk is full{f' at {place}' if place else ''}: free some space or name an output elsewhere{kept}"

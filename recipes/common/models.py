@@ -1,27 +1,22 @@
 """Models for every recipe: a path that the trainer loads, or a trained LoRA adapter to go on with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
 )
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from prefopt.hub.push import HubError, create_repo, hub_errors
+from prefopt.errors import UserError
 from prefopt.models.checkpoints import reward_model_from_adapter
 from prefopt.models.loading import check_language_model, is_adapter, load_causal_lm, placement
-from prefopt.recipes.common.arguments import DataArguments, UserError
 from prefopt.recipes.common.errors import explain
-from prefopt.recipes.common.progress import show_progress
 
 
 def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
@@ -73,29 +68,13 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_hub(args: TrainingArguments) -> None:
-    """With `push_to_hub`, make the repository before anything is loaded: what would fail at the end fails now."""
-    if not args.push_to_hub or args.process_index > 0:
-        return
-    if args.hub_token:
-        raise UserError(
-            "hub_token: Trainer would publish it inside training_args.bin; set HF_TOKEN or run `hf auth login` instead"
-        )
-    repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
-    try:
-        with hub_errors(f"push_to_hub: cannot publish as {repo_id}", "nothing was trained yet"):
-            create_repo(HfApi(), repo_id, private=args.hub_private_repo, revision=args.hub_revision)
-    except (HubError, ValueError) as error:
-        raise UserError(error) from error
-
-
 def load_policy(
     model_args: ModelConfig, init_kwargs: dict[str, Any], *, is_trainable: bool = True
 ) -> str | PreTrainedModel | PeftModel:
     """A language model: to train, a path for the trainer to load, or the LoRA adapter to go on with; else the model,
     frozen, on the GPU where there is one.
 
-    Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA leaves behind.
+    Continuing an adapter makes its starting point the KL reference, which is what SFT with LoRA ends in.
     """
     path, revision = model_args.model_name_or_path, model_args.model_revision
     try:
@@ -170,30 +149,3 @@ def peft_config(
     if config is not None and modules_to_save:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *modules_to_save})
     return config
-
-
-def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], object] | None = None) -> None:
-    """Train, or go on from a checkpoint; save the model, its card and the trainer's state; push if asked to.
-
-    The model is saved before `then`, which may change it, and once more behind it: nothing that comes after training
-    may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
-    """
-    args = trainer.args
-    trainer.eval_dataset_name = data.eval_dataset_name
-    show_progress(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    push = args.push_to_hub
-    args.push_to_hub = False  # or each save would push, the first one without what `then` does
-    trainer.save_model(args.output_dir)
-    if then is not None:
-        then()
-        trainer.save_model(args.output_dir)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=data.dataset_name)
-    if trainer.is_world_process_zero():
-        print(f"saved: {args.output_dir}")
-    if push:
-        try:
-            trainer.push_to_hub(dataset_name=data.dataset_name)
-        except (HubError, ValueError) as error:
-            raise UserError(f"training is done and saved, but {error}") from error

@@ -16,8 +16,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
+from prefopt.errors import UserError
+from prefopt.models.checkpoints import check_reward_model
 from prefopt.models.loading import is_adapter
-from prefopt.recipes.common.errors import UserError, explain
+from prefopt.recipes.common.errors import explain
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,9 @@ def is_finished(args: TrainingArguments) -> bool:
     Raises:
         UserError: training would overwrite a trained model or checkpoints, or go on from what is not there.
     """
-    folder, wanted = Path(args.output_dir), str(args.resume_from_checkpoint or "").lower()
-    resumes = wanted not in ("", "none", "false")
-    if resumes and wanted not in ("true", "latest"):
+    folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "").lower()
+    resumes = resume not in ("", "none", "false")
+    if resumes and resume not in ("true", "latest"):
         if not Path(args.resume_from_checkpoint).is_dir():
             raise UserError(
                 f"resume_from_checkpoint: there is no folder {args.resume_from_checkpoint}; name a checkpoint, or 'true' "
@@ -77,7 +79,7 @@ def is_finished(args: TrainingArguments) -> bool:
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
-    """The state that a step writes last of all; None where no step has ended, or its weights are gone."""
+    """The state that a step writes last of all; None where no step has ended, or its weights are missing."""
     if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         return None
     try:
@@ -155,6 +157,15 @@ def check_prompts(
             f"{limits[path]} tokens that {path} reads (max_position_embeddings of its configuration); lower {key} or "
             "leave out the longest prompts"
         )
+
+
+def check_reward_models(**paths: str) -> None:
+    """Refuse what is no reward model, by the names of the keys that hold the paths."""
+    for key, path in paths.items():
+        try:
+            check_reward_model(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
 # ---- logging ----------------------------------------------------------------------------------------------------

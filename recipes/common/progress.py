@@ -1,33 +1,24 @@
-"""Progress in the terminal: a line of the quantities that matter per log entry, and a bar with the time left.
+"""Progress of a run: a table row of the quantities that matter per log entry, and in a terminal a bar with the time left.
 
 Everything that is logged is in trainer_state.json and wherever `report_to` sends it; these lines are for the eye.
 """
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import has_length
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-# What a line shows of a log entry, in this order: (key, head, digits behind the point; None for the short exponent form).
+# What a row shows of a log entry, in this order: (key, head, digits; None for the exponent form). The longest row is
+# that of PPO-ptx, which fits into 80 columns.
 COLUMNS: list[tuple[str, str, int | None]] = [
     ("loss", "loss", 4),
-    ("accuracy", "accuracy", 3),
-    ("rewards/accuracies", "accuracy", 3),
-    ("mean_token_accuracy", "accuracy", 3),
+    ("accuracy", "pair acc", 3),
+    ("rewards/accuracies", "pair acc", 3),
+    ("mean_token_accuracy", "token acc", 3),
     ("margin", "margin", 3),
     ("rewards/margins", "margin", 3),
     ("objective/scores", "score", 3),
@@ -36,189 +27,109 @@ COLUMNS: list[tuple[str, str, int | None]] = [
     ("completions/mean_length", "length", 1),
     ("learning_rate", "lr", None),
 ]
-WIDTH = 9
-SECONDS_BETWEEN_LINES = 60.0  # of `counting`, where there is no bar
+WIDTH = 7
 
 
-class ProgressTable(TrainerCallback):
-    """Prints a line per log entry, on the main process; below it in a terminal a bar with the time left.
+class ProgressTable(ProgressCallback):
+    """transformers' bars, with a table row per log entry in place of a dict; without bars each row has the time left."""
 
-    Where the output is no terminal there is no bar, and each line ends in the time left.
-    """
+    def __init__(self, has_bar: bool = True) -> None:
+        super().__init__()
+        self.has_bar = has_bar
+        self._head = ""
+        # When training began, and at which step.
+        self._begin = (0.0, 0)
 
-    def __init__(self, console: Console | None = None, has_bar: bool = True) -> None:
-        self.console = console or Console(stderr=True)
-        self.has_bar = has_bar and self.console.is_terminal
-        self.bar: Progress | None = None
-        self.training: TaskID | None = None
-        self.evaluation: TaskID | None = None
-        self._heads: list[str] = []
-        self._begin = (0.0, 0)  # when training began, and at which step
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._head, self._begin = "", (time.monotonic(), state.global_step)
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            # From the step at which a resumed run begins, or the time left would be of steps that it never did.
+            steps = {"total": state.max_steps, "initial": state.global_step}
+            self.training_bar = tqdm(**steps, dynamic_ncols=True, disable=not self.has_bar)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        self._heads, self._begin = [], (time.monotonic(), state.global_step)
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.has_bar:
-            self.bar = _bar(self.console)
-            self.training = self.bar.add_task("steps", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+            super().on_prediction_step(args, state, control, **kwargs)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.bar is not None and self.training is not None:
-            self.bar.update(self.training, completed=state.global_step)
-
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loader = kwargs.get("eval_dataloader")
-        if self.bar is None or not has_length(loader):
-            return
-        if self.evaluation is None:
-            self.evaluation = self.bar.add_task("evaluation", total=len(loader))
-        self.bar.advance(self.evaluation)
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.bar is not None and self.evaluation is not None:
-            self.bar.remove_task(self.evaluation)
-        self.evaluation = None
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        if "train_runtime" in logs:
-            self.console.print(_totals(logs), highlight=False)
-            return
-        held_out = {
+        step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        evaluation = {
             key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")
         }
-        told = held_out or logs
-        cells = [
-            (head, _number(told[key], digits)) for key, head, digits in COLUMNS if _is_number(told.get(key))
-        ]
-        if not cells:
-            return
-        if held_out:
-            text = "  ".join(f"{head} {value}" for head, value in cells)
-            self.console.print(f"{_step(state)}  evaluation: {text}", highlight=False)
-            return
-        rate, left = self._pace(args, state)
-        cells.append(("rows/s", rate))
-        if self.bar is None:
-            cells.append(("left", left))
-        heads = [head for head, _ in cells]
-        if heads != self._heads:
-            self._heads = heads
-            self.console.print(
-                " " * len(_step(state)) + "".join(f"{head:>{WIDTH}}" for head in heads), style="bold"
-            )
-        self.console.print(_step(state) + "".join(f"{value:>{WIDTH}}" for _, value in cells), highlight=False)
+        if "train_runtime" in logs:
+            loss = f", mean loss {_number(logs['train_loss'], 4)}" if "train_loss" in logs else ""
+            _write(f"trained for {tqdm.format_interval(logs['train_runtime'])}{loss}")
+        elif evaluation:
+            if cells := _cells(evaluation):
+                _write(f"{step}  evaluation: " + "  ".join(f"{head} {text}" for head, text in cells))
+        elif cells := _cells(logs):
+            cells += self._pace(args, state)
+            head = "".join(f"{head:>{_width(head)}}" for head, _ in cells)
+            if head != self._head:
+                self._head = head
+                _write(f"{'step':<{len(step)}}{head}")
+            _write(f"{step:<4}" + "".join(f"{text:>{_width(head)}}" for head, text in cells))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        self.bar = self.training = self.evaluation = None
-
-    def _pace(self, args: TrainingArguments, state: TrainerState) -> tuple[str, str]:
+    def _pace(self, args: Any, state: Any) -> list[tuple[str, str]]:
         """Rows (prompts, episodes) per second over the run so far, and the time left at that pace."""
         start, first = self._begin
         seconds, steps = time.monotonic() - start, state.global_step - first
-        if steps <= 0 or seconds <= 0:
-            return "", ""
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        left = seconds / steps * max(0, state.max_steps - state.global_step)
-        return _number(rows * steps / seconds, 1), _duration(left)
+        speed = left = ""
+        if steps > 0 and seconds > 0:
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            speed = _number(rows * steps / seconds, 1)
+            left = tqdm.format_interval(seconds / steps * max(0, state.max_steps - state.global_step))
+        return [("rows/s", speed), *([] if self.has_bar else [("time left", left)])]
 
 
 def show_progress(trainer: Trainer) -> None:
-    """Put the table in the place of transformers' bar and printed dicts; `disable_tqdm` leaves out the bar."""
+    """Put the table in the place of transformers' own; `disable_tqdm` leaves out the bars, as does a log file."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(ProgressTable(has_bar=not trainer.args.disable_tqdm))
+    trainer.add_callback(ProgressTable(has_bar=sys.stderr.isatty() and not trainer.args.disable_tqdm))
 
 
 @contextmanager
-def counting(what: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, in all): a bar in a terminal, elsewhere a line a minute, both with the time left."""
-    console = console or Console(stderr=True)
-    if console.is_terminal:
-        with _bar(console) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    told: list[tuple[float, int]] = []  # when a line was printed, and how many were done
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, in all), which shows a bar with the time left; in a log file every minute."""
+    interval = 0.1 if sys.stderr.isatty() else 60.0
+    with tqdm(desc=what, dynamic_ncols=True, mininterval=interval) as bar:
 
-    def tell(done: int, total: int) -> None:
-        now = time.monotonic()
-        if told and now - told[-1][0] < SECONDS_BETWEEN_LINES and done < total:
-            return
-        left = ""
-        if told and told[-1][1] < done < total:  # at the pace since the line before
-            before, were = told[-1]
-            left = f", {_duration((now - before) / (done - were) * (total - done))} left"
-        console.print(f"{what} {done}/{total}{left}", highlight=False)
-        told.append((now, done))
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    yield tell
+        yield update
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-    )
+def _write(text: str) -> None:
+    """Above the bar, if there is one; never wrapped."""
+    tqdm.write(text, file=sys.stderr)
 
 
-def _step(state: TrainerState) -> str:
-    width = len(str(state.max_steps))
-    return f"step {state.global_step:>{width}}/{state.max_steps}"
+def _cells(logs: dict[str, Any]) -> list[tuple[str, str]]:
+    """Head and text of each column that the entry has."""
+    return [
+        (head, _number(logs[key], digits))
+        for key, head, digits in COLUMNS
+        if isinstance(logs.get(key), (int, float)) and not isinstance(logs[key], bool)
+    ]
 
 
-def _totals(logs: Mapping[str, Any]) -> str:
-    loss = f", mean loss {_number(logs['train_loss'], 4)}" if _is_number(logs.get("train_loss")) else ""
-    return f"trained for {_duration(logs['train_runtime'])}{loss}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _width(head: str) -> int:
+    return max(len(head), WIDTH) + 1
 
 
 def _number(value: float, digits: int | None) -> str:
-    """
-    >>> _number(0.12345, 3), _number(1e-5, None), _number(1234567.0, 1)
-    ('0.123', '1.0e-05', '1.23e+06')
+    """In at most 7 characters, with fewer digits if need be.
+
+    >>> _number(0.12345, 3), _number(1e-5, None), _number(-1234.5678, 3), _number(123456789.0, 1)
+    ('0.123', '1.0e-05', '-1234.6', '1e+08')
     """
     if digits is None:
         return f"{value:.1e}"
-    text = f"{value:.{digits}f}"
-    return text if len(text) < WIDTH else f"{value:.2e}"
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(59.6), _duration(3725)
-    ('1:00', '1:02:05')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    texts = (f"{value:.{n}f}" for n in range(digits, -1, -1))
+    return next((text for text in texts if len(text) <= WIDTH), f"{value:.0e}")

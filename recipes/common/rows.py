@@ -9,11 +9,12 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl, read_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
-from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments, UserError
+from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments
 from prefopt.recipes.common.conversations import is_message, split_implicit_prompts
 from prefopt.recipes.common.sources import load_source
 from prefopt.trainers.dpo.config import RankedDPOConfig
@@ -24,8 +25,10 @@ Rows = Dataset | list[dict]
 Check = Callable[[Rows, str], None]
 Convert = Callable[[Rows, str], Rows]
 
-FIRST_ROWS = 100  # of a stream: checked before any model is loaded, the others as they come
-SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
+# Of a stream: checked before any model is loaded, the others as they come.
+FIRST_ROWS = 100
+# Rows of a stream that are shuffled among each other.
+SHUFFLE_BUFFER = 1000
 
 
 def load_rows(
@@ -46,12 +49,13 @@ def load_rows(
     no more is downloaded than the rows of this split.
     """
     rows = _load(name, key, split, config, stream)
-    try:
-        rows = list(rows) if isinstance(rows, IterableDataset) else rows
-        rows = rows if convert is None else convert(rows, str(name))
-        check(rows, str(name))
-    except ValueError as error:
-        raise UserError(error) from error
+    if isinstance(rows, IterableDataset):
+        try:
+            rows = list(rows)
+        except ValueError as error:
+            raise UserError(error) from error
+    rows = rows if convert is None else convert(rows, str(name))
+    check(rows, str(name))
     return rows if isinstance(rows, Dataset) else _as_dataset(rows, str(name))
 
 
@@ -76,8 +80,9 @@ def stream_rows(
         try:
             one = [row] if convert is None else convert([row], source)
             check(one, source)
-        except ValueError as error:  # of a list with one row
-            raise ValueError(str(error).replace(f"{source} row 0:", f"{source} row {number}:", 1)) from error
+        # The check saw a list of one row.
+        except UserError as error:
+            raise UserError(str(error).replace(f"{source} row 0:", f"{source} row {number}:", 1)) from error
         return one[0]
 
     return rows.map(checked, with_indices=True)
@@ -147,19 +152,16 @@ def load_comparisons(
     wants_eval = args.eval_strategy != "no"
     how: dict[str, Any] = {"check": check_comparisons, "convert": split_implicit_prompts}
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
-    try:
-        if data.dataset_streaming:
-            check_stream_options(args)
-            train = _stream_comparisons(data, args, how)
-            evaluation = _load_evaluation(data, wants_eval, stream=True, **how)
-        else:
-            train, evaluation = load_train_and_eval(data, wants_eval, **how)
-            train = prepare_comparisons(train, source=data.dataset_name, **options)
-        if evaluation is not None:
-            source = data.eval_dataset_name or data.dataset_name
-            evaluation = prepare_comparisons(evaluation, source=source, **options)
-    except ValueError as error:
-        raise UserError(error) from error
+    if data.dataset_streaming:
+        check_stream_options(args)
+        train = _stream_comparisons(data, args, how)
+        evaluation = _load_evaluation(data, wants_eval, stream=True, **how)
+    else:
+        train, evaluation = load_train_and_eval(data, wants_eval, **how)
+        train = prepare_comparisons(train, source=data.dataset_name, **options)
+    if evaluation is not None:
+        source = data.eval_dataset_name or data.dataset_name
+        evaluation = prepare_comparisons(evaluation, source=source, **options)
     return train, evaluation
 
 
@@ -177,11 +179,11 @@ def check_comparisons(rows: Rows, source: str) -> None:
     """`validate_comparisons`, which of rows in a public format says what converts them."""
     try:
         validate_comparisons(rows, source)
-    except ValueError as error:
+    except UserError as error:
         first = rows[0] if len(rows) else None
         if isinstance(first, Mapping) and (name := needs_conversion(first)):
-            told = f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
-            raise ValueError(f"{error}; {told}") from error
+            remedy = f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
+            raise UserError(f"{error}; {remedy}") from error
         raise
 
 
@@ -192,10 +194,10 @@ def check_fields(*names: str) -> Check:
         if isinstance(rows, Dataset):
             missing = [name for name in names if name not in rows.column_names]
             if missing:
-                raise ValueError(f"{source}: missing field {missing[0]!r}; the rows have {rows.column_names}")
+                raise UserError(f"{source}: missing field {missing[0]!r}; the rows have {rows.column_names}")
             rows = rows.select_columns(list(names))
         if len(rows) == 0:
-            raise ValueError(f"{source}: no rows")
+            raise UserError(f"{source}: no rows")
         kinds: dict[str, type] = {}
         for number, row in enumerate(rows):
             for name in names:
@@ -203,12 +205,12 @@ def check_fields(*names: str) -> Check:
                 is_chat = isinstance(value, list) and name != "text"
                 if not value or not (isinstance(value, str) or (is_chat and all(map(is_message, value)))):
                     expected = "a text" if name == "text" else "a text or messages with 'role' and 'content'"
-                    found = repr(value)[:80] if name in row else "nothing"
-                    raise ValueError(
-                        f"{source} row {number}: field {name!r}: expected {expected}, got {found}"
+                    actual = repr(value)[:80] if name in row else "nothing"
+                    raise UserError(
+                        f"{source} row {number}: field {name!r}: expected {expected}, got {actual}"
                     )
                 if type(value) is not kinds.setdefault(name, type(value)):
-                    raise ValueError(
+                    raise UserError(
                         f"{source} row {number}: field {name!r}: text in some rows and messages in others; "
                         "train on them separately"
                     )

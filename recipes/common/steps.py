@@ -1,4 +1,4 @@
-"""Run named steps once each: a finished step is kept, and a second run of the command goes on after it."""
+"""Run named steps once each: a finished step is kept, and a second run of the command begins after it."""
 
 import hashlib
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_whole
-from prefopt.recipes.common.arguments import UserError
 
 
 class Steps:
@@ -28,9 +28,8 @@ class Steps:
         self.console = console or Console()
         self.seconds: dict[str, float] = {}
         self._started = time.monotonic()
-        self._inputs = (
-            ""  # fingerprint of everything that ran before, so that a change early on is noticed later
-        )
+        # Fingerprint of everything that ran before, so that a change early on is noticed later.
+        self._inputs = ""
 
     def run(self, name: str, title: str, settings: Any, work: Callable[[], None]) -> None:
         """Do one step, or skip it because it is done."""

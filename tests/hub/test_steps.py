@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from prefopt import cli
+from prefopt.errors import UserError
 from prefopt.hub.push import push_folder
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.checkpoints import load_reward_model
@@ -78,10 +79,10 @@ def test_every_step_starts_from_the_adapter_that_the_step_before_has_published(h
 def test_a_failed_push_is_no_failed_training(hub, base, files):
     hub.fail("POST /api/models/me/rm/commit", 500)
     argv = [*LORA, *to_hub("rm"), "--hub_private_repo", "true"]
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         run(reward, base, files / "rankings.jsonl", files / "rm", *argv)
     message = str(stop.value)  # SystemExit with a message: exit code 1
-    assert message.startswith("error: training is done and saved, but ")
+    assert message.startswith("training is done and saved, but ")
     assert "\n" not in message
     saved = (files / "rm" / "adapter_model.safetensors").read_bytes()
     assert (files / "rm" / "trainer_state.json").is_file()
@@ -103,7 +104,7 @@ def test_a_failed_push_is_no_failed_training(hub, base, files):
 def test_what_would_fail_at_the_end_fails_before_anything_is_loaded(options, said, hub, files, monkeypatch):
     if "you/rm" in options:
         monkeypatch.setenv("HF_TOKEN", "reader")
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         run(
             reward,
             "/no/such/model",
@@ -182,7 +183,7 @@ def test_a_revision_is_where_a_step_starts(hub, base, tokenizer, files):
     trainer.train()
     trainer.save_model()
     push_folder(files / "first", "me/policy", revision="trial")
-    with pytest.raises(SystemExit, match="cannot load a tokenizer from 'me/policy'"):
+    with pytest.raises(UserError, match="cannot load a tokenizer from 'me/policy'"):
         run(dpo, "me/policy", files / "rankings.jsonl", files / "dpo")
     for recipe, output in ((dpo, "dpo"), (reward, "rm")):
         run(recipe, "me/policy", files / "rankings.jsonl", files / output, "--model_revision", "trial",

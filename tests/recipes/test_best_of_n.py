@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
+from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import drift, tax
 from prefopt.evaluation.stages import generate as generation
@@ -135,7 +136,7 @@ def test_equal_scores_keep_the_first(tmp_path):
 )
 def test_mistakes_stop_early(files, extra, message):
     extra = [str(files / "sft") if x == "sft" else x for x in extra]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         run(files, *extra)
 
 
@@ -144,7 +145,7 @@ def test_a_prompt_too_long_for_the_reward_model_stops_before_anything_is_drawn(f
     (files / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
     monkeypatch.setattr(best_of_n, "load_policy", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(
-        SystemExit, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"
+        UserError, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"
     ):
         run(files)
 
@@ -153,7 +154,7 @@ def test_broken_scores_stop(files):
     broken = AutoModelForSequenceClassification.from_pretrained(files / "rm")
     broken.score.weight.data[:] = float("nan")
     save_reward_model(broken, files / "rm")
-    with pytest.raises(SystemExit, match="scores are not finite"):
+    with pytest.raises(UserError, match="scores are not finite"):
         run(files)
 
 

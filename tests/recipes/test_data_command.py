@@ -12,9 +12,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from prefopt import cli
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.rankings.checks import validate_comparisons
-from prefopt.recipes.common.arguments import ComparisonArguments, UserError
+from prefopt.recipes.common.arguments import ComparisonArguments
 from prefopt.recipes.common.rows import load_comparisons
 from prefopt.trainers.reward.config import RankedRewardConfig
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
+from prefopt.errors import UserError
 from prefopt.evaluation.results import find
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import evaluate
-from prefopt.recipes.common.arguments import UserError
 
 PROMPTS = [
     {"prompt": f"question: what is {i}? answer:", "use_case": "chat" if i % 4 else "held"} for i in range(8)

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 from trl import ModelConfig
 
 from prefopt.cli import main
+from prefopt.errors import UserError
 from prefopt.memory_plan.steps import STEPS
-from prefopt.recipes.common.arguments import UserError
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
 
 SIZES = {

@@ -10,10 +10,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import get_reward_bias
 from prefopt.recipes import best_of_n, dpo, evaluate, pipeline, ppo_ptx, reward, sample, sft, sweep
+from prefopt.recipes.common import training
 from prefopt.recipes.recipes import copy
 from tests.conftest import tiny_config
 
@@ -42,12 +44,13 @@ class Parsed(Exception):
 
 def arguments_of(step, argv, monkeypatch):
     """What the step makes of its arguments, by attribute, whichever dataclass has it."""
-    parse = step.parse
+    place = step if hasattr(step, "parse") else training
+    parse = place.parse
 
     def parse_and_stop(*args, **kwargs):
         raise Parsed(parse(*args, **kwargs))
 
-    monkeypatch.setattr(step, "parse", parse_and_stop)
+    monkeypatch.setattr(place, "parse", parse_and_stop)
     with pytest.raises(Parsed) as parsed:
         step.main(argv)
     return {name: value for part in parsed.value.args[0] for name, value in vars(part).items()}
@@ -79,7 +82,7 @@ def test_every_file_is_what_its_step_takes(path, monkeypatch, tmp_path):
 
 def test_an_unknown_key_of_a_file_stops(tmp_path):
     (tmp_path / "sft.yaml").write_text((QLORA / "sft.yaml").read_text() + "\nnum_epochs: 3\n")
-    with pytest.raises(SystemExit, match=r"unknown key in .*sft.yaml: 'num_epochs'"):
+    with pytest.raises(UserError, match=r"unknown key in .*sft.yaml: 'num_epochs'"):
         sft.main(["--config", str(tmp_path / "sft.yaml")])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import sequence_scores
@@ -152,12 +153,12 @@ def test_a_reward_model_is_no_policy(files, tokenizer, recipe):
             "--max_completion_length",
             "4",
         ]
-    with pytest.raises(SystemExit, match="is a reward model; expected a language model"):
+    with pytest.raises(UserError, match="is a reward model; expected a language model"):
         recipe.main(argv)
 
 
 def test_a_language_model_is_no_reward_model(files):
-    with pytest.raises(SystemExit, match=r"reward_model_name_or_path: .* has no trained head"):
+    with pytest.raises(UserError, match=r"reward_model_name_or_path: .* has no trained head"):
         run(ppo_ptx, files, "base", "prompts.jsonl", "ppo", "--ptx_coef", 0,
             "--reward_model_name_or_path", files / "base")  # fmt: skip
 
@@ -170,9 +171,9 @@ def test_chat_rows_without_a_template_stop_before_training(files):
         }
     ]
     write_jsonl(files / "chat.jsonl", chat)
-    with pytest.raises(SystemExit, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         run(reward, files, "base", "rankings.jsonl", "rm", "--center_on", files / "chat.jsonl")
-    with pytest.raises(SystemExit, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         run(sft, files, "base", "chat.jsonl", "sft")
     assert not (files / "rm").exists()
 

@@ -98,8 +98,12 @@ def test_the_report_names_versions_and_hides_secrets(monkeypatch, capsys):
     )
     import torch
 
-    assert shown["torch"] == torch.__version__
-    assert {"prefopt", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"} <= set(shown)
+    import prefopt
+
+    assert shown["PyTorch version"] == torch.__version__
+    assert shown["prefopt version"] == prefopt.__version__
+    names = {"Transformers", "TRL", "PEFT", "bitsandbytes", "Datasets", "Accelerate", "vLLM", "lm-eval"}
+    assert {f"{name} version" for name in names} <= set(shown)
     assert shown["HF_TOKEN"] == "set, not shown"
     assert shown["HF_HUB_OFFLINE"] == "1"
     assert shown["4-bit weights (bitsandbytes)"].startswith("work on ")

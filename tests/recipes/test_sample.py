@@ -2,6 +2,7 @@
 
 import pytest
 
+from prefopt.errors import UserError
 from prefopt.inference.generate import generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.recipes import sample
@@ -128,10 +129,10 @@ def test_with_other_rows_or_another_model_it_begins_anew(files, causal_lm, batch
 def test_a_file_of_others_is_not_written_over(files):
     """The prompts themselves, and what another command or a person wrote; its own file is drawn anew."""
     before = (files / "prompts.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="is also read; choose another name"):
+    with pytest.raises(UserError, match="is also read; choose another name"):
         sample.main(options(files, "prompts.jsonl"))
     write_jsonl(files / "mine.jsonl", [{"prompt": "by hand"}])
-    with pytest.raises(SystemExit, match=r"mine\.jsonl is there, and this command did not write it"):
+    with pytest.raises(UserError, match=r"mine\.jsonl is there, and this command did not write it"):
         sample.main(options(files, "mine.jsonl"))
     assert (files / "prompts.jsonl").read_bytes() == before
     assert read_jsonl(files / "mine.jsonl") == [{"prompt": "by hand"}]

@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.rankings.dataset import ComparisonStream
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
@@ -123,9 +124,7 @@ def test_bad_rows_are_named_by_their_number_in_the_file(tmp_path, tokenizer):
     bad = {**RANKED[0], "ranks": [1, 3, 3]}
     path = str(tmp_path / "rankings.jsonl")
     write_jsonl(path, [*RANKED[:2], bad])
-    with pytest.raises(
-        SystemExit, match=r"error: .*rankings.jsonl row 2: field 'ranks': expected dense ranks"
-    ):
+    with pytest.raises(UserError, match=r".*rankings.jsonl row 2: field 'ranks': expected dense ranks"):
         stream_rows(path, key="dataset_name", check=check_comparisons)
     write_jsonl(path, RANKED * 12 + [bad])  # behind the first ones, which are checked at once
     stream = stream_rows(path, key="dataset_name", check=check_comparisons)
@@ -134,7 +133,7 @@ def test_bad_rows_are_named_by_their_number_in_the_file(tmp_path, tokenizer):
         for _ in shuffled:
             pass
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
-    with pytest.raises(SystemExit, match=r"broken.jsonl line 2: not valid JSON"):
+    with pytest.raises(UserError, match=r"broken.jsonl line 2: not valid JSON"):
         stream_rows(str(tmp_path / "broken.jsonl"), key="d", check=check_fields("text"))
 
 
@@ -144,12 +143,12 @@ def test_bad_rows_are_named_by_their_number_in_the_file(tmp_path, tokenizer):
         (
             reward,
             ["--max_steps", "-1"],
-            "error: the train dataset is a stream, which has no length: set max_steps",
+            "the train dataset is a stream, which has no length: set max_steps",
         ),
         (
             dpo,
             ["--precompute_ref_log_probs", "true"],
-            "error: precompute_ref_log_probs=True would read the stream",
+            "precompute_ref_log_probs=True would read the stream",
         ),
         (sft, [], "unknown key in the command line: 'dataset_streaming'"),
         (ppo_ptx, [], "unknown key in the command line: 'dataset_streaming'"),
@@ -159,7 +158,7 @@ def test_what_cannot_stream_is_said_before_a_model_is_loaded(recipe, options, ex
     write_jsonl(tmp_path / "rankings.jsonl", RANKED)
     argv = ["--model_name_or_path", "no-such-model", "--dataset_name", str(tmp_path / "rankings.jsonl")]
     argv += ["--output_dir", str(tmp_path), *OPTIONS, "--dataset_streaming", "true", *options]
-    with pytest.raises(SystemExit, match=expected):
+    with pytest.raises(UserError, match=expected):
         recipe.main(argv)
 
 
@@ -167,7 +166,7 @@ def test_pretraining_text_streams_into_ppo_ptx_and_into_sft(folder):
     text = ["--pretrain_dataset_name", folder / "text.jsonl", "--pretrain_streaming", "true"]
     run(sft, folder, "demos.jsonl", "sft", "--max_length", 16, *text, "--pretrain_mix", 0.25)
     with pytest.raises(
-        SystemExit, match=r"pretrain_mix 0\.98 needs 588 blocks of pretraining text, the stream has"
+        UserError, match=r"pretrain_mix 0\.98 needs 588 blocks of pretraining text, the stream has"
     ):
         run(sft, folder, "demos.jsonl", "more", "--max_length", 16, *text, "--pretrain_mix", 0.98)
     run(reward, folder, "rankings.jsonl", "rm")

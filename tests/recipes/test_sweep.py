@@ -13,6 +13,7 @@ import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 from prefopt import cli
+from prefopt.errors import UserError
 from prefopt.evaluation.report.sweep import VERDICT
 from prefopt.evaluation.sweep import (
     Gain,
@@ -24,7 +25,6 @@ from prefopt.evaluation.sweep import (
 )
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import sweep
-from prefopt.recipes.common.arguments import UserError
 from prefopt.sandbox import World, build_tokenizer
 from prefopt.statistics.intervals import Estimate
 from prefopt.statistics.overoptimization import fit_rl, rollout_gains

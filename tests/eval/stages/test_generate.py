@@ -10,6 +10,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
+from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import compare, drift, judge, tax
 from prefopt.evaluation.stages import generate as generation
@@ -192,7 +193,7 @@ def test_the_command_goes_from_prompts_to_win_rates(folder: Path, capsys):
     path = folder / "evaluation.yaml"
     path.write_text(yaml.safe_dump(config))
     evaluate.main(["generate", "--config", str(path)])
-    with pytest.raises(SystemExit, match="no judge gave a verdict"):  # a sum of texts is no number
+    with pytest.raises(UserError, match="no judge gave a verdict"):  # a sum of texts is no number
         evaluate.main(["judge", "--config", str(path)])
     run = EvaluationRun(folder / "out")
     assert run.stage("judge")["data"]["judges"]["gold"].startswith("failed: ValueError")
@@ -229,7 +230,7 @@ def test_models_from_the_command_line_and_mistakes(folder: Path):
         (["judge", *out, "--models", '{"sft": "a"}'], "prefopt eval generate"),
         (["generate", *out, "--models", '{"sft": "a"}'], "prompts is required"),
     ):
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(UserError, match=words):
             evaluate.main(argv)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from prefopt import cli
+from prefopt.errors import UserError
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.rows import check_fields, load_rows
 
@@ -27,7 +28,7 @@ def run_reward(tmp_path, rows, *extra):
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         reward.main([*arguments, *extra])
     return str(stop.value)
 
@@ -47,11 +48,11 @@ def run_reward(tmp_path, rows, *extra):
 @pytest.mark.parametrize("recipe", [reward, dpo])
 def test_bad_rows_name_row_field_and_expectation(tmp_path, row, said, recipe):
     data = write_rows(tmp_path / "rows.jsonl", [GOOD, row])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         recipe.main(
             ["--model_name_or_path", NO_MODEL, "--dataset_name", data, "--output_dir", str(tmp_path / "out")]
         )
-    for words in ("error", "rows.jsonl", *said):
+    for words in ("rows.jsonl", *said):
         assert words in str(stop.value)
 
 
@@ -60,21 +61,21 @@ def test_unknown_yaml_key_is_an_error_with_a_suggestion(tmp_path, recipe):
     config = tmp_path / "step.yaml"
     key, meant = ("temprature", "temperature") if recipe is sample else ("learnin_rate", "learning_rate")
     config.write_text(f"model_name_or_path: {NO_MODEL}\n{key}: 0.1\n")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(UserError) as stop:
         recipe.main(["--config", str(config)])
     assert f"'{key}' (did you mean '{meant}'?)" in str(stop.value)
     assert "step.yaml" in str(stop.value)
 
 
 def test_unknown_command_line_key_is_an_error_with_a_suggestion(tmp_path):
-    with pytest.raises(SystemExit, match=r"command line: 'learnin_rate' .did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match=r"command line: 'learnin_rate' .did you mean 'learning_rate'"):
         reward.main(["--learnin_rate", "0.1", "--output_dir", str(tmp_path)])
 
 
 def test_command_line_wins_over_the_file(tmp_path):
     config = tmp_path / "step.yaml"
     config.write_text(f"model_name_or_path: {NO_MODEL}\ndataset_name: from_file.jsonl\n")
-    with pytest.raises(SystemExit, match=r"from_line\.jsonl"):
+    with pytest.raises(UserError, match=r"from_line\.jsonl"):
         sample.main(["--config", str(config), "--dataset_name", "from_line.jsonl", "--output", "x.jsonl"])
 
 
@@ -84,17 +85,17 @@ def test_all_rows_tied_is_said(tmp_path):
 
 
 def test_missing_file_and_broken_json(tmp_path):
-    with pytest.raises(SystemExit, match=r"nowhere\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
         load_rows("nowhere.jsonl", check=check_fields("prompt"), key="dataset_name")
     broken = tmp_path / "rows.jsonl"
     broken.write_text('{"prompt": "a"}\n{"prompt": ')
-    with pytest.raises(SystemExit, match="line 2"):
+    with pytest.raises(UserError, match="line 2"):
         load_rows(str(broken), check=check_fields("prompt"), key="dataset_name")
 
 
 def test_an_empty_cell_names_its_row(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": ""}])
-    with pytest.raises(SystemExit, match="row 1: field 'prompt'"):
+    with pytest.raises(UserError, match="row 1: field 'prompt'"):
         load_rows(data, check=check_fields("prompt"), key="dataset_name")
 
 
@@ -132,13 +133,13 @@ def test_cli_lists_every_command_and_refuses_others(capsys):
 )
 def test_prompts_that_are_no_text_name_their_row(tmp_path, row, said):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, row])
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(UserError, match=said):
         load_rows(data, check=check_fields("prompt"), key="dataset_name")
 
 
 def test_a_field_of_mixed_types_is_named(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "two"}])
-    with pytest.raises(SystemExit, match="field 'id' has values of different types"):
+    with pytest.raises(UserError, match="field 'id' has values of different types"):
         load_rows(data, check=check_fields("prompt"), key="dataset_name")
 
 
@@ -146,19 +147,19 @@ def test_a_field_of_mixed_types_is_named(tmp_path):
 def test_a_file_that_is_no_mapping_of_words_is_refused(tmp_path, text):
     config = tmp_path / "step.yaml"
     config.write_text(text)
-    with pytest.raises(SystemExit, match=r"step\.yaml"):
+    with pytest.raises(UserError, match=r"step\.yaml"):
         reward.main([f"--config={config}"])
-    with pytest.raises(SystemExit, match="needs a YAML file"):
+    with pytest.raises(UserError, match="needs a YAML file"):
         reward.main(["--config"])
 
 
 def test_a_missing_model_is_one_line(tmp_path):
     message = run_reward(tmp_path, [GOOD])
-    assert message.startswith("error: model_name_or_path: cannot load")
+    assert message.startswith("model_name_or_path: cannot load")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("beta", ["0", "-1"])
 def test_dpo_refuses_a_beta_that_inverts_the_ranks(tmp_path, beta):
-    with pytest.raises(SystemExit, match="expected a positive number"):
+    with pytest.raises(UserError, match="expected a positive number"):
         dpo.main(["--output_dir", str(tmp_path), "--beta", beta])

@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
@@ -198,13 +199,13 @@ def test_rated_outputs_alone_or_beside_demonstrations(tmp_path):
     assert (train["completion"][:], beside) == (["x"], None)
     train, _, beside = load_sft_rows(SFTArguments(dataset_name=str(tmp_path / "demos.jsonl"), **given), args)
     assert (train["completion"][:], beside["completion"][:]) == (["z"], ["x"])
-    with pytest.raises(SystemExit, match=r"none of 2 rated outputs is rated 8 or more"):
+    with pytest.raises(UserError, match=r"none of 2 rated outputs is rated 8 or more"):
         load_sft_rows(SFTArguments(**given, min_rating=8), args)
 
 
 @pytest.mark.parametrize("key", ["--assistant_only_loss", "--completion_only_loss"])
 def test_trls_words_for_what_the_loss_is_on_name_ours(key):
-    with pytest.raises(SystemExit, match="say it with loss_on"):
+    with pytest.raises(UserError, match="say it with loss_on"):
         sft.main(["--model_name_or_path", "x", "--dataset_name", "y", key, "true", "--report_to", "none"])
 
 
@@ -264,7 +265,7 @@ def test_pairs_without_a_common_turn_stop(tmp_path):
         tmp_path / "pairs.jsonl", [{"chosen": say("user: a", "assistant: b"), "rejected": say("user: c")}]
     )
     with pytest.raises(
-        SystemExit, match="row 0: expected 'chosen' and 'rejected' that begin with the same turns"
+        UserError, match="row 0: expected 'chosen' and 'rejected' that begin with the same turns"
     ):
         load_rows(
             str(tmp_path / "pairs.jsonl"),

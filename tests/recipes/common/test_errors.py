@@ -1,4 +1,4 @@
-"""Troubles of every day end a command with a sentence and a remedy; a bug keeps its traceback."""
+"""Common errors end a command with a sentence and a remedy; a bug keeps its traceback."""
 
 import errno
 import os
@@ -14,8 +14,9 @@ from huggingface_hub import errors
 from safetensors import SafetensorError
 
 from prefopt import cli
-from prefopt.losses import ranking_loss
-from prefopt.recipes.common.arguments import UserError, parse
+from prefopt.errors import UserError, UserImportError, UserTypeError
+from prefopt.rankings.checks import validate_comparisons
+from prefopt.recipes.common.arguments import parse
 from prefopt.recipes.common.errors import explain, run_command
 
 
@@ -77,7 +78,7 @@ GPU_MEMORY = torch.OutOfMemoryError(
         (RuntimeError("WandbCallback requires wandb. Run `pip install wandb`."), "sft", "pip install wandb"),
     ],
 )
-def test_a_trouble_is_told_with_its_remedy(error, command, said, monkeypatch):
+def test_a_common_error_is_one_sentence_with_its_remedy(error, command, said, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert said in explain(error, command)
 
@@ -93,7 +94,7 @@ def test_a_refusal_by_transformers_is_translated_where_the_settings_are_read(tmp
         pytest.fail("this test says what happens without a GPU")
     from prefopt.recipes.sft import SFTStepConfig
 
-    with pytest.raises(UserError, match=r"error: bf16: true needs a GPU that has bf16 .*leave bf16 unset"):
+    with pytest.raises(UserError, match=r"^bf16: true needs a GPU that has bf16 .*leave bf16 unset"):
         parse((SFTStepConfig,), ["--output_dir", str(tmp_path), "--bf16", "true"], "prefopt sft")
 
 
@@ -107,23 +108,20 @@ def test_a_refusal_by_transformers_is_translated_where_the_settings_are_read(tmp
         AttributeError("y"),
     ],
 )
-def test_a_bug_is_no_trouble_of_every_day(error):
+def test_a_bug_is_no_common_error(error):
     assert explain(error, "sft") is None
 
 
-def test_what_prefopt_refuses_itself_is_told_as_it_is():
-    with pytest.raises(ValueError, match="ties") as refused:
-        ranking_loss(torch.zeros(1, 2), torch.tensor([[1, 2]]), ties="none")
-    assert explain(refused.value) == str(refused.value)
+@pytest.mark.parametrize("kind", [UserError, UserTypeError, UserImportError])
+def test_what_prefopt_refuses_itself_is_shown_as_it_is(kind):
+    assert explain(kind("rows.jsonl row 2: no ranks"), "sft") == "rows.jsonl row 2: no ranks"
+    with pytest.raises(SystemExit, match=r"^error: rows\.jsonl row 2: no ranks$"):
+        run_command(raises(kind("rows.jsonl row 2: no ranks")), "sft")
 
 
-def test_an_error_that_arises_inside_prefopt_is_a_bug():
-    """Not raised by a `raise` of prefopt's: its text was not written for the user."""
-    scope = {"__name__": "prefopt.somewhere", "__spec__": types.SimpleNamespace(name="prefopt.somewhere")}
-    exec("def broken():\n    return int('x')\n", scope)
-    with pytest.raises(ValueError, match="invalid literal") as bug:
-        scope["broken"]()
-    assert explain(bug.value) is None
+def test_rows_are_refused_for_the_user():
+    with pytest.raises(UserError, match="row 0: field 'ranks'"):
+        validate_comparisons([{"prompt": "p", "completions": ["a", "b"], "ranks": [1]}], "rows.jsonl")
 
 
 # ---- how a command ends -----------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ def raises(error):
     return main
 
 
-def test_a_trouble_ends_with_one_line(capsys):
+def test_a_common_error_ends_with_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(raises(GPU_MEMORY), "sft")
     assert str(stop.value).startswith("error: out of memory on the GPU")

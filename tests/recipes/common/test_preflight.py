@@ -5,10 +5,10 @@ import json
 import pytest
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common import preflight as checks
-from prefopt.recipes.common.errors import UserError
 
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 CONTEXT = 256  # max_position_embeddings of the tests' models
@@ -64,7 +64,7 @@ def ppo_command(*extra):
     ids=["sft", "reward", "dpo", "ppo-ptx"],
 )
 def test_a_length_beyond_the_context_names_the_limit(files, no_weights, recipe, argv):
-    with pytest.raises(SystemExit, match=rf"max_length is 257, but base reads at most {CONTEXT} tokens"):
+    with pytest.raises(UserError, match=rf"max_length is 257, but base reads at most {CONTEXT} tokens"):
         recipe.main(argv)
 
 
@@ -91,7 +91,7 @@ def test_a_prompt_that_leaves_no_room_for_a_completion_is_named(files, no_weight
     else:
         argv, key = ppo_command("--ptx_coef", 0), "max_completion_length"
     with pytest.raises(
-        SystemExit, match=rf"row 2: its prompt of {length} tokens and {key} {room + 1} are more than the 256"
+        UserError, match=rf"row 2: its prompt of {length} tokens and {key} {room + 1} are more than the 256"
     ):
         recipe.main([*argv, f"--{key}", str(room + 1)])
     with pytest.raises(AssertionError, match="weights were loaded"):  # one token less fits
@@ -137,7 +137,7 @@ def test_a_tokenizer_without_any_closing_token_is_refused(files, tokenizer_sourc
     PreTrainedTokenizerFast(tokenizer_object=tokenizer_source).save_pretrained("base")
     assert AutoTokenizer.from_pretrained("base").eos_token is None
     with pytest.raises(
-        SystemExit, match=r"neither a padding nor an end-of-sequence token: set tokenizer\.eos_token"
+        UserError, match=r"neither a padding nor an end-of-sequence token: set tokenizer\.eos_token"
     ):
         reward.main(command("rankings.jsonl"))
 
@@ -152,7 +152,7 @@ def test_a_finished_run_is_neither_overwritten_nor_saved_again(files, capsys):
     sft.main(argv)
     before = contents(files / "out")
     with pytest.raises(
-        SystemExit, match=r"output_dir: out holds a finished run.*resume_from_checkpoint: true"
+        UserError, match=r"output_dir: out holds a finished run.*resume_from_checkpoint: true"
     ):
         sft.main(argv)
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_checkpoints_of_an_unfinished_run_are_not_overwritten(files):
     argv = command("demos.jsonl", "--save_steps", 1)
     sft.main(argv)
     (files / "out" / "trainer_state.json").unlink()  # as if killed at the end
-    with pytest.raises(SystemExit, match=r"holds 2 checkpoints of an unfinished run"):
+    with pytest.raises(UserError, match=r"holds 2 checkpoints of an unfinished run"):
         sft.main(argv)
     sft.main([*argv, "--resume_from_checkpoint", "latest"])
     assert (files / "out" / "trainer_state.json").is_file()
@@ -178,7 +178,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(files):
     argv = command("demos.jsonl", "--save_strategy", "no")
     sft.main(argv)
     before = contents(files / "out")
-    with pytest.raises(SystemExit, match="has no checkpoint to go on from"):
+    with pytest.raises(UserError, match="has no checkpoint to go on from"):
         sft.main([*argv, "--max_steps", "5", "--resume_from_checkpoint", "true"])
     assert contents(files / "out") == before
 
@@ -212,14 +212,14 @@ def test_a_run_of_another_step_is_not_gone_on_with(files):
 
 
 def test_a_checkpoint_that_is_not_there_is_told_at_once(files, no_weights):
-    with pytest.raises(SystemExit, match="resume_from_checkpoint: there is no folder nowhere"):
+    with pytest.raises(UserError, match="resume_from_checkpoint: there is no folder nowhere"):
         sft.main(command("demos.jsonl", "--resume_from_checkpoint", "nowhere"))
 
 
 # ---- logging --------------------------------------------------------------------------------------------------
 def test_an_unknown_or_missing_logger_is_told_at_once(files, no_weights, monkeypatch):
-    with pytest.raises(SystemExit, match=r"report_to: nope is not supported, only .*wandb"):
+    with pytest.raises(UserError, match=r"report_to: nope is not supported, only .*wandb"):
         sft.main(command("demos.jsonl", "--report_to", "nope"))
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="report_to: wandb needs its package: pip install wandb"):
+    with pytest.raises(UserError, match="report_to: wandb needs its package: pip install wandb"):
         sft.main(command("demos.jsonl", "--report_to", "wandb"))

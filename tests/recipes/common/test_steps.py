@@ -2,6 +2,7 @@
 
 import pytest
 
+from prefopt.errors import UserError
 from prefopt.recipes.common.steps import Steps
 
 
@@ -38,7 +39,7 @@ def test_a_failed_step_is_run_again(tmp_path):
 def test_other_settings_are_refused_not_reused(tmp_path, changed):
     run(tmp_path, {}, [])
     log = []
-    with pytest.raises(SystemExit, match=f"step '{changed}' .* ran with other settings"):
+    with pytest.raises(UserError, match=f"step '{changed}' .* ran with other settings"):
         run(tmp_path, {changed: {"learning_rate": 1}}, log)
     assert log == []
 
@@ -47,6 +48,6 @@ def test_a_step_is_not_reused_after_an_earlier_one_ran_again(tmp_path):
     run(tmp_path, {}, [])
     (tmp_path / "steps" / "first.json").unlink()
     log = []
-    with pytest.raises(SystemExit, match=r"step 'second' .* before an earlier step ran again"):
+    with pytest.raises(UserError, match=r"step 'second' .* before an earlier step ran again"):
         run(tmp_path, {}, log)
     assert log == ["first"]

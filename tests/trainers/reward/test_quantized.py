@@ -14,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from prefopt.errors import UserError
 from prefopt.inference.scoring import score_texts
 from prefopt.models.checkpoints import load_reward_model, merge_reward_model, save_reward_model
 from prefopt.models.reward import get_reward_bias, keep_4bit_gradients, sequence_scores, value_model_from
@@ -351,7 +352,7 @@ def test_prefopt_reward_on_a_4bit_base(recipe, tokenizer, tmp_path):
 
 
 def test_options_that_cannot_work_stop_early(recipe):
-    with pytest.raises(SystemExit, match="lora_r is 0; expected at least 1"):
+    with pytest.raises(UserError, match="lora_r is 0; expected at least 1"):
         run(recipe, "--load_in_4bit", "--use_peft", lora_r=0)
-    with pytest.raises(SystemExit, match="quantized weights cannot be trained: add use_peft"):
+    with pytest.raises(UserError, match="quantized weights cannot be trained: add use_peft"):
         run(recipe, "--load_in_4bit")
