@@ -23,10 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", help="output_dir of the run, or one of its checkpoints")
     parser.add_argument("--output", type=Path, help="the page; default: explanation.html in the folder")
     arguments = parser.parse_args(argv)
-    try:
-        run = read_run(arguments.run)
-    except ValueError as error:
-        raise UserError(error) from error
+    run = read_run(arguments.run)
     output = arguments.output or run.folder / "explanation.html"
     print(summary(run))
     try:

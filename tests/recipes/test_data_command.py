@@ -160,9 +160,23 @@ def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
     assert "expected a command, got 'conv'" in refused("conv")
 
 
-def test_help_lists_the_commands(capsys):
-    said = run(capsys, "--help")
-    assert [line.split()[0] for line in said.splitlines()[1:]] == ["convert", "validate", "stats", "split"]
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("data", ["convert", "validate", "stats", "split"]),
+        ("label", ["export", "import", "agreement", "next"]),
+    ],
+)
+def test_help_lists_the_commands(capsys, command, names):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1:]] == names
+
+
+def test_more_files_than_a_command_reads_are_refused(ranked):
+    assert "too many arguments: other.jsonl; options begin with --" in refused("stats", ranked, "other.jsonl")
 
 
 def test_convert_keeps_dates(tmp_path, capsys):
