@@ -77,8 +77,11 @@ class PublishingMixin:
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         wanted = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        # Trainer's method takes `private` since transformers 5.23 only; every version reads it from the arguments.
+        if private is not None:
+            self.args.hub_private_repo = private
         with hub_errors(f"the repository {wanted} was not made", "nothing was trained or lost"):
-            super().init_hf_repo(token=token, private=private)
+            super().init_hf_repo(token=token)
 
     def push_to_hub(
         self,
