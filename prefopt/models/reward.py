@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -255,6 +256,12 @@ def keep_4bit_gradients(model: nn.Module) -> None:
             "and call `keep_4bit_gradients` first to train on the exact weights",
             repacked,
         )
+
+
+def checkpoint_activations(model: PreTrainedModel | PeftModel, options: dict[str, Any] | None = None) -> None:
+    """`model.activation_checkpointing_enable(options)`, which transformers before 5.23 knows by its older name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
 
 
 def add_reward_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: str) -> int:

@@ -12,8 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "compat"
-TESTS = "tests/test_losses.py tests/test_plackett_luce.py tests/test_advantages.py tests/trainers"
-TRAINERS = ("RankedRewardTrainer", "RankedDPOTrainer", "PPOPtxTrainer")
+# Each trainer's own tests; a row that refuses a trainer runs those of the others.
+TRAINERS = {
+    "RankedRewardTrainer": "tests/trainers/reward",
+    "RankedDPOTrainer": "tests/trainers/dpo",
+    "PPOPtxTrainer": "tests/trainers/ppo_ptx",
+}
+ALL = "tests/losses tests/trainers"
 
 # What a row may change, because TRL and transformers bound it; everything else is as in constraints.txt.
 RELEASED = ("trl", "transformers", "huggingface_hub", "tokenizers", "datasets")
@@ -23,7 +28,9 @@ def name_of(requirement):
     return re.match(r"[\w-]+", requirement).group()
 
 
-PINNED = {name_of(line): line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"}
+PINNED = {
+    name_of(line): line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
+}
 REQUIRED = {
     name_of(line): line
     for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
@@ -56,7 +63,10 @@ def install(row, folder):
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    wanted = [*row.split(), *(line for name, line in REQUIRED.items() if name not in map(name_of, row.split()))]
+    wanted = [
+        *row.split(),
+        *(line for name, line in REQUIRED.items() if name not in map(name_of, row.split())),
+    ]
     constraints, report = WORK / "constraints.txt", WORK / "report.json"
     constraints.write_text("\n".join(line for name, line in PINNED.items() if name not in RELEASED))
     done = run(
@@ -67,7 +77,11 @@ def install(row, folder):
         changed = [item["metadata"] for item in json.loads(report.read_text())["install"]]
         changed = [f"{metadata['name']}=={metadata['version']}" for metadata in changed]
         done = run("-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *changed)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    if done.returncode == 0:
+        return ""
+    _, _, conflict = done.stderr.partition("The conflict is caused by:\n")
+    lines = conflict.partition("\n\n")[0] or done.stderr.strip().splitlines()[-1]
+    return "; ".join(line.strip() for line in lines.splitlines())
 
 
 def refusals(environment):
@@ -75,9 +89,9 @@ def refusals(environment):
     code = (
         "import json, prefopt\n"
         "refused = {}\n"
-        f"for name in {TRAINERS}:\n"
+        f"for name in {list(TRAINERS)}:\n"
         "    try: getattr(prefopt, name)\n"
-        "    except Exception as error: refused[name] = f'{type(error).__name__}: {error}'\n"
+        "    except ImportError as error: refused[name] = str(error)\n"
         "print(json.dumps(refused))"
     )
     done = run("-c", code, **environment)
@@ -86,41 +100,43 @@ def refusals(environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test(environment):
+def test(tests, environment):
     """pytest's counts, and the first line of its summary that names a failure."""
-    tests = shlex.split(os.environ.get("TESTS", TESTS))
     done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *tests, **environment)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()[-1:]
-    counts = {
-        word: sum(int(number) for number in re.findall(rf"(\d+) {word}", lines[-1]))
+    passed, failed, errors, skipped = (
+        sum(int(number) for number in re.findall(rf"(\d+) {word}", lines[-1]))
         for word in ("passed", "failed", "error", "skipped")
-    }
+    )
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    reason = (failures or [lines[-1]])[0] if done.returncode else ""
-    return f"{counts['passed']}/{counts['failed'] + counts['error']}/{counts['skipped']}", reason
+    reason = (failures or lines[-1:])[0] if done.returncode else ""
+    return f"{passed}/{failed + errors}/{skipped}", reason
 
 
 def measure(row):
-    """(TRL, transformers, verdict, counts, reason) of a row."""
+    """TRL, transformers, verdict, counts and reason of a row."""
     folder = WORK / re.sub(r"[^\w.]+", "_", row)
     complaint = install(row, folder)
     if complaint:
-        return (*(name.partition("==")[2] or "newest" for name in row.split()), "not installable", "", complaint)
+        return (*row.split(), "not installable", "", complaint)
     environment = {
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
+        # Of the lines of its summary, pytest keeps what fits.
         "COLUMNS": "400",
     }
     code = "from importlib.metadata import version\nprint(version('trl'), version('transformers'))"
     versions = run("-c", code, **environment).stdout.split()
     refused = refusals(environment)
-    if refused:
-        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in refused.items())
-        return (*versions, "refused", "", reasons)
-    counts, reason = test(environment)
-    return (*versions, "fails" if reason else "works", counts, reason)
+    usable = [folder for name, folder in TRAINERS.items() if name not in refused]
+    if not usable:
+        return (*versions, "refused", "", " ".join(refused.values()))
+    tests = shlex.split(os.environ.get("TESTS", " ".join(usable) if refused else ALL))
+    counts, reason = test(tests, environment)
+    verdict = "fails" if reason else "works" if not refused else f"refuses {', '.join(refused)}"
+    return (*versions, verdict, counts, " ".join([reason, *refused.values()]).strip())
 
 
 def main():

@@ -34,7 +34,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         assert hasattr(constants, name)
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    # Before transformers 5.10 there is no such cache.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     patient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr("huggingface_hub.utils._http.time", patient)
     huggingface_hub.close_session()

@@ -21,7 +21,7 @@ from prefopt.models.prefix.attention import (
     varlen_kernel_works,
 )
 from prefopt.models.prefix.layout import pack
-from prefopt.models.reward import sequence_scores
+from prefopt.models.reward import checkpoint_activations, sequence_scores
 
 
 def varlen_by_loop(
@@ -120,7 +120,7 @@ def test_a_model_scores_as_with_rows(kind, checkpointing, monkeypatch):
     torch.manual_seed(0)
     model = model_class(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     ids, mask, prompts = random_rows(random.Random(3))
     weights = torch.randn(len(ids), generator=torch.Generator().manual_seed(1))
 

@@ -22,7 +22,7 @@ from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import Layout, PackedRows, Rows, pack
 from prefopt.models.prefix.sharing import sharing
-from prefopt.models.reward import keep_4bit_gradients, sequence_scores
+from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, sequence_scores
 
 VOCABULARY = 64
 
@@ -404,7 +404,7 @@ def test_gradient_checkpointing(variant, use_reentrant, adapter):
     batch = BATCHES["ragged"]
     expected, gradient, _ = loss_and_gradients(model, batch, None)
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     calls = []
     layer = prefix_sharing.backbone(model).layers[0].self_attn

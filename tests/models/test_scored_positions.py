@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.models import heads as lm_heads
 from prefopt.models.heads import last_mlp_at, token_logps
-from prefopt.models.reward import sequence_scores, token_scores
+from prefopt.models.reward import checkpoint_activations, sequence_scores, token_scores
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import score_ids
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
@@ -141,7 +141,7 @@ def test_scores_of_ids_equal_those_of_single_rows(reward_token, reward_model, ep
 
 
 def test_nothing_is_cut_where_checkpointing_runs_the_forward_again(reward_model, episodes):
-    reward_model.activation_checkpointing_enable()
+    checkpoint_activations(reward_model)
     tokens = watch_mlp(reward_model)
     with last_mlp_at(reward_model, 4, 6):
         token_scores(reward_model, *episodes)
@@ -164,7 +164,7 @@ def test_forwards_end_with_the_longest_episode(
         ptx_coef=0.0,
         pad_to_multiple_of=multiple,
         disable_tqdm=True,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
     )
     trainer = PPOPtxTrainer(
         causal_lm,

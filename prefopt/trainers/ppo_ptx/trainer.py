@@ -37,7 +37,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
-from prefopt.models.reward import keep_4bit_gradients, value_model_from
+from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import without_nulls_in_calls
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
@@ -330,8 +330,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 return value_function
             if self.args.disable_dropout:
                 disable_dropout_in_model(value_model)
-            if self.args.activation_checkpointing:
-                value_model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+            if self.args.gradient_checkpointing:
+                checkpoint_activations(value_model, self.args.gradient_checkpointing_kwargs)
                 if isinstance(value_model, PeftModel):
                     value_model.enable_input_require_grads()
         value_function.module.to(self.accelerator.device)
