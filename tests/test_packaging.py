@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import prefopt
 
@@ -100,9 +101,18 @@ def test_the_wheel_tells_what_it_is(wheel):
     assert metadata.get_payload().startswith("# prefopt")
     assert set(metadata.get_all("Provides-Extra")) == {"eval", "dev"}
     required = {
-        re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist") if "extra" not in line
+        (requirement := Requirement(line)).name: requirement.specifier
+        for line in metadata.get_all("Requires-Dist")
+        if "extra" not in line
     }
-    assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"} <= required
+    assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"} <= set(
+        required
+    )
+    assert "scikit-learn" not in required
+    # A bound from above would take prefopt out of every environment with a newer TRL; the trainers check it themselves.
+    assert {bound.operator for bounds in required.values() for bound in bounds} == {">="}
+    pinned = dict(re.findall(r"^([\w-]+)==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    assert all(bounds.contains(pinned[name]) for name, bounds in required.items() if name in pinned)
     scripts = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "prefopt = prefopt.cli:main" in scripts
 

@@ -118,7 +118,7 @@ def measure(row):
     folder = WORK / re.sub(r"[^\w.]+", "_", row)
     complaint = install(row, folder)
     if complaint:
-        return (*row.split(), "not installable", "", complaint)
+        return (*row.split()[:2], "not installable", "", complaint)
     environment = {
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "HF_HUB_OFFLINE": "1",

@@ -195,8 +195,8 @@ def require_seams(trainer: str) -> None:
         usable = f"; {' and '.join(others)} can be used" if others else ""
         raise UserImportError(
             f"{trainer} does not work with trl {version('trl')} and transformers {version('transformers')}: "
-            f"{'; '.join(problems)}. Install a version that prefopt was tested with (pip install trl==1.16.0), or a newer "
-            f"prefopt{usable}"
+            f"{'; '.join(problems)}. Install versions that prefopt was tested with (pip install trl==1.16.0 "
+            f"transformers==5.23.0), or a newer prefopt{usable}"
         )
 
 
