@@ -22,5 +22,5 @@ format: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,eval,label]'
 	touch $@

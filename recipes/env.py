@@ -27,6 +27,13 @@ def packages() -> dict[str, str]:
     return versions
 
 
+def seams() -> dict[str, str]:
+    """Whether each trainer finds in the installed TRL and transformers what it is built on."""
+    from prefopt.trainers.shared.trl_contract import verdicts
+
+    return {trainer: "; ".join(problems) or "works with them" for trainer, problems in verdicts().items()}
+
+
 def hardware() -> dict[str, str]:
     """What the machine has beyond its names, and whether bf16 and bitsandbytes' 4-bit weights work on it."""
     import torch
@@ -79,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl.scripts.env import print_env
 
     print_env()
-    for part in (packages, settings, hardware):  # the last one takes seconds
+    for part in (packages, seams, settings, hardware):  # the last one takes seconds
         for name, value in part().items():
             print(f"- {name}: {value}", flush=True)
 

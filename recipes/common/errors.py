@@ -31,6 +31,16 @@ TO_LOWER = {
 # Of these `prefopt plan` knows the memory.
 PLANNED = ("sft", "reward", "dpo", "ppo-ptx")
 
+# Packages that no training step needs -> the extra that brings them.
+EXTRAS = {
+    "evaluate": "eval",
+    "krippendorff": "label",
+    "lm_eval": "eval",
+    "markdown_it": "label",
+    "matplotlib": "eval",
+    "sacrebleu": "eval",
+}
+
 # Of how TRL and peft call transformers and torch, which no key of a command changes.
 NOISE = (
     r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated",
@@ -189,6 +199,9 @@ def _device(error: BaseException, command: str) -> str | None:
 
 def _package(error: BaseException, command: str) -> str | None:
     text = _first_line(str(error))
+    package = (getattr(error, "name", None) or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
+        return f"{package} is not installed: pip install 'prefopt[{EXTRAS[package]}]'"
     if isinstance(error, (ImportError, RuntimeError)) and "pip install" in text:
         return text
     return None

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 work=build/compat
 if ! cmp -s constraints.txt "$work/installed"; then
   rm -rf "$work" && mkdir -p "$work" && "${PYTHON:-python3}" -m venv "$work/base"
-  "$work/base/bin/python" -m pip install -q -c constraints.txt -e '.[dev,eval]'
+  "$work/base/bin/python" -m pip install -q -c constraints.txt -e '.[dev,eval,label]'
   cp constraints.txt "$work/installed"
 fi
 exec "$work/base/bin/python" tests/compat/matrix.py "$@"

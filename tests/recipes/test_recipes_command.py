@@ -96,6 +96,8 @@ def test_the_report_names_versions_and_hides_secrets(monkeypatch, capsys):
     shown = dict(
         line[2:].split(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("- ")
     )
+    for trainer in ("RankedRewardTrainer", "RankedDPOTrainer", "PPOPtxTrainer"):
+        assert shown[trainer] == "works with them"
     import torch
 
     import prefopt

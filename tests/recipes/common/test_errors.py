@@ -175,6 +175,17 @@ def test_a_help_and_a_success_pass_through():
     assert stop.value.code == 0
 
 
+@pytest.mark.parametrize(
+    ("argv", "package", "extra"),
+    [(["explain-run", "run"], "matplotlib", "eval"), (["label", "agreement", "x"], "krippendorff", "label")],
+)
+def test_a_package_of_an_extra_that_is_missing_is_named_with_it(argv, package, extra):
+    code = f"import sys; sys.modules[{package!r}] = None\nfrom prefopt import cli; cli.main({argv!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"error: {package} is not installed: pip install 'prefopt[{extra}]'" in done.stderr
+
+
 def test_a_command_and_its_module_end_alike(tmp_path, monkeypatch):
     """`accelerate launch -m prefopt.recipes.dpo` runs the module."""
     monkeypatch.chdir(tmp_path)
