@@ -29,8 +29,9 @@ from tests.trainers import conftest
 from tests.trainers.conftest import PAIRS, first_loss, lora, settings
 
 RAGGED = [
-    *conftest.RAGGED,
+    *conftest.RAGGED[:3],
     {"prompt": "a red house", "completions": [" is this", " sat", " ran"], "ranks": [1, 1, 2]},
+    *conftest.RAGGED[3:],
 ]
 
 
