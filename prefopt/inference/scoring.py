@@ -1,15 +1,22 @@
-"""Scores of a reward model: of ranked rows, of written completions, and of samples by their ids."""
+"""Scores of a reward model: of ranked rows, of written completions, and of samples by their ids.
+
+A row that is longer than the model has positions, or whose score is not finite, is an error that names it.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import Completion, pad, prompt_ids
+from prefopt.inference.generate import Completion, evaluating, pad, prompt_ids
+from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, sequence_scores
+from prefopt.models.roles import active
 from prefopt.rankings.tokens import build_ids
 
 Prompt = str | list[dict]
@@ -32,7 +39,7 @@ def score_rows(
             x, y = build_ids(tokenizer, row["prompt"], completion, truncated=cut)
             ids.append(x + y)
             numbers.append(number)
-    scores = iter(_score_ids(reward_model, ids, batch_size, numbers))
+    scores = iter(_checked_scores(reward_model, ids, batch_size, numbers))
     return [[next(scores) for _ in row["completions"]] for row in rows]
 
 
@@ -53,7 +60,7 @@ def score_texts(
     for prompt, completion, cut in zip(prompts, completions, truncated, strict=True):
         x, y = build_ids(tokenizer, prompt, completion, truncated=cut)
         ids.append(x + y)
-    return _score_ids(reward_model, ids, batch_size)
+    return _checked_scores(reward_model, ids, batch_size)
 
 
 def score_completions(
@@ -68,7 +75,7 @@ def score_completions(
         prompt_ids(tokenizer, prompt) + list(completion.ids)
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return _score_ids(reward_model, ids, batch_size)
+    return _checked_scores(reward_model, ids, batch_size)
 
 
 def score_samples(
@@ -81,68 +88,104 @@ def score_samples(
 ) -> list[float]:
     """Scores of a policy's samples: of the ids as they were sampled where the reward model has the policy's tokens, else,
     and where the policy's tokenizer is not known, of the text.
-
-    Raises:
-        UserError: a score is not finite.
     """
     known = tokenizer.get_vocab()
     if policy_tokenizer is not None and all(
         known.get(token) == i for token, i in policy_tokenizer.get_vocab().items()
     ):
-        scores = score_completions(reward_model, tokenizer, prompts, completions, batch_size)
-    else:
-        texts: list[Prompt] = [
-            completion.text
-            if isinstance(prompt, str)
-            else [{"role": "assistant", "content": completion.text}]
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        cuts = [completion.truncated for completion in completions]
-        scores = score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size)
-    if not all(map(math.isfinite, scores)):
-        raise UserError("the reward model's scores are not finite: its weights are broken")
+        return score_completions(reward_model, tokenizer, prompts, completions, batch_size)
+    texts: list[Prompt] = [
+        completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    cuts = [completion.truncated for completion in completions]
+    return score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size)
+
+
+def _checked_scores(
+    reward_model: PreTrainedModel,
+    ids: Sequence[list[int]],
+    batch_size: int,
+    prompts: Sequence[int] | None = None,
+) -> list[float]:
+    """`score_ids` of rows that must all have a score."""
+    config = reward_model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    extra = int(getattr(reward_model.config, "reward_token_id", None) is not None)
+    for number, row in enumerate(ids):
+        if longest is not None and len(row) + extra > longest:
+            raise UserError(
+                f"completion {number}: {len(row) + extra} tokens, the reward model has {longest} positions"
+            )
+    scores = score_ids(reward_model, ids, batch_size, prompts)
+    for number, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(
+                f"completion {number}: the reward model's scores are not finite: its weights are broken"
+            )
     return scores
 
 
 @torch.no_grad()
-def _score_ids(
-    reward_model: PreTrainedModel,
-    ids: list[list[int]],
+def score_ids(
+    reward_model: nn.Module,
+    ids: Sequence[list[int]],
     batch_size: int,
     prompts: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> list[float]:
-    """Scores of rows of ids; rows with the same number in `prompts` are completions of one prompt."""
-    pad_id = reward_model.config.pad_token_id or 0  # masked, so any id will do
-    longest = reward_model.config.max_position_embeddings
-    for number, row in enumerate(ids):
-        if len(row) > longest:
-            raise UserError(
-                f"completion {number}: {len(row)} tokens, the reward model has {longest} positions"
-            )
-    shares = prompts is not None and prefix_sharing.why_not(reward_model) is None
-    prompts = range(len(ids)) if prompts is None else prompts
+    """Scores of rows of token ids, `batch_size` at a time, the longest first: the one scorer, also of rollouts.
+
+    What is not read is not computed: prefixes that completions of a prompt share run once where the model allows it and
+    it is faster; of other batches, the last layer's MLP sees nothing before the end of the shortest row.
+
+    Args:
+        reward_model: full, PEFT, or a role on a base that others share.
+        ids: prompt + completion of each row; the reward token is appended here.
+        prompts: a number for each row; rows with the same number are completions of one prompt.
+        device: of the inputs; default: the model's.
+
+    Returns:
+        A score for each row, which is not finite where the model's is not.
+    """
+    # Masked, so any id will do.
+    pad_id = reward_model.config.get_text_config().pad_token_id or 0
+    device = reward_model.device if device is None else device
+    groups = range(len(ids)) if prompts is None else prompts
     widths: dict[int, int] = {}
-    for prompt, row in zip(prompts, ids, strict=True):
-        widths[prompt] = max(widths.get(prompt, 0), len(row))
-    order = sorted(range(len(ids)), key=lambda i: (-widths[prompts[i]], prompts[i]))
-    was_training, was_sharing = reward_model.training, prefix_sharing.is_enabled(reward_model)
-    reward_model.eval()
-    if shares:
-        prefix_sharing.enable(reward_model)
+    for group, row in zip(groups, ids, strict=True):
+        widths[group] = max(widths.get(group, 0), len(row))
+    order = sorted(range(len(ids)), key=lambda i: (-widths[groups[i]], groups[i]))
     scores = [0.0] * len(ids)
-    try:
+    # Switched once for all batches.
+    with evaluating(reward_model), active(reward_model), _sharing_allowed(reward_model, prompts is not None):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, reward_model.device)
+            input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, device)
             input_ids, attention_mask = append_reward_token(reward_model, input_ids, attention_mask)
-            numbers = {prompts[i]: n for n, i in reversed([*enumerate(batch)])}  # in the order of the batch
-            groups = torch.tensor([numbers[prompts[i]] for i in batch])
-            packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, groups)
-            found = sequence_scores(reward_model, input_ids, attention_mask, packed)
+            # In the order of the batch.
+            numbers = {groups[i]: n for n, i in reversed([*enumerate(batch)])}
+            rows = torch.tensor([numbers[groups[i]] for i in batch])
+            packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, rows)
+            first = min(len(ids[i]) for i in batch) - 1
+            cut = (
+                nullcontext() if packed is not None else last_mlp_at(reward_model, first, input_ids.shape[1])
+            )
+            with cut:
+                found = sequence_scores(reward_model, input_ids, attention_mask, packed)
             for i, score in zip(batch, found.tolist(), strict=True):
                 scores[i] = score
-    finally:
-        reward_model.train(was_training)
-        if not was_sharing:
-            prefix_sharing.disable(reward_model)
     return scores
+
+
+@contextmanager
+def _sharing_allowed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, the model shares prefixes if it is wanted and it can; afterwards if it did before."""
+    switches = wanted and not prefix_sharing.is_enabled(model) and prefix_sharing.why_not(model) is None
+    if switches:
+        prefix_sharing.enable(model)
+    try:
+        yield
+    finally:
+        if switches:
+            prefix_sharing.disable(model)

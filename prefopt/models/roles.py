@@ -15,7 +15,7 @@ reads scores (`prefopt.models.reward`) reads it.
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -115,6 +115,11 @@ class AdapterScorer(nn.Module):
         save_file(weights, os.path.join(folder, _ADAPTER_WEIGHTS), metadata={"format": "pt"})
         self.peft_config.save_pretrained(folder)
         self.config.save_pretrained(folder)
+
+
+def active(model: nn.Module) -> AbstractContextManager:
+    """`AdapterScorer.active` of a role on a shared base; nothing for a model with a base of its own."""
+    return model.active() if isinstance(model, AdapterScorer) else nullcontext()
 
 
 def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:

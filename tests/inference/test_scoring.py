@@ -6,9 +6,11 @@ import torch
 from prefopt.inference.generate import Completion
 from prefopt.inference.scoring import (
     score_completions,
+    score_ids,
     score_rows,
     score_texts,
 )
+from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import set_reward_bias
 from prefopt.rankings.tokens import build_ids
 
@@ -60,3 +62,45 @@ def test_sampled_ids_are_scored_as_they_are(reward_model, tokenizer):
 def test_too_long_for_the_reward_model_is_named(reward_model, tokenizer):
     with pytest.raises(ValueError, match=r"completion 1: .* 256 positions"):
         score_texts(reward_model, tokenizer, ["a", "a"], [" dog", " dog" * 300])
+
+
+def test_a_reward_token_needs_a_position_too(reward_model, tokenizer):
+    row = tokenizer("a" * 3)["input_ids"]
+    reward_model.config.max_position_embeddings = len(row) + 2
+    fits = [Completion("", [5, 6], True)]
+    assert len(score_completions(reward_model, tokenizer, ["a" * 3], fits)) == 1
+    reward_model.config.reward_token_id = 3
+    with pytest.raises(ValueError, match=f"completion 0: {len(row) + 3} tokens, .* {len(row) + 2} positions"):
+        score_completions(reward_model, tokenizer, ["a" * 3], fits)
+
+
+def test_a_score_that_is_not_finite_names_its_row(reward_model, tokenizer):
+    with torch.no_grad():
+        reward_model.model.embed_tokens.weight[7] = float("nan")
+    completions = [Completion("", [5, 6], True), Completion("", [5, 7], True), Completion("", [6], True)]
+    with pytest.raises(ValueError, match="completion 1: the reward model's scores are not finite"):
+        score_completions(reward_model, tokenizer, ["a"] * 3, completions)
+
+
+@pytest.mark.parametrize("reward_token", [None, 3])
+@pytest.mark.parametrize("shares", [False, True])
+def test_ids_are_scored_like_single_rows_and_the_model_stays_as_it_was(reward_token, shares, reward_model):
+    """Prefixes shared or not, the last MLP cut or not, batches in another order."""
+    reward_model.config.reward_token_id = reward_token
+    torch.manual_seed(0)
+    prompts = [0, 1, 0, 2, 1, 0]
+    prefixes = [torch.randint(5, 320, (length,)).tolist() for length in (12, 7, 3)]
+    rows = [prefixes[p] + torch.randint(5, 320, (2 + i,)).tolist() for i, p in enumerate(prompts)]
+    forwarded = []
+    hook = reward_model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: forwarded.append(len(output))
+    )
+    reward_model.train()
+    found = score_ids(reward_model, rows, 4, prompts if shares else None)
+    assert forwarded == [1 if shares else 4, 2]  # the last two rows share nothing
+    assert reward_model.training
+    assert not prefix_sharing.is_enabled(reward_model)
+    hook.remove()
+    reward_model.eval()
+    last = [] if reward_token is None else [reward_token]
+    assert found == pytest.approx([score_alone(reward_model, row + last) for row in rows], abs=1e-5)

@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from trl.trainer.utils import add_fused_lm_head
 
+from prefopt.inference.scoring import score_ids
 from prefopt.models import heads as lm_heads
 from prefopt.models.heads import last_mlp_at, token_logps
 from prefopt.models.reward import checkpoint_activations, sequence_scores, token_scores
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.roles import score_ids
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
 VOCABULARY = 320
@@ -128,7 +128,7 @@ def test_scores_of_ids_equal_those_of_single_rows(reward_token, reward_model, ep
     reward_model.config.reward_token_id = reward_token
     tokens = watch_mlp(reward_model)
     rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]  # of 7, 8 and 6 tokens
-    scores = score_ids(reward_model, rows, 2, 0, torch.device("cpu"))
+    scores = score_ids(reward_model, rows, 2)
     extra = reward_token is not None
     assert tokens == [
         [2 * (8 + extra), 6 + extra],

@@ -6,7 +6,7 @@ import logging
 import os
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import add_fused_lm_head, pad, use_adapter
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from prefopt.errors import UserError
 from prefopt.losses.advantages import full_kl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.models.loading import is_adapter, saved_config
-from prefopt.models.reward import sequence_scores, token_scores
-from prefopt.models.roles import AdapterScorer, load_scorer, why_not_shared
+from prefopt.models.reward import token_scores
+from prefopt.models.roles import AdapterScorer, active, load_scorer, why_not_shared
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -70,32 +70,6 @@ def load_reward_role(path: str, policy: PreTrainedModel | PeftModel, adapter: st
         if isinstance(policy, PeftModel):
             logger.warning("The reward model %s is loaded with a base of its own: %s.", path, reason)
     return load_reward_model(path)
-
-
-@torch.no_grad()
-def score_ids(
-    model: PreTrainedModel | PeftModel,
-    sequences: list[list[int]],
-    batch_size: int,
-    pad_token_id: int,
-    device: torch.device,
-) -> list[float]:
-    """The reward model's score of each sequence of token ids, `batch_size` at a time."""
-    scores: list[float] = []
-    # Switched once for all batches.
-    with _active(model):
-        for start in range(0, len(sequences), batch_size):
-            rows = [torch.tensor(ids) for ids in sequences[start : start + batch_size]]
-            ids, mask = pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
-            # One column more than there are: a reward token may be appended to all rows.
-            shortest = min(map(len, rows))
-            with last_mlp_at(model, shortest - 1, ids.size(1) + 1):
-                scores += sequence_scores(model, ids.to(device), mask.to(device)).tolist()
-    return scores
-
-
-def _active(model: nn.Module) -> AbstractContextManager:
-    return model.active() if isinstance(model, AdapterScorer) else nullcontext()
 
 
 def suppress_reward_tokens(args: PPOPtxConfig, models: list[str | PreTrainedModel | PeftModel]) -> list[int]:
@@ -176,7 +150,7 @@ class ValueFunction:
         self.module, self.is_head = module, trunk is not None
         named = dict(module.named_parameters())
         # An adapter's weights are trainable while it is the active one.
-        with _active(module):
+        with active(module):
             if isinstance(module, AdapterScorer):
                 named |= module.adapter_parameters()
             self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
@@ -197,7 +171,7 @@ class ValueFunction:
 
     def active(self) -> AbstractContextManager:
         """To be entered around forward and backward: an adapter must stay the active one until both are over."""
-        return _active(self.module)
+        return active(self.module)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -35,6 +35,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from prefopt.errors import UserError, UserTypeError
+from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
@@ -50,7 +51,6 @@ from prefopt.trainers.ppo_ptx.roles import (
     check_same_tokenizer,
     frozen_copy,
     load_reward_role,
-    score_ids,
     suppress_reward_tokens,
 )
 from prefopt.trainers.ppo_ptx.rollout import (
@@ -297,14 +297,14 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
             # As sampled: never decoded and tokenized again.
             sequences = [p + c for p, c in zip(self._sampled.prompt_ids, completion_ids, strict=True)]
-            size, pad_id = self.args.per_device_train_batch_size, self._tokenizer.pad_token_id
+            size = self.args.per_device_train_batch_size
             # A reward model may share the policy's base, whose dropout is not its own.
             was_training = self.model.training
             self.model.eval()
             try:
                 with self.accelerator.autocast():
                     return score_ids(
-                        self.reward_models[number], sequences, size, pad_id, self.accelerator.device
+                        self.reward_models[number], sequences, size, device=self.accelerator.device
                     )
             finally:
                 self.model.train(was_training)

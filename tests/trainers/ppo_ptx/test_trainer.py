@@ -21,10 +21,11 @@ from transformers import (
     TrainerCallback,
 )
 
+from prefopt.inference.scoring import score_ids
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.reward import sequence_scores, set_reward_bias, token_scores
 from prefopt.rankings.tokens import build_ids
-from prefopt.trainers.ppo_ptx.roles import VALUE_FILE, score_ids
+from prefopt.trainers.ppo_ptx.roles import VALUE_FILE
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, first_log, length_reward, lora, rollout_of
 
@@ -153,7 +154,9 @@ def test_scored_ids_are_those_of_reward_training(
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (sampled, None))
     monkeypatch.setattr(
         "prefopt.trainers.ppo_ptx.trainer.score_ids",
-        lambda model, sequences, *args: scored.extend(sequences) or score_ids(model, sequences, *args),
+        lambda model, sequences, *args, **kwargs: (
+            scored.extend(sequences) or score_ids(model, sequences, *args, **kwargs)
+        ),
     )
     trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
 
