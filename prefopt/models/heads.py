@@ -185,7 +185,8 @@ def token_logps(
 
         logps[t] = log pi(y_t | x, y_<t),  entropies[t] = -sum over v of pi(v | x, y_<t) log pi(v | x, y_<t)
 
-    The LM head reads the positions that predict a real one of these tokens and no others. Where their logits are few
+    The LM head reads the positions that predict a real one of these tokens and no others; of the prompts the last layer
+    computes no MLP (`last_mlp_at`). Where their logits are few
     (`DENSE_LOGITS`) they are computed once; else TRL's fused head computes them in tiles, and again in the backward
     pass.
 
@@ -202,15 +203,17 @@ def token_logps(
     row, column = attention_mask[:, -length:].nonzero(as_tuple=True)
     position = column + input_ids.shape[1] - length
     labels, index = input_ids[row, position], row * input_ids.shape[1] + position - 1
-    output, is_fused = read_head(
-        model,
-        index,
-        labels,
-        cast_lm_head_to_fp32,
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-    )
+    end = input_ids.shape[1] - 1
+    with last_mlp_at(model, end - length, end):
+        output, is_fused = read_head(
+            model,
+            index,
+            labels,
+            cast_lm_head_to_fp32,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
     if is_fused:
         logps = output.log_probs[0]
         entropies = output.entropy[0].detach() if compute_entropy else None

@@ -304,16 +304,15 @@ class Roles:
         logps, entropies = [], []
         with self.value_function.reading(), self.accelerator.autocast():
             for x, mask, padding in self._batches(ids, attention_mask, size):
-                with last_mlp_at(model, x.size(1) - length + padding - 1, x.size(1) - 1):
-                    of_batch = token_logps(
-                        model,
-                        x,
-                        mask,
-                        length - padding,
-                        temperature=self.temperature,
-                        cast_lm_head_to_fp32=self.cast_lm_head_to_fp32,
-                        compute_entropy=compute_entropy,
-                    )
+                of_batch = token_logps(
+                    model,
+                    x,
+                    mask,
+                    length - padding,
+                    temperature=self.temperature,
+                    cast_lm_head_to_fp32=self.cast_lm_head_to_fp32,
+                    compute_entropy=compute_entropy,
+                )
                 logps.append(F.pad(of_batch[0], (0, padding)))
                 if compute_entropy:
                     entropies.append(F.pad(of_batch[1], (0, padding)))

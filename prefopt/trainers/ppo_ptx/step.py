@@ -93,11 +93,12 @@ def complete_gradient(
     Returns:
         ptx_coef * LM of this process, if it was run; the numbers to log by their keys.
     """
-    for parameter in value_function.parameters:
+    values = value_function.parameters
+    for parameter in values:
         # Alone there is nothing to average, and `reduce` would copy the gradient all the same.
         if parameter.grad is not None and accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    metrics = {"grad_norm/value": _norm(value_function.parameters)}
+    metrics = {"grad_norm/value": _norm(values)}
     if is_warming_up:
         for parameter in policy:
             parameter.grad = None

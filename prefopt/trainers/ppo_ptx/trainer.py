@@ -295,24 +295,25 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         number = len(self.reward_models)
 
         def score(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-            # As sampled: never decoded and tokenized again.
-            sequences = [p + c for p, c in zip(self._sampled.prompt_ids, completion_ids, strict=True)]
-            size = self.args.per_device_train_batch_size
-            # A reward model may share the policy's base, whose dropout is not its own.
-            was_training = self.model.training
-            self.model.eval()
-            try:
-                with self.accelerator.autocast():
-                    return score_ids(
-                        self.reward_models[number], sequences, size, device=self.accelerator.device
-                    )
-            finally:
-                self.model.train(was_training)
+            return self._score(self.reward_models[number], completion_ids)
 
         self.reward_models.append(reward)
         count = len(self.reward_models)
         score.__name__ = "reward_model" if count == 1 else f"reward_model_{count}"
         return score
+
+    def _score(self, model: RewardModel, completion_ids: list[list[int]]) -> list[float]:
+        """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenized again."""
+        sequences = [p + c for p, c in zip(self._sampled.prompt_ids, completion_ids, strict=True)]
+        size = self.args.per_device_train_batch_size
+        # A reward model may share the policy's base, whose dropout is not its own.
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.accelerator.autocast():
+                return score_ids(model, sequences, size, device=self.accelerator.device)
+        finally:
+            self.model.train(was_training)
 
     def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:

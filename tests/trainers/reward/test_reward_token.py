@@ -300,7 +300,7 @@ def test_never_sampled_and_scored_alike(causal_lm, tokenizer, tmp_path):
     seen = []
     score = trainer._score
     trainer._score = lambda model, ids: (
-        seen.append((list(trainer._prompt_ids), ids, score(model, ids))) or seen[-1][2]
+        seen.append((list(trainer._sampled.prompt_ids), ids, score(model, ids))) or seen[-1][2]
     )
     trainer.train()
     prompt_ids, completion_ids, scores = seen[0]
