@@ -79,7 +79,7 @@ def test_cut_off_it_draws_what_is_missing(files, batches, capsys):
     assert batches == whole[2:]
     assert (files / "out.jsonl").read_bytes() == (files / "whole.jsonl").read_bytes()
     assert not journal.exists()
-    assert f"completions {drawn}/{drawn}" in capsys.readouterr().err
+    assert f" {drawn}/{drawn} " in capsys.readouterr().err
 
     batches.clear()
     sample.main(options(files, "out.jsonl"))

@@ -719,7 +719,7 @@ def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
         saved.save_pretrained(tmp_path / name)
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for command, rows in (([sys.executable], 4), (launch, 2)):

@@ -487,7 +487,8 @@ SCRIPT = """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-    from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer, prefix_sharing
+    from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
+    from prefopt.models.prefix import sharing as prefix_sharing
 
     prefix_sharing.MIN_SAVED_TOKENS = 0
 
@@ -540,7 +541,7 @@ def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
     # No row stands twice: rounding would move equal confidences apart, over the edge of a bin of the calibration error.
     rows = [*ROWS, *({**row, "prompt": "the " + row["prompt"]} for row in ROWS[::-1])]
     torch.save(rows, tmp_path / "rows.pt")
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
