@@ -114,7 +114,9 @@ def test_file_switches_count_calls_and_returns(file_switches, tmp_path, monkeypa
     assert [*file_switches.lines(trace.path)][:3] == ["a.py: outer inner outer", "b.py: f", "a.py: outer"]
 
 
-def test_file_switches_of_every_trainer(file_switches, capsys):
+def test_file_switches_of_every_trainer(file_switches, capsys, monkeypatch):
+    # As users have it: the rows are too short to share prefixes, which conftest.py has them do all the same.
+    monkeypatch.setattr("prefopt.models.prefix.sharing.MIN_SAVED_TOKENS", 64)
     figures = file_switches.main([])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
     assert figures["RewardTrainer.compute_loss"] == {"calls": 1, "files": 1, "switches": 1}
