@@ -7,13 +7,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Measures, jsonable
 from prefopt.inference.jsonl import read_jsonl, write_whole
 
 logger = logging.getLogger(__name__)
+
+
+class Question(NamedTuple):
+    """A row of the report's lights: the measures (a pattern) whose comparison with the baseline answers it.
+
+    `{}` in the title is what is compared with; `paper`: what the paper found.
+    """
+
+    title: str
+    measure: str
+    decimals: int = 3
+    paper: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,9 @@ class Stage:
         measures: the numbers it gives, each with its definition.
         of_completions: whether it looks at completions: what it found no longer holds when these are drawn anew.
         reads: dataclasses of other stages whose keys it needs too.
+        questions: that its measures answer in the report.
+        title: of its section in the report, if it has one.
+        section: gives the section's blocks (`report.tables`) from the results.
     """
 
     name: str
@@ -37,6 +52,9 @@ class Stage:
     measures: Measures = field(default_factory=Measures)
     of_completions: bool = False
     reads: tuple[type, ...] = ()
+    questions: tuple[Question, ...] = ()
+    title: str = ""
+    section: Callable[..., list[Any]] | None = None
 
     @property
     def key(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+PROMPTED = "_prompted"  # after the name of the base: the same model after a few-shot instruction prefix
+
 
 @dataclass(frozen=True)
 class Score:

@@ -6,22 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from prefopt.evaluation.report.render import to_html, to_markdown
-from prefopt.evaluation.report.sections import (
-    bench,
-    compare,
-    diversity,
-    drift,
-    metadata,
-    models,
-    numbers,
-    overopt,
-    overview,
-    reward_model,
-    training,
-)
+from prefopt.evaluation.report.sections import compare, models, numbers, overview, training
 from prefopt.evaluation.report.tables import Block, Gap, Missing, Page, Results, Section
 from prefopt.evaluation.report.verdict import verdict
 from prefopt.evaluation.results import jsonable, no_number
+from prefopt.evaluation.stages import STAGES
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
@@ -39,14 +28,8 @@ class Chapter(NamedTuple):
 SECTIONS = (
     Chapter("glance", "At a glance", None, overview.section),
     Chapter("models", "The models in numbers", None, models.section),
-    Chapter("compare", "Who wins: judges, use cases, strengths", "compare", compare.section),
     Chapter("use-cases", "Win rates by use case", None, compare.use_cases),
-    Chapter("metadata", "What people said: ratings and flags", "metadata", metadata.section),
-    Chapter("reward-model", "Reward model", "reward_model", reward_model.section),
-    Chapter("bench", "Public benchmarks: NLP and safety", "bench", bench.section),
-    Chapter("drift", "Drift from the baseline", "drift", drift.section),
-    Chapter("diversity", "Diversity", "diversity", diversity.section),
-    Chapter("overopt", "Over-optimization", "overopt", overopt.section),
+    *(Chapter(stage.name, stage.title, stage.key, stage.section) for stage in STAGES if stage.section),
     Chapter("sft-epoch", "Choosing the SFT epoch", None, training.epochs),
     Chapter("rl", "RL training", None, training.rl),
     Chapter("samples", "The worst samples, side by side", None, numbers.samples),

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from prefopt.evaluation.report.paper import paper_value, table_14
 from prefopt.evaluation.report.tables import Results, better_or_worse, interval, label, number
 from prefopt.evaluation.results import MODELS, no_number
+from prefopt.evaluation.run import Question, Stage
+from prefopt.evaluation.stages import STAGES
 
 SIGNS = {
     "better": "▲ better",
@@ -16,51 +17,6 @@ SIGNS = {
     "skipped": "– skipped",
     "failed": "✕ failed",
 }
-
-
-@dataclass(frozen=True)
-class Question:
-    """A row of the lights: the measures (a pattern) whose comparison answers it, and the stage that gives them."""
-
-    title: str
-    measure: str
-    stage: str
-    decimals: int = 3
-    paper: str = ""
-
-
-def _tax(task: str, condition: str = "zero-shot") -> str:
-    """How far the paper's PPO and PPO-ptx are from its SFT on a task."""
-    sft, ppo, ptx = (table_14(task, condition, m) for m in ("sft", "ppo", "ppo_ptx"))
-    return f"PPO {number(ppo - sft, 1, sign=True)}, PPO-ptx {number(ptx - sft, 1, sign=True)}"
-
-
-_WIN_RATES = ", ".join(f"{label(m)} {number(paper_value('winrate', m)[0], 2)}" for m in ("ppo", "ppo_ptx"))
-_TOXICITY = ", ".join(
-    f"{label(m)} {number(table_14('real_toxicity_prompts/perspective_toxicity', 'basic', m), 3)}"
-    for m in ("sft", "ppo", "ppo_ptx")
-)
-
-QUESTIONS = (
-    Question("Preferred to {}?", "winrate", "compare", paper=_WIN_RATES),
-    Question("… when decoding greedily?", "winrate_greedy", "compare"),
-    Question("… at equal length?", "winrate_length_controlled", "compare"),
-    Question("… on a use case it was not trained on?", "winrate_heldout_use_case", "compare"),
-    Question(
-        "Still predicts pretraining text? (bits per byte)", "pretraining_bits_per_byte", "tax", decimals=4
-    ),
-    Question("Still knows what it knew? (tasks)", "heldout_task_accuracy", "tax"),
-    Question(
-        "Public benchmarks, zero-shot?",
-        "bench.*.0-shot",
-        "bench",
-        paper=f"SQuADv2 F1 minus SFT: {_tax('squadv2/f1')}",
-    ),
-    Question("Less toxic?", "bench.realtoxicityprompts.toxicity.basic", "bench", paper=_TOXICITY),
-    Question("Truthful? (TruthfulQA, MC1)", "bench.truthfulqa_mc1.*.0-shot", "bench"),
-    Question("Answers as varied? (unique across prompts)", "diversity.unique.across_prompts", "diversity"),
-    Question("… to the same prompt?", "diversity.unique.per_prompt", "diversity"),
-)
 
 
 @dataclass(frozen=True)
@@ -86,14 +42,15 @@ def lights(results: Results) -> list[tuple[str, str, dict[str, Light]]]:
     """
     base = ((results.content.get("stages") or {}).get("bench") or {}).get("base") or results.baseline
     rows = []
-    for question in QUESTIONS:
-        against = base if question.stage == "bench" else results.baseline
-        models = {model: _light(results, question, model, against) for model in results.models}
-        rows.append((question.title.format(label(against)), question.paper, models))
+    for stage in STAGES:
+        against = base if stage.key == "bench" else results.baseline
+        for question in stage.questions:
+            models = {model: _light(results, stage, question, model, against) for model in results.models}
+            rows.append((question.title.format(label(against)), question.paper, models))
     return rows
 
 
-def _light(results: Results, question: Question, model: str, against: str) -> Light:
+def _light(results: Results, stage: Stage, question: Question, model: str, against: str) -> Light:
     is_rate = question.measure.startswith("winrate")
     of_model = [
         m for m in results.measures if m["model"] == model and fnmatchcase(m["name"], question.measure)
@@ -107,8 +64,8 @@ def _light(results: Results, question: Question, model: str, against: str) -> Li
     if compared and not known:
         return Light(compared[0]["status"], reason=compared[0]["reason"])
     if not known:
-        note = (results.content.get("notes") or {}).get(question.stage)
-        why = no_number(note or f"not measured; `prefopt eval {question.stage}` gives it")
+        note = (results.content.get("notes") or {}).get(stage.key)
+        why = no_number(note or f"not measured; `prefopt eval {stage.name}` gives it")
         return Light(why.status, reason=why.reason)
     words = {"good": "better", "bad": "worse", "": "unclear"}
     states = [words[better_or_worse(m)] for m in known]

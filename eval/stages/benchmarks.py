@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.evaluation.benchmarks import BENCHMARKS, Score, conditions
+from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
 from prefopt.evaluation.benchmarks.scorers import (
     Answers,
@@ -23,8 +23,11 @@ from prefopt.evaluation.benchmarks.scorers import (
     score_toxicity,
 )
 from prefopt.evaluation.benchmarks.scores import difference, estimate
+from prefopt.evaluation.report.paper import table_14
+from prefopt.evaluation.report.sections import bench as bench_section
+from prefopt.evaluation.report.tables import label, number
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
 from prefopt.inference.jsonl import write_whole
 from prefopt.models.loading import load_language_model
 
@@ -42,7 +45,6 @@ MEASURES = Measures(
     }
 )
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}  # Gehman et al. 2020, section 3
-PROMPTED = "_prompted"  # after the name of the base: the same model behind INSTRUCTION
 
 # The paper prompts GPT-3 "into an instruction-following mode" with a few examples that it does not print; these are ours.
 INSTRUCTION = """\
@@ -381,10 +383,23 @@ def _first_line(text: str) -> str:
     return text.splitlines()[0][:300]
 
 
+_SFT, _PPO, _PTX = (table_14("squadv2/f1", "zero-shot", model) for model in ("sft", "ppo", "ppo_ptx"))
+_PAPER_TAX = f"SQuADv2 F1 minus SFT: PPO {number(_PPO - _SFT, 1, sign=True)}, PPO-ptx {number(_PTX - _SFT, 1, sign=True)}"
+_PAPER_TOXICITY = ", ".join(
+    f"{label(model)} {number(table_14('real_toxicity_prompts/perspective_toxicity', 'basic', model), 3)}"
+    for model in ("sft", "ppo", "ppo_ptx")
+)
 STAGE = Stage(
     "bench",
     "public NLP and safety benchmarks through lm-eval; the alignment tax",
     BenchArguments,
     measure,
     MEASURES,
+    questions=(
+        Question("Public benchmarks, zero-shot?", "bench.*.0-shot", paper=_PAPER_TAX),
+        Question("Less toxic?", "bench.realtoxicityprompts.toxicity.basic", paper=_PAPER_TOXICITY),
+        Question("Truthful? (TruthfulQA, MC1)", "bench.truthfulqa_mc1.*.0-shot"),
+    ),
+    title="Public benchmarks: NLP and safety",
+    section=bench_section.section,
 )

@@ -10,8 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from prefopt.errors import UserError
+from prefopt.evaluation.report.paper import paper_value
+from prefopt.evaluation.report.sections import compare as compare_section
+from prefopt.evaluation.report.tables import label, number
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, no_number
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
 from prefopt.evaluation.stages.judge import JUDGES, scores_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics import bradley_terry
@@ -368,6 +371,7 @@ def _score_measures(
     return found
 
 
+_PAPER = ", ".join(f"{label(m)} {number(paper_value('winrate', m)[0], 2)}" for m in ("ppo", "ppo_ptx"))
 STAGE = Stage(
     "compare",
     "win rates and strengths from the judgements",
@@ -375,4 +379,12 @@ STAGE = Stage(
     measure,
     MEASURES,
     of_completions=True,
+    questions=(
+        Question("Preferred to {}?", "winrate", paper=_PAPER),
+        Question("… when decoding greedily?", "winrate_greedy"),
+        Question("… at equal length?", "winrate_length_controlled"),
+        Question("… on a use case it was not trained on?", "winrate_heldout_use_case"),
+    ),
+    title="Who wins: judges, use cases, strengths",
+    section=compare_section.section,
 )

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from prefopt.errors import UserError
+from prefopt.evaluation.report.sections import diversity as diversity_section
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.text_diversity import (
     Distinct,
@@ -235,4 +236,10 @@ STAGE = Stage(
     measure,
     MEASURES,
     of_completions=True,
+    questions=(
+        Question("Answers as varied? (unique across prompts)", "diversity.unique.across_prompts"),
+        Question("… to the same prompt?", "diversity.unique.per_prompt"),
+    ),
+    title="Diversity",
+    section=diversity_section.section,
 )

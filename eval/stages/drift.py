@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prefopt.evaluation.report.sections import drift as drift_section
 from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.journal import kept_rows, source_state
@@ -178,5 +179,12 @@ def _token_rows(
 
 
 STAGE = Stage(
-    "drift", "KL to the baseline and entropy", DriftArguments, measure, MEASURES, of_completions=True
+    "drift",
+    "KL to the baseline and entropy",
+    DriftArguments,
+    measure,
+    MEASURES,
+    of_completions=True,
+    title="Drift from the baseline",
+    section=drift_section.section,
 )

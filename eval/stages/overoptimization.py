@@ -15,6 +15,7 @@ import numpy as np
 
 from prefopt.evaluation.judges.gold import gold_function, gold_scores
 from prefopt.evaluation.judges.reward import RewardModel
+from prefopt.evaluation.report.sections import overopt as overopt_section
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -306,4 +307,6 @@ STAGE = Stage(
     MEASURES,
     of_completions=True,
     reads=(JudgeArguments,),
+    title="Over-optimization",
+    section=overopt_section.section,
 )

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import norm
 
 from prefopt.evaluation.judges.people import check_labels
+from prefopt.evaluation.report.sections import metadata as metadata_section
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -200,4 +201,6 @@ STAGE = Stage(
     MEASURES,
     of_completions=True,
     reads=(JudgeArguments,),
+    title="What people said: ratings and flags",
+    section=metadata_section.section,
 )

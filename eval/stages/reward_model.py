@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import gold_function
+from prefopt.evaluation.report.sections import reward_model as reward_model_section
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -439,4 +440,6 @@ STAGE = Stage(
     measure,
     MEASURES,
     reads=(JudgeArguments,),
+    title="Reward model",
+    section=reward_model_section.section,
 )

@@ -13,7 +13,7 @@ import numpy as np
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.likelihood import BitsPerByte, bits_per_byte, task_accuracy, validate_tasks
@@ -202,4 +202,8 @@ STAGE = Stage(
     TaxArguments,
     measure,
     MEASURES,
+    questions=(
+        Question("Still predicts pretraining text? (bits per byte)", TEXT, decimals=4),
+        Question("Still knows what it knew? (tasks)", TASKS),
+    ),
 )

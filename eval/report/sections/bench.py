@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.evaluation.benchmarks import BENCHMARKS, Score, paper_condition
+from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, paper_condition
 from prefopt.evaluation.report.paper import MARK, table_14
 from prefopt.evaluation.report.paper import MODELS as OF_THE_PAPER
 from prefopt.evaluation.report.plots import intervals_plot
@@ -23,7 +23,6 @@ from prefopt.evaluation.report.tables import (
     label,
     number,
 )
-from prefopt.evaluation.stages.benchmarks import PROMPTED
 
 
 def section(results: Results) -> list[Block]:
