@@ -100,9 +100,10 @@ def refusals(environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test(tests, environment):
-    """pytest's counts, and the first line of its summary that names a failure."""
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *tests, **environment)
+def test(tests, environment, log):
+    """pytest's counts, and the first line of its summary that names a failure; its output goes to `log`."""
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests, **environment)
+    log.write_text(done.stdout + done.stderr)
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()[-1:]
     passed, failed, errors, skipped = (
         sum(int(number) for number in re.findall(rf"(\d+) {word}", lines[-1]))
@@ -134,7 +135,7 @@ def measure(row):
     if not usable:
         return (*versions, "refused", "", " ".join(refused.values()))
     tests = shlex.split(os.environ.get("TESTS", " ".join(usable) if refused else ALL))
-    counts, reason = test(tests, environment)
+    counts, reason = test(tests, environment, WORK / f"{folder.name}.log")
     verdict = "fails" if reason else "works" if not refused else f"refuses {', '.join(refused)}"
     return (*versions, verdict, counts, " ".join([reason, *refused.values()]).strip())
 

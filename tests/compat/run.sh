@@ -6,7 +6,7 @@
 #   TESTS='tests/trainers/dpo -k resume' tests/compat/run.sh            # fewer tests
 #
 # build/compat/base holds constraints.txt. Each row adds a folder with the packages that pip changes for it, in front
-# of the base on PYTHONPATH, so that torch is installed once.
+# of the base on PYTHONPATH, so that torch is installed once; pytest's output is in a .log file beside the folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=build/compat
