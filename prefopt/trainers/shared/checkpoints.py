@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from packaging.version import Version
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
@@ -25,7 +23,6 @@ from prefopt.errors import UserError
 logger = get_logger(__name__)
 
 MARKER = "complete.json"
-LEAVES_OUT_DEFAULT = Version(version("transformers")) < Version("5.23")
 UNFINISHED = "_unfinished"  # neither a checkpoint to Trainer nor pushed to the Hub, for the underscore
 
 
@@ -163,10 +160,10 @@ class CompleteCheckpointsMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
-        # Of several adapters, Trainer before transformers 5.23 loads those in subfolders, not the one at the top: the
-        # policy would start anew without a word.
+        # Of several adapters, Trainer before transformers 5.23 loads those in subfolders and not the one at the top:
+        # the policy would start anew without a word.
         at_the_top = (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file()
-        if LEAVES_OUT_DEFAULT and at_the_top and is_peft_model(model) and len(model.peft_config) > 1:
+        if at_the_top and is_peft_model(model) and len(model.peft_config) > 1:
             active = model.active_adapters[0]
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=active == "default")
             model.set_adapter(active)
