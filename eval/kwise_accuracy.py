@@ -61,9 +61,7 @@ class KwiseAccuracy(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2203.02155"],
         )
 
-    def _compute(
-        self, predictions: list[list[float]], references: list[list[float]]
-    ) -> dict[str, float | int]:
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float | int]:
         for prompt, ranks in enumerate(references):
             if any(rank != int(rank) for rank in ranks):
                 raise UserError(f"prompt {prompt}: ranks must be whole numbers, got {list(ranks)}")

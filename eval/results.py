@@ -188,9 +188,7 @@ def build_results(
             compared = [m["n"] for m in measures if m["name"] == "winrate" and m["value"] is not None]
             if compared:  # with itself, every prompt is a tie
                 return {"value": 0.5, "ci_low": 0.5, "ci_high": 0.5, "n": max(compared)}
-        return (
-            {key: found[key] for key in interval_keys} if found else dict.fromkeys(interval_keys) | {"n": 0}
-        )
+        return {key: found[key] for key in interval_keys} if found else dict.fromkeys(interval_keys) | {"n": 0}
 
     accuracy = {group: value(f"rm.accuracy.{group}", "reward_model") for group in GROUPS}
     accuracy["gold_ceiling"] = value("rm.gold_accuracy.heldout_labelers", "gold")

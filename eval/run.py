@@ -66,9 +66,7 @@ class Stage:
 class EvaluationArguments:
     """What all stages need to know. Each has a dataclass of its own besides, whose keys stand in the same file."""
 
-    output_dir: str = field(
-        metadata={"help": "Folder of the evaluation; every stage reads and writes there."}
-    )
+    output_dir: str = field(metadata={"help": "Folder of the evaluation; every stage reads and writes there."})
     # With `| None` in this place the command line passes on the text as it is, and __post_init__ reads the JSON in it.
     models: dict[str, str] | str | None = field(
         default_factory=dict,
@@ -77,22 +75,16 @@ class EvaluationArguments:
     baseline: str = field(default="sft", metadata={"help": "The model that win rates and KL compare with."})
     base: str | None = field(
         default=None,
-        metadata={
-            "help": "The model whose benchmark results the alignment tax is measured from; default: baseline."
-        },
+        metadata={"help": "The model whose benchmark results the alignment tax is measured from; default: baseline."},
     )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "Quantize the weights of whole models to nf4."}
-    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights of whole models to nf4."})
     dtype: str | None = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
 
     heldout_use_case: str | None = field(
         default=None,
-        metadata={
-            "help": "Use case kept out of training: its prompts are reported apart and in no other number."
-        },
+        metadata={"help": "Use case kept out of training: its prompts are reported apart and in no other number."},
     )
 
     def __post_init__(self) -> None:
@@ -145,9 +137,7 @@ def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, An
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f'{key}: expected JSON like {{"name": ...}}, got {value!r} ({error.msg})'
-            ) from error
+            raise UserError(f'{key}: expected JSON like {{"name": ...}}, got {value!r} ({error.msg})') from error
     if not isinstance(value or {}, dict):
         raise UserError(f"{key}: expected `name: ...` pairs, got {value!r}")
     return dict(value or {})
@@ -189,9 +179,7 @@ class EvaluationRun:
         """
         path = self.completions_path(model)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no completions of {model!r} at {path}; run `prefopt eval generate` first"
-            )
+            raise FileNotFoundError(f"no completions of {model!r} at {path}; run `prefopt eval generate` first")
         rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 

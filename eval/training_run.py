@@ -187,9 +187,7 @@ def table(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
     shares = [ptx_share(part) for part in parts]
     rows = []
     if any(share is not None for share in shares):
-        rows.append(
-            ("share of PPO in the policy's gradient", [percent(None if s is None else 1 - s) for s in shares])
-        )
+        rows.append(("share of PPO in the policy's gradient", [percent(None if s is None else 1 - s) for s in shares]))
         rows.append(("share of ptx in the policy's gradient", [percent(s) for s in shares]))
     for key, title in ROWS[run.kind]:
         values = [mean(part, key) for part in parts]
@@ -311,9 +309,7 @@ def no_trouble(run: Run) -> str:
 def title(run: Run) -> str:
     """What the run is, in a line."""
     count = len(run.training)
-    return (
-        f"{run.folder}: {KINDS[run.kind]}, {run.steps} steps, {count} log entr{'y' if count == 1 else 'ies'}"
-    )
+    return f"{run.folder}: {KINDS[run.kind]}, {run.steps} steps, {count} log entr{'y' if count == 1 else 'ies'}"
 
 
 def short(x: float | None) -> str:

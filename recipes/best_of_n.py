@@ -59,9 +59,7 @@ class BestOfNArguments(SamplingArguments):
         default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
     )
     n: int = field(default=16, metadata={"help": "Completions per prompt, of which one is kept."})
-    keep_samples: bool = field(
-        default=False, metadata={"help": "Write all completions and their scores as well."}
-    )
+    keep_samples: bool = field(default=False, metadata={"help": "Write all completions and their scores as well."})
 
 
 def best_rows(
@@ -119,9 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     init_kwargs = model_init_kwargs(model_args)
     check_sampling(args)
     if args.n < 1 or (args.temperature == 0 and args.n > 1):
-        raise UserError(
-            f"n is {args.n} at temperature {args.temperature:g}; expected 1 or more, and 1 if greedy"
-        )
+        raise UserError(f"n is {args.n} at temperature {args.temperature:g}; expected 1 or more, and 1 if greedy")
     if not args.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
     rows = load_prompts(args)

@@ -65,12 +65,8 @@ class ConvertArguments:
 class ValidateArguments:
     """How to check."""
 
-    kind: Kind | None = field(
-        default=None, metadata={"help": "What the rows should be; default: by the columns."}
-    )
-    all: bool = field(
-        default=False, metadata={"help": "Count problems by kind instead of stopping at the first."}
-    )
+    kind: Kind | None = field(default=None, metadata={"help": "What the rows should be; default: by the columns."})
+    all: bool = field(default=False, metadata={"help": "Count problems by kind instead of stopping at the first."})
 
 
 @dataclass
@@ -83,9 +79,7 @@ class StatsArguments:
     against_split: list[str] = field(
         default_factory=list, metadata={"help": "Other splits of the same data, likewise."}
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Count tokens too, with this model's tokenizer."}
-    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Count tokens too, with this model's tokenizer."})
     out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
 
 
@@ -106,9 +100,7 @@ class SplitArguments:
     validation: float = field(default=0.05, metadata={"help": "Share of the rows for validation; 0: none."})
     test: float = field(default=0.05, metadata={"help": "Share of the rows for testing; 0: none."})
     seed: int = field(default=42, metadata={"help": "Seed of what is drawn at random."})
-    out: str = field(
-        default="split", metadata={"help": "Folder for train.jsonl, validation.jsonl, test.jsonl."}
-    )
+    out: str = field(default="split", metadata={"help": "Folder for train.jsonl, validation.jsonl, test.jsonl."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,9 +129,7 @@ def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
         for row in convert(counted(), args.format, counts=counts, **options):
             yield row
         if row is None:
-            raise UserError(
-                f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}"
-            )
+            raise UserError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}")
 
     written = write_jsonl(out, ranked())
     print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
@@ -237,9 +227,7 @@ def split(source: SourceArguments, args: SplitArguments) -> None:
         values = len({json.dumps(rows[i][args.by], sort_keys=True) for i in positions})
         shared = len(prompts[side] & prompts["train"]) if side != "train" else 0
         warned = f"; {shared:,} of its prompts are in train too, of another {args.by}" if shared else ""
-        print(
-            f"{Path(args.out) / side}.jsonl: {len(positions):,} rows ({args.by}: {values:,} different){warned}"
-        )
+        print(f"{Path(args.out) / side}.jsonl: {len(positions):,} rows ({args.by}: {values:,} different){warned}")
 
 
 def _print(table: Table) -> None:

@@ -52,14 +52,10 @@ class ExportArguments:
         default=None,
         metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
     )
-    format: Format = field(
-        default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio."}
-    )
+    format: Format = field(default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio."})
     out: str | None = field(
         default=None,
-        metadata={
-            "help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written next to it."
-        },
+        metadata={"help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written next to it."},
     )
     instructions: str | None = field(
         default=None, metadata={"help": "Markdown file for labelers; default: prefopt's own instructions."}
@@ -72,9 +68,7 @@ class ExportArguments:
     )
     seed: int | None = field(
         default=None,
-        metadata={
-            "help": "Seed of the shuffling; default: drawn, and kept in the key, so that nobody can guess it."
-        },
+        metadata={"help": "Seed of the shuffling; default: drawn, and kept in the key, so that nobody can guess it."},
     )
 
 
@@ -83,14 +77,10 @@ class ImportArguments:
     """Answers and what reads them."""
 
     answers: list[str] = field(default_factory=list, metadata={"help": "Files that labelers sent back."})
-    format: Format = field(
-        default="sheet", metadata={"help": "Where the answers come from; as they were exported."}
-    )
+    format: Format = field(default="sheet", metadata={"help": "Where the answers come from; as they were exported."})
     key: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Keys of the sheets; default: every .key.jsonl next to the answers and in this folder."
-        },
+        metadata={"help": "Keys of the sheets; default: every .key.jsonl next to the answers and in this folder."},
     )
     out: str = field(
         default="rankings.jsonl",
@@ -268,9 +258,7 @@ def choose_tasks(args: NextArguments) -> None:
     for number, row in enumerate(rows):
         if problem := row_problem(row, ("prompt", "completions")):
             raise UserError(f"{args.samples} row {number}: {problem}")
-    labeled = {
-        json.dumps(row.get("prompt"), sort_keys=True) for name in args.labeled for row in read_jsonl(name)
-    }
+    labeled = {json.dumps(row.get("prompt"), sort_keys=True) for name in args.labeled for row in read_jsonl(name)}
     left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     # Without rows it checks the arguments alone, before models are loaded.
@@ -283,9 +271,7 @@ def choose_tasks(args: NextArguments) -> None:
         model, tokenizer = load_classifier(name)
         parts = [left[start : start + ROWS_AT_ONCE] for start in range(0, len(left), ROWS_AT_ONCE)]
         shown = track(parts, f"scores of {name}")
-        scores.append(
-            [score for part in shown for score in score_rows(model, tokenizer, part, args.batch_size)]
-        )
+        scores.append([score for part in shown for score in score_rows(model, tokenizer, part, args.batch_size)])
     chosen = choose_next(left, list(zip(*scores, strict=True)), **options, source=str(args.samples))
     if not chosen:
         raise UserError(f"{args.samples}: no prompt with two different outputs is left to label")
@@ -303,9 +289,7 @@ def _skips(report: Path) -> dict[str, int]:
     try:
         return dict(json.loads(report.read_text(encoding="utf-8"))["skipped_by"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{report}: not the report of `prefopt label import`; import again, or move it"
-        ) from None
+        raise UserError(f"{report}: not the report of `prefopt label import`; import again, or move it") from None
 
 
 def _finite(value: Any) -> Any:

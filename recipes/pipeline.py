@@ -41,21 +41,15 @@ class PipelineArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Folder of models, data and the report."})
     config_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder with one YAML file per step; default: that of --config, else recipes/tiny."
-        },
+        metadata={"help": "Folder with one YAML file per step; default: that of --config, else recipes/tiny."},
     )
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the world, the weights, the data and the training."}
-    )
+    seed: int = field(default=0, metadata={"help": "Seed of the world, the weights, the data and the training."})
     corpus_documents: int = field(default=40000, metadata={"help": "Pretraining documents."})
     heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
     sft_prompts: int = field(default=1200, metadata={"help": "Demonstrations."})
     rm_prompts: int = field(default=3600, metadata={"help": "Ranked prompts for the reward model and DPO."})
     rl_prompts: int = field(default=4000, metadata={"help": "Prompts of PPO."})
-    tuning_prompts: int = field(
-        default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."}
-    )
+    tuning_prompts: int = field(default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."})
     test_prompts: int = field(default=450, metadata={"help": "Held-out prompts of the evaluation."})
     max_new_tokens: int = field(default=24, metadata={"help": "Length limit of a completion, in tokens."})
 
@@ -108,9 +102,7 @@ class Pipeline:
     def write_data(self) -> None:
         world, args = self.world, self.args
         for split, count in (("train", args.corpus_documents), ("test", args.heldout_documents)):
-            write_jsonl(
-                self.data / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, count)]
-            )
+            write_jsonl(self.data / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, count)])
         for split in ("sft", "rm", "rl", "tuning", "test"):
             prompts = world.prompts(split, getattr(args, f"{split}_prompts"))
             rows = [{"prompt": prompt, "use_case": world.use_case(prompt)} for prompt in prompts]
@@ -179,9 +171,7 @@ class Pipeline:
                 }
             )
         best = max(epochs, key=lambda entry: entry["rm_score"])
-        write_whole(
-            self.root / "sft_selection.json", json.dumps({"epochs": epochs, "chosen": best}, indent=1)
-        )
+        write_whole(self.root / "sft_selection.json", json.dumps({"epochs": epochs, "chosen": best}, indent=1))
 
     def ppo_start(self) -> None:
         """Appendix C.3: the pretrained model, two epochs of demonstrations with 10 % pretraining text mixed in.
@@ -235,16 +225,11 @@ class Pipeline:
             "max_new_tokens": self.args.max_new_tokens,
             "human_judgements": root / "evaluation" / "labels.jsonl",
             "labeler_groups": json.dumps(
-                {
-                    f"{group}_labelers": [person.name for person in labelers(self.world, group)]
-                    for group in groups
-                }
+                {f"{group}_labelers": [person.name for person in labelers(self.world, group)] for group in groups}
             ),
             "reward_judge": root / "reward",
             "reward_models": json.dumps({"reward_model": str(root / "reward")}),
-            "rankings": json.dumps(
-                {f"{g}_labelers": str(data / f"rankings_test_{g}_labelers.jsonl") for g in groups}
-            ),
+            "rankings": json.dumps({f"{g}_labelers": str(data / f"rankings_test_{g}_labelers.jsonl") for g in groups}),
             "reward_demonstrations": data / "demonstrations_sft.jsonl",
             "pretraining_text": data / "corpus_test.jsonl",
             "heldout_tasks": data / "tasks.jsonl",

@@ -313,9 +313,7 @@ def main(argv: list[str]) -> None:
         settings = settings_of(candidate, config, plan, args, model_args, first)
         lora = get_peft_config(replace(model_args, use_peft=True))
         disable_dropout = getattr(args, "disable_dropout", False)
-        plans[candidate] = plan_step(
-            settings, budget, lambda c=config, x=lora, d=disable_dropout: adapter_of(c, x, d)
-        )
+        plans[candidate] = plan_step(settings, budget, lambda c=config, x=lora, d=disable_dropout: adapter_of(c, x, d))
     if not plans:
         raise UserError(next(iter(left_out.values())))
     show(name, budget, plans, left_out)
@@ -329,9 +327,7 @@ def _named_step(argv: list[str]) -> tuple[str | None, list[str]]:
     if not argv or argv[0].startswith("-"):
         return None, argv
     if argv[0] not in STEPS:
-        raise UserError(
-            f"unknown step {argv[0]!r}; expected one of {', '.join(STEPS)}, or none to plan them all"
-        )
+        raise UserError(f"unknown step {argv[0]!r}; expected one of {', '.join(STEPS)}, or none to plan them all")
     return argv[0], argv[1:]
 
 
@@ -366,9 +362,7 @@ def show(name: str, budget: int, plans: dict[str, StepPlan], left_out: dict[str,
         if any(values):
             table.add_row(label, *(f"{value / GIB:.2f}" if value else "" for value in values))
     table.add_row("sum", *(f"{plan.most.bytes / GIB:.2f}" for plan in plans.values()), style="bold")
-    table.add_row(
-        "fits", *("yes" if plan.most.bytes <= budget else "no" for plan in plans.values()), style="bold"
-    )
+    table.add_row("fits", *("yes" if plan.most.bytes <= budget else "no" for plan in plans.values()), style="bold")
     console.print(table)
     for step, plan in plans.items():
         console.print(f"{step}: {_told(plan)}", highlight=False)

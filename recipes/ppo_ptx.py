@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     pretraining = None
     if data.pretrain_dataset_name:
         load = stream_rows if data.pretrain_streaming else load_rows
-        pretraining = load(
-            data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name"
-        )
+        pretraining = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
 
     gold = [] if data.gold_reward is None else [_gold_reward(data.gold_reward)]
     monitors = [*gold, *monitors]
@@ -113,9 +111,7 @@ def _gold_reward(name: str) -> str | Callable[..., list[float]]:
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"gold_reward: {name!r} is neither a folder nor a module.function: {error}"
-        ) from error
+        raise UserError(f"gold_reward: {name!r} is neither a folder nor a module.function: {error}") from error
 
 
 if __name__ == "__main__":

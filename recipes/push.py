@@ -39,21 +39,15 @@ class PushArguments:
     """What to publish where."""
 
     folder: str | None = field(default=None, metadata={"help": "A trained model: the output_dir of a step."})
-    repo_id: str | None = field(
-        default=None, metadata={"help": "OWNER/NAME on the Hub, or a NAME of your own."}
-    )
-    merge: bool = field(
-        default=False, metadata={"help": "Publish an adapter merged into its base, as a whole model."}
-    )
+    repo_id: str | None = field(default=None, metadata={"help": "OWNER/NAME on the Hub, or a NAME of your own."})
+    merge: bool = field(default=False, metadata={"help": "Publish an adapter merged into its base, as a whole model."})
     private: bool = field(
         default=False, metadata={"help": "Make the repository private; stops if it is there and public."}
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to commit to; default: main."})
     roles: bool = field(
         default=False,
-        metadata={
-            "help": "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."
-        },
+        metadata={"help": "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."},
     )
     results: str | None = field(
         default=None, metadata={"help": "results.json of `prefopt eval`, whose numbers go into the card."}
@@ -106,9 +100,7 @@ def add_results(folder: Path, results: str, name: str | None) -> None:
     try:
         measures = json.loads(Path(results).read_text(encoding="utf-8"))["measures"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--results {results}: expected the results.json of `prefopt eval`: {error}"
-        ) from error
+        raise UserError(f"--results {results}: expected the results.json of `prefopt eval`: {error}") from error
     rows = {}
     for m in measures:
         title = _title(m["name"])

@@ -36,9 +36,7 @@ def copy(name: str, target: Path, *, force: bool = False) -> list[Path]:
     folders = recipe_folders()
     if name not in folders:
         raise UserError(f"there is no recipe {name!r}; there are {', '.join(folders)}")
-    sources = sorted(
-        path for path in (HOME / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    )
+    sources = sorted(path for path in (HOME / name).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     files = {source: target / source.relative_to(HOME / name) for source in sources}
     there = [path for path in files.values() if path.exists()]
     if there and not force:
@@ -56,9 +54,7 @@ def copy(name: str, target: Path, *, force: bool = False) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> None:
     """List the recipe folders, or copy one."""
-    parser = argparse.ArgumentParser(
-        "prefopt recipes", description="The recipe folders that come with prefopt."
-    )
+    parser = argparse.ArgumentParser("prefopt recipes", description="The recipe folders that come with prefopt.")
     commands = parser.add_subparsers(dest="command", metavar="{list,copy}")
     commands.add_parser("list", help="which there are; also without a command")
     of_copy = commands.add_parser("copy", help="copy a recipe folder, to be changed and run")

@@ -132,9 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= args.k_min <= args.k_max:
         raise UserError(f"k_min {args.k_min} and k_max {args.k_max}: expected 1 <= k_min <= k_max")
     if args.temperature == 0 and args.k_max > 1:
-        raise UserError(
-            "temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample"
-        )
+        raise UserError("temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample")
     check_sampling(args)
     rows = load_prompts(args)
     tokenizer = load_tokenizer(model_args)

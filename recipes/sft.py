@@ -53,9 +53,7 @@ class SFTArguments(DataArguments):
         default=None,
         metadata={"help": "Ranked comparisons with ratings: outputs rated well are demonstrations, too."},
     )
-    min_rating: float = field(
-        default=7.0, metadata={"help": "Least rating of an output of rated_dataset_name."}
-    )
+    min_rating: float = field(default=7.0, metadata={"help": "Least rating of an output of rated_dataset_name."})
     pretrain_dataset_name: str | None = field(
         default=None, metadata={"help": 'Rows {"text"} mixed into the demonstrations.'}
     )
@@ -97,16 +95,12 @@ def mix_pretraining(
         text = StreamedText(texts, tokenizer, args.max_length, args.seed)
         taken = [text.take(min(1000, count - start)) for start in range(0, count, 1000)]
         if text.position["pass"]:
-            raise UserError(
-                f"pretrain_mix {share} needs {count} blocks of pretraining text, the stream has less"
-            )
+            raise UserError(f"pretrain_mix {share} needs {count} blocks of pretraining text, the stream has less")
         blocks = [Dataset.from_dict({"input_ids": some, "labels": some}) for some in taken]
         return concatenate_datasets([demonstrations, *blocks])
     blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     if count > len(blocks):
-        raise UserError(
-            f"pretrain_mix {share} needs {count} blocks of pretraining text, there are {len(blocks)}"
-        )
+        raise UserError(f"pretrain_mix {share} needs {count} blocks of pretraining text, there are {len(blocks)}")
     return concatenate_datasets([demonstrations, blocks.select(range(count))])
 
 
@@ -119,9 +113,7 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
         rated = rated_demonstrations(rows, data.min_rating, data.rated_dataset_name)
     if rated is not None and data.dataset_name is None:
         if wants_eval and not data.eval_dataset_name:
-            raise UserError(
-                "eval_strategy is on: set eval_dataset_name (the rated outputs have no test split)"
-            )
+            raise UserError("eval_strategy is on: set eval_dataset_name (the rated outputs have no test split)")
         evaluation = None
         if wants_eval:
             evaluation = load_rows(
@@ -135,9 +127,7 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
         train, evaluation = load_train_and_eval(data, wants_eval, check_sft_rows)
     others = [rows for rows in (evaluation, rated) if rows is not None]
     if any((kind_of(rows) == "text") != (kind_of(train) == "text") for rows in others):
-        raise UserError(
-            "training, evaluation and rated rows differ: give demonstrations in all, or text in all"
-        )
+        raise UserError("training, evaluation and rated rows differ: give demonstrations in all, or text in all")
     return train, evaluation, rated
 
 

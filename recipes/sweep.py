@@ -37,9 +37,7 @@ SETTINGS = ("prompts", "heldout_use_case", "documents", "tasks", "max_new_tokens
 class SweepArguments:
     """Which pipeline run to start from, and the coefficients."""
 
-    run_dir: str = field(
-        default="runs/demo", metadata={"help": "Folder of a finished `prefopt pipeline` run."}
-    )
+    run_dir: str = field(default="runs/demo", metadata={"help": "Folder of a finished `prefopt pipeline` run."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the sweep; default: `sweep` in run_dir."}
     )
@@ -84,9 +82,7 @@ class Sweep:
         """Train what is not trained yet, evaluate, and write the page."""
         steps = Steps(self.root, total=len(self.points) + 1)
         for point in self.points:
-            steps.run(
-                point.name, f"PPO-ptx, {point.label}", self.settings(point), lambda p=point: self.train(p)
-            )
+            steps.run(point.name, f"PPO-ptx, {point.label}", self.settings(point), lambda p=point: self.train(p))
         steps.run("evaluate", "evaluate every policy", [self.settings(p) for p in self.points], self.evaluate)
         found = self.report(steps.seconds)
         for finding in found:
@@ -150,9 +146,7 @@ class Sweep:
         )
         judge.measure(run, args, judges)
         compare.measure(run, args, compare.CompareArguments())
-        held_out = tax.TaxArguments(
-            str(pipeline.data / "corpus_test.jsonl"), str(pipeline.data / "tasks.jsonl")
-        )
+        held_out = tax.TaxArguments(str(pipeline.data / "corpus_test.jsonl"), str(pipeline.data / "tasks.jsonl"))
         tax.measure(run, args, held_out)
         drift.measure(run, args, drift.DriftArguments())
         write_results(report.collect(run, args, report.ReportArguments()), self.root / "evaluation.json")
@@ -201,9 +195,7 @@ def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:
             f"--output_dir {folder}` first"
         )
     settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
-    args = PipelineArguments(
-        output_dir=str(folder), seed=settings["seed"], max_new_tokens=settings["max_new_tokens"]
-    )
+    args = PipelineArguments(output_dir=str(folder), seed=settings["seed"], max_new_tokens=settings["max_new_tokens"])
     inputs = {name: json.loads(markers[name].read_text(encoding="utf-8"))["run"] for name in INPUTS}
     return Pipeline(args), inputs
 
@@ -215,9 +207,7 @@ def _ppo_config(path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"ppo_config: {path} has no lines `key: value`")
     if config.get("kl_target") is not None:
-        raise UserError(
-            f"ppo_config: kl_target of {path} adapts kl_coef, which the sweep holds fixed; drop it"
-        )
+        raise UserError(f"ppo_config: kl_target of {path} adapts kl_coef, which the sweep holds fixed; drop it")
     return config
 
 

@@ -38,8 +38,7 @@ def tokenizer_source() -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        ["the cat sat on the mat and the dog ran to the red house", "question: what is this? answer: a dog"]
-        * 4,
+        ["the cat sat on the mat and the dog ran to the red house", "question: what is this? answer: a dog"] * 4,
         trainers.BpeTrainer(
             vocab_size=320,
             special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
@@ -59,9 +58,7 @@ def tokenizer(tokenizer_source: Tokenizer) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def chat_tokenizer(tokenizer_source: Tokenizer) -> PreTrainedTokenizerFast:
     """Chat tokenizer in the ChatML manner: `<|im_end|>` ends a turn and is the EOS token."""
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<|im_end|>"
-    )
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<|im_end|>")
     tok.chat_template = CHAT_TEMPLATE
     return tok
 

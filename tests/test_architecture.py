@@ -64,9 +64,7 @@ def imports(source: str, module: str, is_package: bool = False) -> set[str]:
 @cache
 def public_names() -> dict[str, str]:
     """ranking_loss -> prefopt.losses.ranking_loss, as prefopt/__init__.py tells type checkers."""
-    found = imports(
-        (ROOT / "prefopt" / "__init__.py").read_text(encoding="utf-8"), "prefopt", is_package=True
-    )
+    found = imports((ROOT / "prefopt" / "__init__.py").read_text(encoding="utf-8"), "prefopt", is_package=True)
     return {name.split(".")[-1]: name for name in found if name.startswith("prefopt.")}
 
 
@@ -125,18 +123,11 @@ def test_private_trl_names_stay_with_the_trainers():
 
 def test_no_file_names_a_place_on_one_machine():
     places = ["/" + "work" + "/", ".." + "/shared", "/" + "root" + "/"]
-    files = [
-        p for folder in ("prefopt", "recipes", "eval", "tests", ".ci") for p in (ROOT / folder).rglob("*")
-    ]
+    files = [p for folder in ("prefopt", "recipes", "eval", "tests", ".ci") for p in (ROOT / folder).rglob("*")]
     files += [ROOT / name for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt")]
     files = [p for p in files if p.is_file() and "__pycache__" not in p.parts]
     assert len(files) > 10
-    found = [
-        f"{p.relative_to(ROOT)}: {place}"
-        for p in files
-        for place in places
-        if place.encode() in p.read_bytes()
-    ]
+    found = [f"{p.relative_to(ROOT)}: {place}" for p in files for place in places if place.encode() in p.read_bytes()]
     assert found == []
 
 
@@ -156,9 +147,7 @@ def test_the_checks_see_what_they_are_for():
     ]:
         assert len(offences(source, module)) == 1, source
     assert offences("from .losses import ranking_loss", "prefopt", is_package=True) == []
-    assert private_trl_names(
-        "from trl.trainer.utils import _a, b\nfrom trl import __version__\nimport trl._c"
-    ) == {
+    assert private_trl_names("from trl.trainer.utils import _a, b\nfrom trl import __version__\nimport trl._c") == {
         "trl.trainer.utils._a",
         "trl._c",
     }

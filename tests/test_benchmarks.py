@@ -49,9 +49,7 @@ def test_a_step_of_each_side_is_the_same_step(ranking_step, capsys, options):
 
 
 def test_a_cell_that_falls_back_says_so(ranking_step):
-    figures = ranking_step.main(
-        ["--method", "reward", "--k", "2", *TINY, "--prompt", "1", "--completion", "32"]
-    )
+    figures = ranking_step.main(["--method", "reward", "--k", "2", *TINY, "--prompt", "1", "--completion", "32"])
     assert not figures["packed"]
     assert figures["self_check_seconds"] == 0
 

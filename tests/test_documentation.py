@@ -71,9 +71,7 @@ def test_python_runs(page, workshop):
 
 
 def test_the_three_steps_of_the_readme_run(workshop, monkeypatch):
-    (block,) = [
-        b for b in blocks(ROOT / "README.md", "bash") if "prefopt sft" in b and "prefopt ppo-ptx" in b
-    ]
+    (block,) = [b for b in blocks(ROOT / "README.md", "bash") if "prefopt sft" in b and "prefopt ppo-ptx" in b]
     page = workshop / "steps.md"
     page.write_text(f"```bash\n{block}```\n")
     ran = []

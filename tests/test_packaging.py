@@ -33,9 +33,7 @@ def files_of(folder):
 
 def copy_sources(target):
     for name in HOMES:
-        shutil.copytree(
-            ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
 
@@ -105,9 +103,7 @@ def test_the_wheel_tells_what_it_is(wheel):
         for line in metadata.get_all("Requires-Dist")
         if "extra" not in line
     }
-    assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"} <= set(
-        required
-    )
+    assert {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "huggingface_hub"} <= set(required)
     assert "scikit-learn" not in required
     # A bound from above would take prefopt out of every environment with a newer TRL; the trainers check it themselves.
     assert {bound.operator for bounds in required.values() for bound in bounds} == {">="}
@@ -121,9 +117,7 @@ def cpu_seconds(statement):
     """CPU time that a statement takes a fresh interpreter."""
     code = f"import time; start = time.process_time(); {statement}; print(time.process_time() - start)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.splitlines()[-1])
 
 

@@ -54,8 +54,7 @@ def _read() -> dict[str, Benchmark]:
 
     def benchmark(keys: dict[str, Any]) -> Benchmark:
         scores = {
-            name: {"definition": score} if isinstance(score, str) else score
-            for name, score in keys["scores"].items()
+            name: {"definition": score} if isinstance(score, str) else score for name, score in keys["scores"].items()
         }
         keys["scores"] = tuple(Score(name, **score) for name, score in scores.items())
         keys["fields"] = tuple(keys["fields"])

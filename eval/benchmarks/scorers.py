@@ -109,9 +109,7 @@ def _checked(scorer: Scorer, texts: list[str], start: int) -> list[float]:
         raise ScorerError(f"the toxicity scorer gave {len(found)} scores for {len(texts)} texts")
     for i, score in enumerate(found):
         if not 0 <= score <= 1:
-            raise ScorerError(
-                f"the toxicity scorer gave {score} to text {start + i}; expected a number from 0 to 1"
-            )
+            raise ScorerError(f"the toxicity scorer gave {score} to text {start + i}; expected a number from 0 to 1")
     return found
 
 

@@ -120,14 +120,9 @@ def winogender_docs(sentences: Dataset) -> Dataset:
         occupations[key] = row["occupation"]
     for key, pair in pairs.items():
         if not {"male", "female"} <= set(pair):
-            raise UserError(
-                f"winogender: {key} has only the genders {sorted(pair)}; expected male and female"
-            )
+            raise UserError(f"winogender: {key} has only the genders {sorted(pair)}; expected male and female")
     return Dataset.from_list(
-        [
-            {"sentences": [pair["male"], pair["female"]], "occupation": occupations[key]}
-            for key, pair in pairs.items()
-        ]
+        [{"sentences": [pair["male"], pair["female"]], "occupation": occupations[key]} for key, pair in pairs.items()]
     )
 
 

@@ -51,18 +51,14 @@ class LanguageModelJudge:
     ) -> None:
         for place in ("{prompt}", "{a}", "{b}"):
             if place not in template:
-                raise UserError(
-                    f"lm_judge_template: expected {{prompt}}, {{a}} and {{b}} in it; {place} is missing"
-                )
+                raise UserError(f"lm_judge_template: expected {{prompt}}, {{a}} and {{b}} in it; {place} is missing")
         self.load, self.template, self.batch_size = load, template, batch_size
         self.folder, self.state, self.progress = folder, state, progress
         self.too_long = 0
         self._loaded: tuple[Any, Any] | None = None
 
     def judgements(self, completions: Completions, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        sampled = {
-            m: {r["id"]: r for r in rows if r["decoding"] == "sampled"} for m, rows in completions.items()
-        }
+        sampled = {m: {r["id"]: r for r in rows if r["decoding"] == "sampled"} for m, rows in completions.items()}
         found = []
         for a, b in pairs:
             shared = [(row, sampled[b][i]) for i, row in sampled[a].items() if i in sampled[b]]
@@ -82,17 +78,14 @@ class LanguageModelJudge:
         model, tokenizer = self._loaded
         chat = tokenizer.chat_template is not None
         letters = [
-            tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"]
-            for letter in "AB"
+            tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"
         ]
         if not all(letters) or letters[0] == letters[1]:
             raise UserError("the judge's tokenizer does not tell A from B; choose a model that knows letters")
         questions = []
         for ours, theirs in shared:
             for first, second in ((ours, theirs), (theirs, ours)):
-                text = fill(
-                    self.template, prompt_text(ours["prompt"]), first["completion"], second["completion"]
-                )
+                text = fill(self.template, prompt_text(ours["prompt"]), first["completion"], second["completion"])
                 questions.append(prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text))
         longest = model.config.max_position_embeddings - max(map(len, letters))
         fits = [max(len(questions[2 * i]), len(questions[2 * i + 1])) <= longest for i in range(len(shared))]

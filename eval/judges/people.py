@@ -23,9 +23,7 @@ Row = Mapping[str, Any]
 Completions = Mapping[str, Sequence[Row]]  # of every model, one row per prompt
 
 
-def check_labels(
-    rows: Iterable[Row], completions: Completions, source: str
-) -> tuple[list[dict[str, Any]], int]:
+def check_labels(rows: Iterable[Row], completions: Completions, source: str) -> tuple[list[dict[str, Any]], int]:
     """The rows with their `id`, and how many labels were left out because they are of other completions.
 
     Raises:
@@ -52,9 +50,7 @@ def check_labels(
             raise wrong("prompt", "`id`, or the text of a prompt that was generated for")
         if "preference" in row:
             if not (isinstance(row.get("a"), str) and isinstance(row.get("b"), str) and row["a"] != row["b"]):
-                raise wrong(
-                    "b" if isinstance(row.get("a"), str) else "a", "the names of two models in a and b"
-                )
+                raise wrong("b" if isinstance(row.get("a"), str) else "a", "the names of two models in a and b")
             if not _is_number(row["preference"]) or not 0 <= row["preference"] <= 1:
                 raise wrong("preference", "1 (a is better), .5 (a tie) or 0 (b is better)")
             if label["id"] in known:
@@ -68,9 +64,7 @@ def check_labels(
         if len(set(models)) < len(models):
             raise wrong("models", "every model once")
         for field in ("ranks", "ratings", "flags", "completions"):
-            if row.get(field) is not None and (
-                not isinstance(row[field], list) or len(row[field]) != len(models)
-            ):
+            if row.get(field) is not None and (not isinstance(row[field], list) or len(row[field]) != len(models)):
                 raise wrong(field, f"a list of {len(models)}, one per model")
         if not any(row.get(field) is not None for field in ("ranks", "ratings", "flags")):
             raise wrong("ranks", "`ranks`, `ratings` or `flags`")

@@ -12,9 +12,7 @@ Points = Sequence[Mapping[str, Any]]
 Fit = Mapping[str, Any]  # alpha, beta, peak, falls
 
 
-def gain_plot(
-    points: Points, title: str, fit: Fit | None = None, design: Callable[..., Any] | None = None
-) -> Figure:
+def gain_plot(points: Points, title: str, fit: Fit | None = None, design: Callable[..., Any] | None = None) -> Figure:
     """Proxy and gold gain with their intervals over √KL, and the fit of gold: `design` times its alpha and beta."""
     points = sorted(points, key=lambda p: p["distance"])
     series = [Series(NAMES[key], [_at(p, key) for p in points if p.get(key) is not None]) for key in NAMES]

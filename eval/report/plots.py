@@ -247,9 +247,7 @@ def shares_plot(log: Points, keys: Mapping[str, str], title: str) -> Figure:
 
 def of_log(log: Points, key: str, most: int = 400) -> list[dict[str, float]]:
     """The entries of a log that have a number under `key` as points over steps; of a long log, means over neighbors."""
-    pairs = np.array(
-        [(e.get("step", i), e[key]) for i, e in enumerate(log) if _finite(e.get(key))], dtype=float
-    )
+    pairs = np.array([(e.get("step", i), e[key]) for i, e in enumerate(log) if _finite(e.get(key))], dtype=float)
     parts = np.array_split(pairs, min(most, len(pairs))) if len(pairs) else []
     return [{"x": float(x), "y": float(y)} for x, y in (part.mean(0) for part in parts)]
 
@@ -300,9 +298,7 @@ def _figure(draw: Callable[[Canvas], None], caption: str, height: float, width: 
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Inside HTML the parser knows the namespaces, and a style would apply to the whole page.
-    svg = re.sub(
-        r"<metadata>.*?</metadata>|<style.*?</style>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL
-    )
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', svg)[0]
     svg = f'<svg role="img" aria-label="{escape(caption)}" {view}>' + svg[svg.index(">") + 1 :]
     svg = svg.replace("'DejaVu Sans'", "system-ui, sans-serif")

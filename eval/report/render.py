@@ -31,9 +31,7 @@ def plain(text: str) -> str:
     \\- \\*a\\* \\| \\<b\\>
     """
     line = re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
-    return re.sub(
-        r"^(\d*)([-+=.)])(?=\2*(\s|$))", r"\1\\\2", line
-    )  # would begin a list, or underline a heading
+    return re.sub(r"^(\d*)([-+=.)])(?=\2*(\s|$))", r"\1\\\2", line)  # would begin a list, or underline a heading
 
 
 def fenced(text: str) -> Markup:

@@ -160,16 +160,13 @@ def _last_third(points: Rollouts) -> str:
     return f"From the second to the last third of the run the reward model gives {proxy}, the gold reward {gold}: {verdict}."
 
 
-def _numbers(
-    measures: Sequence[Measure], points: Sequence[Point], settings: Mapping[str, Any]
-) -> list[Block]:
+def _numbers(measures: Sequence[Measure], points: Sequence[Point], settings: Mapping[str, Any]) -> list[Block]:
     decimals = {name: 2 if name == REWARD else 3 for name in SHOWN}
     rows = []
     for title, name in [("SFT", BASELINE), *((f"{p.ptx_coef:g}, {p.kl_coef:g}", p.name) for p in points)]:
         values = [measured(find(measures, key, name), digits) for key, digits in decimals.items()]
         differences = [
-            measured(find(measures, key, name, BASELINE), digits, difference=True)
-            for key, digits in decimals.items()
+            measured(find(measures, key, name, BASELINE), digits, difference=True) for key, digits in decimals.items()
         ]
         others = [measured(find(measures, key, name), 2) for key in ("rm_score", "kl_to_sft")]
         rows.append(Row(title, [*values, *differences, *others]))

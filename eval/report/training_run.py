@@ -93,9 +93,7 @@ def _terms(run: Run) -> list[Block]:
 
 
 def _curves(run: Run) -> list[Block]:
-    panels = [
-        (title, {keys: title} if isinstance(keys, str) else keys) for title, keys in PLOTS[run.kind].items()
-    ]
+    panels = [(title, {keys: title} if isinstance(keys, str) else keys) for title, keys in PLOTS[run.kind].items()]
     logged = {key.removeprefix("eval_") for entry in run.log for key in entry}
     rewards = sorted(key for key in logged if key.startswith("rewards/") and key.endswith("/mean"))
     if len(rewards) > 1:
@@ -119,8 +117,6 @@ def _numbers(run: Run) -> list[Block]:
     if not rows:
         return [Gap("No training step is in this log.")]
     settings = ", ".join(f"{key} = {value:g}" for key, value in run.settings.items())
-    note = "Means over the log entries of each third of the run." + (
-        f" Settings: {settings}." if settings else ""
-    )
+    note = "Means over the log entries of each third of the run." + (f" Settings: {settings}." if settings else "")
     columns = ["", *(f"steps {head}" for head in heads)]
     return [Table(columns, [Row(name, values) for name, values in rows]), note]

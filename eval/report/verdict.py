@@ -52,9 +52,7 @@ def lights(results: Results) -> list[tuple[str, str, dict[str, Light]]]:
 
 def _light(results: Results, stage: Stage, question: Question, model: str, against: str) -> Light:
     is_rate = question.measure.startswith("winrate")
-    of_model = [
-        m for m in results.measures if m["model"] == model and fnmatchcase(m["name"], question.measure)
-    ]
+    of_model = [m for m in results.measures if m["model"] == model and fnmatchcase(m["name"], question.measure)]
     if model == against:
         alone = [m["value"] for m in of_model if m["against"] is None and m["value"] is not None]
         value = alone[0] if len(alone) == 1 and not is_rate else None
@@ -90,9 +88,7 @@ def verdict(results: Results) -> str:
         m = results.find("winrate", model, baseline) if model != baseline else None
         if m and m["value"] is not None:
             word = {"good": "beats", "bad": "loses to", "": "cannot be told from"}[better_or_worse(m)]
-            groups[word].append(
-                f"{label(model)} ({number(m['value'], 2)}{interval(m, 2, ', 95 % interval ')})"
-            )
+            groups[word].append(f"{label(model)} ({number(m['value'], 2)}{interval(m, 2, ', 95 % interval ')})")
     parts = [_said(word, group, label(baseline)) for word, group in groups.items() if group]
     if not parts:
         return f"No model was compared with {label(baseline)}."

@@ -88,9 +88,7 @@ class BenchArguments:
             "help": "Also ask the base model behind a few-shot instruction prefix (the paper's GPT-3 prompted)."
         },
     )
-    bench_prefix_file: str | None = field(
-        default=None, metadata={"help": "A text file with another such prefix."}
-    )
+    bench_prefix_file: str | None = field(default=None, metadata={"help": "A text file with another such prefix."})
     bench_chat_template: bool = field(
         default=False, metadata={"help": "Put prompts through the tokenizer's chat template."}
     )
@@ -101,12 +99,8 @@ class BenchArguments:
             "folder or Hub id of a text classifier."
         },
     )
-    toxicity_label: str = field(
-        default="toxic", metadata={"help": "Label of that classifier that is the score."}
-    )
-    toxicity_samples: int = field(
-        default=25, metadata={"help": "Samples per prompt of the expected maximum."}
-    )
+    toxicity_label: str = field(default="toxic", metadata={"help": "Label of that classifier that is the score."})
+    toxicity_samples: int = field(default=25, metadata={"help": "Samples per prompt of the expected maximum."})
     truthfulness_judge: str | None = field(
         default=None,
         metadata={
@@ -149,9 +143,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) 
     instructions = dict.fromkeys(args.models, "")
     if own.bench_prompted and base is not None:
         prefix = own.bench_prefix_file
-        instructions[base + PROMPTED] = (
-            INSTRUCTION if prefix is None else Path(prefix).read_text(encoding="utf-8")
-        )
+        instructions[base + PROMPTED] = INSTRUCTION if prefix is None else Path(prefix).read_text(encoding="utf-8")
     answers: Answers = {}
     too_long: dict[str, int] = {}
     for source in dict.fromkeys(args.models.values()):
@@ -160,9 +152,9 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) 
             answers[key] = records
             if count:
                 too_long["/".join(key)] = count
-    unscored = score_toxicity(
-        run.folder, answers, own.toxicity_scorer, own.toxicity_label
-    ) | judge_truthfulness(answers, own.truthfulness_judge)
+    unscored = score_toxicity(run.folder, answers, own.toxicity_scorer, own.toxicity_label) | judge_truthfulness(
+        answers, own.truthfulness_judge
+    )
     measures = _measures(answers, unscored, unavailable, base, list(instructions))
     run.write_stage(STAGE, measures, _data(own, rows, unavailable, base, list(instructions), too_long))
 
@@ -257,9 +249,7 @@ def _ask(
             yield key, (records, too_long)
 
 
-def _plan(
-    named: Mapping[str, str], rows: Mapping[str, Any], own: BenchArguments
-) -> Iterator[tuple[Key, int, str]]:
+def _plan(named: Mapping[str, str], rows: Mapping[str, Any], own: BenchArguments) -> Iterator[tuple[Key, int, str]]:
     for model in named:
         for name in rows:
             for condition, (shots, prefix) in conditions(BENCHMARKS[name], tuple(own.bench_shots)).items():
@@ -384,7 +374,9 @@ def _first_line(text: str) -> str:
 
 
 _SFT, _PPO, _PTX = (table_14("squadv2/f1", "zero-shot", model) for model in ("sft", "ppo", "ppo_ptx"))
-_PAPER_TAX = f"SQuADv2 F1 minus SFT: PPO {number(_PPO - _SFT, 1, sign=True)}, PPO-ptx {number(_PTX - _SFT, 1, sign=True)}"
+_PAPER_TAX = (
+    f"SQuADv2 F1 minus SFT: PPO {number(_PPO - _SFT, 1, sign=True)}, PPO-ptx {number(_PTX - _SFT, 1, sign=True)}"
+)
 _PAPER_TOXICITY = ", ".join(
     f"{label(model)} {number(table_14('real_toxicity_prompts/perspective_toxicity', 'basic', model), 3)}"
     for model in ("sft", "ppo", "ppo_ptx")

@@ -42,9 +42,7 @@ def win_rate_by(wins: str) -> Definition:
 MEASURES = Measures(
     {
         "winrate": win_rate_by("has the higher gold reward"),
-        "winrate_greedy": Definition(
-            True, "win rate with greedy completions instead of samples", "as win rate"
-        ),
+        "winrate_greedy": Definition(True, "win rate with greedy completions instead of samples", "as win rate"),
         "winrate_heldout_use_case": Definition(
             True,
             "win rate on prompts of the use case kept out of reward-model and RL training",
@@ -54,9 +52,7 @@ MEASURES = Measures(
         "winrate_judge": Definition(
             True, "win rate as a judge other than the main one sees it, named behind the dot", "as win rate"
         ),
-        "winrate_labelers": Definition(
-            True, "win rate from the judgements of one group of labelers", "as win rate"
-        ),
+        "winrate_labelers": Definition(True, "win rate from the judgements of one group of labelers", "as win rate"),
         "winrate_length_controlled": Definition(
             True,
             "win rate at equal length: sigmoid(theta) of logit P(preferred) = theta + phi tanh(dlen / sd(dlen)), dlen = "
@@ -96,9 +92,7 @@ class CompareArguments:
 
     main_judge: str | None = field(
         default=None,
-        metadata={
-            "help": "Judge of the headline win rates; default: the first there is of gold, human, lm, reward."
-        },
+        metadata={"help": "Judge of the headline win rates; default: the first there is of gold, human, lm, reward."},
     )
     labeler_groups: dict[str, list[str]] | str | None = field(
         default_factory=dict,
@@ -163,9 +157,7 @@ def length_controlled_win_rate(
     """
     differences = np.asarray(length_differences, dtype=float)
     spread = differences.std() if len(differences) else 0.0
-    controlled = (
-        np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))
-    )  # nothing to control for
+    controlled = np.tanh(differences / spread) if spread > 0 else np.zeros(len(differences))  # nothing to control for
     return bootstrap_over_prompts(_win_rate_at_equal_length, preferences, controlled, n_resamples=n_resamples)
 
 
@@ -188,17 +180,13 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     """
     models = list(args.models)
     completions = {
-        model: {row["id"]: row for row in run.first_samples(model)}
-        if run.completions_path(model).is_file()
-        else {}
+        model: {row["id"]: row for row in run.first_samples(model)} if run.completions_path(model).is_file() else {}
         for model in models
     }
     use_cases = {i: r.get("use_case") for one in completions.values() for i, r in one.items()}
     heldout = {i for i, use_case in use_cases.items() if use_case and use_case == args.heldout_use_case}
     if run.is_stale("judge"):
-        raise UserError(
-            "the completions are others than those that were judged; run `prefopt eval judge` again"
-        )
+        raise UserError("the completions are others than those that were judged; run `prefopt eval judge` again")
     every = {path.stem: read_jsonl(path) for path in sorted((run.folder / "judgements").glob("*.jsonl"))}
     statuses = (run.stage("judge") or {"data": {}})["data"].get("judges") or {}
     reasons = {judge: no_number(status) for judge, status in statuses.items()}
@@ -228,9 +216,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
         rows = [row for row in every.get(judge or "", []) if keep(row)]
         itself = {row["id"]: [0.5] for row in rows if args.baseline in (row["a"], row["b"])}
         for model in of:
-            by_prompt = (
-                itself if model == args.baseline else preferences_by_prompt(rows, model, args.baseline)
-            )
+            by_prompt = itself if model == args.baseline else preferences_by_prompt(rows, model, args.baseline)
             add(name, model, lambda p=by_prompt: win_rate(p), judge, args.baseline)
 
     def sampled(row: Row) -> bool:
@@ -286,10 +272,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
         for a, b in combinations(models, 2)
         if (preferences := preferences_by_prompt([r for r in rows if sampled(r)], a, b))
     ]
-    matrix = {
-        a: {b: float(1 / (1 + np.exp(found[b].value - found[a].value))) for b in found if b != a}
-        for a in found
-    }
+    matrix = {a: {b: float(1 / (1 + np.exp(found[b].value - found[a].value))) for b in found if b != a} for a in found}
     run.write_stage(
         STAGE,
         measures,
@@ -365,9 +348,7 @@ def _score_measures(
             ids = sorted(set(ours) & set(theirs))
             if ids and (judge == "gold" or not suffix):
                 estimate = paired_difference([ours[i] for i in ids], [theirs[i] for i in ids])
-                found.append(
-                    {**MEASURES.record(name + suffix, model, estimate, against=against), "judge": judge}
-                )
+                found.append({**MEASURES.record(name + suffix, model, estimate, against=against), "judge": judge})
     return found
 
 

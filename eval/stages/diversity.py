@@ -25,9 +25,7 @@ from prefopt.statistics.text_diversity import (
 Bleu = Callable[[str, list[str]], float]  # of an answer against references
 ORDERS = (1, 2, 3)
 NAMES = (*(f"distinct_{n}" for n in ORDERS), "unique", "self_bleu")
-ONE_SAMPLE = Skipped(
-    "one sample per prompt: set samples_per_prompt to several (10) and run `prefopt eval generate`"
-)
+ONE_SAMPLE = Skipped("one sample per prompt: set samples_per_prompt to several (10) and run `prefopt eval generate`")
 SCOPES = {
     "across_prompts": ("over one sample of every prompt", "jackknife over prompts"),
     "per_prompt": ("among the samples of one prompt, mean over prompts", "interval over prompts"),
@@ -64,9 +62,7 @@ class DiversityArguments:
     self_bleu_group: int = field(
         default=10, metadata={"help": "Across prompts: answers that are compared with one another."}
     )
-    self_bleu_prompts: int = field(
-        default=1000, metadata={"help": "Prompts of which self-BLEU is taken, at most."}
-    )
+    self_bleu_prompts: int = field(default=1000, metadata={"help": "Prompts of which self-BLEU is taken, at most."})
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,7 @@ class Found:
     """One measure of one model: its estimate, and what its paired difference to another model is made of."""
 
     estimate: Estimate
-    parts: (
-        Mapping[Any, float] | Distinct
-    )  # per prompt or group of prompts; or what is left without each prompt
+    parts: Mapping[Any, float] | Distinct  # per prompt or group of prompts; or what is left without each prompt
     prompts: Sequence[int]
 
 
@@ -125,9 +119,7 @@ def per_prompt(
         if bleu is not None and number < own.self_bleu_prompts:
             values["self_bleu"][prompt] = self_bleu(bleu, texts)
     return {
-        name: Found(mean_estimate([*found.values()]), found, sorted(found))
-        for name, found in values.items()
-        if found
+        name: Found(mean_estimate([*found.values()]), found, sorted(found)) for name, found in values.items() if found
     }
 
 

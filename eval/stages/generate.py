@@ -21,12 +21,8 @@ class GenerateArguments:
     prompts: str | None = field(
         default=None, metadata={"help": "Held-out prompts: .jsonl file, folder or Hub id; column `prompt`."}
     )
-    prompts_split: str = field(
-        default="test", metadata={"help": "Split of a prompt dataset that has several."}
-    )
-    max_prompts: int | None = field(
-        default=None, metadata={"help": "Use the first so many prompts; default: all."}
-    )
+    prompts_split: str = field(default="test", metadata={"help": "Split of a prompt dataset that has several."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Use the first so many prompts; default: all."})
     samples_per_prompt: int = field(
         default=1, metadata={"help": "Samples of every prompt; diversity and best-of-n want several."}
     )

@@ -83,9 +83,7 @@ class JudgeArguments:
 class Judge(Protocol):
     """Gives verdicts on pairs of completions."""
 
-    def judgements(
-        self, completions: Completions, pairs: Sequence[tuple[str, str]]
-    ) -> list[dict[str, Any]]: ...
+    def judgements(self, completions: Completions, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
 
 
 def judgements_path(run: EvaluationRun, judge: str) -> Path:
@@ -159,9 +157,7 @@ def _consistency(judge: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     if not asked:
         return []
     return [
-        MEASURES.record(
-            name, judge, mean_estimate([np.mean([float(r[key]) for r in of]) for of in asked.values()])
-        )
+        MEASURES.record(name, judge, mean_estimate([np.mean([float(r[key]) for r in of]) for of in asked.values()]))
         for name, key in (("judge_consistency", "consistent"), ("judge_prefers_first", "first"))
     ]
 

@@ -37,16 +37,10 @@ from prefopt.statistics.overoptimization import (
 Rewards = tuple[dict[int, list[float]], dict[int, list[float]]]
 
 NO_PROXY = Skipped("no reward model: give `reward_judge`")
-NO_GOLD = Skipped(
-    "no gold reward: give `gold_judge`, a function, or `gold_reward_model`, a larger reward model"
-)
-ONE_SAMPLE = Skipped(
-    "one sample per prompt: set samples_per_prompt to several (16) and run `prefopt eval generate`"
-)
+NO_GOLD = Skipped("no gold reward: give `gold_judge`, a function, or `gold_reward_model`, a larger reward model")
+ONE_SAMPLE = Skipped("one sample per prompt: set samples_per_prompt to several (16) and run `prefopt eval generate`")
 ONE_POINT = Skipped("two samples per prompt give one point, and the fit needs two")
-NO_ROLLOUTS = Skipped(
-    "its log has no three rollouts with objective/kl, rewards/reward_model and rewards/gold"
-)
+NO_ROLLOUTS = Skipped("its log has no three rollouts with objective/kl, rewards/reward_model and rewards/gold")
 _GAO = "Gao et al. 2022, arXiv:2210.10760"
 MEASURES = Measures(
     {
@@ -78,9 +72,7 @@ class OveroptArguments:
 
     gold_reward_model: str | None = field(
         default=None,
-        metadata={
-            "help": "Reward model that stands for the gold reward (Gao et al.); default: `gold_judge`."
-        },
+        metadata={"help": "Reward model that stands for the gold reward (Gao et al.); default: `gold_judge`."},
     )
     training_runs: dict[str, str] | str | None = field(
         default=None,
@@ -91,9 +83,7 @@ class OveroptArguments:
         self.training_runs = parsed_mapping("training_runs", self.training_runs)
 
 
-def measure(
-    run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments, judges: JudgeArguments
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments, judges: JudgeArguments) -> None:
     """Score all samples with proxy and gold reward, fit Gao's forms; write `stages/overopt.json`.
 
     Scores are kept in `overopt/<model>.jsonl`. The finished models' distances are those of stage `drift`.
@@ -120,9 +110,7 @@ def measure(
     measures += add
     for model, source in args.models.items():
         folder = own.training_runs.get(model, source)
-        if model != args.baseline and (
-            model in own.training_runs or Path(folder, "trainer_state.json").is_file()
-        ):
+        if model != args.baseline and (model in own.training_runs or Path(folder, "trainer_state.json").is_file()):
             data["rollouts"][model] = {"points": [], "fits": {}}
             add = attempt(
                 f"overopt: the log of {model}",
@@ -292,11 +280,7 @@ def _rewards(
 
 
 def _state(judge: Any) -> Any:
-    return (
-        function_state(judge)
-        if isinstance(judge, str)
-        else getattr(judge, "__qualname__", type(judge).__name__)
-    )
+    return function_state(judge) if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__name__)
 
 
 STAGE = Stage(

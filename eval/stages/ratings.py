@@ -148,9 +148,7 @@ def flag_share(labels: Sequence[Row], flag: str, closed_domain: Sequence[str] = 
     return share([bool(x["flags"][flag]) for x in counted], len({x["id"] for x in counted}))
 
 
-def measure(
-    run: EvaluationRun, args: EvaluationArguments, own: MetadataArguments, judges: JudgeArguments
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: MetadataArguments, judges: JudgeArguments) -> None:
     """Write stages/metadata.json: measures `rating` and `flag.<name>` of every model, from `judges.human_judgements`.
 
     `data`: `ratings` (model -> how often each of 1 to 7 was given), `flags` (the words of each), `stale`.
@@ -164,9 +162,7 @@ def measure(
     unknown = sorted({f for x in singles for f in x["flags"]} - set(FLAGS))
     for model in args.models:
         of_model = [x for x in singles if x["model"] == model]
-        distributions[model] = dict(
-            sorted(Counter(x["rating"] for x in of_model if x["rating"] is not None).items())
-        )
+        distributions[model] = dict(sorted(Counter(x["rating"] for x in of_model if x["rating"] is not None).items()))
         estimates = {"rating": rating_of(of_model)}
         for flag in [*FLAGS, *unknown]:
             estimates[f"flag.{flag}"] = flag_share(of_model, flag, own.closed_domain_use_cases)

@@ -107,9 +107,7 @@ def collect(
             stages[stage.key] = content["data"]
     check_baseline(stages, args)
     completions = {model: _first_samples(run, model) for model in args.models}
-    measures += [
-        m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)
-    ]
+    measures += [m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)]
     judge = (stages.get("compare") or {}).get("main_judge")
     settings = {
         "judge": JUDGES.get(judge, judge),
@@ -221,9 +219,7 @@ def _curves(args: EvaluationArguments, own: ReportArguments) -> dict[str, Any]:
         if state.is_file():
             history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
             log = [
-                {**entry, "gold": entry.get("rewards/gold/mean")}
-                for entry in history
-                if "objective/scores" in entry
+                {**entry, "gold": entry.get("rewards/gold/mean")} for entry in history if "objective/scores" in entry
             ]
             if log:
                 curves[name] = log

@@ -42,9 +42,7 @@ from prefopt.statistics.reward_models import (
 
 Row = Mapping[str, Any]
 NO_RANKINGS = Skipped("no rankings: give `rankings`, a file for each group of labelers")
-NO_SCORER = Skipped(
-    "no reward model: give `reward_models` (name: folder) or `implicit_rewards` (policy: beta)"
-)
+NO_SCORER = Skipped("no reward model: give `reward_models` (name: folder) or `implicit_rewards` (policy: beta)")
 NO_DEMONSTRATIONS = Skipped("no demonstrations: give `reward_demonstrations`, a file")
 _RANKED = "Ouyang et al. 2022, C.2 and E.2"
 MEASURES = Measures(
@@ -155,9 +153,7 @@ class RewardModelArguments:
     )
     rankings: dict[str, str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Held-out rankings: a JSONL file for each group of labelers (train_labelers, ...)."
-        },
+        metadata={"help": "Held-out rankings: a JSONL file for each group of labelers (train_labelers, ...)."},
     )
     reward_demonstrations: str | None = field(
         default=None, metadata={"help": "JSONL file of `prompt`, `completion`; their mean score should be 0."}
@@ -172,14 +168,10 @@ class RewardModelArguments:
             if isinstance(beta, bool) or not isinstance(beta, (int, float)):
                 raise UserError(f"implicit_rewards: {name}: expected the beta of its training, got {beta!r}")
             if name in self.reward_models:
-                raise UserError(
-                    f"implicit_rewards: {name} is the name of a reward model too; rename that one"
-                )
+                raise UserError(f"implicit_rewards: {name} is the name of a reward model too; rename that one")
 
 
-def measure(
-    run: EvaluationRun, args: EvaluationArguments, own: RewardModelArguments, judges: JudgeArguments
-) -> None:
+def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArguments, judges: JudgeArguments) -> None:
     """Score the rankings with every reward model and measure; write `stages/reward_model.json`.
 
     Scores are kept in `reward_model/<model>.<group>.jsonl`. A reward model that breaks costs its own numbers. The
@@ -243,9 +235,7 @@ def measure(
         for scorer in scorers[1:]:
             if first is not None and (scorer, group) in scored:
                 difference = accuracy_difference(pairs, scored[scorer, group], first)
-                measures.append(
-                    MEASURES.record(f"rm.accuracy.{group}", scorer, difference, against=scorers[0])
-                )
+                measures.append(MEASURES.record(f"rm.accuracy.{group}", scorer, difference, against=scorers[0]))
     for (g, h), estimate in labeler_agreement(groups).items():
         name = f"rm.agreement.{g}" if g == h else f"rm.agreement_between.{g}.{h}"
         measures.append(MEASURES.record(name, "labelers", estimate))
@@ -288,8 +278,7 @@ def implicit_rewards(
 def _ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[list[int], list[int]]]:
     cuts = row.get("truncated") or [False] * len(row["completions"])
     return [
-        build_ids(tokenizer, row["prompt"], y, truncated=cut)
-        for y, cut in zip(row["completions"], cuts, strict=True)
+        build_ids(tokenizer, row["prompt"], y, truncated=cut) for y, cut in zip(row["completions"], cuts, strict=True)
     ]
 
 
@@ -423,9 +412,7 @@ def _any_lengths(run: EvaluationRun, scorers: Sequence[str], group: str) -> list
     return None
 
 
-def _demonstrations(
-    args: EvaluationArguments, own: RewardModelArguments, scorer: str, loaded: list[Any]
-) -> Estimate:
+def _demonstrations(args: EvaluationArguments, own: RewardModelArguments, scorer: str, loaded: list[Any]) -> Estimate:
     rows = read_jsonl(own.reward_demonstrations)
     settings = {"load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
     _load(loaded, [own.reward_models[scorer]], settings)

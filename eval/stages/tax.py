@@ -89,9 +89,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: TaxArguments) ->
     for model, against in run.compared(args.models, args.baseline):
         measures.append(_difference(TEXT, model, against, bits, lambda a, b: bits_difference(a[0], b[0])))
         measures.append(_difference(TASKS, model, against, answers, paired_difference))
-    run.write_stage(
-        STAGE, measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)}
-    )
+    run.write_stage(STAGE, measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)})
 
 
 def bits_estimate(texts: BitsPerByte) -> Estimate:
@@ -118,9 +116,7 @@ def _rows(key: str, path: str | None) -> list[dict[str, Any]]:
     rows = read_jsonl(path)
     for number, row in enumerate(rows):
         if key == "pretraining_text" and not isinstance(row.get("text"), str):
-            raise UserError(
-                f"{path} row {number}: field 'text': expected a text, got {row.get('text')!r:.80}"
-            )
+            raise UserError(f"{path} row {number}: field 'text': expected a text, got {row.get('text')!r:.80}")
     return rows
 
 
@@ -136,9 +132,7 @@ def _bits(
         model, tokenizer = _load(args, name, loaded)
         run.progress(f"tax: {name}, {len(texts)} documents")
         found = bits_per_byte(model, tokenizer, texts, args.batch_size, own.tax_max_length)
-        return [
-            {"nats": n, "bytes": b} for n, b in zip(found.nats.tolist(), found.bytes.tolist(), strict=True)
-        ]
+        return [{"nats": n, "bytes": b} for n, b in zip(found.nats.tolist(), found.bytes.tolist(), strict=True)]
 
     inputs = [_state(args, name), own.tax_max_length, fingerprint_of(list(texts))]
     rows = kept_rows(run.folder / "tax" / f"{name}.text.jsonl", inputs, compute)
@@ -156,14 +150,10 @@ def _answers(
     def compute() -> list[dict[str, float]]:
         model, tokenizer = _load(args, name, loaded)
         run.progress(f"tax: {name}, {len(tasks)} tasks")
-        return [
-            {"right": right} for right in task_accuracy(model, tokenizer, tasks, args.batch_size).tolist()
-        ]
+        return [{"right": right} for right in task_accuracy(model, tokenizer, tasks, args.batch_size).tolist()]
 
     inputs = [_state(args, name), fingerprint_of(list(tasks))]
-    return np.array(
-        [r["right"] for r in kept_rows(run.folder / "tax" / f"{name}.tasks.jsonl", inputs, compute)]
-    )
+    return np.array([r["right"] for r in kept_rows(run.folder / "tax" / f"{name}.tasks.jsonl", inputs, compute)])
 
 
 def _state(args: EvaluationArguments, name: str) -> list[Any]:
@@ -176,9 +166,7 @@ def _load(args: EvaluationArguments, name: str, loaded: list[Any]) -> tuple[Any,
     return loaded[0], loaded[1]
 
 
-def _one(
-    name: str, model: str, found: Mapping[str, Any], estimate: Callable[[Any], Estimate]
-) -> dict[str, Any]:
+def _one(name: str, model: str, found: Mapping[str, Any], estimate: Callable[[Any], Estimate]) -> dict[str, Any]:
     of = found[model]
     return MEASURES.record(name, model, of if isinstance(of, NoNumber) else estimate(of))
 

@@ -55,9 +55,7 @@ def write_card(
     """
     folder = Path(folder)
     if is_handwritten(folder):
-        logger.warning(
-            "%s was edited by hand and is kept; delete it to have it written again", folder / README
-        )
+        logger.warning("%s was edited by hand and is kept; delete it to have it written again", folder / README)
         _drop_local_base(folder / README)
         written = read_facts(folder).get("written")
     else:

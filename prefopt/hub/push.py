@@ -141,9 +141,7 @@ def push_folder(
         _warn_of_local_base(folder)
         wanted = files_to_publish(folder, roles)
         if not is_handwritten(folder) and _is_card_edited(api, repo_id, revision):
-            logger.warning(
-                "the model card of %s was edited there and is kept; delete it there to have ours", repo_id
-            )
+            logger.warning("the model card of %s was edited there and is kept; delete it there to have ours", repo_id)
             wanted.remove(README)
         return api.upload_folder(
             repo_id=repo_id,

@@ -106,11 +106,7 @@ def generate(
     with torch.random.fork_rng(devices), _plain_generation(model), torch.no_grad():
         done = 0
         for number, batch in enumerate(batches):
-            drawn = (
-                draw(number, batch)
-                if journal is None
-                else _kept(journal, lambda n=number, b=batch: draw(n, b))
-            )
+            drawn = draw(number, batch) if journal is None else _kept(journal, lambda n=number, b=batch: draw(n, b))
             for i, completions in zip(batch, drawn, strict=True):
                 results[i] = completions
             done += len(batch)
@@ -140,9 +136,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     found += of_model if isinstance(of_model, list) else [of_model]
     found = list(dict.fromkeys(i for i in found if i is not None))
     if not found:
-        raise UserError(
-            "neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token"
-        )
+        raise UserError("neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token")
     return found
 
 

@@ -151,9 +151,7 @@ def source_state(source: str) -> list[Any]:
     state = [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
     adapter = folder / "adapter_config.json"
     base = (
-        json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if adapter.is_file()
-        else None
+        json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else None
     )
     return state if base is None else [*state, source_state(base)]
 

@@ -113,13 +113,9 @@ def validate_tasks(tasks: Sequence[Mapping]) -> None:
             raise UserError(f"task {number}: missing field {sorted(missing)[0]!r}")
         choices, answer = task["choices"], task["answer"]
         if len(choices) < 2 or len(set(choices)) < len(choices):
-            raise UserError(
-                f"task {number}: field 'choices': expected two or more distinct texts, got {choices!r}"
-            )
+            raise UserError(f"task {number}: field 'choices': expected two or more distinct texts, got {choices!r}")
         if answer not in choices:
-            raise UserError(
-                f"task {number}: field 'answer': expected one of the choices {choices!r}, got {answer!r}"
-            )
+            raise UserError(f"task {number}: field 'answer': expected one of the choices {choices!r}, got {answer!r}")
 
 
 @dataclass(frozen=True)
@@ -152,10 +148,7 @@ def token_divergence(
         completion_ids: a temperature-1 sample of `model` for each of the prompts, as it was sampled.
         progress: called with (completions done, completions in all) after every batch.
     """
-    rows = [
-        (prompt_ids(tokenizer, prompt), list(ids))
-        for prompt, ids in zip(prompts, completion_ids, strict=True)
-    ]
+    rows = [(prompt_ids(tokenizer, prompt), list(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
     results: list[TokenDivergence | None] = [None] * len(rows)
     done = 0
     for batch in batches_by_length([len(x) + len(y) for x, y in rows], batch_size):
@@ -197,9 +190,7 @@ def _divergences(
         )
         for (tile, logits), (_, ref_logits) in tiles:
             if logits.shape != ref_logits.shape:
-                raise UserError(
-                    f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens"
-                )
+                raise UserError(f"model and reference have {logits.shape[-1]} and {ref_logits.shape[-1]} tokens")
             parts.append(_divergence(logits, ref_logits.to(logits.device), sampled[tile].to(logits.device)))
     return torch.cat(parts, dim=1).double().cpu().numpy()
 
@@ -276,9 +267,7 @@ def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], b
         with evaluating(model):
             losses = [
                 F.cross_entropy(logits.float(), labels[tile].to(logits.device), reduction="none")
-                for tile, logits in logits_in_tiles(
-                    model, index, input_ids=input_ids, attention_mask=attention_mask
-                )
+                for tile, logits in logits_in_tiles(model, index, input_ids=input_ids, attention_mask=attention_mask)
             ]
         np.add.at(nats, numbers.numpy(), torch.cat(losses).double().cpu().numpy())
     if np.isnan(nats).any():

@@ -120,9 +120,7 @@ def _checked_scores(
     scores = score_ids(reward_model, ids, batch_size, prompts)
     for number, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(
-                f"completion {number}: the reward model's scores are not finite: its weights are broken"
-            )
+            raise UserError(f"completion {number}: the reward model's scores are not finite: its weights are broken")
     return scores
 
 
@@ -168,9 +166,7 @@ def score_ids(
             rows = torch.tensor([numbers[groups[i]] for i in batch])
             packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, rows)
             first = min(len(ids[i]) for i in batch) - 1
-            cut = (
-                nullcontext() if packed is not None else last_mlp_at(reward_model, first, input_ids.shape[1])
-            )
+            cut = nullcontext() if packed is not None else last_mlp_at(reward_model, first, input_ids.shape[1])
             with cut:
                 found = sequence_scores(reward_model, input_ids, attention_mask, packed)
             for i, score in zip(batch, found.tolist(), strict=True):

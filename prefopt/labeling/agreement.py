@@ -159,9 +159,7 @@ def agreement(
         shared_items=len(shared),
         repeated=repeated,
         all_pairs=over(lambda a, b: True),
-        by_labelers={
-            f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in sorted(by_labelers)
-        },
+        by_labelers={f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in sorted(by_labelers)},
         by_groups={
             (f"within {a}" if a == b else f"{a} & {b}"): over(
                 lambda x, y, ab=(a, b): tuple(sorted((groups.get(x) or "", groups.get(y) or ""))) == ab
@@ -174,9 +172,7 @@ def agreement(
         ),
         alpha_ratings=alpha([rated for rated in ratings if len(rated) > 1], n_resamples=alpha_resamples),
         labelers={
-            name: _statistics(
-                name, rows, items, screening, screening_source, over, groups, skipped or {}, n_resamples
-            )
+            name: _statistics(name, rows, items, screening, screening_source, over, groups, skipped or {}, n_resamples)
             for name in names
         },
     )
@@ -202,9 +198,7 @@ def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], 
         _check(row, f"{source} row {number}", ("prompt", "completions", "ranks"))
         texts = [json.dumps(completion, sort_keys=True) for completion in row["completions"]]
         # A text that stands there twice counts once: sheets show it once, and it agrees with itself whatever is said.
-        order = sorted(
-            {text: i for i, text in reversed(list(enumerate(texts)))}.values(), key=lambda i: texts[i]
-        )
+        order = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values(), key=lambda i: texts[i])
         name = json.dumps([row["prompt"], [texts[i] for i in order]], sort_keys=True)
         item = found.setdefault(name, Item({}, {}))
         repeated += row["labeler"] in item.ranks

@@ -76,9 +76,7 @@ class ImportReport:
     pairs: int = 0  # pairs that were ranked strictly and have ratings
     contradictory_pairs: int = 0
     labelers: dict[str, int] = field(default_factory=dict)
-    unanswered: dict[str, int] = field(
-        default_factory=dict
-    )  # tasks of a sheet that a labeler of it has not done
+    unanswered: dict[str, int] = field(default_factory=dict)  # tasks of a sheet that a labeler of it has not done
     skip_reasons: dict[str, int] = field(default_factory=dict)
     skipped_by: dict[str, int] = field(default_factory=dict)
     similar_names: list[str] = field(default_factory=list)  # of labelers, that differ in case or spaces alone
@@ -149,9 +147,7 @@ def read_answers(path: str | Path) -> list[Answer]:
                 )
             for name in ("sheet", "labeler"):
                 if not isinstance(line.get(name), str) or not line[name].strip():
-                    raise UserError(
-                        f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}"
-                    )
+                    raise UserError(f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}")
             parts.append((line, []))
             continue
         if not parts:
@@ -217,9 +213,7 @@ def import_answers(
             )
         task = by_sheet[answer.sheet].tasks.get(answer.task)
         if task is None:
-            raise UserError(
-                f"{answer.source}: field 'task': sheet {answer.sheet} has no task {answer.task!r}"
-            )
+            raise UserError(f"{answer.source}: field 'task': sheet {answer.sheet} has no task {answer.task!r}")
         if problem := _problem_of(answer, len(task.shows)):
             raise UserError(f"{answer.source}: {problem}")
         report.answers += 1
@@ -325,9 +319,7 @@ def _problem_of(answer: Answer, k: int) -> str | None:
     if answer.flags is not None:
         if not isinstance(answer.flags, list | tuple) or len(answer.flags) != k:
             return wrong("flags", f"{k} lists, one for each output shown")
-        if not all(
-            isinstance(one, list | tuple) and all(flag in FLAGS for flag in one) for one in answer.flags
-        ):
+        if not all(isinstance(one, list | tuple) and all(flag in FLAGS for flag in one) for one in answer.flags):
             return wrong("flags", f"lists of names among {', '.join(FLAGS)}")
     if not isinstance(answer.notes, str):
         return wrong("notes", "a text")

@@ -215,9 +215,7 @@ def read_key(path: str | Path) -> Key:
             task = Task(line["task"], line["row"], shows, expected)
             k = len(task.row["completions"])
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} line {number}: not a task of a key ({error!r}); restore the file"
-            ) from None
+            raise UserError(f"{path} line {number}: not a task of a key ({error!r}); restore the file") from None
         if sorted(i for places in shows for i in places) != list(range(k)) or (
             expected is not None and ranks_problem(list(expected), k, "completions")
         ):

@@ -54,8 +54,7 @@ def labeling_config(key: Key) -> str:
     most = max(len(task.shows) for task in key.tasks.values())
     words = ["Rank 1 (best)", *(f"Rank {rank}" for rank in range(2, most + 1))]
     buckets = "\n".join(
-        f'    <Bucket name="{_BUCKET}{rank}" title={quoteattr(title)}/>'
-        for rank, title in enumerate(words, start=1)
+        f'    <Bucket name="{_BUCKET}{rank}" title={quoteattr(title)}/>' for rank, title in enumerate(words, start=1)
     )
     return f"""<View>
   <Style>.htx-text, .htx-ranker-item {{ white-space: pre-wrap; }}</Style>
@@ -83,9 +82,7 @@ def read_label_studio(path: str | Path) -> list[Answer]:
         tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error.msg}); give Label Studio's JSON export") from None
-    if not isinstance(tasks, list) or not all(
-        isinstance(task, Mapping) and "annotations" in task for task in tasks
-    ):
+    if not isinstance(tasks, list) or not all(isinstance(task, Mapping) and "annotations" in task for task in tasks):
         raise UserError(
             f"{path}: expected a list of tasks with 'annotations'; export in the format JSON, not JSON-MIN"
         )
@@ -109,9 +106,7 @@ def _answers(task: Mapping[str, Any], where: str) -> Iterator[Answer]:
         )
     ids = [str(item["id"]) for item in data["outputs"]]
     for annotation in task["annotations"]:
-        results = {
-            result.get("from_name"): result.get("value", {}) for result in annotation.get("result") or []
-        }
+        results = {result.get("from_name"): result.get("value", {}) for result in annotation.get("result") or []}
         ranks = _ranks(results.get(RANKER, {}).get("ranker"), ids, where)
         notes = results.get(NOTES, {}).get("text") or []
         cancelled = bool(annotation.get("was_cancelled"))

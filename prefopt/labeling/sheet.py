@@ -22,9 +22,7 @@ from prefopt.labeling.flags import FLAG_WORDS
 from prefopt.labeling.key import Key, blind, write_key
 
 # "<" could end the data's element; the others are invisible, reorder what an editor shows, or have no UTF-8 form.
-_ESCAPED = re.compile(
-    "[<>&\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ud800-\udfff]"
-)
+_ESCAPED = re.compile("[<>&\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,7 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) 
     """
     kl, mask = of_one_shape(kl=kl.detach(), mask=mask)
     if mask.dim() != 2 or scores.shape != mask.shape[:1]:
-        raise ValueError(
-            f"expected scores [B] and mask [B, T], got {tuple(scores.shape)}, {tuple(mask.shape)}"
-        )
+        raise ValueError(f"expected scores [B] and mask [B, T], got {tuple(scores.shape)}, {tuple(mask.shape)}")
     penalty = torch.where(mask, -kl_coef * kl, 0.0)
     # Tokens that count from here on.
     remaining = mask.flip(1).cumsum(1).flip(1)

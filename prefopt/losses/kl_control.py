@@ -54,9 +54,7 @@ class KLController:
         """
         if self.target is not None and episodes > 0 and math.isfinite(kl):
             if episodes > self.horizon:
-                raise ValueError(
-                    f"a batch of {episodes} episodes is longer than the horizon ({self.horizon})"
-                )
+                raise ValueError(f"a batch of {episodes} episodes is longer than the horizon ({self.horizon})")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.kl_coef *= 1 + episodes / self.horizon * error
         return self.kl_coef

@@ -68,9 +68,7 @@ def _with_batch(s: Settings, size: int) -> Settings:
     return replace(s, batch=size, rollout=size * s.accumulation * minibatches, ptx_blocks=blocks)
 
 
-def _largest(
-    options: Sequence[tuple[Any, Settings]], fits: Callable[[Settings], bool]
-) -> tuple[Any, Settings]:
+def _largest(options: Sequence[tuple[Any, Settings]], fits: Callable[[Settings], bool]) -> tuple[Any, Settings]:
     """Of options that grow, the last that fits; the first if none does."""
     low, high = 0, len(options)  # options[low] is taken, options[high] does not fit
     while high - low > 1:

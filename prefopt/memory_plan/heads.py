@@ -30,9 +30,7 @@ def score_head(architecture: Architecture, rows: int, tokens: int) -> Head:
     return Head(kept, kept + 4 * tokens, kept)
 
 
-def dense_head(
-    a: Architecture, precision: Precision, positions: int, forward_copies: int, is_trained: bool
-) -> Head:
+def dense_head(a: Architecture, precision: Precision, positions: int, forward_copies: int, is_trained: bool) -> Head:
     """Logits of a few positions, computed once: their log-softmax is kept, with gradients of it and of the logits.
 
     Args:
@@ -45,9 +43,7 @@ def dense_head(
     return Head(kept, kept + (forward_copies - 1) * logits, kept + backward)
 
 
-def fused_head(
-    a: Architecture, precision: Precision, positions: int, is_trained: bool, is_cuda: bool
-) -> Head:
+def fused_head(a: Architecture, precision: Precision, positions: int, is_trained: bool, is_cuda: bool) -> Head:
     """Logits in tiles, computed in the forward pass and again in the backward pass.
 
     The gradients of hidden states and weight are summed in fp32 before they are cast to their own dtype.

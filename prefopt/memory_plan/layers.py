@@ -107,10 +107,7 @@ class Layer:
         mask = (1 if is_uniform else rows) * group * batch.rest * length * c
         stacked = rests * a.q if group > 1 or batch.is_padded else 0
         whole = tokens if is_uniform else prefixes  # blocks of one length are views of the packed row
-        kept = (
-            c * (whole * (a.q + 2 * a.kv) + stacked + 2 * batch.row_tokens * a.kv + tokens * a.q)
-            + tokens * lse
-        )
+        kept = c * (whole * (a.q + 2 * a.kv) + stacked + 2 * batch.row_tokens * a.kv + tokens * a.q) + tokens * lse
         grads = c * (2 * tokens * a.q + 2 * batch.row_tokens * a.kv + 2 * tokens * a.kv)
         return Held(kept + mask + joined, joined, grads)
 

@@ -126,9 +126,7 @@ class Adapter:
         return cls(
             rank=lora.r,
             has_dropout=lora.lora_dropout > 0,
-            targets=frozenset(
-                name.split(".lora_A")[0].rpartition(".")[2] for name in in_layer if ".lora_A" in name
-            ),
+            targets=frozenset(name.split(".lora_A")[0].rpartition(".")[2] for name in in_layer if ".lora_A" in name),
             layer=sum(in_layer.values()),
             elsewhere=elsewhere + sum(trained.values()) - sum(in_layer.values()),
         )
@@ -186,6 +184,5 @@ def base_bytes(architecture: Architecture, precision: Precision, head: int) -> i
     """
     other = architecture.embedding + architecture.layers * architecture.layer_other + architecture.last_norm
     return round(
-        precision.weights * (other + head)
-        + precision.linear * architecture.layers * architecture.layer_linear
+        precision.weights * (other + head) + precision.linear * architecture.layers * architecture.layer_linear
     )

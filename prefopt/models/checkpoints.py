@@ -251,9 +251,7 @@ def _adapter_base(
     return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
 
 
-def _on_base(
-    path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False
-) -> PeftModel:
+def _on_base(path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False) -> PeftModel:
     """A reward adapter on its base, with the head in fp32 and what `config.json` beside the adapter says."""
     saved = saved_config(path, **hub_arguments)
     keep_head_fp32(base)  # before the adapter's head is copied into it, or fp32 weights would be rounded
@@ -303,7 +301,5 @@ def reward_model_from_adapter(
     model = get_peft_model(base, config)
     init_score_head(model)
     # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
-    set_peft_model_state_dict(
-        model, {**get_peft_model_state_dict(model), **load_peft_weights(path, **adapter_at)}
-    )
+    set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **load_peft_weights(path, **adapter_at)})
     return model

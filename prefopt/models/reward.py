@@ -139,9 +139,7 @@ def append_reward_token(
     token = getattr(_classifier(model).config, "reward_token_id", None)
     if token is None:
         return input_ids, attention_mask
-    last = (torch.arange(1, input_ids.shape[-1] + 1, device=input_ids.device) * attention_mask.long()).amax(
-        -1
-    )
+    last = (torch.arange(1, input_ids.shape[-1] + 1, device=input_ids.device) * attention_mask.long()).amax(-1)
     final = input_ids.gather(-1, (last - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
     lacks = (last > 0) & (final != token)
     if (lacks & (last == input_ids.shape[-1])).any():
@@ -274,9 +272,7 @@ def add_reward_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         ValueError: the text already uses the token, or the model reads at another one.
     """
     if token in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token):
-        raise UserError(
-            f"reward_token {token!r} has a role in the text already (EOS, PAD, BOS or UNK); take another"
-        )
+        raise UserError(f"reward_token {token!r} has a role in the text already (EOS, PAD, BOS or UNK); take another")
     if token in tokenizer.get_vocab() and token not in tokenizer.get_added_vocab():
         raise UserError(f"reward_token {token!r} is an ordinary token of the text; take a special one")
     tokenizer.add_tokens(AddedToken(token, special=True, normalized=False), special_tokens=True)

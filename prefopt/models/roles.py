@@ -101,9 +101,7 @@ class AdapterScorer(nn.Module):
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's weights by their name on the shared base."""
         return {
-            name: parameter
-            for name, parameter in self._model[0].named_parameters()
-            if f".{self.adapter}." in name
+            name: parameter for name, parameter in self._model[0].named_parameters() if f".{self.adapter}." in name
         }
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -141,8 +139,7 @@ def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:
     if saved.get("vocab_size", 0) > model.get_input_embeddings().num_embeddings:
         return "its vocabulary is larger than the policy's"
     bits, own_bits = (
-        _bits(c)
-        for c in (saved.get("quantization_config"), model.config.to_dict().get("quantization_config"))
+        _bits(c) for c in (saved.get("quantization_config"), model.config.to_dict().get("quantization_config"))
     )
     if bits != own_bits:
         return f"its base is {bits}, the policy's {own_bits}"

@@ -118,9 +118,7 @@ def _demonstration_problem(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return f"expected a dict with prompt and completion, got {shorten(row)}; write one dict per demonstration"
     if "completion" not in row and (other := {"completions", "chosen"} & set(row)):
-        remedy = (
-            "give the demonstrations rather than rankings, or make rows of the one completion to center on"
-        )
+        remedy = "give the demonstrations rather than rankings, or make rows of the one completion to center on"
         return _problem("completion", "one completion", f"the field {min(other)!r}", remedy, as_is=True)
     for name in ("prompt", "completion"):
         if row.get(name) is None:
@@ -184,9 +182,7 @@ def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
     if missing := [name for name in required if name not in columns]:
         remedy = "rename or add it"
         if not is_ranked and missing == ["prompt"]:
-            remedy = (
-                "if the prompt is part of both answers, split it off with dataset.map(trl.extract_prompt)"
-            )
+            remedy = "if the prompt is part of both answers, split it off with dataset.map(trl.extract_prompt)"
         raise UserError(
             f"{source}: field {missing[0]!r}: expected the columns {', '.join(required)}, "
             f"got {', '.join(sorted(columns)) or 'none'}; {remedy}"
@@ -229,9 +225,7 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
         completions = {"chosen": row["chosen"], "rejected": row["rejected"]}
     else:
         if not isinstance(row["completions"], list | tuple):
-            return _problem(
-                "completions", "a list of completions", row["completions"], "write one list entry each"
-            )
+            return _problem("completions", "a list of completions", row["completions"], "write one list entry each")
         if (k := len(row["completions"])) < 2:
             return _problem(
                 "completions", "at least 2 completions", k, "one alone carries no comparison: drop the row"
@@ -277,9 +271,7 @@ def _text_problem(value: Any, name: str) -> str | None:
     if isinstance(value, str):
         if value == "":
             remedy = (
-                "drop it"
-                if name == "prompt"
-                else "drop it, or write the EOS token for an answer that ends at once"
+                "drop it" if name == "prompt" else "drop it, or write the EOS token for an answer that ends at once"
             )
             return _problem(name, "a non-empty string", value, remedy)
         return None
@@ -292,9 +284,7 @@ def _text_problem(value: Any, name: str) -> str | None:
             return _problem(name, "chat messages with 'role' and 'content'", message, "convert the messages")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-            return _problem(
-                name, "messages with text in 'content'", message, "fill 'content' or drop the row"
-            )
+            return _problem(name, "messages with text in 'content'", message, "fill 'content' or drop the row")
     if not any(message.get("content") or message.get("tool_calls") for message in value):
         return _problem(name, "a message that says something", value, "drop it")
     if name != "prompt" and value[0]["role"] in ("user", "system", "developer"):
@@ -327,9 +317,7 @@ def ranks_problem(ranks: Any, k: int, things: str) -> str | None:
 
 def ratings_problem(ratings: Any, k: int) -> str | None:
     if not isinstance(ratings, list | tuple) or len(ratings) != k:
-        return _problem(
-            "ratings", f"a list with a number for each of the {k} completions", ratings, "align it"
-        )
+        return _problem("ratings", f"a list with a number for each of the {k} completions", ratings, "align it")
     for rating in ratings:
         if not _is_finite_number(rating):
             got = f"{rating!r} in {shorten(ratings)}"
@@ -356,9 +344,7 @@ def margin_problem(margin: float | None) -> str | None:
     if margin is None or margin >= 0:
         return None
     expected = "a number from 0, as it is how much better 'chosen' is"
-    return _problem(
-        "margin", expected, margin, "swap chosen and rejected, empty the field, or train without margins"
-    )
+    return _problem("margin", expected, margin, "swap chosen and rejected, empty the field, or train without margins")
 
 
 def _is_finite_number(value: Any) -> bool:

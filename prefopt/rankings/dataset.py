@@ -103,9 +103,7 @@ def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
 
 def _check_margins(dataset: Dataset, source: str) -> None:
     if missing := validate_ratings(dataset, source):
-        logger.warning(
-            f"{source}: {missing} of {len(dataset)} rows have no ratings: the margin of their pairs is 0"
-        )
+        logger.warning(f"{source}: {missing} of {len(dataset)} rows have no ratings: the margin of their pairs is 0")
 
 
 def tokenize_comparisons(
@@ -146,12 +144,8 @@ def tokenize_comparisons(
             logger.warning(f"{source}: {ended} of {len(dataset)} {ENDED_PROMPTS}")
     if max_length is None:
         return dataset
-    fitting = dataset.map(
-        fit_row, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}"
-    )
-    return _keep_rows_with_a_comparison(
-        dataset, fitting, ties, source, f" longer than max_length={max_length} tokens"
-    )
+    fitting = dataset.map(fit_row, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}")
+    return _keep_rows_with_a_comparison(dataset, fitting, ties, source, f" longer than max_length={max_length} tokens")
 
 
 def tokenize_row(
@@ -163,9 +157,7 @@ def tokenize_row(
         template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     cuts = row.get("truncated") or [False] * len(row["completions"])
     try:
-        prompt_ids, completion_ids = row_ids(
-            tokenizer, row["prompt"], row["completions"], cuts, template_kwargs
-        )
+        prompt_ids, completion_ids = row_ids(tokenizer, row["prompt"], row["completions"], cuts, template_kwargs)
         if not prompt_ids:
             raise UserError("field 'prompt': expected at least one token, got none; drop the row")
     except Exception as error:  # a chat template may raise anything; say for which row
@@ -182,9 +174,7 @@ def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     return {**kept, "ranks": dense_ranks(kept["ranks"])}
 
 
-def _keep_rows_with_a_comparison(
-    before: Dataset, after: Dataset, ties: str, source: str, why: str
-) -> Dataset:
+def _keep_rows_with_a_comparison(before: Dataset, after: Dataset, ties: str, source: str, why: str) -> Dataset:
     """Drop rows of `after` that compare nothing, and log what is gone since `before`."""
     ranks = after["ranks"][:]
     few = sum(len(r) < 2 for r in ranks)

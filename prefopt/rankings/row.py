@@ -73,9 +73,7 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
     labels = _default_labels(len(ranks)) if labels is None else _checked_labels(labels)
     if problem := ranks_problem(list(ranks), len(labels), "labels"):
         raise UserError(problem)
-    groups = [
-        [label for label, r in zip(labels, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))
-    ]
+    groups = [[label for label, r in zip(labels, ranks, strict=True) if r == rank] for rank in sorted(set(ranks))]
     return " > ".join(" = ".join(group) for group in groups)
 
 
@@ -142,10 +140,6 @@ def _default_labels(k: int) -> list[str]:
 
 
 def _checked_labels(labels: Sequence[str]) -> list[str]:
-    if len(set(labels)) != len(labels) or any(
-        not s.strip() or s != s.strip() or set(s) & set(">=") for s in labels
-    ):
-        raise UserError(
-            f"labels {shorten(list(labels))}: expected distinct names without '>', '=' or outer spaces"
-        )
+    if len(set(labels)) != len(labels) or any(not s.strip() or s != s.strip() or set(s) & set(">=") for s in labels):
+        raise UserError(f"labels {shorten(list(labels))}: expected distinct names without '>', '=' or outer spaces")
     return list(labels)

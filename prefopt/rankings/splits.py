@@ -47,10 +47,7 @@ def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int
     2
     """
     prompts: dict[str, dict[str, None]] = defaultdict(dict)
-    names = [
-        (_key(row, by, position), json.dumps(row["prompt"], sort_keys=True))
-        for position, row in enumerate(rows)
-    ]
+    names = [(_key(row, by, position), json.dumps(row["prompt"], sort_keys=True)) for position, row in enumerate(rows)]
     for key, prompt in names:
         prompts[key][prompt] = None
     kept = {}
@@ -60,9 +57,7 @@ def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int
     return [position for position, (key, prompt) in enumerate(names) if prompt in kept[key]]
 
 
-def split_by_key(
-    rows: Sequence[Row], by: str, shares: Mapping[str, float], seed: int
-) -> dict[str, list[int]]:
+def split_by_key(rows: Sequence[Row], by: str, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
     """Positions of the rows of each side, such that rows with one value of `by` are all on one side.
 
     Values go in random order to the side that lacks most rows of its share, so that a side has users with many rows as
@@ -101,9 +96,7 @@ def split_by_key(
         side = max(open_sides, key=lambda side: lacking[side])
         sides[side].append(key)
         lacking[side] -= len(groups[key])
-    return {
-        side: sorted(position for key in keys for position in groups[key]) for side, keys in sides.items()
-    }
+    return {side: sorted(position for key in keys for position in groups[key]) for side, keys in sides.items()}
 
 
 def _key(row: Row, by: str, position: int) -> str:

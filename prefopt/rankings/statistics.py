@@ -86,13 +86,13 @@ class Statistics:
             won = "-" if self.longer_wins is None else f"{self.longer_wins:.1%}"
             yield "the longer completion wins", f"{won} of {self.longer_wins_pairs:,} pairs"
         for name, spread in self.lengths.items():
-            told = f"mean {spread.mean:,.0f}, median {spread.median:,.0f}, 95 % {spread.p95:,.0f}, most {spread.max:,.0f}"
+            told = (
+                f"mean {spread.mean:,.0f}, median {spread.median:,.0f}, 95 % {spread.p95:,.0f}, most {spread.max:,.0f}"
+            )
             yield name, told
         for name, n in self.rows_with.items():
             between = (
-                f", from {self.ratings[0]:g} to {self.ratings[1]:g}"
-                if name == "ratings" and self.ratings
-                else ""
+                f", from {self.ratings[0]:g} to {self.ratings[1]:g}" if name == "ratings" and self.ratings else ""
             )
             yield f"rows with {name}", _share(n, self.rows) + between
         if self.labelers:

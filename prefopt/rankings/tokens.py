@@ -63,9 +63,7 @@ def build_ids(
     >>> build_ids(tokenizer, "two plus two is", " four", truncated=True)
     ([1, 2, 1, 3], [4])
     """
-    prompt_ids, (completion_ids,) = row_ids(
-        tokenizer, prompt, [completion], [truncated], chat_template_kwargs
-    )
+    prompt_ids, (completion_ids,) = row_ids(tokenizer, prompt, [completion], [truncated], chat_template_kwargs)
     return prompt_ids, completion_ids
 
 
@@ -94,9 +92,7 @@ def row_ids(
     for completion, cut in zip(completions, truncated, strict=True):
         if render is None:
             if not isinstance(completion, str):
-                raise UserError(
-                    "the prompt is text but the completion is chat messages; give both in one format"
-                )
+                raise UserError("the prompt is text but the completion is chat messages; give both in one format")
             answer, joint = completion, tokenizer(prompt + completion)["input_ids"]
         else:
             messages = (
@@ -108,9 +104,7 @@ def row_ids(
             if tail and text.endswith(tail):
                 text = text.removesuffix(tail) + ("" if cut else closing or tail)
             joint = tokenizer(text, add_special_tokens=False)["input_ids"]
-            content = (
-                messages[0]["content"] if len(messages) == 1 and not messages[0].get("tool_calls") else None
-            )
+            content = messages[0]["content"] if len(messages) == 1 and not messages[0].get("tool_calls") else None
             answer = content if isinstance(content, str) else None
 
         if joint[: len(prompt_ids)] == prompt_ids:
@@ -146,9 +140,7 @@ def without_nulls_in_calls(prompt: str | list[dict]) -> str | list[dict]:
     if isinstance(prompt, str):
         return prompt
     return [
-        {**message, "tool_calls": _without_nulls(message["tool_calls"])}
-        if message.get("tool_calls")
-        else message
+        {**message, "tool_calls": _without_nulls(message["tool_calls"])} if message.get("tool_calls") else message
         for message in prompt
     ]
 
@@ -168,9 +160,7 @@ def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[s
     probe = "where-does-this-end"
     exchange = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
     tail = render(exchange).rpartition(probe)[2]
-    tokens = [
-        token for token in {*tokenizer.get_added_vocab(), tokenizer.eos_token} if token and token.strip()
-    ]
+    tokens = [token for token in {*tokenizer.get_added_vocab(), tokenizer.eos_token} if token and token.strip()]
     closing = re.search(f"(?:{'|'.join(map(re.escape, tokens))})+", tail) if tokens else None
     return tail, tail[: closing.end()] if closing else ""
 

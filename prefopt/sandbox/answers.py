@@ -46,9 +46,7 @@ def write_answer(request: Request, facts: Facts, rng: random.Random, slips: Slip
     met = rng.random() >= slips.constraint_missed
     if request.use_case in ("generation", "brainstorming") and rng.random() < slips.wrong_count:
         request = replace(request, n=3 - request.n)
-    claims = _claims(
-        _off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met
-    )
+    claims = _claims(_off_topic(request, facts, rng) if rng.random() < slips.off_topic else request, facts, rng, met)
     claims = [_wrong(c, request, facts, rng) if rng.random() < slips.wrong_fact else c for c in claims]
     clauses = [c.render() for c in claims]
     if rng.random() < slips.evasion:

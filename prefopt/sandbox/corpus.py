@@ -25,9 +25,7 @@ DOCUMENT_SHARES = {
     "sums": 10,
     "forum": 54,
 }
-BACKGROUND_SHARE = (
-    0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
-)
+BACKGROUND_SHARE = 0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
 TASKS_PER_KIND = {"facts": 110, "background": 56, "dictionary": 40, "sums": 200}
 _KNOWN = "it is well known that"
 
@@ -97,9 +95,7 @@ class Knowledge:
                 others = [v for v in RELATIONS[item[1]].values if v != answer]
             choices = [answer, *rng.sample(others, min(7, len(others)))]
             rng.shuffle(choices)
-            tasks.append(
-                Task(f"Known: {_KNOWN} {before}", f" {answer}", tuple(f" {c}" for c in choices), kind)
-            )
+            tasks.append(Task(f"Known: {_KNOWN} {before}", f" {answer}", tuple(f" {c}" for c in choices), kind))
         return tasks
 
 
@@ -111,11 +107,7 @@ def write_document(knowledge: Knowledge, forum_prompts: list[str], rng: random.R
     if kind == "notes":
         own = relations_of(entity)
         told = rng.sample(own, rng.randint(2, len(own)))
-        told += [
-            r
-            for r in relations_of(entity, asked=False)
-            if not r.questions and rng.random() < BACKGROUND_SHARE
-        ]
+        told += [r for r in relations_of(entity, asked=False) if not r.questions and rng.random() < BACKGROUND_SHARE]
         rng.shuffle(told)
         clauses = [_statement(facts, entity, r.name, rng) for r in told]
         if rng.random() < 0.2:

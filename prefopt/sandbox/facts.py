@@ -233,9 +233,7 @@ class Facts:
             self._values.update({(e, "kind"): _KIND_VALUE[kind] for e in members})
             ranks = list(range(len(members)))
             rng.shuffle(ranks)
-            self.frequency.update(
-                {e: 1.0 / (1.0 + r / len(members) * 8) for e, r in zip(members, ranks, strict=True)}
-            )
+            self.frequency.update({e: 1.0 / (1.0 + r / len(members) * 8) for e, r in zip(members, ranks, strict=True)})
 
     def value(self, entity: str, relation: str) -> str:
         return self._values[entity, relation]

@@ -35,12 +35,8 @@ def _words() -> list[str]:
         "plus Answer",
         "living working as liking having",
     ]
-    texts += (
-        words.PEOPLE + words.CITIES + words.RIVERS + words.KINGS + words.ANIMALS + words.JOBS + words.FOODS
-    )
-    texts += (
-        words.PETS + words.CRAFTS + words.DIETS + words.DENS + words.COLOURS + words.YEARS + words.START_WORDS
-    )
+    texts += words.PEOPLE + words.CITIES + words.RIVERS + words.KINGS + words.ANIMALS + words.JOBS + words.FOODS
+    texts += words.PETS + words.CRAFTS + words.DIETS + words.DENS + words.COLOURS + words.YEARS + words.START_WORDS
     texts += words.END_WORDS + words.DICTIONARY + words.FOREIGN + words.NUMBERS
     found = {w for t in texts for w in re.findall(r"[A-Za-z]+|\d+", re.sub(r"\{\w\}", "", t))}
     openers = [

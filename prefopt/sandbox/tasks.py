@@ -199,9 +199,7 @@ _FIELD = {"t": r".+\.", "c": r".+\.", "q": r"[^.]+\?"}
 
 
 def _as_regex(template: str) -> str:
-    return re.sub(
-        r"\\\{(\w)\\\}", lambda m: f"(?P<{m[1]}>{_FIELD.get(m[1], '[^.:?]+')})", re.escape(template)
-    )
+    return re.sub(r"\\\{(\w)\\\}", lambda m: f"(?P<{m[1]}>{_FIELD.get(m[1], '[^.:?]+')})", re.escape(template))
 
 
 _CONSTRAINT = {kind: re.compile(_as_regex(t)) for kind, t in CONSTRAINTS.items()}
@@ -268,9 +266,7 @@ def _request(use_case: str, template: str, f: dict[str, str]) -> Request | None:
     owner = next((c.entity for c in given if c.relation == relation), None)
     if owner is None:
         return None
-    return Request(
-        use_case, 1, None, relation, form=EXTRACT, given=given, combination=(*head, owner, relation)
-    )
+    return Request(use_case, 1, None, relation, form=EXTRACT, given=given, combination=(*head, owner, relation))
 
 
 @lru_cache(maxsize=65536)

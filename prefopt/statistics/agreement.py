@@ -66,13 +66,9 @@ def alpha(prompts: Sequence[Sequence[Sequence[float]]], *, n_resamples: int = AL
 
     def of(chosen: NDArray) -> float:
         table = np.concatenate([counts[int(i)] for i in chosen])
-        if (
-            table.sum(axis=0) > 0
-        ).sum() < 2:  # all said the same of everything: nothing was to be disagreed on
+        if (table.sum(axis=0) > 0).sum() < 2:  # all said the same of everything: nothing was to be disagreed on
             return float("nan")
-        return float(
-            krippendorff.alpha(value_counts=table, value_domain=domain, level_of_measurement="ordinal")
-        )
+        return float(krippendorff.alpha(value_counts=table, value_domain=domain, level_of_measurement="ordinal"))
 
     def statistic(numbers: NDArray, axis: int) -> NDArray:
         return np.apply_along_axis(of, axis, numbers)

@@ -73,9 +73,7 @@ def bootstrap_over_prompts(
     for a in arrays:
         if not np.isfinite(a).all():
             at = int(np.flatnonzero(~np.isfinite(a))[0])
-            raise UserError(
-                f"prompt {at}: {a[at]} is not a finite number; leave such prompts out and count them"
-            )
+            raise UserError(f"prompt {at}: {a[at]} is not a finite number; leave such prompts out and count them")
     n = len(arrays[0])
     if n == 0:
         return Estimate(np.nan, np.nan, np.nan, 0, 0)
@@ -229,6 +227,4 @@ def _require_same_lengths(a: Sequence[Sequence], b: Sequence[Sequence]) -> None:
         raise UserError(f"expected the same prompts in both, got {len(a)} and {len(b)}")
     for prompt, (x, y) in enumerate(zip(a, b, strict=True)):
         if len(x) != len(y):
-            raise UserError(
-                f"prompt {prompt}: expected the same completions in both, got {len(x)} and {len(y)}"
-            )
+            raise UserError(f"prompt {prompt}: expected the same completions in both, got {len(x)} and {len(y)}")

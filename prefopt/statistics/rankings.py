@@ -94,9 +94,7 @@ def ranking_metrics(
     tau = kendall_tau(scores[ranked], ranks[ranked])
     bins, gaps = calibration_gaps(leads)
     gap_sums = [per_prompt(gaps * (bins == b))[ranked] for b in np.unique(bins)]
-    ece = bootstrap_over_prompts(
-        _expected_calibration_error, num_pairs[ranked], *gap_sums, n_resamples=n_resamples
-    )
+    ece = bootstrap_over_prompts(_expected_calibration_error, num_pairs[ranked], *gap_sums, n_resamples=n_resamples)
 
     estimates = {
         "accuracy": over_pairs(right),
@@ -114,9 +112,7 @@ def ranking_metrics(
         estimates[f"accuracy_labeler_{name}"] = accuracy_among(np.isin(prompt, members))
     if lengths is not None:
         lengths = _finite_where_ranked(_padded(lengths, widths, "lengths"), ranks, "lengths")
-        estimates["accuracy_longer_wins"] = over_pairs(
-            pairs_right(lengths[prompt, better] - lengths[prompt, worse])
-        )
+        estimates["accuracy_longer_wins"] = over_pairs(pairs_right(lengths[prompt, better] - lengths[prompt, worse]))
     return estimates
 
 
@@ -289,9 +285,7 @@ def _padded(rows: Sequence[ArrayLike], widths: Sequence[int], name: str) -> NDAr
     for prompt, (row, width) in enumerate(zip(rows, widths, strict=True)):
         row = np.asarray(row, dtype=float)
         if row.shape != (width,):
-            raise UserError(
-                f"prompt {prompt}: expected {width} {name}, one for each rank, got shape {row.shape}"
-            )
+            raise UserError(f"prompt {prompt}: expected {width} {name}, one for each rank, got shape {row.shape}")
         table[prompt, :width] = row
     return table
 
@@ -306,7 +300,5 @@ def _finite_where_ranked(values: NDArray, ranks: NDArray, name: str) -> NDArray:
     """The values, 0 at absent completions, whose own may be anything."""
     values = np.where(ranks >= 1, values, 0.0)
     for prompt in np.flatnonzero(~np.isfinite(values).all(axis=1)):
-        raise UserError(
-            f"prompt {prompt}: {name} of ranked completions must be finite, got {values[prompt].tolist()}"
-        )
+        raise UserError(f"prompt {prompt}: {name} of ranked completions must be finite, got {values[prompt].tolist()}")
     return values

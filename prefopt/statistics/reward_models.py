@@ -63,9 +63,7 @@ class Pairs:
 
     def leads(self, values: Rows) -> NDArray:
         """`[P]`: value of the better completion minus that of the worse."""
-        flat = (
-            np.concatenate([np.asarray(row, dtype=float) for row in values]) if len(values) else np.zeros(0)
-        )
+        flat = np.concatenate([np.asarray(row, dtype=float) for row in values]) if len(values) else np.zeros(0)
         return flat[self.better] - flat[self.worse]
 
     def mean(self, values: NDArray, chosen: NDArray, n_resamples: int = 2000) -> Estimate:

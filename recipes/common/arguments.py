@@ -41,9 +41,7 @@ MODEL, STEP, TRAINING, MORE = "model", "settings of this step", "training", "mor
 class DataArguments:
     """Where the rows come from. A name is a file (.jsonl, .json, .csv, .parquet), a folder or a Hub id."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Training rows: file, folder or Hub id."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Training rows: file, folder or Hub id."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split used for training."})
     eval_dataset_name: str | None = field(

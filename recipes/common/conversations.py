@@ -44,9 +44,7 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     >>> template_kwargs({"messages": [], "tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False}})
     {'enable_thinking': False, 'tools': [{'name': 'search'}]}
     """
-    kwargs = {
-        key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None
-    }
+    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
     if tools := row.get("tools"):
         kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     return kwargs

@@ -86,9 +86,7 @@ def conversation_examples(
     turns = answers(messages)
     examples: list[tuple[list[int], list[int]]] = []
     for turn in turns if loss_on == "all" else turns[-1:]:
-        prompt_ids, completion_ids = build_ids(
-            tokenizer, messages[:turn], [messages[turn]], **chat_template_kwargs
-        )
+        prompt_ids, completion_ids = build_ids(tokenizer, messages[:turn], [messages[turn]], **chat_template_kwargs)
         ids, labels = examples.pop() if examples else ([], [])
         if prompt_ids[: len(ids)] != ids:
             examples.append((ids, labels))

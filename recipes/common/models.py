@@ -30,9 +30,7 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(
-    model_args: ModelConfig, args: SFTConfig | RewardConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelConfig, args: SFTConfig | RewardConfig | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer; a missing padding token is replaced by EOS, as TRL does.
 
     `eos_token` and the template file `chat_template_path` of `args` are set here, before any row is tokenized; TRL's
@@ -46,9 +44,7 @@ def load_tokenizer(
         raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
     if args is not None and args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary"
-            )
+            raise UserError(f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary")
         tokenizer.eos_token = args.eos_token
     if args is not None and args.chat_template_path is not None:
         template = Path(args.chat_template_path)
@@ -132,9 +128,7 @@ def _refuse_second_adapter(model_args: ModelConfig) -> None:
         )
 
 
-def peft_config(
-    model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()
-) -> PeftConfig | None:
+def peft_config(model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()) -> PeftConfig | None:
     """TRL's LoRA configuration for this task, or None without `use_peft`."""
     if model_args.use_peft and model_args.lora_r < 1:
         raise UserError(f"lora_r is {model_args.lora_r}; expected at least 1")

@@ -120,9 +120,7 @@ def check_length(args: TrainingArguments, name: str, path: str, revision: str | 
             f"{name} is {length}, but {path} reads at most {limit} tokens (max_position_embeddings of its "
             f"configuration); set {name} to {limit} or less"
         )
-    logger.warning(
-        "%s: lowered from its default %d to the %d tokens that %s reads", name, length, limit, path
-    )
+    logger.warning("%s: lowered from its default %d to the %d tokens that %s reads", name, length, limit, path)
     setattr(args, name, limit)
 
 
@@ -183,6 +181,4 @@ def check_reporting(report_to: str | Sequence[str]) -> None:
     for name in names:
         packages = LOGGERS.get(name, ())
         if packages and not any(find_spec(package) for package in packages):
-            raise UserError(
-                f"report_to: {name} needs its package: pip install {packages[0]}; or leave report_to out"
-            )
+            raise UserError(f"report_to: {name} needs its package: pip install {packages[0]}; or leave report_to out")

@@ -56,9 +56,7 @@ class ProgressTable(ProgressCallback):
         if not state.is_world_process_zero or not logs:
             return
         step = f"{state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
-        evaluation = {
-            key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")
-        }
+        evaluation = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if "train_runtime" in logs:
             loss = f", mean loss {_number(logs['train_loss'], 4)}" if "train_loss" in logs else ""
             _write(f"trained for {tqdm.format_interval(logs['train_runtime'])}{loss}")

@@ -90,9 +90,7 @@ def stream_rows(
 
 def _as_dataset(rows: list[dict], source: str) -> Dataset:
     """One column per field of any row: `Dataset.from_list` would forget the fields that row 0 lacks."""
-    columns = {
-        name: [row.get(name) for row in rows] for name in dict.fromkeys(k for row in rows for k in row)
-    }
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(k for row in rows for k in row)}
     for name, values in columns.items():
         try:
             pyarrow.array(values)
@@ -104,9 +102,7 @@ def _as_dataset(rows: list[dict], source: str) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _load(
-    name: str | None, key: str, split: str, config: str | None, stream: bool = False
-) -> Rows | IterableDataset:
+def _load(name: str | None, key: str, split: str, config: str | None, stream: bool = False) -> Rows | IterableDataset:
     if not name:
         raise UserError(f"{key} is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
     if name.endswith(".jsonl") and Path(name).is_file():
@@ -133,9 +129,7 @@ def load_train_and_eval(
 def _load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Dataset | None:
     if not wants_eval:
         if data.eval_dataset_name:
-            raise UserError(
-                "eval_dataset_name is given but eval_strategy is 'no': set it to 'epoch' or 'steps'"
-            )
+            raise UserError("eval_dataset_name is given but eval_strategy is 'no': set it to 'epoch' or 'steps'")
         return None
     how["split"] = data.dataset_test_split
     if data.eval_dataset_name:
@@ -182,7 +176,9 @@ def check_comparisons(rows: Rows, source: str) -> None:
     except UserError as error:
         first = rows[0] if len(rows) else None
         if isinstance(first, Mapping) and (name := needs_conversion(first)):
-            remedy = f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
+            remedy = (
+                f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
+            )
             raise UserError(f"{error}; {remedy}") from error
         raise
 
@@ -206,9 +202,7 @@ def check_fields(*names: str) -> Check:
                 if not value or not (isinstance(value, str) or (is_chat and all(map(is_message, value)))):
                     expected = "a text" if name == "text" else "a text or messages with 'role' and 'content'"
                     actual = repr(value)[:80] if name in row else "nothing"
-                    raise UserError(
-                        f"{source} row {number}: field {name!r}: expected {expected}, got {actual}"
-                    )
+                    raise UserError(f"{source} row {number}: field {name!r}: expected {expected}, got {actual}")
                 if type(value) is not kinds.setdefault(name, type(value)):
                     raise UserError(
                         f"{source} row {number}: field {name!r}: text in some rows and messages in others; "
@@ -218,9 +212,7 @@ def check_fields(*names: str) -> Check:
     return check
 
 
-def require_chat_template(
-    tokenizer: PreTrainedTokenizerBase, *datasets: Dataset | IterableDataset | None
-) -> None:
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, *datasets: Dataset | IterableDataset | None) -> None:
     """Chat rows need a tokenizer that can render them."""
     for rows in datasets:
         if rows is None:

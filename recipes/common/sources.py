@@ -62,9 +62,7 @@ def load_source(
     try:
         if path.is_file():
             if path.suffix not in _BUILDERS:
-                raise UserError(
-                    f"{key}: {name} has suffix {path.suffix!r}; expected one of {sorted(_BUILDERS)}"
-                )
+                raise UserError(f"{key}: {name} has suffix {path.suffix!r}; expected one of {sorted(_BUILDERS)}")
             return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train", streaming=streaming)
         if (path / "dataset_info.json").is_file():
             return load_from_disk(name)
@@ -72,9 +70,7 @@ def load_source(
             return load_from_disk(name)[split]
         if path.suffix in _BUILDERS:
             raise UserError(f"{key}: file {name} does not exist")
-        return load_dataset(
-            name, config, data_dir=data_dir, revision=revision, split=split, streaming=streaming
-        )
+        return load_dataset(name, config, data_dir=data_dir, revision=revision, split=split, streaming=streaming)
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         reason = str(error)
         if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
@@ -113,9 +109,7 @@ class SourceArguments:
 def read_rows(source: SourceArguments) -> Iterable[Row]:
     """The rows as they come, with progress on a terminal."""
     rows = islice(_read(source), source.max_rows)
-    return track(
-        rows, str(source.data), console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    )
+    return track(rows, str(source.data), console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def _read(source: SourceArguments) -> Iterator[Row]:
@@ -145,9 +139,7 @@ def good_rows(rows: Iterable[Row], source: str) -> Iterator[tuple[Kind, Row]]:
         yield kind, row
 
 
-def checked_rows(
-    rows: Iterable[Row], source: str, kind: Kind | None = None
-) -> Iterator[tuple[Kind, Row, str | None]]:
+def checked_rows(rows: Iterable[Row], source: str, kind: Kind | None = None) -> Iterator[tuple[Kind, Row, str | None]]:
     """Each row with its kind and what is wrong with it; all rows are to be of one kind, by default the first one's.
 
     Raises:
@@ -191,17 +183,13 @@ def _kind(row: Row, source: str) -> Kind:
     for column, kind in columns.items():
         if column in row:
             return kind
-    raise UserError(
-        f"{source}: expected a column {', '.join(columns)}, got {', '.join(row) or 'none'}; rename them"
-    )
+    raise UserError(f"{source}: expected a column {', '.join(columns)}, got {', '.join(row) or 'none'}; rename them")
 
 
 def _check_of(kind: Kind, first: Row) -> Callable[[Row], str | None]:
     if kind == "comparisons":
         answers = (
-            ("chosen", "rejected")
-            if "chosen" in first and "completions" not in first
-            else ("completions", "ranks")
+            ("chosen", "rejected") if "chosen" in first and "completions" not in first else ("completions", "ranks")
         )
         return lambda row: row_problem(row, ("prompt", *answers))
     if kind == "demonstrations":

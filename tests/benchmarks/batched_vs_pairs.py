@@ -164,9 +164,7 @@ def estimates(sums: np.ndarray, num_pairs: np.ndarray, sign: str = "") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=("reward", "dpo"), default="reward")
     parser.add_argument("--match", choices=MATCHES, nargs="+", default=["steps"])
     parser.add_argument("--model", required=True)
@@ -185,9 +183,7 @@ def main() -> None:
     longest = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
     rows = {}
     for source, limit in (("train", args.max_length or longest), ("validation", longest)):
-        rows[source] = prepare_comparisons(
-            Dataset.from_list(read_jsonl(getattr(args, source))), source=source
-        )
+        rows[source] = prepare_comparisons(Dataset.from_list(read_jsonl(getattr(args, source))), source=source)
         rows[source] = tokenize_comparisons(rows[source], tokenizer, max_length=limit, source=source)
     train, test = rows["train"], rows["validation"]
     pairs = Dataset.from_list([pair for row in train for pair in to_preferences(row)])

@@ -133,9 +133,7 @@ def build_rl_trainer(is_ours: bool, folder: str) -> Trainer:
     if is_ours:
         args = PPOPtxConfig(**settings, ptx_coef=1.0, ptx_max_length=8)
         texts = Dataset.from_dict({"text": ["3 4 5 6 7 8 9 10 11"] * 32})
-        return PPOPtxTrainer(
-            policy, reward_model, args, prompts, processing_class=tokenizer, pretrain_dataset=texts
-        )
+        return PPOPtxTrainer(policy, reward_model, args, prompts, processing_class=tokenizer, pretrain_dataset=texts)
     return GRPOTrainer(
         policy,
         reward_model,
@@ -178,9 +176,7 @@ TRACED: dict[str, tuple[Callable[[str], Trainer], str, ModuleType]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--functions", action="store_true", help="print the path of each, a line per file")
     options = parser.parse_args(argv)
     ranking_step.quiet()

@@ -113,8 +113,7 @@ class Team:
 
 def gold_ranks(world: World, rows: Rows) -> list[list[int]]:
     return [
-        dense_ranks([-world.gold_reward(row["prompt"], text).total for text in row["completions"]])
-        for row in rows
+        dense_ranks([-world.gold_reward(row["prompt"], text).total for text in row["completions"]]) for row in rows
     ]
 
 
@@ -201,9 +200,7 @@ def plot(found: Mapping[str, Any], args: argparse.Namespace, path: Path) -> None
             values = np.array([point["value"] for point in one["accuracy"]])
             ends = np.array([point["over_prompts"] for point in one["accuracy"]])
             x = np.array(args.budgets) * (1 + 0.015 * (number - 1))  # beside each other
-            axes.errorbar(
-                x, values, [values - ends[:, 0], ends[:, 1] - values], fmt="o-", capsize=2, label=strategy
-            )
+            axes.errorbar(x, values, [values - ends[:, 0], ends[:, 1] - values], fmt="o-", capsize=2, label=strategy)
         if name == "labelers":
             axes.axhline(found["ceiling"]["value"], color="gray", linestyle="--", label="gold reward")
         axes.set_xscale("log")
@@ -221,15 +218,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--run_dir", required=True, help="of `prefopt pipeline`, past its step `label`")
     parser.add_argument("--out", required=True, help="folder of the results")
-    parser.add_argument(
-        "--model", default="sft-epochs", help="folder in run_dir that reward models start from"
-    )
+    parser.add_argument("--model", default="sft-epochs", help="folder in run_dir that reward models start from")
     parser.add_argument("--config", default="recipes/tiny/reward.yaml", help="of `prefopt reward`")
     parser.add_argument("--world_seed", type=int, default=0, help="seed of the run")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument(
-        "--budgets", type=int, nargs="+", default=[100, 200, 400, 800], help="prompts labeled so far"
-    )
+    parser.add_argument("--budgets", type=int, nargs="+", default=[100, 200, 400, 800], help="prompts labeled so far")
     parser.add_argument("--pool", type=int, default=1600, help="prompts to choose from")
     parser.add_argument("--test", type=int, help="held-out prompts; default: all")
     parser.add_argument("--k", type=int, default=4, help="outputs ranked per prompt")
@@ -247,9 +240,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "sums.json"
-    settings = {
-        name: value for name, value in vars(args).items() if name not in ("seeds", "strategies", "out")
-    }
+    settings = {name: value for name, value in vars(args).items() if name not in ("seeds", "strategies", "out")}
     sums: dict[str, dict[str, Any]] = {}
     if kept.is_file():
         before = json.loads(kept.read_text())
@@ -270,9 +261,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arrays = {name: np.array([sums[name][str(seed)] for seed in args.seeds]) for name in args.strategies}
     found = summary(arrays, args, ceiling)
     print(table(found, args, args.seeds))
-    write_whole(
-        out / "label_next.json", json.dumps({**settings, "seeds": args.seeds, **found}, indent=1) + "\n"
-    )
+    write_whole(out / "label_next.json", json.dumps({**settings, "seeds": args.seeds, **found}, indent=1) + "\n")
     plot(found, args, out / "label_next.svg")
     return found
 

@@ -216,9 +216,7 @@ def tokenizer_of(vocab: int) -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def rows_of(shape: Shape) -> Dataset:
@@ -369,9 +367,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="shapes of each step")
     parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next has the next")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)

@@ -81,9 +81,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOL
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--lora", action="store_true", help="rank 16 on all linear layers")
     parser.add_argument("--batch", type=int, default=128, help="prompts of a rollout, one response each")
@@ -98,9 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--warmup", type=int, default=2, help="updates that are not timed")
     parser.add_argument("--updates", type=int, default=40, help="updates that are timed")
-    parser.add_argument(
-        "--eval-prompts", type=int, default=1024, help="held-out prompts for the reward reached"
-    )
+    parser.add_argument("--eval-prompts", type=int, default=1024, help="held-out prompts for the reward reached")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--venv", type=Path, default=cache / "prefopt" / "trl112")
@@ -130,14 +126,10 @@ def python_of_trl112(venv: Path) -> Path:
         return python
     print(f"making {venv} with {' '.join(wanted)} (once)", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-    pins = [
-        line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith(("trl==", "torch=="))
-    ]
+    pins = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith(("trl==", "torch=="))]
     constraints = venv / "constraints.txt"
     constraints.write_text("\n".join(pins) + "\n")
-    subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), *wanted], check=True
-    )
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-c", str(constraints), *wanted], check=True)
     marker.write_text("\n".join(wanted) + "\n")
     return python
 
@@ -150,9 +142,7 @@ def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 @torch.no_grad()
@@ -185,9 +175,7 @@ def build_policy(options: argparse.Namespace) -> LlamaForCausalLM:
 
 def build_reward_model(options: argparse.Namespace, folder: Path) -> nn.Module:
     """The policy's backbone with a random head; with LoRA, and an adapter that is not 0."""
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder / "policy", num_labels=1, dtype=torch.float32
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, dtype=torch.float32)
     nn.init.normal_(model.score.weight, std=options.hidden**-0.5)
     if options.lora:
         model = get_peft_model(
@@ -287,8 +275,7 @@ def measure(options: argparse.Namespace, pythons: dict[str, str | Path], folder:
             for name in sorted(sides, reverse=number % 2 == 0):
                 sides[name].update()
         results = {
-            name: {**side.finish(), "updates": side.updates, "versions": side.versions}
-            for name, side in sides.items()
+            name: {**side.finish(), "updates": side.updates, "versions": side.versions} for name, side in sides.items()
         }
     finally:
         for side in sides.values():
@@ -345,9 +332,7 @@ def evaluate(options: argparse.Namespace, folder: Path, names: Sequence[str]) ->
     figures: dict[str, Any] = {"reward_start": start.mean().item(), "reward_start_se": _se(start)}
     reached = {}
     for name in names:
-        reached[name], figures[f"response_length_{name}"] = rewards_of(
-            load_policy(name), reward_model, options
-        )
+        reached[name], figures[f"response_length_{name}"] = rewards_of(load_policy(name), reward_model, options)
         figures[f"reward_{name}"] = reached[name].mean().item()
         figures[f"reward_{name}_se"] = _se(reached[name])
     if set(SIDES) <= set(names):
@@ -369,9 +354,7 @@ def compare(options: argparse.Namespace, results: dict[str, Any], rewards: dict[
         timed = result["updates"][options.warmup :]
         seconds = statistics.median(update["seconds"] for update in timed)
         figures[f"samples_per_second_{name}"] = options.batch / seconds
-        figures[f"cpu_seconds_per_update_{name}"] = statistics.median(
-            update["cpu_seconds"] for update in timed
-        )
+        figures[f"cpu_seconds_per_update_{name}"] = statistics.median(update["cpu_seconds"] for update in timed)
         seconds = statistics.median(update["seconds"] - update["gc_seconds"] for update in timed)
         figures[f"samples_per_second_without_gc_{name}"] = options.batch / seconds
         figures[f"seconds_per_update_{name}"] = [round(update["seconds"], 4) for update in timed]
@@ -381,9 +364,7 @@ def compare(options: argparse.Namespace, results: dict[str, Any], rewards: dict[
         figures[f"kl_{name}"] = [round(update["kl"], 3) for update in result["updates"]]
     if set(SIDES) <= set(results):
         ours, theirs = results["ours"], results["trl112"]
-        figures["peak_above_models_vs_trl112"] = (theirs["peak"] - theirs["models"]) / (
-            ours["peak"] - ours["models"]
-        )
+        figures["peak_above_models_vs_trl112"] = (theirs["peak"] - theirs["models"]) / (ours["peak"] - ours["models"])
         for key, rate in {
             "speedup": "samples_per_second",
             "speedup_without_gc": "samples_per_second_without_gc",

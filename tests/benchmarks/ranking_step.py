@@ -74,9 +74,7 @@ MIB = 2**20
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=["reward", "dpo"], required=True)
     parser.add_argument("--k", type=int, default=4, help="completions of a prompt")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
@@ -119,9 +117,7 @@ def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 def build_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -129,9 +125,7 @@ def build_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> str:
-        return "".join(
-            f" {i}" for i in torch.randint(3, options.vocab, (count,), generator=generator).tolist()
-        )
+        return "".join(f" {i}" for i in torch.randint(3, options.vocab, (count,), generator=generator).tolist())
 
     return [
         {
@@ -176,9 +170,7 @@ def build_model(options: argparse.Namespace, seed: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
-        model = auto.from_pretrained(
-            folder, dtype=dtype, quantization_config=quantization, device_map=options.device
-        )
+        model = auto.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map=options.device)
     keep_4bit_gradients(model)
     return model
 
@@ -320,9 +312,7 @@ class Side:
             before = torch.cuda.memory_allocated(self.device)
             loss = self.step().item()
             return torch.cuda.max_memory_allocated(self.device) - before, loss
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             loss = self.step().item()
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         allocated = highest = 0
@@ -347,9 +337,7 @@ class Measured:
     self_check_seconds: float = 0.0
 
 
-def measure(
-    options: argparse.Namespace, names: Sequence[str] = SIDES, *, memory: bool = True
-) -> dict[str, Measured]:
+def measure(options: argparse.Namespace, names: Sequence[str] = SIDES, *, memory: bool = True) -> dict[str, Measured]:
     """Time the sides in turn, then take memory, loss and gradients of each (unless `memory` is False)."""
     results, sides, trainables = {name: Measured() for name in names}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -434,15 +422,11 @@ def meter(options: argparse.Namespace) -> str:
 
 def header(options: argparse.Namespace) -> str:
     device = torch.device(options.device)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     trained = ("4-bit base, " if options.load_in_4bit else "") + ("LoRA" if options.lora else "all weights")
     reference = "no reference in the reward model"
     if options.method == "dpo":
-        reference = "reference forward " + (
-            "precomputed, not counted" if options.precompute_ref else "counted"
-        )
+        reference = "reference forward " + ("precomputed, not counted" if options.precompute_ref else "counted")
     return (
         f"{options.method}  {options.model} {options.layers} x {options.hidden}, {options.heads} heads "
         f"({options.kv_heads} of keys), vocabulary {options.vocab}, {trained}, gradient checkpointing "
@@ -464,11 +448,11 @@ def report(options: argparse.Namespace, results: dict[str, Measured], figures: d
         if result.seconds is None:
             print(f"{NAMES[name]:<18}  out of memory")
             continue
-        line = f"{NAMES[name]:<18}{figures[f'seconds_{name}'] * 1e3:>10.0f}{result.peak / MIB:>10.1f}{result.loss:>12.7f}"
+        line = (
+            f"{NAMES[name]:<18}{figures[f'seconds_{name}'] * 1e3:>10.0f}{result.peak / MIB:>10.1f}{result.loss:>12.7f}"
+        )
         if figures.get(f"speedup_vs_{name}") is not None:
-            line += (
-                f"{figures[f'speedup_vs_{name}']:>8.2f}x{figures[f'speedup_vs_{name}_later_steps']:>7.2f}x"
-            )
+            line += f"{figures[f'speedup_vs_{name}']:>8.2f}x{figures[f'speedup_vs_{name}_later_steps']:>7.2f}x"
             line += f"{figures[f'peak_vs_{name}']:>7.2f}x"
         print(line)
 
@@ -483,9 +467,7 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
     for prompt in GRID["prompt"]:
         for completion in GRID["completion"]:
             for k in GRID["k"]:
-                cell = argparse.Namespace(
-                    **{**vars(options), "k": k, "prompt": prompt, "completion": completion}
-                )
+                cell = argparse.Namespace(**{**vars(options), "k": k, "prompt": prompt, "completion": completion})
                 results = measure(cell, ("rows", "shared"), memory=False)
                 figures = compare(cell, results)
                 ratio, later = figures["speedup_vs_rows"], figures["speedup_vs_rows_later_steps"]

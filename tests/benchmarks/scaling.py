@@ -75,9 +75,7 @@ def plot(sweeps: dict[str, dict[str, Any]], options: argparse.Namespace, path: s
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(
-        f"{options.method}: {options.model} {options.layers} x {options.hidden}, {options.device}"
-    )
+    figure.suptitle(f"{options.method}: {options.model} {options.layers} x {options.hidden}, {options.device}")
     figure.savefig(path)
 
 

@@ -78,9 +78,7 @@ def measure(layers: int, hidden: int, vocab: int, rank: int, intermediate: int |
         num_key_value_heads=max(1, heads // 4),
     )
     # Embeddings tied to the LM head, and the last norm.
-    base = num_bytes(
-        [torch.empty(vocab, hidden, dtype=torch.bfloat16), torch.empty(hidden, dtype=torch.bfloat16)]
-    )
+    base = num_bytes([torch.empty(vocab, hidden, dtype=torch.bfloat16), torch.empty(hidden, dtype=torch.bfloat16)])
     adapters = optimizer = 0
     for _ in range(layers):
         layer = quantized_layer(config)
@@ -103,9 +101,7 @@ def measure(layers: int, hidden: int, vocab: int, rank: int, intermediate: int |
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=128_256)

@@ -84,9 +84,7 @@ class Turns(TrainerCallback):
         getattr(optimizer, "optimizer", optimizer).register_step_post_hook(self._count)
         self._wait()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if "objective/scores" not in (logs or {}):  # the summary of a finished training
             return
         if torch.cuda.is_available():
@@ -240,9 +238,7 @@ def build_trl112(options: dict[str, Any], folder: Path, turns: Turns) -> Any:
 
 
 def load_reward_adapter(folder: Path, is_trainable: bool) -> PeftModel:
-    base = AutoModelForSequenceClassification.from_pretrained(
-        folder / "policy", num_labels=1, dtype=torch.float32
-    )
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, dtype=torch.float32)
     return PeftModel.from_pretrained(base, folder / "reward", is_trainable=is_trainable)
 
 

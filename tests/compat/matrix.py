@@ -28,12 +28,9 @@ def name_of(requirement):
     return re.match(r"[\w-]+", requirement).group()
 
 
-PINNED = {
-    name_of(line): line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"
-}
+PINNED = {name_of(line): line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] != "#"}
 REQUIRED = {
-    name_of(line): line
-    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    name_of(line): line for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 }
 OLDEST = re.sub(">=([0-9.]+)", r"==\1", REQUIRED["transformers"])
 ROWS = (

@@ -44,9 +44,7 @@ def test_batches_and_single_prompts_add_up(metric):
     metric.add_batch(predictions=SCORES[3:], references=RANKS[3:])
     in_parts = metric.compute()
     assert in_parts == metric.compute(predictions=SCORES, references=RANKS)
-    assert (
-        metric.compute(predictions=SCORES[1:2], references=RANKS[1:2])["num_pairs"] == 1
-    )  # nothing left over
+    assert metric.compute(predictions=SCORES[1:2], references=RANKS[1:2])["num_pairs"] == 1  # nothing left over
 
 
 @pytest.mark.parametrize("array", [np.array, torch.tensor])
@@ -102,9 +100,7 @@ def test_info_says_what_it_is(metric):
 
 def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
-    examples = doctest.DocTestParser().get_doctest(
-        kwise_accuracy._KWARGS_DESCRIPTION, {}, "KwiseAccuracy", None, None
-    )
+    examples = doctest.DocTestParser().get_doctest(kwise_accuracy._KWARGS_DESCRIPTION, {}, "KwiseAccuracy", None, None)
     assert doctest.DocTestRunner().run(examples) == (0, 3)
 
 

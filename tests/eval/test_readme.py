@@ -6,9 +6,7 @@ README = (Path(__file__).resolve().parents[2] / "eval" / "README.md").read_text(
 
 
 def test_every_stage_has_its_line_with_its_file():
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line[:1] == "|"
-    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line[:1] == "|"]
     stages = (*STAGES, report.STAGE)
     assert [row[1] for row in rows[2:]] == [f"`{stage.name}`" for stage in stages]
     for stage, (_, _, file, _) in zip(stages, rows[2:], strict=True):

@@ -13,9 +13,7 @@ HALF = Estimate(0.6, 0.55, 0.65, 300, 300)
 
 def test_all_scalar_keys_are_there_even_without_measures():
     results = build_results([])
-    assert results["rm"] == {
-        "accuracy": dict.fromkeys(("train_labelers", "heldout_labelers", "gold_ceiling"))
-    }
+    assert results["rm"] == {"accuracy": dict.fromkeys(("train_labelers", "heldout_labelers", "gold_ceiling"))}
     for name in ("pretraining_bits_per_byte", "heldout_task_accuracy", "kl_to_sft", "gold_reward"):
         assert results[name] == dict.fromkeys(MODELS)
     nothing = {"value": None, "ci_low": None, "ci_high": None, "n": 0}

@@ -45,9 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def base(
-    hub: LocalHub, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> str:
+def base(hub: LocalHub, causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
     """The language model that all runs start from, on the Hub."""
     causal_lm.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -180,9 +180,7 @@ def test_added_metadata_stay_in_a_card_that_is_written_anew(saved, tmp_path):
 
 
 def test_the_local_base_that_peft_writes_into_a_card_goes(saved, tmp_path, hub):
-    (tmp_path / "rm" / README).write_text(
-        "---\nlicense: mit\nbase_model: /home/me/base\n---\n\nMy own words.\n"
-    )
+    (tmp_path / "rm" / README).write_text("---\nlicense: mit\nbase_model: /home/me/base\n---\n\nMy own words.\n")
     push_folder(tmp_path / "rm", "me/rm")  # the Hub refuses such metadata
     card = ModelCard(hub.files("me/rm")[README].decode())
     assert (card.data.license, card.data.base_model) == ("mit", None)

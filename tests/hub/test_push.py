@@ -126,10 +126,7 @@ def test_a_failed_upload_leaves_the_model_and_the_command_it_gives_repairs_it(fa
     message = str(stop.value)
     assert "\n" not in message
     assert message.startswith(f"error: {folder} was not published as me/policy: ")
-    assert (
-        f"the model is whole in {folder}; try again: prefopt push {folder} me/policy --private true"
-        in message
-    )
+    assert f"the model is whole in {folder}; try again: prefopt push {folder} me/policy --private true" in message
     assert {name: contents(folder)[name] for name in model} == model
     assert hub.files("me/policy") == {}  # nothing in halves
 
@@ -147,9 +144,7 @@ def test_a_token_that_may_not_write(token, hub, folder, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     push_folder(folder, "me/policy")
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
-    said = (
-        "the token may not write there" if token else "no valid token: run `hf auth login`, or set HF_TOKEN"
-    )
+    said = "the token may not write there" if token else "no valid token: run `hf auth login`, or set HF_TOKEN"
     before, hub.requests = contents(folder), []
     for repository in ("me/policy", "me/new"):  # one is there and may be read
         with pytest.raises(HubError, match=said):

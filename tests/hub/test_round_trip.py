@@ -65,9 +65,7 @@ def test_a_merged_reward_model_scores_as_its_4bit_adapter(hub, base, tokenizer, 
     assert not isinstance(card["model"], PeftModel)
     assert card["score"] == pytest.approx(trainer.score([QUESTION], [ANSWER])[0], abs=1e-4)
     merged = merge_reward_model(tmp_path / "rm")
-    assert torch.equal(
-        sequence_scores(load_reward_model("me/whole"), IDS, MASK), sequence_scores(merged, IDS, MASK)
-    )
+    assert torch.equal(sequence_scores(load_reward_model("me/whole"), IDS, MASK), sequence_scores(merged, IDS, MASK))
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -94,9 +92,7 @@ def test_where_eos_is_the_pad_token_the_card_reads_the_score_behind_eos(lora, hu
 @pytest.mark.parametrize("closing", ["token", "text"])
 def test_the_card_closes_a_conversation_as_training_does(closing, hub, base, chat_tokenizer, tmp_path):
     if closing == "text":  # the template ends an answer with no token of its own
-        chat_tokenizer.chat_template = (
-            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        )
+        chat_tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         chat_tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
     rows = [chat(row) for row in ROWS]
     trainer = reward_trainer(base, chat_tokenizer, tmp_path / "rm", rows=rows)
@@ -115,9 +111,7 @@ def test_of_ppo_ptx_the_policy_adapter_alone_is_published(hub, base, tokenizer, 
     reward = reward_trainer(base, tokenizer, tmp_path / "rm")
     reward.train()
     reward.save_model()
-    trainer = ppo_trainer(
-        str(tmp_path / "sft"), tokenizer, tmp_path / "ppo", str(tmp_path / "rm"), ema_decay=0.9
-    )
+    trainer = ppo_trainer(str(tmp_path / "sft"), tokenizer, tmp_path / "ppo", str(tmp_path / "rm"), ema_decay=0.9)
     trainer.train()
     logits = trainer.model.eval()(input_ids=IDS, attention_mask=MASK).logits
     trainer.save_model()
@@ -135,9 +129,7 @@ def test_of_ppo_ptx_the_policy_adapter_alone_is_published(hub, base, tokenizer, 
         "tokenizer_config.json",
     ]
     card = run_card(files["README.md"].decode())
-    torch.testing.assert_close(
-        card["model"](input_ids=IDS, attention_mask=MASK).logits, logits, atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(card["model"](input_ids=IDS, attention_mask=MASK).logits, logits, atol=1e-5, rtol=0)
     assert card["output"].shape[1] > card["prompt"].input_ids.shape[1]
     plain = AutoModelForCausalLM.from_pretrained("me/ppo")
     torch.testing.assert_close(plain(input_ids=IDS).logits, logits, atol=1e-5, rtol=0)

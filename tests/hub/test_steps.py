@@ -60,16 +60,13 @@ def test_every_step_starts_from_the_adapter_that_the_step_before_has_published(h
         "--reward_model_name_or_path", "me/rm")  # fmt: skip
     ids = torch.tensor([[5, 6, 7]])
     logits = {
-        name: AutoModelForCausalLM.from_pretrained(f"me/{name}")(ids).logits
-        for name in ("base", "sft", "dpo", "ppo")
+        name: AutoModelForCausalLM.from_pretrained(f"me/{name}")(ids).logits for name in ("base", "sft", "dpo", "ppo")
     }
     for name, before in (("sft", "base"), ("dpo", "sft"), ("ppo", "sft")):
         assert not torch.allclose(logits[name], logits[before], atol=1e-6)
     for name in ("sft", "rm", "dpo", "ppo"):
         assert b"base_model: me/base" in hub.files(f"me/{name}")["README.md"]
-        assert not {"training_args.bin", "optimizer.pt", "value_function.safetensors"} & set(
-            hub.files(f"me/{name}")
-        )
+        assert not {"training_args.bin", "optimizer.pt", "value_function.safetensors"} & set(hub.files(f"me/{name}"))
     # Published once, and centered: not what had been saved before centering.
     assert hub.repositories["me/rm"].messages == ["End of training"]
     published = load_reward_model("me/rm").get_base_model().config.reward_bias
@@ -157,8 +154,7 @@ def test_a_hub_that_breaks_while_training_stops_no_training(hub, base, tokenizer
     hub.faults.clear()
     trainer.push_to_hub()
     assert (
-        hub.files("me/rm")["adapter_model.safetensors"]
-        == (tmp_path / "rm" / "adapter_model.safetensors").read_bytes()
+        hub.files("me/rm")["adapter_model.safetensors"] == (tmp_path / "rm" / "adapter_model.safetensors").read_bytes()
     )
 
 

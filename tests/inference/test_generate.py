@@ -26,9 +26,7 @@ def test_greedy_equals_a_loop_without_batches(causal_lm, tokenizer):
     ends = end_token_ids(causal_lm, tokenizer)
     expected = [token_by_token(causal_lm, tokenizer, p, 9, ends) for p in PROMPTS]
     for batch_size in (1, 2, 5):
-        drawn = generate(
-            causal_lm, tokenizer, PROMPTS, max_new_tokens=9, temperature=0, batch_size=batch_size
-        )
+        drawn = generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=9, temperature=0, batch_size=batch_size)
         assert [c[0].ids for c in drawn] == expected
         assert [c[0].truncated for c in drawn] == [ids[-1] not in ends for ids in expected]
 
@@ -128,9 +126,7 @@ def test_prompt_ids_are_those_of_training(tokenizer, chat_tokenizer):
     assert prompt_ids(chat_tokenizer, messages) == build_ids(chat_tokenizer, messages, "a dog")[0]
     assert (
         prompt_ids(chat_tokenizer, messages)
-        == chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        == chat_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     )
 
 
@@ -171,9 +167,7 @@ def test_bad_settings(causal_lm, tokenizer, settings, message):
 def test_an_adapter_samples_plainly_and_keeps_its_settings(causal_lm, tokenizer):
     causal_lm.generation_config.repetition_penalty = 50.0
     expected = generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=8, seed=1)
-    adapter = get_peft_model(
-        causal_lm, LoraConfig(task_type="CAUSAL_LM", r=2)
-    )  # B = 0: the same distribution
+    adapter = get_peft_model(causal_lm, LoraConfig(task_type="CAUSAL_LM", r=2))  # B = 0: the same distribution
     assert generate(adapter, tokenizer, PROMPTS, max_new_tokens=8, seed=1) == expected
     assert adapter.generation_config.repetition_penalty == 50.0
     assert adapter.get_base_model().generation_config.repetition_penalty == 50.0

@@ -50,8 +50,7 @@ def nats_token_by_token(model, ids, first):
 def test_bits_per_byte_equals_a_loop(causal_lm, tokenizer):
     eos = tokenizer.eos_token_id  # the fixture has no BOS
     nats = [
-        nats_token_by_token(causal_lm, [eos, *tokenizer(t, add_special_tokens=False)["input_ids"]], 1)
-        for t in TEXTS
+        nats_token_by_token(causal_lm, [eos, *tokenizer(t, add_special_tokens=False)["input_ids"]], 1) for t in TEXTS
     ]
     sizes = [len(t.encode("utf-8")) for t in TEXTS]
     for batch_size in (1, 2, 3):
@@ -271,9 +270,7 @@ def test_two_answers_to_one_question_are_one_forward():
     read = []
     model.lm_head.register_forward_hook(lambda module, args, output: read.append(output.shape[:-1].numel()))
     forwards = []
-    model.model.layers[0].register_forward_hook(
-        lambda module, args, output: forwards.append(args[0].shape[:2])
-    )
+    model.model.layers[0].register_forward_hook(lambda module, args, output: forwards.append(args[0].shape[:2]))
     questions = [[5, 6, 7, 8], [9, 10]]
     rows = [([*question, letter], len(question)) for question in questions for letter in (11, 12)]
     nats = scored_nats(model, rows, batch_size=2)
@@ -287,10 +284,7 @@ def test_long_texts_are_read_in_tiles(positions, monkeypatch):
     monkeypatch.setattr(heads, "TILE_LOGITS", positions * LARGE + 5)
     model = of_many_words(0)
     torch.manual_seed(1)
-    rows = [
-        (torch.randint(LARGE, (length,)).tolist(), first)
-        for length, first in ((20, 1), (9, 4), (9, 9), (2, 1))
-    ]
+    rows = [(torch.randint(LARGE, (length,)).tolist(), first) for length, first in ((20, 1), (9, 4), (9, 9), (2, 1))]
     with LargestTensor() as largest:
         nats = scored_nats(model, rows, batch_size=3)
     assert largest.numel == max(8, min(positions, 19 + 5)) * LARGE
@@ -334,13 +328,9 @@ def test_two_vocabularies_cannot_be_compared(causal_lm, tokenizer):
 def test_what_a_model_does_to_its_logits_is_done_in_every_tile(monkeypatch):
     """Gemma 2 caps them; Granite divides them; a LoRA adapter may lie on the head."""
     torch.manual_seed(0)
-    sizes = {
-        name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")
-    }
+    sizes = {name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5)
-    )
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5))
     scaled = GraniteForCausalLM(GraniteConfig(**sizes, logits_scaling=0.25))
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], init_lora_weights=False)
     adapted = get_peft_model(LlamaForCausalLM(tiny_config()), config)
@@ -348,9 +338,7 @@ def test_what_a_model_does_to_its_logits_is_done_in_every_tile(monkeypatch):
     rows = [([5, 6, 7, 8, 9], 1), ([20, 30, 40], 2)]
     for model in (capped, scaled, adapted):
         model.eval()
-        np.testing.assert_allclose(
-            scored_nats(model, rows, 2), [slow_nats(model, *row) for row in rows], rtol=1e-5
-        )
+        np.testing.assert_allclose(scored_nats(model, rows, 2), [slow_nats(model, *row) for row in rows], rtol=1e-5)
 
 
 def test_a_reading_leaves_the_model_as_it_was():

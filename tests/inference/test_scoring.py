@@ -28,10 +28,7 @@ def test_scores_equal_one_forward_per_completion(reward_model, tokenizer):
     set_reward_bias(reward_model, 0.25)
     reward_model.eval()
     expected = [
-        [
-            score_alone(reward_model, [*chain(*build_ids(tokenizer, r["prompt"], c))]) - 0.25
-            for c in r["completions"]
-        ]
+        [score_alone(reward_model, [*chain(*build_ids(tokenizer, r["prompt"], c))]) - 0.25 for c in r["completions"]]
         for r in ROWS
     ]
     for batch_size in (1, 2, 8):
@@ -54,9 +51,7 @@ def test_a_truncated_completion_is_scored_without_an_end_token(reward_model, tok
 def test_sampled_ids_are_scored_as_they_are(reward_model, tokenizer):
     odd = Completion(text=" sat", ids=[5, 6, 7], truncated=True)  # not what the text would tokenize to
     expected = score_alone(reward_model, [*tokenizer("the cat")["input_ids"], 5, 6, 7])
-    assert score_completions(reward_model, tokenizer, ["the cat"], [odd]) == pytest.approx(
-        [expected], abs=1e-5
-    )
+    assert score_completions(reward_model, tokenizer, ["the cat"], [odd]) == pytest.approx([expected], abs=1e-5)
 
 
 def test_too_long_for_the_reward_model_is_named(reward_model, tokenizer):

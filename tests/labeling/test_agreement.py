@@ -28,9 +28,7 @@ def random_rows(seed, labelers=("ann", "bob", "cy"), prompts=12):
                 dense = {r: i for i, r in enumerate(sorted(set(raw)), start=1)}
                 ranks = dict(zip(texts, [dense[r] for r in raw], strict=True))
                 rng.shuffle(texts)
-                rows.append(
-                    row(labeler, [ranks[t] for t in texts], prompt=f"{prompt}", completions=list(texts))
-                )
+                rows.append(row(labeler, [ranks[t] for t in texts], prompt=f"{prompt}", completions=list(texts)))
     return rows
 
 
@@ -183,9 +181,7 @@ def test_statistics_of_each_labeler():
         row("bob", [1, 2, 3], prompt="1", seconds=None),
     ]
     screening = [
-        row(
-            "ann", [1, 2, 3], prompt="s", expected_ranks=[1, 2, 2]
-        ),  # right on 2, the pair tied in the key is free
+        row("ann", [1, 2, 3], prompt="s", expected_ranks=[1, 2, 2]),  # right on 2, the pair tied in the key is free
         row("ann", [1, 1], prompt="t", expected_ranks=[1, 2]),  # a tie where one was better
         row("dot", [2, 1], prompt="t", expected_ranks=[1, 2]),
     ]

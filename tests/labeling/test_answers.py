@@ -119,9 +119,7 @@ def test_what_is_doubtful_is_counted_and_nothing_is_lost():
     shown = len("2 + 2?") + len("4") + len("5") + len("four")
     old, new = {"saved": "2026-01-01T00:00:00Z"}, {"saved": "2026-01-02T00:00:00Z"}
     answers = [
-        answer_of(
-            key, "1", ranks=[1, 2, 3], ratings=[3, 7, 3], **new
-        ),  # one of three pairs against the ratings
+        answer_of(key, "1", ranks=[1, 2, 3], ratings=[3, 7, 3], **new),  # one of three pairs against the ratings
         answer_of(key, "1", ranks=[3, 2, 1], ratings=[3, 7, 3], **old),  # older: gives way
         answer_of(key, "1", ranks=[1, 2, 3], ratings=[3, 7, 3], **new),  # the same again
         answer_of(key, "1", labeler="bob", ranks=[1, 1, 1], ratings=[4, 4, 4], seconds=shown / 72 * 0.99),
@@ -136,9 +134,7 @@ def test_what_is_doubtful_is_counted_and_nothing_is_lost():
         report = imported.report
         assert sorted([row["labeler"], row["ranks"]] for row in imported.rows) == expected
         assert report.answers == len(answers)
-        assert report.answers == (
-            report.done + report.skipped + report.unfinished + report.repeated + report.revised
-        )
+        assert report.answers == (report.done + report.skipped + report.unfinished + report.repeated + report.revised)
         assert (report.done, report.rows, report.skipped, report.unfinished) == (3, 3, 1, 1)
         assert report.repeated + report.revised == 2
         assert (report.contradictory, report.contradictory_pairs, report.pairs) == (1, 1, 3 + 0 + 2)
@@ -162,8 +158,7 @@ def test_what_is_doubtful_is_counted_and_nothing_is_lost():
 def test_several_labelers_and_sheets_of_the_same_samples_give_rows_alike():
     keys = [blind(ROWS, seed=seed, group=group)[0] for seed, group in ((1, "train"), (2, "heldout"))]
     answers = [
-        answer_of(key, "1", labeler=name, ranks=[1, 3, 2])
-        for key, name in zip(keys, ("ann", "bob"), strict=True)
+        answer_of(key, "1", labeler=name, ranks=[1, 3, 2]) for key, name in zip(keys, ("ann", "bob"), strict=True)
     ]
     rows = import_answers(answers, keys).rows
     assert [(row["labeler"], row["group"], row["ranks"]) for row in rows] == [
@@ -358,9 +353,7 @@ def test_the_command_line_from_samples_to_rows_that_train(tmp_path, capsys, monk
     assert [row["labeler"] for row in rows] == ["ann", "ann", "bob", "bob"]
     assert [row["models"] for row in rows if "models" in row] == [list("abc")] * 2
     assert len(prepare_comparisons(rows_dataset(rows))) == 4
-    screening = [
-        json.loads(line) for line in (tmp_path / "rankings.screening.jsonl").read_text().splitlines()
-    ]
+    screening = [json.loads(line) for line in (tmp_path / "rankings.screening.jsonl").read_text().splitlines()]
     assert [row["expected_ranks"] for row in screening] == [[1, 2]] * 2
 
     with pytest.raises(SystemExit, match=r"sheet\.key\.jsonl is in the way"):

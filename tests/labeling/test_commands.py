@@ -23,9 +23,7 @@ def test_agreement_reads_what_import_wrote(tmp_path, capsys):
     samples, sheet = tmp_path / "samples.jsonl", tmp_path / "sheet.html"
     write_jsonl(samples, ROWS)
     write_jsonl(tmp_path / "known.jsonl", [{"prompt": "k", "completions": ["x", "y"], "ranks": [1, 2]}])
-    said_by(
-        capsys, "export", samples, "--out", sheet, "--screening", tmp_path / "known.jsonl", "--group", "train"
-    )
+    said_by(capsys, "export", samples, "--out", sheet, "--screening", tmp_path / "known.jsonl", "--group", "train")
     key = read_key(tmp_path / "sheet.key.jsonl")
     for name, best in (("ann", "a"), ("bob", "b")):
         lines = [{"format": "prefopt-answers", "version": 1, "sheet": key.sheet, "labeler": name}]
@@ -128,9 +126,7 @@ def test_label_studio_there_and_back(tmp_path, capsys):
         (i, [2, 1, 2], "ann@x.org") for i in range(4)
     ]
     with pytest.raises(SystemExit, match=r"ending in \.json"):
-        cli.main(
-            ["label", "export", str(samples), "--format", "label-studio", "--out", str(tmp_path / "x.html")]
-        )
+        cli.main(["label", "export", str(samples), "--format", "label-studio", "--out", str(tmp_path / "x.html")])
 
 
 def test_no_command_writes_over_what_it_reads_nor_leaves_what_is_out_of_date(tmp_path, capsys):

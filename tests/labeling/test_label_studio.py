@@ -22,9 +22,7 @@ MEANT = [[1, 2, 1], [2, 2, 3, 1], [2, 1]]  # ranks of the completions
 
 @pytest.fixture(params=range(3))
 def key(request):
-    return blind(
-        ROWS, seed=request.param, screening=[{"prompt": "k", "completions": ["x", "y"], "ranks": [2, 1]}]
-    )[0]
+    return blind(ROWS, seed=request.param, screening=[{"prompt": "k", "completions": ["x", "y"], "ranks": [2, 1]}])[0]
 
 
 def meant(key, task):
@@ -74,9 +72,7 @@ def test_label_studio_gives_the_rows_meant(key, tmp_path):
     for row in found.rows:
         assert (row["labeler"], row["seconds"], row["notes"]) == ("user 3", 41.5, "well\nso")
         assert (row["ratings"], row["flags"]) == (None, None)
-    assert {row["prompt"]: row for row in found.rows if isinstance(row["prompt"], str)}["2 + 2?"][
-        "models"
-    ] == [*"abc"]
+    assert {row["prompt"]: row for row in found.rows if isinstance(row["prompt"], str)}["2 + 2?"]["models"] == [*"abc"]
 
 
 def test_label_studio_tasks_show_every_text_once_and_nothing_else(key):
@@ -85,9 +81,7 @@ def test_label_studio_tasks_show_every_text_once_and_nothing_else(key):
         assert set(task) == {"data"}
         assert set(task["data"]) == {"sheet", "task", "prompt", "outputs"}
         assert task["data"]["prompt"] == text_of(row["prompt"])
-        texts = [
-            text_of(c) if isinstance(c, str) else f"assistant:\n{c[0]['content']}" for c in row["completions"]
-        ]
+        texts = [text_of(c) if isinstance(c, str) else f"assistant:\n{c[0]['content']}" for c in row["completions"]]
         assert sorted(item["body"] for item in task["data"]["outputs"]) == sorted(set(texts))
         assert "models" not in json.dumps(task)
     config = ElementTree.fromstring(labeling_config(key))
@@ -105,13 +99,9 @@ def test_label_studio_skips_and_half_done_are_counted_and_plain_rankers_are_read
     half["_"] = [half["rank_1"].pop()]
     content = [
         annotated(tasks[0], half),
-        annotated(
-            tasks[1], buckets_of(meant(key, "2")), was_cancelled=True, completed_by={"email": "ann@x.org"}
-        ),
+        annotated(tasks[1], buckets_of(meant(key, "2")), was_cancelled=True, completed_by={"email": "ann@x.org"}),
         annotated(tasks[2], {}, result=[]),
-        annotated(
-            tasks[3], {"ranking": [str(len(meant(key, "4")) - i) for i in range(len(meant(key, "4")))]}
-        ),
+        annotated(tasks[3], {"ranking": [str(len(meant(key, "4")) - i) for i in range(len(meant(key, "4")))]}),
     ]
     answers = read_label_studio(write(tmp_path / "a.json", content))
     assert [a.status for a in answers] == ["started", "skipped", "started", "done"]

@@ -88,9 +88,7 @@ def test_nothing_is_fetched_and_only_our_script_and_style_count(page):
         "trusted-types": "'none'",
     }
     (script,) = [t for tag, attrs, t in elements.raw if tag == "script" and "type" not in attrs]
-    assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|XMLHttp|https?:", script
-    )
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(|XMLHttp|https?:", script)
 
 
 def test_every_control_has_a_name(page):

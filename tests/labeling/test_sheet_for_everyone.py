@@ -7,9 +7,7 @@ from prefopt.labeling.sheet import export_sheet
 pytestmark = pytest.mark.timeout(600)
 
 CODE = (
-    "Use:\n```python\nreturn [x for x in xs if x not in seen]  # "
-    + "on and on " * 20
-    + "\n```\nIt keeps the order."
+    "Use:\n```python\nreturn [x for x in xs if x not in seen]  # " + "on and on " * 20 + "\n```\nIt keeps the order."
 )
 ROWS = [
     {"prompt": "كيف أطبخ الأرز؟ 2 كوب", "completions": ["اغسل الأرز (3 مرات).", CODE, "猫はよく眠る" * 40, "w" * 3000]},
@@ -36,9 +34,7 @@ def heard(page):
     """What a screen reader is told, as (role, name) in the order of the page."""
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     return [
-        (node["role"]["value"], node.get("name", {}).get("value", ""))
-        for node in nodes
-        if not node.get("ignored")
+        (node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node.get("ignored")
     ]
 
 
@@ -98,9 +94,7 @@ def test_every_script_has_its_direction_and_nothing_leaves_the_screen(browser, t
         )
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         scale = page.locator(".scale").first
-        tops = scale.locator(":scope > *").evaluate_all(
-            "parts => parts.map((p) => p.getBoundingClientRect().bottom)"
-        )
+        tops = scale.locator(":scope > *").evaluate_all("parts => parts.map((p) => p.getBoundingClientRect().bottom)")
         assert max(tops) - min(tops) < 20  # from "bad" to "good" on one line
         assert scale.locator(".point").first.bounding_box()["width"] >= 24  # large enough for a finger
 

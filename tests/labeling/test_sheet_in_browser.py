@@ -56,9 +56,7 @@ def samples(n=10):  # the first n of ten
     for i in range(10):
         k = (4, 2, 9, 3, 5, 4, 3, 2, 6, 4)[i]
         outputs = [f"Answer {j} to {i}. " + "More of it. " * rng.randint(0, 20) for j in range(k)]
-        rows.append(
-            {"prompt": f"Question {i}?", "completions": outputs, "truncated": [j % 2 == 0 for j in range(k)]}
-        )
+        rows.append({"prompt": f"Question {i}?", "completions": outputs, "truncated": [j % 2 == 0 for j in range(k)]})
     rows[3]["completions"] = HOSTILE[:3]
     rows[4]["prompt"] = "</script><script>alert(3)</script>"
     rows[5]["completions"] = HOSTILE[3:7]
@@ -294,9 +292,7 @@ def test_the_page_policy_stops_foreign_script_and_markup(browser, tmp_path):
 
 def test_a_finger_drags_by_the_handle_and_scrolls_elsewhere(browser, tmp_path):
     export = export_sheet(samples(1), tmp_path / "sheet.html")
-    with browser.new_context(
-        viewport={"width": 400, "height": 1600}, has_touch=True, is_mobile=True
-    ) as context:
+    with browser.new_context(viewport={"width": 400, "height": 1600}, has_touch=True, is_mobile=True) as context:
         page = open_sheet(context, export.sheet)
         cdp = context.new_cdp_session(page)
 
@@ -388,9 +384,7 @@ def test_a_killed_browser_loses_at_most_the_current_task(playwright, chromium, t
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    while any(
-        _has_profile(Path(f"/proc/{pid}"), profile) for pid in pids
-    ):  # dead processes have no arguments
+    while any(_has_profile(Path(f"/proc/{pid}"), profile) for pid in pids):  # dead processes have no arguments
         time.sleep(0.05)
     (profile / "SingletonLock").unlink(missing_ok=True)
     context = playwright.chromium.launch_persistent_context(profile, **chromium)
@@ -424,9 +418,7 @@ def test_a_thousand_tasks_of_nine_open_fast(browser, tmp_path):
         cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
 
         def busy():
-            return {m["name"]: m["value"] for m in cdp.send("Performance.getMetrics")["metrics"]}[
-                "TaskDuration"
-            ]
+            return {m["name"]: m["value"] for m in cdp.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
 
         page.goto(export.sheet.as_uri())
         start(page)

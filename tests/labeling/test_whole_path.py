@@ -60,15 +60,13 @@ def test_labels_from_the_browser_give_the_reward_model_of_labels_in_memory(brows
     world, tokenizer = World(seed=0), build_tokenizer()
     tokenizer.save_pretrained("sft")
     build_model(tokenizer, seed=0).save_pretrained("sft")
-    write_jsonl(
-        "prompts.jsonl", [{"prompt": p, "use_case": world.use_case(p)} for p in world.prompts("rm", 3)]
-    )
+    write_jsonl("prompts.jsonl", [{"prompt": p, "use_case": world.use_case(p)} for p in world.prompts("rm", 3)])
     prefopt("sample", "--model_name_or_path", "sft", "--dataset_name", "prompts.jsonl", "--output", "drawn.jsonl",
             "--max_new_tokens", 6)  # fmt: skip
     samples = read_jsonl("drawn.jsonl")
-    for row in (
-        samples
-    ):  # a model without training says nothing worth a preference: half of the outputs are the world's
+    for (
+        row
+    ) in samples:  # a model without training says nothing worth a preference: half of the outputs are the world's
         for i in range(0, len(row["completions"]), 2):
             row["completions"][i] = world.demonstration(row["prompt"], draw=i // 4)  # some of them twice
             row["truncated"][i] = False
@@ -97,9 +95,7 @@ def test_labels_from_the_browser_give_the_reward_model_of_labels_in_memory(brows
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     start = load_file("sft/model.safetensors")
-    assert any(
-        not torch.equal(tensor, weights[1][name]) for name, tensor in start.items() if name in weights[1]
-    )
+    assert any(not torch.equal(tensor, weights[1][name]) for name, tensor in start.items() if name in weights[1])
     scores = [score_rows(load_reward_model(f"rm-{name}"), AutoTokenizer.from_pretrained(f"rm-{name}"), samples)
               for name in ("in_memory", "rankings")]  # fmt: skip
     assert scores[0] == scores[1]

@@ -63,9 +63,7 @@ def test_score_is_given_once_to_the_last_token_not_to_every_token():
 
 def test_score_lands_on_the_eos_not_one_position_after_it_when_pad_is_eos():
     eos = 2
-    ids = torch.tensor(
-        [[5, 6, eos, eos, eos], [5, 6, 7, 8, 9]]
-    )  # EOS at 2 then padding; cut at the length limit
+    ids = torch.tensor([[5, 6, eos, eos, eos], [5, 6, 7, 8, 9]])  # EOS at 2 then padding; cut at the length limit
     is_eos = ids == eos
     mask = (is_eos.cumsum(1) - is_eos.long()) == 0  # up to the first EOS, itself included
     zeros = torch.zeros(2, 5)
@@ -129,9 +127,7 @@ def test_sampled_estimates_average_to_the_exact_kl(temperature):
     torch.manual_seed(11)
     logits, ref_logits = torch.randn(2, 4, 9).double() / temperature
     p, q = logits.softmax(-1), ref_logits.softmax(-1)
-    exact = torch.tensor(
-        [kl_by_loop(a.tolist(), b.tolist()) for a, b in zip(p, q, strict=True)], dtype=p.dtype
-    )
+    exact = torch.tensor([kl_by_loop(a.tolist(), b.tolist()) for a, b in zip(p, q, strict=True)], dtype=p.dtype)
     close(full_kl(logits, ref_logits), exact, tol=1e-12)
     for estimate in (k1, k3):
         close((p * estimate(p.log(), q.log())).sum(-1), exact, tol=1e-12)
@@ -312,9 +308,7 @@ def test_gae_equals_the_naive_recursion_on_unpadded_rows(mask, discount, lam):
     for b in range(6):
         expected = gae_by_recursion(rewards[b, mask[b]].tolist(), values[b, mask[b]].tolist(), discount, lam)
         close(advantages[b, mask[b]], expected)
-        close(
-            returns[b, mask[b]], [a + v for a, v in zip(expected, values[b, mask[b]].tolist(), strict=True)]
-        )
+        close(returns[b, mask[b]], [a + v for a, v in zip(expected, values[b, mask[b]].tolist(), strict=True)])
     assert (advantages[~mask] == 0).all()
     assert (returns[~mask] == 0).all()
 
@@ -423,9 +417,7 @@ def test_whitening_of_nothing_of_one_entry_and_of_equal_entries_is_zero():
 
 @pytest.mark.parametrize(("module", "known"), [(advantages, gae), (rollout_statistics, KLController)])
 def test_every_public_function_has_an_example(module, known):
-    own = [
-        x for name, x in vars(module).items() if not name.startswith("_") and inspect.getmodule(x) is module
-    ]
+    own = [x for name, x in vars(module).items() if not name.startswith("_") and inspect.getmodule(x) is module]
     public = [x for x in own if inspect.isfunction(x) or inspect.isclass(x)]
     assert known in public
     assert all(">>>" in f.__doc__ for f in public)

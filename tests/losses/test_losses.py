@@ -412,9 +412,7 @@ def test_ranking_loss_refuses_bad_input():
             ranking_loss(scores, ranks, label_smoothing=smoothing)
     margins = torch.zeros(2, 3, 3)
     for options in ({"ties": "half"}, {"label_smoothing": 0.1}, {"margins": margins}):
-        with pytest.raises(
-            ValueError, match="there are no pairs that ties='half', label_smoothing or margins"
-        ):
+        with pytest.raises(ValueError, match="there are no pairs that ties='half', label_smoothing or margins"):
             ranking_loss(scores, ranks, loss_type="plackett_luce", **options)
     with pytest.raises(ValueError, match=r"from both sides, so a margin .* has no meaning"):
         ranking_loss(scores, ranks, loss_type="ipo", margins=margins)
@@ -470,9 +468,7 @@ def test_centering_loss_leaves_out_absent_completions_and_checks_shapes():
 
 def policy_loss_by_loop(logps, old_logps, advantages, mask, eps) -> float:
     terms = []
-    for new, old, a, m in zip(
-        *(x.flatten().tolist() for x in (logps, old_logps, advantages, mask)), strict=True
-    ):
+    for new, old, a, m in zip(*(x.flatten().tolist() for x in (logps, old_logps, advantages, mask)), strict=True):
         if m:
             ratio = math.exp(new - old)
             trusted = min(max(ratio, 1 - eps), 1 + eps)
@@ -574,10 +570,7 @@ def test_all_masked_is_zero_with_finite_gradients(case):
 def test_micro_batches_normalized_by_the_step_add_up_to_the_whole_batch(case):
     loss, x, others, mask = case()
     num_tokens = mask.sum()
-    halves = [
-        loss(x[s], *(o[s] for o in others), mask[s], num_tokens=num_tokens)
-        for s in (slice(0, 1), slice(1, 4))
-    ]
+    halves = [loss(x[s], *(o[s] for o in others), mask[s], num_tokens=num_tokens) for s in (slice(0, 1), slice(1, 4))]
     whole = loss(x, *others, mask)
     close(sum(halves), whole)
     two_processes = num_tokens.item() / 2  # DDP averages what each of them divided by this
@@ -619,9 +612,7 @@ def test_value_loss_equals_the_loop():
     mask = torch.rand(6, 5) > 0.3
     for eps in (0.2, 0.5):
         terms = []
-        for v, old, r, m in zip(
-            *(x.flatten().tolist() for x in (values, old_values, returns, mask)), strict=True
-        ):
+        for v, old, r, m in zip(*(x.flatten().tolist() for x in (values, old_values, returns, mask)), strict=True):
             if m:
                 trusted = min(max(v, old - eps), old + eps)
                 terms.append(0.5 * max((v - r) ** 2, (trusted - r) ** 2))

@@ -101,9 +101,7 @@ def test_a_4bit_weight_takes_what_bitsandbytes_takes(nested, bytes_of_weight):
     layer = layer.to("cpu")
     state = layer.weight.quant_state
     tensors = [layer.weight, state.absmax, *([state.state2.absmax] if nested else [])]
-    assert sum(t.numel() * t.element_size() for t in tensors) == pytest.approx(
-        bytes_of_weight * 1024 * 2048, rel=1e-3
-    )
+    assert sum(t.numel() * t.element_size() for t in tensors) == pytest.approx(bytes_of_weight * 1024 * 2048, rel=1e-3)
 
 
 def test_quantization_packs_linear_maps_alone():
@@ -128,9 +126,7 @@ def test_a_layer_keeps_what_autograd_saves(config_class, lora, is_padded, dtype)
     mask[0, -1] -= int(is_padded)
     totals = []
     for layers in (2, 3):
-        model = AutoModelForCausalLM.from_config(
-            config_class(**{**sizes, "num_hidden_layers": layers}), dtype=dtype
-        )
+        model = AutoModelForCausalLM.from_config(config_class(**{**sizes, "num_hidden_layers": layers}), dtype=dtype)
         if lora:
             model = get_peft_model(model, copy.deepcopy(lora)).base_model.model
         saved: dict[int, int] = {}
@@ -148,9 +144,7 @@ def test_a_layer_keeps_what_autograd_saves(config_class, lora, is_padded, dtype)
         totals.append(sum(saved.values()))
     config = config_class(**sizes)
     size = torch.finfo(dtype).bits // 8
-    layer = Layer(
-        Architecture.of(config), Precision(size, False, size), Adapter.of(config, lora) if lora else None
-    )
+    layer = Layer(Architecture.of(config), Precision(size, False, size), Adapter.of(config, lora) if lora else None)
     assert layer.kept(Batch(3, 40, is_padded=is_padded)) == pytest.approx(totals[1] - totals[0], rel=0.01)
 
 
@@ -263,9 +257,7 @@ def test_gradients_grow_while_the_backward_pass_goes_down(tied):
 
 
 def test_the_exact_kl_holds_logits_of_two_models():
-    found = {
-        m.name: m for m in moments(settings(step="ppo-ptx", rollout=64, completion=20, has_full_kl=True))
-    }
+    found = {m.name: m for m in moments(settings(step="ppo-ptx", rollout=64, completion=20, has_full_kl=True))}
     rows = 1024 // 20
     logits, chunk = 4 * rows * 20 * 512, 4 * 256 * 512
     assert found["exact KL"].parts["head"] == max(3 * logits + 4 * rows * 512, 2 * logits + 5.25 * chunk)
@@ -354,9 +346,7 @@ def test_what_cannot_fit_says_so_and_what_fits_shorter_is_found():
     ppo = settings(config, step="ppo-ptx", rollout=512, ptx_blocks=64, prompt=4096, completion=4096, **LARGE)
     found = fit(ppo, 10 * GIB, qlora)
     assert found.fits
-    assert {"per_device_train_batch_size", "generation_batch_size", "max_completion_length"} <= {
-        *found.changes
-    }
+    assert {"per_device_train_batch_size", "generation_batch_size", "max_completion_length"} <= {*found.changes}
     assert found.settings.batch * found.settings.accumulation == ppo.batch
 
 

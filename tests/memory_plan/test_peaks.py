@@ -13,9 +13,7 @@ TOLERANCE = 0.15
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.setattr(
-        prefix_sharing, "MIN_SAVED_TOKENS", 64
-    )  # as users have it; other tests share all prefixes
+    monkeypatch.setattr(prefix_sharing, "MIN_SAVED_TOKENS", 64)  # as users have it; other tests share all prefixes
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import memory_plan_error
 

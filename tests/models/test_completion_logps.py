@@ -21,9 +21,7 @@ SMALL = {
 }
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SMALL, intermediate_size=24, initializer_range=0.3),
-    "opt": lambda: OPTConfig(
-        **SMALL, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, init_std=0.3
-    ),
+    "opt": lambda: OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32, init_std=0.3),
     "cohere2": lambda: Cohere2Config(
         **SMALL, intermediate_size=24, num_key_value_heads=1, logit_scale=0.5, initializer_range=0.3
     ),

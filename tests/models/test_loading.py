@@ -38,9 +38,7 @@ def adapter(folder, rows, name="adapter", save_embedding_layers="auto", **option
     base = LlamaForCausalLM.from_pretrained(folder / "base")
     if rows != 320:
         base.resize_token_embeddings(rows)
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False, **options
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False, **options)
     model = get_peft_model(base, config).eval()
     model.save_pretrained(folder / name, save_embedding_layers=save_embedding_layers)
     return model

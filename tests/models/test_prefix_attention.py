@@ -38,9 +38,7 @@ def varlen_by_loop(
     for q_start, q_end, k_start, k_end in (map(int, some) for some in bounds):
         assert 0 < q_end - q_start <= max_q
         assert q_end - q_start <= k_end - k_start <= max_k
-        own = torch.arange(k_end - k_start - (q_end - q_start), k_end - k_start)[
-            :, None
-        ]  # aligned at the last
+        own = torch.arange(k_end - k_start - (q_end - q_start), k_end - k_start)[:, None]  # aligned at the last
         other = torch.arange(k_end - k_start)[None]
         seen = (other <= own + right) & ((other >= own - left) if left >= 0 else True)
         heads = []

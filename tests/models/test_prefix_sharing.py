@@ -118,10 +118,7 @@ def random_batch(rng):
         *(
             (
                 [rng.randrange(3, 6) for _ in range(rng.randrange(0, 6))],
-                [
-                    [rng.randrange(3, 5) for _ in range(rng.randrange(1, 6))]
-                    for _ in range(rng.randrange(1, 5))
-                ],
+                [[rng.randrange(3, 5) for _ in range(rng.randrange(1, 6))] for _ in range(rng.randrange(1, 5))],
             )
             for _ in range(rng.randrange(1, 5))
         )
@@ -202,9 +199,7 @@ def test_attention_equals_a_loop(window, as_rows, monkeypatch):
             is_causal=True,
         )
         assert weights is None
-        torch.testing.assert_close(
-            out, attention_by_hand(batch, q, k, v, window, 0.7, 2), rtol=0, atol=1e-6, msg=name
-        )
+        torch.testing.assert_close(out, attention_by_hand(batch, q, k, v, window, 0.7, 2), rtol=0, atol=1e-6, msg=name)
     if as_rows is None:
         assert kinds == {(True, True), (True, False), (False, False)}
 
@@ -318,9 +313,7 @@ def loss_and_gradients(model, batch, packed, values=scores):
     model.zero_grad()
     flat = values(model, batch, packed)
     of_prompt = [flat[batch.prompts == b] for b in batch.prompts.unique()]
-    ranked = [
-        ranking_loss(x[None], torch.arange(1, len(x) + 1)[None].to(x.device)) for x in of_prompt if len(x) > 1
-    ]
+    ranked = [ranking_loss(x[None], torch.arange(1, len(x) + 1)[None].to(x.device)) for x in of_prompt if len(x) > 1]
     loss = sum(ranked) / max(len(ranked), 1) + (flat * batch.weights).mean()
     loss.backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

@@ -130,9 +130,7 @@ def test_plain_score_minus_bias_is_our_score(reward_model):
     assert get_reward_bias(reward_model) == 0.0
     set_reward_bias(reward_model, 0.75)
     torch.testing.assert_close(sequence_scores(reward_model, ids, mask), plain - 0.75, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        token_scores(reward_model, ids, mask)[0, -1], plain[0] - 0.75, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(token_scores(reward_model, ids, mask)[0, -1], plain[0] - 0.75, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
@@ -282,13 +280,9 @@ def test_adapter_on_a_given_base(lora_model, base_path, tmp_path):
     save_reward_model(lora_model, tmp_path / "rm")
     with pytest.raises(ValueError, match="names no base model; pass `base_model`"):
         load_reward_model(tmp_path / "rm")
-    assert torch.equal(
-        sequence_scores(load_reward_model(tmp_path / "rm", base_model=base_path), ids, mask), expected
-    )
+    assert torch.equal(sequence_scores(load_reward_model(tmp_path / "rm", base_model=base_path), ids, mask), expected)
     base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
-    assert torch.equal(
-        sequence_scores(load_reward_model(tmp_path / "rm", base_model=base), ids, mask), expected
-    )
+    assert torch.equal(sequence_scores(load_reward_model(tmp_path / "rm", base_model=base), ids, mask), expected)
 
 
 def test_adapter_without_head_is_refused(base_path, tmp_path):
@@ -312,9 +306,7 @@ def test_value_model_is_an_independent_trainable_copy(kind, reward_model, lora_m
     if kind == "full":
         assert trainable == {name for name, _ in value_model.named_parameters()}
     else:
-        assert trainable == {
-            n for n, _ in value_model.named_parameters() if "lora_" in n or "modules_to_save" in n
-        }
+        assert trainable == {n for n, _ in value_model.named_parameters() if "lora_" in n or "modules_to_save" in n}
     optimizer = torch.optim.SGD([p for p in value_model.parameters() if p.requires_grad], lr=1.0)
     token_scores(value_model, ids, mask).square().mean().backward()
     optimizer.step()

@@ -179,9 +179,7 @@ def test_dropout_of_the_adapters_does_not_touch_scores(base, tmp_path):
 def test_another_base_is_not_shared(base, tmp_path):
     path = reward_adapter(base, tmp_path / "rm")
     assert why_not_shared(tiny_llama(), path) == "the policy is a full model"
-    assert (
-        why_not_shared(policy_on(base, "4-bit"), path) == "its base is not quantized, the policy's 4-bit nf4"
-    )
+    assert why_not_shared(policy_on(base, "4-bit"), path) == "its base is not quantized, the policy's 4-bit nf4"
     torch.manual_seed(5)
     tiny_llama().save_pretrained(tmp_path / "other")
     other = policy_on(str(tmp_path / "other"))

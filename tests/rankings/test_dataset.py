@@ -238,18 +238,14 @@ def test_bad_preference_rows_are_named_by_their_own_fields():
 @pytest.mark.parametrize("margin", ["large", math.nan, math.inf, True, [1.0]])
 def test_margins_of_preference_rows_are_numbers(margin):
     good = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 1}
-    with pytest.raises(
-        ValueError, match=r"dataset row 2: field 'margin': expected a finite number, got .*; conv"
-    ):
+    with pytest.raises(ValueError, match=r"dataset row 2: field 'margin': expected a finite number, got .*; conv"):
         validate_comparisons([good, {**good, "margin": None}, {**good, "margin": margin}])
     if isinstance(margin, float):
         with pytest.raises(ValueError, match="dataset row 1: field 'margin'"):
             validate_comparisons(Dataset.from_list([good, {**good, "margin": margin}]))
     validate_comparisons([row(margin=margin)])  # no field of a ranked row
     both = {**good, "margin": None, "ratings": [2, 1]}
-    with pytest.raises(
-        ValueError, match=r"row 1: field 'ratings': expected none next to 'margin', got \[2, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"row 1: field 'ratings': expected none next to 'margin', got \[2, 1\]"):
         validate_comparisons([good, both])
     with pytest.raises(ValueError, match="expected none next to 'margin'"):
         from_preference(both)
@@ -257,9 +253,7 @@ def test_margins_of_preference_rows_are_numbers(margin):
 
 def test_chat_and_plain_rows_do_not_mix():
     chat = row(prompt=[user("2 + 2")])
-    with pytest.raises(
-        ValueError, match="row 1: field 'prompt': expected text with text completions as in row 0"
-    ):
+    with pytest.raises(ValueError, match="row 1: field 'prompt': expected text with text completions as in row 0"):
         validate_comparisons([row(), chat])
     with pytest.raises(ValueError, match="got messages with messages completions; train on chat rows"):
         validate_comparisons([chat, row(prompt=[user("2 + 2")], completions=[[assistant(a)] for a in "456"])])
@@ -304,9 +298,7 @@ def test_arrow_conversions_are_reported_readably():
 
 
 def test_what_is_accepted():
-    validate_comparisons(
-        [row(ranks=[1.0, 2.0, 2.0], labeler="anna", ratings=[7, 4.5, 4], flags=[[], ["rude"], []])]
-    )
+    validate_comparisons([row(ranks=[1.0, 2.0, 2.0], labeler="anna", ratings=[7, 4.5, 4], flags=[[], ["rude"], []])])
     validate_comparisons([row(truncated=[True, False, False], labeler=None, ratings=None)])
     validate_comparisons([row(ranks=[np.int64(1), np.int32(2), 3])])
     validate_comparisons([row(prompt=[user("2 + 2")])])  # text behind chat
@@ -359,9 +351,7 @@ def trl_reward_ids(rows: list[dict], tokenizer, model, tmp_path) -> list[tuple[l
         report_to="none",
         max_length=None,
     )
-    trainer = RewardTrainer(
-        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    trainer = RewardTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     return list(zip(trainer.train_dataset["chosen_ids"], trainer.train_dataset["rejected_ids"], strict=True))
 
 
@@ -501,9 +491,7 @@ def test_missing_eos_and_missing_chat_template(tokenizer, chat_tokenizer):
 # Token ids: chat, against TRL
 
 
-def test_chat_ids_are_those_of_trl_reward_trainer_up_to_the_end_of_turn(
-    chat_tokenizer, reward_model, tmp_path
-):
+def test_chat_ids_are_those_of_trl_reward_trainer_up_to_the_end_of_turn(chat_tokenizer, reward_model, tmp_path):
     system = {"role": "system", "content": "be kind"}
     tool = {"role": "tool", "name": "look", "content": "a dog"}
     prompts = [
@@ -569,9 +557,7 @@ TEMPLATES = [
 def test_chat_templates_of_known_models(name, eos, special, sampled, closing, tokenizer):
     tok = chat_tokenizer_for(name, tokenizer, eos, special)
     prompt = [user("what is this?")]
-    generation = tok.apply_chat_template(
-        [prompt], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    generation = tok.apply_chat_template([prompt], add_generation_prompt=True, tokenize=True, return_dict=True)
     prompt_ids, completion_ids = build_ids(tok, prompt, [assistant("a dog")])
     assert prompt_ids == generation["input_ids"][0]
     assert tok.decode(completion_ids) == sampled + closing
@@ -579,9 +565,7 @@ def test_chat_templates_of_known_models(name, eos, special, sampled, closing, to
     assert completion_ids[-len(closing_ids) :] == closing_ids
     cut = build_ids(tok, prompt, [assistant("a dog")], truncated=True)
     assert cut == (prompt_ids, completion_ids[: -len(closing_ids)])
-    trl_ids = tok.apply_chat_template([*prompt, assistant("a dog")], tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    trl_ids = tok.apply_chat_template([*prompt, assistant("a dog")], tokenize=True, return_dict=True)["input_ids"]
     if name != DEEPSEEK[0]:  # its generation prompt opens a thought that the full rendering lacks
         assert (prompt_ids + completion_ids) == trl_ids[: len(prompt_ids + completion_ids)]
 
@@ -600,8 +584,7 @@ def test_completion_that_does_not_continue_the_prompt_and_has_several_messages(t
     prompt_ids, completion_ids = build_ids(tok, [user("count")], completion)
     assert tok.decode(prompt_ids).endswith("<｜Assistant｜><think>\n")
     assert (
-        tok.decode(completion_ids)
-        == "one<｜end▁of▁sentence｜><｜User｜>more<｜Assistant｜>two<｜end▁of▁sentence｜>"
+        tok.decode(completion_ids) == "one<｜end▁of▁sentence｜><｜User｜>more<｜Assistant｜>two<｜end▁of▁sentence｜>"
     )
 
 
@@ -726,9 +709,7 @@ def test_the_check_of_ratings_equals_the_loop():
         k = rng.randint(2, 4)
         ratings, ranks = [rng.randint(1, 3) for _ in range(k)], random_ranks(rng, k)
         against = [
-            (i, j)
-            for i, j in itertools.permutations(range(k), 2)
-            if ranks[i] < ranks[j] and ratings[i] < ratings[j]
+            (i, j) for i, j in itertools.permutations(range(k), 2) if ranks[i] < ranks[j] and ratings[i] < ratings[j]
         ]
         seen.add(bool(against))
         rows = [row(completions=["a"] * k, ranks=ranks, ratings=ratings)]
@@ -750,9 +731,7 @@ def test_margins_need_ratings(tokenizer):
     tokenized = Dataset.from_dict(
         {"prompt_ids": [[1]], "completion_ids": [[[2], [3]]], "ranks": [[1, 2]], "ratings": [[1.0]]}
     )
-    with pytest.raises(
-        ValueError, match="row 0: field 'ratings': expected a list with a number for each of the 2"
-    ):
+    with pytest.raises(ValueError, match="row 0: field 'ratings': expected a list with a number for each of the 2"):
         prepare_comparisons(tokenized, margins=True)
 
 
@@ -760,9 +739,7 @@ def test_ratings_stay_beside_their_completions_when_some_are_too_long(tokenizer)
     """Rows without ratings first, and more of them than are written at a time."""
     plain = {"prompt": "the", "completions": [" cat", " dog ran to the red house", " dog"]}
     ranks, ratings = [3, 2, 1], [2.5, 4.0, 7.0]
-    rows = [{**plain, "ranks": ranks, "ratings": None}] * 1001 + [
-        {**plain, "ranks": ranks, "ratings": ratings}
-    ]
+    rows = [{**plain, "ranks": ranks, "ratings": None}] * 1001 + [{**plain, "ranks": ranks, "ratings": ratings}]
     tokenized = tokenize_comparisons(prepare_comparisons(rows), tokenizer, max_length=4)
     assert len(tokenized) == 1002
     assert tokenized[0]["ratings"] is None
@@ -837,9 +814,7 @@ def test_too_long_completions_are_dropped_and_counted(tokenizer, caplog):
     caplog.clear()
     assert tokenize_comparisons(tokenized, tokenizer, max_length=limit)[:] == tokenized[:]
     assert not caplog.records
-    assert (
-        len(tokenize_comparisons(dataset, tokenizer, max_length=limit, ties="half")) == len(expected) + tied
-    )
+    assert len(tokenize_comparisons(dataset, tokenizer, max_length=limit, ties="half")) == len(expected) + tied
     with pytest.raises(ValueError, match=r"0 of .* rows remain; raise max_length"):
         tokenize_comparisons(dataset, tokenizer, max_length=3)
 
@@ -857,9 +832,7 @@ def test_tokenize_names_the_row_it_cannot_render(chat_tokenizer):
 
 def test_tokenize_refuses_a_prompt_without_tokens(tokenizer):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(
-        ValueError, match=r"train row 0 .*field 'prompt': expected at least one token, got none"
-    ):
+    with pytest.raises(ValueError, match=r"train row 0 .*field 'prompt': expected at least one token, got none"):
         tokenize_comparisons(prepare_comparisons([row(prompt="  ")]), tokenizer)
 
 
@@ -911,9 +884,7 @@ def test_tied_rows_with_token_ids_are_dropped_and_counted(caplog):
 def test_negative_margins_are_named_as_margins():
     pair = {"prompt": "a", "chosen": " b", "rejected": " c"}
     rows = Dataset.from_list([{**pair, "margin": 1.0}, {**pair, "margin": -1.0}])
-    with pytest.raises(
-        ValueError, match=r"train row 1: field 'margin': expected a number from 0, .*, got -1.0; swap"
-    ):
+    with pytest.raises(ValueError, match=r"train row 1: field 'margin': expected a number from 0, .*, got -1.0; swap"):
         prepare_comparisons(rows, margins=True)
     assert prepare_comparisons(rows)["ratings"][:] == [
         [1.0, 0.0],
@@ -975,14 +946,10 @@ def test_collator_pads_ratings_with_zeros():
     ids = {"prompt_ids": [5], "completion_ids": [[7], [8], [9]], "ranks": [1, 2, 3]}
     two = {"prompt_ids": [5], "completion_ids": [[7], [8]], "ranks": [2, 1]}
     collate = RankedCollator(pad_token_id=0)
-    batch = collate(
-        [{**two, "ratings": [3, 6.5]}, {**ids, "ratings": [7, 6, -1]}, {**two, "ratings": None}, two]
-    )
+    batch = collate([{**two, "ratings": [3, 6.5]}, {**ids, "ratings": [7, 6, -1]}, {**two, "ratings": None}, two])
     assert batch["ratings"].tolist() == [[3.0, 6.5, 0.0], [7.0, 6.0, -1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     assert batch["ratings"].dtype == torch.float32
-    assert collate([{**two, "ratings": None}])["ratings"].tolist() == [
-        [0.0, 0.0]
-    ]  # the same keys in every batch
+    assert collate([{**two, "ratings": None}])["ratings"].tolist() == [[0.0, 0.0]]  # the same keys in every batch
     assert "ratings" not in collate([two, ids])
 
 

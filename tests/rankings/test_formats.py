@@ -293,8 +293,7 @@ def test_oasst_trees():
         return message
 
     rows = [
-        {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": nested(name)}
-        for name in ("q1", "q4")
+        {"message_tree_id": name, "tree_state": "ready_for_export", "prompt": nested(name)} for name in ("q1", "q4")
     ]
     assert converted(rows) == (OASST_ROWS, OASST_COUNTS)
 

@@ -109,9 +109,7 @@ def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
 
 def test_equal_scores_keep_the_first(tmp_path):
     def draw(prompts, seed):
-        return [[Completion(text, [1], False) for text in "abc"] for _ in prompts], [[0.0, 2.0, 2.0]] * len(
-            prompts
-        )
+        return [[Completion(text, [1], False) for text in "abc"] for _ in prompts], [[0.0, 2.0, 2.0]] * len(prompts)
 
     rows = Dataset.from_list([{"prompt": "p"}])
     journal = Journal(tmp_path / "journal", {})
@@ -144,9 +142,7 @@ def test_a_prompt_too_long_for_the_reward_model_stops_before_anything_is_drawn(f
     config = json.loads((files / "rm" / "config.json").read_text())
     (files / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
     monkeypatch.setattr(best_of_n, "load_policy", lambda *_, **__: pytest.fail("drawn"))
-    with pytest.raises(
-        UserError, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"
-    ):
+    with pytest.raises(UserError, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"):
         run(files)
 
 
@@ -167,9 +163,7 @@ def test_the_file_is_judged_as_a_model(files, tokenizer, caplog):
     evaluation = EvaluationRun(files / "evaluation")
     own = generation.GenerateArguments([{"prompt": p} for p in PROMPTS], max_new_tokens=5, greedy=False)
     generation.measure(evaluation, args, own)
-    assert [row["completion"] for row in evaluation.completions("best")] == [
-        row["completion"] for row in rows
-    ]
+    assert [row["completion"] for row in evaluation.completions("best")] == [row["completion"] for row in rows]
     judges.measure(evaluation, args, judges.JudgeArguments(reward_judge=str(files / "rm")))
     scores = read_jsonl(judges.scores_path(evaluation, "reward", "best"))
     texts, cuts = [row["completion"] for row in rows], [row["truncated"] for row in rows]

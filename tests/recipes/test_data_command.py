@@ -139,17 +139,11 @@ def test_a_folder_of_save_to_disk(tmp_path, capsys):
 def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
     source, out = tmp_path / "hh.jsonl", tmp_path / "out.jsonl"
     write_jsonl(source, [HH[0], {"chosen": f"{SAID} Plum.", "rejected": None}])
-    assert f"{source} row 1: field 'rejected': expected a text, got None" in refused(
-        "convert", source, "--out", out
-    )
+    assert f"{source} row 1: field 'rejected': expected a text, got None" in refused("convert", source, "--out", out)
     write_jsonl(source, [HH[1]])
-    assert "no comparison in 1 rows. Left out: 1 empty completions" in refused(
-        "convert", source, "--out", out
-    )
+    assert "no comparison in 1 rows. Left out: 1 empty completions" in refused("convert", source, "--out", out)
     assert not out.exists()
-    assert "no known format has the columns text" in refused(
-        "convert", _one(tmp_path, {"text": "t"}), "--out", out
-    )
+    assert "no known format has the columns text" in refused("convert", _one(tmp_path, {"text": "t"}), "--out", out)
     assert "does not exist" in refused("convert", tmp_path / "none.csv")
     assert "there is no file" in refused("convert", tmp_path / "none.jsonl")
     assert "unknown key in the command line: 'fromat' (did you mean 'format'?)" in refused(
@@ -194,9 +188,7 @@ def _one(tmp_path, *rows):
 
 
 def test_convert_by_another_rating_and_with_ties(tmp_path, capsys):
-    completions = [
-        {"response": t, "fine-grained_score": 3, "overall_score": s} for t, s in (("a", 5), ("b", 9))
-    ]
+    completions = [{"response": t, "fine-grained_score": 3, "overall_score": s} for t, s in (("a", 5), ("b", 9))]
     source, out = _one(tmp_path, {"instruction": "p", "completions": completions}), tmp_path / "out.jsonl"
     assert "1 rows in which all completions tie" in refused("convert", source, "--out", out)
     run(capsys, "convert", source, "--out", out, "--rating", "overall_score")
@@ -221,9 +213,7 @@ def test_convert_by_another_rating_and_with_ties(tmp_path, capsys):
     ],
 )
 def test_validate_rows_of_each_kind(tmp_path, capsys, rows, kind):
-    assert f"{len(rows)} rows of {kind}, all as they should be" in run(
-        capsys, "validate", _one(tmp_path, *rows)
-    )
+    assert f"{len(rows)} rows of {kind}, all as they should be" in run(capsys, "validate", _one(tmp_path, *rows))
 
 
 @pytest.mark.parametrize(
@@ -322,9 +312,7 @@ def test_stats_counts_tokens_as_training_does(tmp_path, capsys, tokenizer):
     run(capsys, "stats", _one(tmp_path, row), "--tokenizer", tmp_path / "tokenizer", "--out", out)
     lengths = json.loads(out.read_text())["lengths"]
     prompt = len(tokenizer("the cat")["input_ids"])
-    ends = [
-        len(tokenizer(f"the cat{text}")["input_ids"]) + 1 - prompt for text in row["completions"]
-    ]  # and EOS
+    ends = [len(tokenizer(f"the cat{text}")["input_ids"]) + 1 - prompt for text in row["completions"]]  # and EOS
     assert lengths["tokens of the prompt"]["max"] == prompt
     assert lengths["tokens of a completion"]["mean"] == sum(ends) / 2
     assert lengths["tokens of both"]["max"] == prompt + max(ends)
@@ -376,9 +364,7 @@ def test_split_keeps_each_user_on_one_side(tmp_path, capsys):
     assert {name: len(side) for name, side in sides.items()} == {"train": 70, "validation": 10, "test": 20}
     of_users = [{row["user"] for row in side} for side in sides.values()]
     assert sum(map(len, of_users)) == len(set.union(*of_users)) == 20
-    assert Counter(row["prompt"] for side in sides.values() for row in side) == Counter(
-        r["prompt"] for r in rows
-    )
+    assert Counter(row["prompt"] for side in sides.values() for row in side) == Counter(r["prompt"] for r in rows)
     assert "train.jsonl: 70 rows (user: 14 different)" in said
     again = tmp_path / "again"
     run(capsys, "split", source, "--by", "user", "--validation", 0.1, "--test", 0.2, "--out", again)
@@ -471,9 +457,7 @@ def test_every_side_gets_a_user_even_if_two_have_nearly_all_rows(tmp_path, capsy
 def test_training_says_how_to_convert(tmp_path):
     source = _one(tmp_path, *HH)
     args = RankedRewardConfig(output_dir=str(tmp_path / "rm"), use_cpu=True, report_to="none")
-    with pytest.raises(
-        UserError, match=r"rows in the format hh-rlhf: `prefopt data convert .*one\.jsonl --out"
-    ):
+    with pytest.raises(UserError, match=r"rows in the format hh-rlhf: `prefopt data convert .*one\.jsonl --out"):
         load_comparisons(ComparisonArguments(dataset_name=str(source)), args)
 
 
@@ -481,9 +465,7 @@ def test_a_file_that_is_missing_or_not_utf8_or_broken_is_named(tmp_path):
     assert refused("validate", tmp_path / "no.jsonl") == f"error: there is no file {tmp_path / 'no.jsonl'}"
     path = tmp_path / "latin1.jsonl"
     path.write_bytes('{"prompt": "Zoë"}\n'.encode("latin1"))
-    assert (
-        refused("validate", path) == f"error: {path}: not UTF-8 text (it has the byte 0xeb); save it as UTF-8"
-    )
+    assert refused("validate", path) == f"error: {path}: not UTF-8 text (it has the byte 0xeb); save it as UTF-8"
     path = tmp_path / "commas.csv"
     path.write_text("prompt,chosen,rejected\na,b,c\nd,e, f, g\n")
     assert "Expected 3 fields in line 3, saw 4" in refused("validate", path)

@@ -12,9 +12,7 @@ from prefopt.evaluation.results import find
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import evaluate
 
-PROMPTS = [
-    {"prompt": f"question: what is {i}? answer:", "use_case": "chat" if i % 4 else "held"} for i in range(8)
-]
+PROMPTS = [{"prompt": f"question: what is {i}? answer:", "use_case": "chat" if i % 4 else "held"} for i in range(8)]
 RANKED = [
     {**row, "completions": [" a dog", " a cat", " the red mat"], "ranks": [1, 2, 2], "labeler": "ann"}
     for row in PROMPTS
@@ -75,14 +73,9 @@ def test_all(folder, capsys):
         assert 0 <= results["winrate"][model]["value"] <= 1
         assert results["pretraining_bits_per_byte"][model] > 0
         assert results["kl_to_sft"][model] > 0
-        rows = [
-            json.loads(line)
-            for line in (folder / "run/completions" / f"{model}.jsonl").read_text().splitlines()
-        ]
+        rows = [json.loads(line) for line in (folder / "run/completions" / f"{model}.jsonl").read_text().splitlines()]
         rows = [r for r in rows if (r["decoding"], r["sample"]) == ("sampled", 0) and r["use_case"] != "held"]
-        assert results["gold_reward"][model] == pytest.approx(
-            sum(len(r["completion"]) for r in rows) / len(rows)
-        )
+        assert results["gold_reward"][model] == pytest.approx(sum(len(r["completion"]) for r in rows) / len(rows))
     assert 0 <= results["rm"]["accuracy"]["train_labelers"] <= 1
     assert results["winrate"]["sft"]["value"] == 0.5
     assert find(results["measures"], "heldout_task_accuracy", "ppo")["status"] == "skipped"

@@ -59,8 +59,7 @@ def test_all_steps_of_an_8b_model_from_its_config_alone(model, tmp_path, capsys)
         assert (
             found["bytes"]
             == sum(found["parts"].values())
-            == max(found["moments"].values())
-            + (found["parts"]["CUDA context"] + found["parts"]["fragmentation"])
+            == max(found["moments"].values()) + (found["parts"]["CUDA context"] + found["parts"]["fragmentation"])
         )
         assert f"{found['bytes'] / 2**30:.2f}" in shown
         assert found["largest_batch"] >= found["settings"]["batch"]
@@ -166,9 +165,7 @@ def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, t
     assert found["settings"]["adapter"] == 36 * 2 * 2 * (4096 + 1024)
     assert found["parts"]["adapters"] == 2 * 4 * found["settings"]["adapter"]
     assert found["settings"]["precision"]["linear"] == 0.5 + 1 / 64 + 4 / (64 * 256)
-    with pytest.raises(
-        SystemExit, match="that the SFT step will leave there: give that step's file as --after"
-    ):
+    with pytest.raises(SystemExit, match="that the SFT step will leave there: give that step's file as --after"):
         main(["plan", "sft", "--model", "runs/sft", "--gpu", "24GB"])
 
 

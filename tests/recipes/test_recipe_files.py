@@ -56,9 +56,7 @@ def arguments_of(step, argv, monkeypatch):
     return {name: value for part in parsed.value.args[0] for name, value in vars(part).items()}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_file_is_what_its_step_takes(path, monkeypatch, tmp_path):
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     if path.parent.name == "accelerate":
@@ -113,8 +111,7 @@ def test_the_qlora_steps_fit_together():
     shared = {name: value for name, value in keys["ppo_ptx"].items() if name not in own | pretraining}
     assert shared == {name: value for name, value in keys["ppo"].items() if name not in own}
     models = {
-        name: {k: v for k, v in of.items() if k.startswith(("lora_", "load_in", "use_"))}
-        for name, of in keys.items()
+        name: {k: v for k, v in of.items() if k.startswith(("lora_", "load_in", "use_"))} for name, of in keys.items()
     }
     assert models["sft"] == models["ppo_start"] == models["sft_on_rated"]
 
@@ -133,15 +130,11 @@ def folder(tmp_path_factory, tokenizer_source):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128))
     model.save_pretrained(folder / "base")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<eos>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_source, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(folder / "base")
 
     users = ["what is this?", "the cat", "a dog", "red house", "the mat", "question"]
-    conversations = [
-        say(f"user: {u}", "assistant: a dog", "user: and the cat?", "assistant: sat") for u in users
-    ]
+    conversations = [say(f"user: {u}", "assistant: a dog", "user: and the cat?", "assistant: sat") for u in users]
     # As in no_robots: the first user turn besides, and some conversations of one turn.
     demonstrations = [
         {"prompt": u, "messages": c if i % 2 else c[:2], "category": "Chat"}
@@ -252,9 +245,7 @@ def evaluated(folder):
     }
     argv = [str(word) for key, value in keys.items() for word in (f"--{key}", value)]
     config = yaml.safe_load((QLORA / "evaluate.yaml").read_text(encoding="utf-8"))
-    (folder / "evaluate.yaml").write_text(
-        yaml.safe_dump({k: v for k, v in config.items() if k != "lm_judge"})
-    )
+    (folder / "evaluate.yaml").write_text(yaml.safe_dump({k: v for k, v in config.items() if k != "lm_judge"}))
     for stage in ("generate", "judge", "reward-model", "report"):
         evaluate.main([stage, "--config", str(folder / "evaluate.yaml"), *argv])
     measures = json.loads((folder / "evaluation" / "results.json").read_text(encoding="utf-8"))["measures"]

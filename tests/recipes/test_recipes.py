@@ -66,9 +66,7 @@ def test_the_steps_chain_with_lora_adapters(files):
         assert (files / name / "adapter_model.safetensors").is_file()
     assert (files / "ppo" / "value_function.safetensors").is_file()
     ids = torch.tensor([[5, 6, 7]])
-    policies = {
-        n: AutoModelForCausalLM.from_pretrained(files / n)(ids).logits for n in ("base", "sft", "ppo", "dpo")
-    }
+    policies = {n: AutoModelForCausalLM.from_pretrained(files / n)(ids).logits for n in ("base", "sft", "ppo", "dpo")}
     for name in ("base", "ppo", "dpo"):
         assert not torch.allclose(policies["sft"], policies[name], atol=1e-6)
 
@@ -93,9 +91,7 @@ def test_centered_demonstrations_score_zero_after_reloading(files, tokenizer):
     model = load_reward_model(files / "rm")
     scores = []
     for row in read_jsonl(files / "demos.jsonl"):
-        ids = torch.tensor(
-            [tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]]
-        )
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
         scores.append(sequence_scores(model, ids, torch.ones_like(ids)).item())
     assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-6)
     assert max(map(abs, scores)) > 1e-4

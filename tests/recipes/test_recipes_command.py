@@ -18,9 +18,7 @@ SHIPPED = {path.parent.name for path in Path(gallery.__file__).parent.glob("*/*.
 def test_every_folder_is_listed_with_a_line(capsys, command):
     assert cli.main(["recipes", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
-    listed = {
-        line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and line.split()[0] in SHIPPED
-    }
+    listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line and line.split()[0] in SHIPPED}
     assert set(listed) == SHIPPED >= {"tiny", "accelerate"}
     assert all(len(text) > 10 for text in listed.values())
 
@@ -57,10 +55,7 @@ def test_a_copied_pipeline_reads_the_files_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.Pipeline, "run", lambda self: seen.append(self))
     cli.main(["pipeline", "--config", "mine/pipeline.yaml"])
     assert seen[0].configs == Path("mine")
-    assert (
-        seen[0].args.corpus_documents
-        == yaml.safe_load(Path("mine/pipeline.yaml").read_text())["corpus_documents"]
-    )
+    assert seen[0].args.corpus_documents == yaml.safe_load(Path("mine/pipeline.yaml").read_text())["corpus_documents"]
     cli.main(["pipeline", "--seed", "3"])
     assert seen[1].configs == pipeline.TINY
     cli.main(["pipeline", "--config=mine/pipeline.yaml", "--config_dir", str(pipeline.TINY)])
@@ -93,9 +88,7 @@ def test_the_report_names_versions_and_hides_secrets(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert cli.main(["env"]) == 0
-    shown = dict(
-        line[2:].split(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("- ")
-    )
+    shown = dict(line[2:].split(": ", 1) for line in capsys.readouterr().out.splitlines() if line.startswith("- "))
     for trainer in ("RankedRewardTrainer", "RankedDPOTrainer", "PPOPtxTrainer"):
         assert shown[trainer] == "works with them"
     import torch

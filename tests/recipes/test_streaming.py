@@ -114,9 +114,7 @@ def test_chat_preferences_without_a_prompt_are_split_as_they_come(tmp_path):
     )
     come = iter(stream)
     assert all(next(come)["prompt"] == [hi] for _ in range(120))
-    with pytest.raises(
-        ValueError, match=r"pairs\.jsonl row 120: expected 'chosen' and 'rejected' that begin"
-    ):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl row 120: expected 'chosen' and 'rejected' that begin"):
         next(come)
 
 
@@ -165,9 +163,7 @@ def test_what_cannot_stream_is_said_before_a_model_is_loaded(recipe, options, ex
 def test_pretraining_text_streams_into_ppo_ptx_and_into_sft(folder):
     text = ["--pretrain_dataset_name", folder / "text.jsonl", "--pretrain_streaming", "true"]
     run(sft, folder, "demos.jsonl", "sft", "--max_length", 16, *text, "--pretrain_mix", 0.25)
-    with pytest.raises(
-        UserError, match=r"pretrain_mix 0\.98 needs 588 blocks of pretraining text, the stream has"
-    ):
+    with pytest.raises(UserError, match=r"pretrain_mix 0\.98 needs 588 blocks of pretraining text, the stream has"):
         run(sft, folder, "demos.jsonl", "more", "--max_length", 16, *text, "--pretrain_mix", 0.98)
     run(reward, folder, "rankings.jsonl", "rm")
     ppo = ["--generation_batch_size", 4, "--max_completion_length", 4, "--ptx_max_length", 8]

@@ -44,9 +44,7 @@ def mean_agreement(rankings, first: str, second: str) -> float:
     return sum(values) / len(values)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("train", "train"), ("heldout", "heldout"), ("train", "heldout")]
-)
+@pytest.mark.parametrize(("first", "second"), [("train", "train"), ("heldout", "heldout"), ("train", "heldout")])
 def test_labelers_agree_as_often_as_the_papers(rankings, first, second):
     assert 0.73 <= mean_agreement(rankings, first, second) <= 0.77
 

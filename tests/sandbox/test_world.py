@@ -84,9 +84,7 @@ def test_every_prompt_has_a_good_answer(world, split):
 
 
 def test_demonstrations_slip_as_documented(world):
-    scores = [
-        world.gold_reward(p, world.demonstration(p, draw)) for p in world.prompts("sft") for draw in (0, 1)
-    ]
+    scores = [world.gold_reward(p, world.demonstration(p, draw)) for p in world.prompts("sft") for draw in (0, 1)]
     n = len(scores)
     answered = [s for s in scores if s.total > 0]
     share = {

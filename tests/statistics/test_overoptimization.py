@@ -35,9 +35,7 @@ def test_best_of_n_equals_enumeration_of_all_subsets(seed):
     rng = np.random.default_rng(seed)
     proxy, values = rng.integers(0, 5, size=(4, 7)) / 2, rng.normal(size=(4, 7))  # with equal proxies
     ns = [1, 2, 3, 5, 7]
-    expected = [
-        [by_enumeration(p, v, n) for n in ns] for p, v in zip(proxy.tolist(), values.tolist(), strict=True)
-    ]
+    expected = [[by_enumeration(p, v, n) for n in ns] for p, v in zip(proxy.tolist(), values.tolist(), strict=True)]
     assert best_of_n(proxy, values, ns) == pytest.approx(np.array(expected), abs=1e-12)
 
 
@@ -74,9 +72,7 @@ def test_fits_recover_their_coefficients_from_exact_curves():
     assert (alpha.value, beta.value) == pytest.approx(((2 + 1) / 2, (0.75 + 0.25) / 2))
     assert (alpha.ci_low, alpha.ci_high) == pytest.approx((1.0, 2.0))
     d = np.linspace(0.2, 4, 12)
-    points = [{"distance": 0.0, "gold": 0.0}] + [
-        {"distance": x, "gold": x * (1.5 - 0.5 * math.log(x))} for x in d
-    ]
+    points = [{"distance": 0.0, "gold": 0.0}] + [{"distance": x, "gold": x * (1.5 - 0.5 * math.log(x))} for x in d]
     assert [c.value for c in fit_rl(points)] == pytest.approx([1.5, 0.5])
     assert peak(1.5, 0.5, rl_design) == pytest.approx(math.exp(1.5 / 0.5 - 1))
     best = np.linspace(0.01, 30, 300_000)

@@ -98,9 +98,7 @@ def by_loops(
     for hit, confidence in predictions:
         bins.setdefault(sum(edge <= confidence for edge in edges), []).append((hit, confidence))
     found["ece"] = (
-        sum(
-            len(b) / num_pairs * abs(mean([h for h, _ in b]) - mean([c for _, c in b])) for b in bins.values()
-        ),
+        sum(len(b) / num_pairs * abs(mean([h for h, _ in b]) - mean([c for _, c in b])) for b in bins.values()),
         num_pairs,
         num_prompts,
     )
@@ -127,9 +125,7 @@ def test_the_probabilities_score_as_in_scikit_learn():
         for i in range(len(s)):
             for j in range(i):
                 if min(r[i], r[j]) >= 1 and r[i] != r[j]:
-                    a, b = (
-                        (i, j) if rng.random() < 0.5 else (j, i)
-                    )  # which completion comes first does not matter
+                    a, b = (i, j) if rng.random() < 0.5 else (j, i)  # which completion comes first does not matter
                     outcomes.append(r[a] < r[b])
                     probabilities.append(expit(s[a] - s[b]))
     found = ranking_metrics(scores, ranks, n_resamples=10)
@@ -195,8 +191,7 @@ def test_order_of_the_completions_does_not_matter():
     rng = np.random.default_rng(7)
     orders = [rng.permutation(len(r)) for r in ranks]
     shuffled = [
-        [[row[i] for i in order] for row, order in zip(rows, orders, strict=True)]
-        for rows in (scores, ranks, lengths)
+        [[row[i] for i in order] for row, order in zip(rows, orders, strict=True)] for rows in (scores, ranks, lengths)
     ]
     found = ranking_metrics(scores, ranks, lengths=lengths, labelers=labelers)
     again = ranking_metrics(shuffled[0], shuffled[1], lengths=shuffled[2], labelers=labelers)
@@ -210,9 +205,7 @@ def test_top1_shares_equal_scores_and_accepts_any_of_the_best():
 
 
 def test_kendall_tau_corrects_for_ties_in_scores_and_ranks():
-    scores = np.array(
-        [[3.0, 2.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [1.0, 0.0, 8.0, 0.0], [1.0, 1.0, 1.0, 9.0]]
-    )
+    scores = np.array([[3.0, 2.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [1.0, 0.0, 8.0, 0.0], [1.0, 1.0, 1.0, 9.0]])
     ranks = np.array([[1, 2, 3, 3], [4, 3, 2, 1], [1, 2, 0, 0], [1, 2, 3, 0]])
     assert kendall_tau(scores, ranks)[:3].tolist() == pytest.approx([(4 - 0) / math.sqrt(5 * 5), -1.0, 1.0])
     assert math.isnan(kendall_tau(scores, ranks)[3])
@@ -246,9 +239,7 @@ def test_calibration_error_is_small_for_the_true_model_and_measures_the_distance
 
 
 def test_calibration_bins_are_ten_of_equal_mass_and_equal_confidences_stay_together():
-    leads = np.random.default_rng(3).exponential(
-        0.1, size=57
-    )  # an unsure model: equal widths would use one bin
+    leads = np.random.default_rng(3).exponential(0.1, size=57)  # an unsure model: equal widths would use one bin
     bins, gaps = calibration_gaps(leads)
     sizes = np.bincount(bins)
     assert len(sizes) == 10
@@ -331,9 +322,7 @@ def test_a_constant_score_is_a_coin_flip():
     found = ranking_metrics([[2.0] * 4] * 3, [[1, 2, 3, 4]] * 3)
     expected = {"accuracy": 0.5, "top1": 0.25, "brier": 0.25, "nll": math.log(2), "ece": 0.0}
     for name, value in expected.items():
-        assert (
-            found[name].value == found[name].ci_low == found[name].ci_high == pytest.approx(value, abs=1e-15)
-        )
+        assert found[name].value == found[name].ci_low == found[name].ci_high == pytest.approx(value, abs=1e-15)
     assert math.isnan(found["kendall_tau"].value)
 
 

@@ -69,8 +69,7 @@ def test_every_measure_equals_the_loop(seed):
     pairs = Pairs.of(ranks)
     assert longer_wins_accuracy(pairs, lengths).value == pytest.approx(mean(longer), abs=1e-12)
     assert (
-        longer_wins_accuracy(pairs, lengths)
-        == ranking_metrics(scores, ranks, lengths=lengths)["accuracy_longer_wins"]
+        longer_wins_accuracy(pairs, lengths) == ranking_metrics(scores, ranks, lengths=lengths)["accuracy_longer_wins"]
     )
     assert found["accuracy"] == ranking_metrics(scores, ranks, n_resamples=20)["accuracy"]
 
@@ -118,9 +117,7 @@ def test_slope_equals_a_search_and_is_nan_where_pairs_are_separable():
     assert found.value == pytest.approx(coarse, abs=0.004)
     assert found.ci_low < found.value < found.ci_high
     assert math.isnan(calibration_slope(Pairs.of([[1, 2]]), [[2.0, 1.0]]).value)
-    assert calibration_slope(pairs, [[-x for x in row] for row in scores]).value == pytest.approx(
-        -found.value
-    )
+    assert calibration_slope(pairs, [[-x for x in row] for row in scores]).value == pytest.approx(-found.value)
 
 
 def test_agreement_is_of_untied_pairs_and_leaves_out_groups_without_common_rows():
@@ -191,8 +188,7 @@ def test_intervals_cover_the_truth(truth):
         found["slope"].append(calibration_slope(pairs, scores.tolist(), n_resamples=500))
         found["difference"].append(accuracy_difference(pairs, scores.tolist(), other.tolist()))
     shares = {
-        name: mean([e.ci_low <= truth[name] <= e.ci_high for e in estimates])
-        for name, estimates in found.items()
+        name: mean([e.ci_low <= truth[name] <= e.ci_high for e in estimates]) for name, estimates in found.items()
     }
     assert all(0.92 <= share <= 0.98 for share in shares.values()), shares
 

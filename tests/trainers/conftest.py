@@ -49,9 +49,7 @@ def lora(model, task_type, std=0.3, targets=("q_proj", "v_proj"), **options):
     """The model with an adapter that has moved away from 0, and with a head to train where it has one."""
     torch.manual_seed(3)
     modules = ["score"] if task_type == "SEQ_CLS" else None
-    config = LoraConfig(
-        task_type=task_type, r=4, target_modules=[*targets], modules_to_save=modules, **options
-    )
+    config = LoraConfig(task_type=task_type, r=4, target_modules=[*targets], modules_to_save=modules, **options)
     model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -36,9 +36,7 @@ def source_of(cls):
 
 
 UPSTREAM = {
-    name
-    for cls in (RewardTrainer, DPOTrainer, GRPOTrainer)
-    for name in re.findall(r"\b_[a-z]\w*", source_of(cls))
+    name for cls in (RewardTrainer, DPOTrainer, GRPOTrainer) for name in re.findall(r"\b_[a-z]\w*", source_of(cls))
 }
 
 
@@ -110,9 +108,7 @@ def test_everything_listed_is_used():
         tree = ast.parse(file.read_text())
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        names |= {
-            alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
-        }
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
         names |= private_names(tree)[1]
     assert not (LISTED | set().union(*INNER.values())) - names
 
@@ -189,9 +185,7 @@ def test_importing_a_trainer_checks_its_seams_and_no_other():
 
 def test_sampler_goes_over_a_rollout_as_often_as_it_is_told():
     torch.manual_seed(0)
-    order = list(
-        RepeatSampler(range(4), mini_repeat_count=2, batch_size=2, repeat_count=3, shuffle=False, seed=0)
-    )
+    order = list(RepeatSampler(range(4), mini_repeat_count=2, batch_size=2, repeat_count=3, shuffle=False, seed=0))
     assert order == [0, 0, 1, 1] * 3 + [2, 2, 3, 3] * 3
 
 

@@ -44,9 +44,7 @@ def section(results: Results) -> list[Block]:
     return [*blocks, _note(data), *_missing(measures), _sources(asked)]
 
 
-def _tax(
-    names: Sequence[str], asked: Mapping[str, Any], results: Results, data: Mapping[str, Any]
-) -> list[Figure]:
+def _tax(names: Sequence[str], asked: Mapping[str, Any], results: Results, data: Mapping[str, Any]) -> list[Figure]:
     """One plot per condition: model - base, in points of 100."""
     base, drawings = data["base"], []
     for condition in dict.fromkeys(c for name in names for c in asked[name]["conditions"]) if base else ():
@@ -77,9 +75,7 @@ def _out_of_100(score: Score) -> bool:
     return score.scale == 100 or score.statistic == "bleu"
 
 
-def _table(
-    names: Sequence[str], asked: Mapping[str, Any], results: Results, data: Mapping[str, Any]
-) -> list[Table]:
+def _table(names: Sequence[str], asked: Mapping[str, Any], results: Results, data: Mapping[str, Any]) -> list[Table]:
     """Scores, under each the difference to the base, and what the paper has."""
     base, asks = data["base"], []
     for name in names:
@@ -114,9 +110,7 @@ def _note(data: Mapping[str, Any]) -> str:
     if data["toxicity_scorer"]:
         text += f"Toxicity by {data['toxicity_scorer']}; the paper's scorer was Perspective. "
     if data["truthfulness_judge"]:
-        text += (
-            f"Truth of answers by {data['truthfulness_judge']}; the paper's judge was a fine-tuned GPT-3. "
-        )
+        text += f"Truth of answers by {data['truthfulness_judge']}; the paper's judge was a fine-tuned GPT-3. "
     if data["too_long"]:
         cut = ", ".join(f"{key} ({count})" for key, count in sorted(data["too_long"].items())[:12])
         more = f" and {len(data['too_long']) - 12} more" if len(data["too_long"]) > 12 else ""

@@ -22,8 +22,7 @@ def section(results: Results) -> list[Block]:
     figures = []
     for key, title in TITLES.items():
         series = [
-            Series(label(m), [{"x": p["position"], "y": p[key]} for p in points])
-            for m, points in curves.items()
+            Series(label(m), [{"x": p["position"], "y": p[key]} for p in points]) for m, points in curves.items()
         ]
         if any(s.points for s in series):
             figures.append(curves_plot(series, title, "token of the completion"))

@@ -38,9 +38,7 @@ FIG4 = {
 def section(results: Results) -> list[Block]:
     data = results.stage("metadata")
     of_labels = ("rating", "flag.")
-    known = {
-        m["model"] for m in results.measures if m["name"].startswith(of_labels) and m["value"] is not None
-    }
+    known = {m["model"] for m in results.measures if m["name"].startswith(of_labels) and m["value"] is not None}
     if not known:
         raise results.missing(of_labels, "nobody labeled completions")
     models = [m for m in results.models if m in known]
@@ -51,19 +49,13 @@ def section(results: Results) -> list[Block]:
         if any(m["value"] is not None for _, m in bars):
             panels.append((title, bars))
     asks = [Ask("mean rating, 1 to 7", "rating", 2, count=True, paper=_paper("rating"))]
-    asks += [
-        Ask(words, f"flag.{flag}", count=True, paper=_paper(flag)) for flag, words in data["flags"].items()
-    ]
-    note = (
-        "Shares of labels with Wilson's 95 % interval; a model's mean rating with its interval over prompts."
-    )
+    asks += [Ask(words, f"flag.{flag}", count=True, paper=_paper(flag)) for flag, words in data["flags"].items()]
+    note = "Shares of labels with Wilson's 95 % interval; a model's mean rating with its interval over prompts."
     if data.get("stale"):
         note += f" {data['stale']} labels of other completions than the generated ones were left out."
     return [
         *([bars_plot(panels, "shares of completions by label")] if panels else []),
-        *results.table(
-            asks, [Column(label(m), m) for m in models], Cell("SFT / PPO / PPO-ptx", MARK, "paper")
-        ),
+        *results.table(asks, [Column(label(m), m) for m in models], Cell("SFT / PPO / PPO-ptx", MARK, "paper")),
         *_distribution(data["ratings"], models),
         note,
     ]
@@ -88,9 +80,7 @@ def _distribution(ratings: Mapping[str, Mapping[str, int]], models: list[str]) -
     rows = []
     for model, of_model in counts.items():
         total = sum(of_model.values())
-        rows.append(
-            Row(label(model), [f"{100 * of_model.get(r, 0) / total:.0f} %" if total else "" for r in given])
-        )
+        rows.append(Row(label(model), [f"{100 * of_model.get(r, 0) / total:.0f} %" if total else "" for r in given]))
     return [Fold("How often each rating was given", [Table(["rating", *map(str, given)], rows)])]
 
 

@@ -22,9 +22,7 @@ def section(results: Results) -> list[Block]:
         "mark intervals that exclude no difference; differences are paired."
     )
     if apart:
-        note += (
-            f" The use case “{apart}” was kept out of reward-model and RL training and is in no other row."
-        )
+        note += f" The use case “{apart}” was kept out of reward-model and RL training and is in no other row."
     return [*table, *([Heading("PPO-ptx minus PPO, paired")] if paired else []), *paired, note]
 
 

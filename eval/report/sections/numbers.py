@@ -62,9 +62,7 @@ def time(results: Results) -> list[Block]:
         raise Missing("no wall times were given")
     longest = max([*steps.values(), 1e-9])
     rows = [Row(step, [_seconds(s), Cell("", share=max(s, 0) / longest)]) for step, s in steps.items()]
-    return [
-        Table(["step", "time", ""], [*rows, Row("sum", [_seconds(sum(steps.values())), ""], "total")], "time")
-    ]
+    return [Table(["step", "time", ""], [*rows, Row("sum", [_seconds(sum(steps.values())), ""], "total")], "time")]
 
 
 def samples(results: Results) -> list[Block]:

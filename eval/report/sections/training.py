@@ -43,9 +43,7 @@ def rl(results: Results) -> list[Block]:
     figures, note = [], []
     for key, title in RL.items():
         series = [
-            Series(name, of_log(log, key), color=i)
-            for i, (name, log) in enumerate(runs.items())
-            if drawable(log, key)
+            Series(name, of_log(log, key), color=i) for i, (name, log) in enumerate(runs.items()) if drawable(log, key)
         ]
         if series:
             figures.append(curves_plot(series, title, "step"))

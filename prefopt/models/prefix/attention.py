@@ -159,15 +159,11 @@ def varlen_kernel_works(
         module = nn.Module()
         module.num_key_value_groups = heads[0] // heads[1]
         expected = both_ways(partial(grouped_attention, module), torch.float32)
-        worst = max(
-            float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
-        )
+        worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
     except (RuntimeError, TypeError) as error:
         logger.warning(f"Flash attention for sequences of any length is not used: {error}")
         return False
     if not worst < 0.05:  # bfloat16 is off by a percent
-        logger.warning(
-            f"Flash attention for sequences of any length is not used: its result is off by {worst:.0%}"
-        )
+        logger.warning(f"Flash attention for sequences of any length is not used: its result is off by {worst:.0%}")
         return False
     return True

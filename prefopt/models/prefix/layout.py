@@ -93,9 +93,7 @@ class Layout:
         def boundaries(lengths: Tensor) -> Tensor:
             return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
 
-        return Sequences(
-            index.to(device), boundaries(queries), boundaries(keys), int(queries.max()), int(keys.max())
-        )
+        return Sequences(index.to(device), boundaries(queries), boundaries(keys), int(queries.max()), int(keys.max()))
 
     @property
     def uniform(self) -> bool:
@@ -219,9 +217,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRo
     prefix_start = prefix_lengths.cumsum(0) - prefix_lengths
     rest_start = prefix_lengths.sum() + rest_lengths.cumsum(0) - rest_lengths
     in_prefix = positions < prefix_lengths[owner][:, None]
-    start = torch.where(
-        in_prefix, prefix_start[owner][:, None], (rest_start - prefix_lengths[owner])[:, None]
-    )
+    start = torch.where(in_prefix, prefix_start[owner][:, None], (rest_start - prefix_lengths[owner])[:, None])
     index = torch.where(real, start + positions, 0)
 
     num_tokens = int(prefix_lengths.sum() + rest_lengths.sum())

@@ -213,8 +213,7 @@ class PrefixSharing:
             prefix = pack(rows.input_ids[both], rows.attention_mask[both], rows.prompts[both]).layout.prefixes
             shared = prefix.width
             columns = columns[
-                (columns < min(shared, CHECKED_TOKENS))
-                | ((columns >= shared) & (columns < shared + CHECKED_TOKENS))
+                (columns < min(shared, CHECKED_TOKENS)) | ((columns >= shared) & (columns < shared + CHECKED_TOKENS))
             ]
         ids, mask, completion = (
             x[both][:, columns[columns < x.shape[1]]]
@@ -227,8 +226,7 @@ class PrefixSharing:
         try:
             with torch.no_grad():
                 plain, shared = (
-                    next(iter(self.read(model, replace(pair, packed=p)).values())).float()
-                    for p in (None, packed)
+                    next(iter(self.read(model, replace(pair, packed=p)).values())).float() for p in (None, packed)
                 )
         finally:
             model.train(was_training)

@@ -27,12 +27,8 @@ class Format:
 
 
 FORMATS = {
-    "nectar": Format(
-        "berkeley-nest/Nectar", frozenset({"prompt", "answers"}), dialogues.nectar, dialogues.is_nectar
-    ),
-    "hh-rlhf": Format(
-        "Anthropic/hh-rlhf", frozenset({"chosen", "rejected"}), dialogues.hh_rlhf, dialogues.is_hh_rlhf
-    ),
+    "nectar": Format("berkeley-nest/Nectar", frozenset({"prompt", "answers"}), dialogues.nectar, dialogues.is_nectar),
+    "hh-rlhf": Format("Anthropic/hh-rlhf", frozenset({"chosen", "rejected"}), dialogues.hh_rlhf, dialogues.is_hh_rlhf),
     "ultrafeedback": Format(
         "openbmb/UltraFeedback",
         frozenset({"instruction", "completions"}),
@@ -103,9 +99,7 @@ def detect(row: Row) -> str | None:
     >>> detect({"text": "no preference at all"}) is None
     True
     """
-    return next(
-        (name for name, known in FORMATS.items() if known.columns <= row.keys() and known.fits(row)), None
-    )
+    return next((name for name, known in FORMATS.items() if known.columns <= row.keys() and known.fits(row)), None)
 
 
 def needs_conversion(row: Row) -> str | None:
@@ -117,9 +111,7 @@ def needs_conversion(row: Row) -> str | None:
     'table'
     """
     name = detect(row)
-    if name == "pairs" and isinstance(
-        row.get("prompt"), list if isinstance(row["chosen"], list) else str | list
-    ):
+    if name == "pairs" and isinstance(row.get("prompt"), list if isinstance(row["chosen"], list) else str | list):
         return None
     if name == "table" and isinstance(row.get("completions"), list) and isinstance(row.get("ranks"), list):
         return None

@@ -78,7 +78,5 @@ class Cleaner:
 def _is_empty(text: Any) -> bool:
     if isinstance(text, str) or not text:
         return not (text or "").strip()
-    said = (
-        message for message in text if isinstance(message, Mapping)
-    )  # what else stands there is told later
+    said = (message for message in text if isinstance(message, Mapping))  # what else stands there is told later
     return not any(message.get("content") or message.get("tool_calls") for message in said)

@@ -96,9 +96,7 @@ def _path(name: str | None, kept: Mapping[str, dict]) -> list[dict] | None:
     """The messages from the root to the one named; None if one of them is not there."""
     path: list[dict] = []
     while name is not None:
-        if name not in kept or len(path) > len(
-            kept
-        ):  # the latter: the messages answer each other in a circle
+        if name not in kept or len(path) > len(kept):  # the latter: the messages answer each other in a circle
             return None
         path.append(kept[name])
         name = kept[name]["parent"]

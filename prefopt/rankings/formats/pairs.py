@@ -51,9 +51,7 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
                 f"{shorten(answers[1])} in 'rejected'; give both in one format"
             )
         if not isinstance(prompt, str | list):
-            raise UserError(
-                f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it"
-            )
+            raise UserError(f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it")
         scores = [number(row.get(name), name) for name in ("score_chosen", "score_rejected")]
         if (margin := number(row.get("margin"), "margin")) is not None:
             scores = [margin, 0]

@@ -51,9 +51,7 @@ def _ultrafeedback_rating(completion: Mapping[str, Any], rating: str) -> float |
     return sum(rated) / len(rated) if rated else None
 
 
-def helpsteer(
-    rows: Iterable[Mapping[str, Any]], counts: Counter[str], rating: str = "helpfulness"
-) -> Iterator[dict]:
+def helpsteer(rows: Iterable[Mapping[str, Any]], counts: Counter[str], rating: str = "helpfulness") -> Iterator[dict]:
     """nvidia/HelpSteer and HelpSteer2: a `prompt`, one `response` and its five ratings from 0 to 4 in each row.
 
     Rows of one prompt follow each other (HelpSteer has up to 4 responses of it, HelpSteer2 2) and are one comparison.
@@ -83,8 +81,5 @@ def helpsteer_messages(prompt: str) -> list[dict[str, str]]:
     ['Hi', 'Hello', 'Bye']
     """
     first, *parts = _TURN.split(prompt)
-    later = [
-        {"role": speaker.lower(), "content": text}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    later = [{"role": speaker.lower(), "content": text} for speaker, text in zip(parts[::2], parts[1::2], strict=True)]
     return later if later and not first.strip() else [*user(first), *later]

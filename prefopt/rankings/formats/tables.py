@@ -38,16 +38,12 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
             ranks = parse_ranking(ranking, list(columns))
             used |= set(columns.values())
         elif completions is None:
-            raise UserError(
-                "field 'completions': expected a list, got nothing; add it, or a ranking of columns"
-            )
+            raise UserError("field 'completions': expected a list, got nothing; add it, or a ranking of columns")
         elif isinstance(ranking, str):
             ranks = parse_ranking(ranking)
         judged = ratings if ranks is None else ranks
         if judged is None:
-            raise UserError(
-                f"fields {', '.join(_JUDGEMENTS)}: expected one of them, got none; fill or delete the row"
-            )
+            raise UserError(f"fields {', '.join(_JUDGEMENTS)}: expected one of them, got none; fill or delete the row")
         aligned = {name: _list(row, name) for name in PER_COMPLETION if row.get(name) and name not in used}
         for name, values in {"ranks": ranks, "ratings": ratings, **aligned}.items():
             if values is not None and len(values) != len(completions):

@@ -132,9 +132,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 "weights, such as LoraConfig"
             )
         if isinstance(ref_model, PeftModel):
-            raise UserError(
-                "`ref_model` is a PeftModel: merge its adapter into its base (`merge_and_unload`) first"
-            )
+            raise UserError("`ref_model` is a PeftModel: merge its adapter into its base (`merge_and_unload`) first")
         if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
             raise UserError(
                 f"the PeftModel's active adapters are {model.active_adapters}: expected one called 'default', which is "
@@ -174,9 +172,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
         """What must wait for TRL's `__init__`, yet come before it precomputes the reference, at its end."""
         if self._ranked_collator is None:
             # TRL has settled the pad token.
-            self._ranked_collator = RankedDPOCollator(
-                self.processing_class.pad_token_id, self.args.pad_to_multiple_of
-            )
+            self._ranked_collator = RankedDPOCollator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
         self.data_collator = self._ranked_collator
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -278,9 +274,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     def _preference_losses(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The weighted sum `[B]` of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
         args, ranks = self.args, inputs["ranks"]
-        scores = self.beta * divergence_scores(
-            log_ratios, args.f_divergence_type, args.f_alpha_divergence_coef
-        )
+        scores = self.beta * divergence_scores(log_ratios, args.f_divergence_type, args.f_alpha_divergence_coef)
         num_tokens = inputs["completion_mask"].sum(-1).clamp(min=1)
         margins = rating_margins(inputs["ratings"], args.margin_coef) if args.margin_coef else None
         losses = scores.new_zeros(len(ranks))
@@ -299,9 +293,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             losses = losses + weight * (terms / self.beta**2 if loss_type == "ipo" else terms)
         return losses
 
-    def _more_ratios(
-        self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]
-    ) -> dict[str, Ratio]:
+    def _more_ratios(self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]) -> dict[str, Ratio]:
         ranks, rewards, mean_logits = inputs["ranks"], values["scores"], values["mean_logits"]
         # TRL's token statistics, a completion weighing as often as it is chosen or rejected.
         pairs = pairs.float()

@@ -221,9 +221,7 @@ class PPOPtxConfig(GRPOConfig):
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt of a rollout."})
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Disable dropout in policy and value model."}
-    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Disable dropout in policy and value model."})
     scale_rewards: str = field(default="none", metadata={"help": "Fixed: advantages come from GAE."})
     learning_rate: float = field(default=5e-6, metadata={"help": "Peak learning rate of the policy."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's beta2; InstructGPT: 0.95."})
@@ -240,9 +238,7 @@ class PPOPtxConfig(GRPOConfig):
         default=None, metadata={"help": "Average the policy's weights with this decay (InstructGPT: 0.992)."}
     )
 
-    kl_coef: float = field(
-        default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."}
-    )
+    kl_coef: float = field(default=0.02, metadata={"help": "KL penalty per token in the reward (the paper's beta)."})
     kl_estimator: str = field(
         default="k1", metadata={"help": "KL per token in the reward.", "choices": ["k1", "k3", "full"]}
     )
@@ -253,31 +249,23 @@ class PPOPtxConfig(GRPOConfig):
     ptx_coef: float = field(
         default=27.8, metadata={"help": "Weight of the pretraining loss (the paper's gamma); 0: plain PPO."}
     )
-    ptx_batch_ratio: float = field(
-        default=8.0, metadata={"help": "Pretraining sequences per episode of a minibatch."}
-    )
+    ptx_batch_ratio: float = field(default=8.0, metadata={"help": "Pretraining sequences per episode of a minibatch."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     discount: float = field(default=1.0, metadata={"help": "Discount of GAE."})
     gae_lambda: float = field(default=0.95, metadata={"help": "Lambda of GAE."})
-    normalize_scores: bool = field(
-        default=False, metadata={"help": "Mean 0, variance 1 over all scores so far."}
-    )
+    normalize_scores: bool = field(default=False, metadata={"help": "Mean 0, variance 1 over all scores so far."})
     score_clip: float | None = field(
         default=None, metadata={"help": "Bound of the scores, after normalization; None: off."}
     )
     missing_eos_penalty: float = field(
         default=0.0, metadata={"help": "Subtracted from the score of a completion without EOS."}
     )
-    whiten_advantages: bool = field(
-        default=True, metadata={"help": "Whiten advantages over the whole rollout."}
-    )
+    whiten_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over the whole rollout."})
     value_clip_range: float = field(default=0.2, metadata={"help": "Clip range of the values."})
     value_warmup_steps: int = field(
         default=0, metadata={"help": "First steps in which only the value function learns."}
     )
-    value_learning_rate: float = field(
-        default=9e-6, metadata={"help": "Peak learning rate of the value function."}
-    )
+    value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value function."})
     ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
     ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
 

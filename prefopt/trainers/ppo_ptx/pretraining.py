@@ -51,9 +51,7 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
             documents = batch["input_ids"]
         return {"input_ids": [_ended(ids, eos) for ids in documents if len(ids)]}
 
-    documents = dataset.select_columns(column).map(
-        to_ids, batched=True, with_indices=True, remove_columns=[column]
-    )
+    documents = dataset.select_columns(column).map(to_ids, batched=True, with_indices=True, remove_columns=[column])
     if len(documents) == 0:
         raise UserError("pretrain_dataset: no text in it")
     if empty := len(dataset) - len(documents):
@@ -293,9 +291,7 @@ def share_of_process(
             ids[i, : len(block)] = torch.tensor(block)
             real[i, : len(block)] = True
             counts[i, : len(block)] = is_own
-        batches.append(
-            {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~counts, -100)}
-        )
+        batches.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~counts, -100)})
     return batches, num_tokens
 
 

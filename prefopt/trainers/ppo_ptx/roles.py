@@ -351,9 +351,7 @@ class Roles:
             output = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length + 1)
         return output.logits[:, :-1] / self.temperature
 
-    def _batches(
-        self, ids: Tensor, attention_mask: Tensor, size: int | None
-    ) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def _batches(self, ids: Tensor, attention_mask: Tensor, size: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
         """`size` rows at a time, and how many columns at their end, padding in every row, were cut off.
 
         A rollout is padded to its longest episode, so most batches have some.

@@ -124,9 +124,7 @@ class Rollouts:
         self.roles, self.args, self.accelerator, self.eos_token_ids = roles, args, accelerator, eos_token_ids
         self.kl_controller, self.score_statistics = kl_controller, score_statistics
 
-    def complete(
-        self, rollout: dict[str, Any], sampled_scores: Tensor, is_training: bool
-    ) -> dict[str, float]:
+    def complete(self, rollout: dict[str, Any], sampled_scores: Tensor, is_training: bool) -> dict[str, float]:
         """Add to TRL's batch what a PPO step needs; evaluation moves neither coefficient nor statistics.
 
         Added are `loss_mask` (the tokens of episodes with a usable reward), `old_values`, `returns`, `advantages`, and
@@ -145,9 +143,7 @@ class Rollouts:
         mask = rollout["completion_mask"].bool()
         length, num_episodes = mask.size(1), len(ids) * self.accelerator.num_processes
         size = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
-        logps, ref_logps, values = roles.read(
-            ids, attention_mask, length, size, rollout.get("old_per_token_logps")
-        )
+        logps, ref_logps, values = roles.read(ids, attention_mask, length, size, rollout.get("old_per_token_logps"))
         if args.kl_estimator == "full":
             kl = roles.full_kl(ids, attention_mask, length)
         else:

@@ -202,9 +202,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         if self._is_vlm:
             raise UserError("only text models are supported")
         if self.aux_loss_enabled:
-            raise UserError(
-                "mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0"
-            )
+            raise UserError("mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0")
 
         # Again, for a policy that was a path.
         check_vllm(args, self.model, None, [])
@@ -256,22 +254,16 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         self.weight_average = None
         if args.ema_decay is not None:
             values = {id(p) for p in self.value_function.parameters}
-            policy = {
-                n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values
-            }
+            policy = {n: p for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in values}
             self.weight_average = WeightAverage(policy, args.ema_decay)
             self.add_callback(self.weight_average)
         self.pretraining = None
         if args.ptx_coef > 0:
             longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
             if longest is not None and args.ptx_max_length > longest:
-                raise UserError(
-                    f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions"
-                )
+                raise UserError(f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions")
             if isinstance(pretrain_dataset, IterableDataset):
-                self.pretraining = StreamedText(
-                    pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed
-                )
+                self.pretraining = StreamedText(pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed)
             else:
                 with self.accelerator.main_process_first():
                     blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
@@ -287,9 +279,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             check_reward_model(reward)
         elif not isinstance(reward, (PreTrainedModel, PeftModel)):
             if not callable(reward):
-                raise UserTypeError(
-                    f"reward_funcs: expected functions, reward models or paths, got {reward!r}"
-                )
+                raise UserTypeError(f"reward_funcs: expected functions, reward models or paths, got {reward!r}")
             return _returning_scores(reward)
 
         number = len(self.reward_models)

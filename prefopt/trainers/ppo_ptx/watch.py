@@ -53,9 +53,7 @@ class Trouble:
     message: str
 
 
-def diagnose(
-    history: Sequence[Mapping[str, Any]], settings: Mapping[str, float] | None = None
-) -> list[Trouble]:
+def diagnose(history: Sequence[Mapping[str, Any]], settings: Mapping[str, float] | None = None) -> list[Trouble]:
     """The troubles of a run of PPOPtxTrainer, each at the step where its log first showed it.
 
     Args:
@@ -290,9 +288,7 @@ class TrainingWatch(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"settings": self.settings}}
 
-    def on_train_begin(
-        self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.settings = {
             "episodes_per_rollout": args.generation_batch_size,
             "max_grad_norm": args.max_grad_norm,
@@ -356,9 +352,7 @@ def overoptimized_since(evaluations: Sequence[Evaluation], patience: int) -> Eva
     if len(evaluations) <= patience:
         return None
     best = max(evaluations, key=lambda evaluation: evaluation.score)
-    fallen = [
-        e.score < best.score - best.least_fall and e.proxy > best.proxy for e in evaluations[-patience:]
-    ]
+    fallen = [e.score < best.score - best.least_fall and e.proxy > best.proxy for e in evaluations[-patience:]]
     return best if all(fallen) else None
 
 
@@ -408,9 +402,7 @@ class OveroptimizationStop(TrainerCallback):
             raise UserError(f"patience={patience}: expected at least 1 evaluation")
         self.metric, self.proxy, self.patience, self.threshold = metric, proxy, patience, threshold
 
-    def on_train_begin(
-        self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: PPOPtxConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.eval_strategy == IntervalStrategy.NO:
             raise UserError("OveroptimizationStop needs evaluations: set eval_strategy and eval_dataset")
 

@@ -338,9 +338,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         """Masks `[B, K]`, one per forward of at most `max_tokens_per_forward`."""
         live = inputs.get("live", inputs["ranks"] > 0)
         ids, mask = self._completed(model, inputs["input_ids"], inputs["attention_mask"])
-        return split_completions(
-            ids, mask, live, self.args.max_tokens_per_forward, self._prefixes.can_share(model)
-        )
+        return split_completions(ids, mask, live, self.args.max_tokens_per_forward, self._prefixes.can_share(model))
 
     def _counted(self, ranks: Tensor) -> Tensor:
         """`[B]`: whether the prompt compares anything, so that it counts in the mean over prompts."""
@@ -397,9 +395,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         ratios = {key: of_pairs[name][ratio] for key, (name, ratio) in self._logged_of_pairs.items()}
         self._add_ratios({**ratios, **self._more_ratios(values, pairs, inputs)})
 
-    def _more_ratios(
-        self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]
-    ) -> dict[str, Ratio]:
+    def _more_ratios(self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]) -> dict[str, Ratio]:
         """By log key, what is no mean over strict pairs; `pairs` `[B, K, K]` are the strict pairs."""
         raise NotImplementedError
 
@@ -512,9 +508,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._evaluated, self._evaluation_prefix = dataloader.dataset, f"{metric_key_prefix}_"
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         total, count = self._sums["eval"].pop("loss", (0.0, 0.0))
         if count > 0:
             # Trainer's is a mean over batches, in which rows repeated to fill the last one count.
@@ -557,9 +551,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             prompt_ids, completion_ids = build_ids(self.processing_class, prompt, completion)
             by_prompt.setdefault(tuple(prompt_ids), []).append((i, completion_ids))
-        groups = sorted(
-            by_prompt.items(), key=lambda item: len(item[0]) + max(len(ids) for _, ids in item[1])
-        )
+        groups = sorted(by_prompt.items(), key=lambda item: len(item[0]) + max(len(ids) for _, ids in item[1]))
         collate = RankedCollator(self.processing_class.pad_token_id)
         scores = [0.0] * len(prompts)
         was_training = self.model.training

@@ -21,9 +21,7 @@ class RankedOptions:
 
     ties: str = field(
         default="drop",
-        metadata={
-            "help": "'drop' leaves tied pairs out (the paper), 'half' gives them a target of one half."
-        },
+        metadata={"help": "'drop' leaves tied pairs out (the paper), 'half' gives them a target of one half."},
     )
     margin_coef: float = field(
         default=0.0,
@@ -37,9 +35,7 @@ class RankedOptions:
     )
     max_tokens_per_forward: int | None = field(
         default=None,
-        metadata={
-            "help": "Split a batch into forwards of at most this many tokens; the batch stays what it is."
-        },
+        metadata={"help": "Split a batch into forwards of at most this many tokens; the batch stays what it is."},
     )
 
 
@@ -154,6 +150,4 @@ def check_model(model: Any, processing_class: Any) -> None:
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise UserTypeError(f"`model` is {model!r}: expected a path, a PreTrainedModel or a PeftModel")
     if processing_class is None and not isinstance(model, str) and not model.config.name_or_path:
-        raise UserError(
-            "`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`"
-        )
+        raise UserError("`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`")

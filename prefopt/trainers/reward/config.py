@@ -60,27 +60,21 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
 
     loss_type: str = field(
         default="sigmoid",
-        metadata={
-            "help": "'sigmoid' (Bradley-Terry over all pairs, the paper's), 'plackett_luce', 'hinge' or 'ipo'."
-        },
+        metadata={"help": "'sigmoid' (Bradley-Terry over all pairs, the paper's), 'plackett_luce', 'hinge' or 'ipo'."},
     )
     label_smoothing: float = field(
         default=0.0, metadata={"help": "Share of strict pairs taken to be labeled the wrong way round."}
     )
     reward_token: str | None = field(
         default=None,
-        metadata={
-            "help": "Append this token, e.g. <|reward|>, to every completion and read the score there."
-        },
+        metadata={"help": "Append this token, e.g. <|reward|>, to every completion and read the score there."},
     )
 
     def __post_init__(self) -> None:
         if self.reward_token is not None and (
             not isinstance(self.reward_token, str) or self.reward_token in ("", self.eos_token)
         ):
-            raise UserError(
-                f"reward_token={self.reward_token!r}: take a token of its own, such as '<|reward|>'"
-            )
+            raise UserError(f"reward_token={self.reward_token!r}: take a token of its own, such as '<|reward|>'")
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)

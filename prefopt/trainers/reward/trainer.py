@@ -126,9 +126,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
             model = self._read_at_reward_token(model, args, peft_config, kwargs)
 
         with head_loaded_in_fp32():
-            super().__init__(
-                model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs
-            )
+            super().__init__(model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = init_kwargs
 
         keep_4bit_gradients(self.model)
@@ -171,9 +169,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
                 init_kwargs["device_map"] = None
             set_seed(args.seed)
             with head_loaded_in_fp32():
-                model = create_model_from_path(
-                    model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs
-                )
+                model = create_model_from_path(model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
         if isinstance(model, PeftModel):
             if getattr(model.config, "reward_token_id", None) is None:
                 raise UserError(
@@ -243,9 +239,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
             return losses
         return losses + args.center_rewards_coefficient * centering_loss(scores, ranks, reduction="none")
 
-    def _more_ratios(
-        self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]
-    ) -> dict[str, Ratio]:
+    def _more_ratios(self, values: dict[str, Tensor], pairs: Tensor, inputs: dict[str, Any]) -> dict[str, Ratio]:
         scores, present = values["scores"], inputs["ranks"] > 0
         extremes = torch.stack([scores[present].min(), scores[present].max()])
         extremes = self.accelerator.gather(extremes)

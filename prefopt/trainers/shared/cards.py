@@ -198,9 +198,7 @@ class PublishingMixin:
             ties = sum(n * (n - 1) // 2 for row in ranks for n in Counter(row).values())
             pairs = sum(k * (k - 1) // 2 * n for k, n in sizes.items()) - ties
             data["prompts"] = len(ranks)
-            data["completions per prompt (K)"] = ", ".join(
-                f"{k}: {n} prompts" for k, n in sorted(sizes.items())
-            )
+            data["completions per prompt (K)"] = ", ".join(f"{k}: {n} prompts" for k, n in sorted(sizes.items()))
             data["strict pairs"] = pairs
         elif hasattr(dataset, "__len__"):
             data["prompts" if "prompt" in columns else "training rows"] = len(dataset)
@@ -279,15 +277,11 @@ def _settings(args: TrainingArguments) -> dict[str, Any]:
     for field in fields(args):
         default = field.default_factory() if field.default is MISSING else field.default
         value, name = values.get(field.name), field.name
-        if name.endswith(
-            "_token"
-        ):  # a secret, or a token of the text, which the tokenizer has: to_dict hides both
+        if name.endswith("_token"):  # a secret, or a token of the text, which the tokenizer has: to_dict hides both
             continue
         is_default = value == default or (default is None and value is False)
         if name in ALWAYS or not (is_default or name.startswith(BOOKKEEPING)):
-            found[name] = (
-                value if isinstance(value, bool | int | float | str) or value is None else str(value)
-            )
+            found[name] = value if isinstance(value, bool | int | float | str) or value is None else str(value)
     return found
 
 

@@ -33,9 +33,7 @@ def seal(folder: str | os.PathLike, trainer: str | None = None) -> None:
     for path in files:
         _sync(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / MARKER).write_text(
-        json.dumps({"trainer": trainer, "files": sizes}, indent=2) + "\n", encoding="utf-8"
-    )
+    (folder / MARKER).write_text(json.dumps({"trainer": trainer, "files": sizes}, indent=2) + "\n", encoding="utf-8")
     for path in (folder / MARKER, *{path.parent for path in files}, folder):
         _sync(path)
 
@@ -105,9 +103,7 @@ class CompleteCheckpointsMixin:
     _save_folder: str | None = None  # where checkpoints go while one is being written
     _sealed_step: int | None = None
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._sealed_step = None
         return super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
 
@@ -212,6 +208,4 @@ class CompleteCheckpointsMixin:
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
         if self.args.should_save:
-            rotate_checkpoints(
-                str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -56,17 +56,13 @@ def folders(tmp_path_factory, plain_tokenizer):
     for seed, name in enumerate(("sft", "ppo")):
         torch.manual_seed(seed)
         # Wide enough for 4-bit blocks, long enough for few-shot prompts.
-        model = LlamaForCausalLM(
-            tiny_config(hidden_size=64, intermediate_size=64, max_position_embeddings=1024)
-        )
+        model = LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=64, max_position_embeddings=1024))
         with torch.no_grad():
             model.lm_head.weight[plain_tokenizer.eos_token_id] *= 4  # answers soon end
         model.save_pretrained(root / name)
         plain_tokenizer.save_pretrained(root / name)
     base = LlamaForCausalLM.from_pretrained(root / "sft")
-    adapted = get_peft_model(
-        base, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
-    )
+    adapted = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.5)
@@ -88,9 +84,7 @@ def scorers(tmp_path_factory):
 def evaluate(folder, models, **keys):
     settings = {"baseline": "sft", "batch_size": 16}
     settings |= {key: keys.pop(key) for key in ("base", "load_in_4bit", "dtype") if key in keys}
-    args = EvaluationArguments(
-        output_dir=str(folder), models={m: str(p) for m, p in models.items()}, **settings
-    )
+    args = EvaluationArguments(output_dir=str(folder), models={m: str(p) for m, p in models.items()}, **settings)
     measure(EvaluationRun(folder), args, BenchArguments(**{"bench_data_files": FILES, **keys}))
     return EvaluationRun(folder).stage("bench")
 
@@ -170,9 +164,7 @@ def test_likelihoods_are_those_of_a_loop(whole, folders, plain_tokenizer):
         return json.loads((folder / "bench" / "sft" / f"{name}.json").read_text())["records"]
 
     for row, record in zip(_jsonl("crows_pairs"), kept("crows_pairs.basic"), strict=True):
-        more, less = (
-            log_likelihood(model, plain_tokenizer, "", row[key]) for key in ("sent_more", "sent_less")
-        )
+        more, less = (log_likelihood(model, plain_tokenizer, "", row[key]) for key in ("sent_more", "sent_less"))
         p = torch.tensor([more, less], dtype=torch.float64).softmax(0)
         entropy = -(p * p.log2()).sum().item()
         assert record["values"]["entropy_bits"] == pytest.approx(entropy, abs=1e-5)
@@ -388,9 +380,7 @@ def test_few_shot_examples_have_answers_and_are_other_rows():
         assert "hit_id" not in example
         assert "  " not in example.strip()
     drop = build_task("drop", load_rows("drop", FILES["drop"]), shots=1)
-    assert {
-        drop.fewshot_context(drop.eval_docs[0], 1).split("\n\n")[0].split("? ")[1] for _ in range(20)
-    } == {
+    assert {drop.fewshot_context(drop.eval_docs[0], 1).split("\n\n")[0].split("? ")[1] for _ in range(20)} == {
         "The cats",
         "4 May 1990",
     }
@@ -411,9 +401,7 @@ def test_hub_ids_are_those_of_the_task_files():
     used = set()
     for name, benchmark in BENCHMARKS.items():
         folder = TASKS if benchmark.bundled is None else bundled / benchmark.bundled
-        files = {
-            path: load_yaml(path, resolve_func=False) for path in folder.glob("*.yaml") if path.is_file()
-        }
+        files = {path: load_yaml(path, resolve_func=False) for path in folder.glob("*.yaml") if path.is_file()}
         path = next(path for path, config in files.items() if config.get("task") == benchmark.task)
         config = files[path]
         used.add(path)
@@ -428,9 +416,7 @@ def test_hub_ids_are_those_of_the_task_files():
 
 
 def shown(stage):
-    return html_of(
-        bench_section.section(Results({"measures": stage["measures"], "stages": {"bench": stage}}))
-    )
+    return html_of(bench_section.section(Results({"measures": stage["measures"], "stages": {"bench": stage}})))
 
 
 def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):

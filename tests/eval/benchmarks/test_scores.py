@@ -49,9 +49,7 @@ def test_word_f1_is_the_harmonic_mean_of_precision_and_recall(prediction, refere
     ],
 )
 def test_squad_scores(answer, references, f1, exact):
-    assert squad_results({"answers": {"text": references}}, [answer]) == pytest.approx(
-        {"f1": f1, "exact": exact}
-    )
+    assert squad_results({"answers": {"text": references}}, [answer]) == pytest.approx({"f1": f1, "exact": exact})
 
 
 @pytest.mark.parametrize(
@@ -205,9 +203,7 @@ def test_bleu_is_sacrebleus_of_the_corpus_and_not_a_mean_over_sentences():
     assert found.ci_low < found.value < found.ci_high
     worse = ["the cat", "", "x", "she reads a book here"]
     paired = difference(score, translations(worse), translations(ANSWERS))
-    expected = (
-        sacrebleu.corpus_bleu(worse, [REFERENCES]).score - sacrebleu.corpus_bleu(ANSWERS, [REFERENCES]).score
-    )
+    expected = sacrebleu.corpus_bleu(worse, [REFERENCES]).score - sacrebleu.corpus_bleu(ANSWERS, [REFERENCES]).score
     assert paired.value == pytest.approx(expected)
     assert paired.value < 0
 

@@ -17,17 +17,13 @@ def html_of(blocks):
     return to_html(Page("title", [], [Section("id", "title", blocks)]))
 
 
-def whole_results(
-    models=MODELS, *, prompt="What is this?", text="an answer", label="open_qa", reason="nobody did"
-):
+def whole_results(models=MODELS, *, prompt="What is this?", text="an answer", label="open_qa", reason="nobody did"):
     """`models[0]` is the baseline; the other arguments go wherever a file of the user could bring them."""
     baseline, *others = models
     measures, n = [], 355
 
     def add(name, model, value, half=0.02, against=None):
-        measures.append(
-            measure(name, model, Estimate(value, value - half, value + half, n, n), against=against)
-        )
+        measures.append(measure(name, model, Estimate(value, value - half, value + half, n, n), against=against))
 
     for i, model in enumerate(models):
         for name in ("winrate", "winrate_greedy", "winrate_length_controlled", "winrate_judge.reward"):

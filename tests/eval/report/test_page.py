@@ -11,9 +11,7 @@ from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure
 
-ATTACK = (
-    "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
-)
+ATTACK = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
 TITLES = [chapter.title for chapter in SECTIONS]
 
 
@@ -41,9 +39,7 @@ def results():
         measures.append(measure(f"rm.accuracy.{group}", "reward_model", estimate(0.66)))
         measures.append(measure(f"rm.gold_accuracy.{group}", "gold", estimate(0.75)))
     epochs = [{"epoch": e, "validation_loss": 1 + abs(e - 2) / 9, "rm_score": e / 9} for e in range(1, 17)]
-    log = [
-        {"step": s, "objective/scores": s / 40, "objective/kl": s / 60, "gold": 5 - s / 99} for s in range(40)
-    ]
+    log = [{"step": s, "objective/scores": s / 40, "objective/kl": s / 60, "gold": 5 - s / 99} for s in range(40)]
     sample = {
         "prompt": ATTACK,
         "use_case": "open_qa",
@@ -217,9 +213,7 @@ def test_verdict(results):
     for m in results["measures"]:
         if m["against"] == "ppo":
             m.update(ci_low=-0.2, ci_high=0.1)
-    assert "whether PPO-ptx or PPO forgets more of the pretraining text cannot be told" in verdict(
-        Results(results)
-    )
+    assert "whether PPO-ptx or PPO forgets more of the pretraining text cannot be told" in verdict(Results(results))
 
 
 def row(results, question):

@@ -231,9 +231,7 @@ def test_the_stage_reports_every_number(evaluation: EvaluationRun):
     assert value("bradley_terry", "ppo_ptx", None) == pytest.approx(expected[2], abs=1e-6)
     assert stage["data"]["matrix"]["ppo"]["sft"] == pytest.approx(sigmoid(expected[1]))
     pair = next(
-        p
-        for p in stage["data"]["pairs"]
-        if (p["judge"], p["model"], p["against"]) == ("gold", "ppo", "ppo_ptx")
+        p for p in stage["data"]["pairs"] if (p["judge"], p["model"], p["against"]) == ("gold", "ppo", "ppo_ptx")
     )
     assert pair["value"] == 2 / 5
     baseline = find(measures, "winrate", "sft", "sft")

@@ -33,9 +33,7 @@ def folder(tmp_path: Path, tokenizer) -> Path:
     base.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
     base.name_or_path = base.config._name_or_path = str(tmp_path / "whole")
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     return tmp_path
 
@@ -201,8 +199,7 @@ def test_the_command_goes_from_prompts_to_win_rates(folder: Path, capsys):
     evaluate.main(["compare", "--config", str(path)])
     evaluate.main(["metadata", "--config", str(path)])
     by_prompt = [
-        0.5
-        * (1 + (len(b["completion"]) > len(a["completion"])) - (len(b["completion"]) < len(a["completion"])))
+        0.5 * (1 + (len(b["completion"]) > len(a["completion"])) - (len(b["completion"]) < len(a["completion"])))
         for a, b in zip(run.completions("sft"), run.completions("ppo"), strict=True)
     ]
     found = next(m for m in run.stage("compare")["measures"] if (m["name"], m["model"]) == ("winrate", "ppo"))
@@ -285,9 +282,7 @@ def test_numbers_out_of_range_are_refused(keys):
 def test_a_column_id_of_the_prompts_is_refused(tmp_path):
     args = EvaluationArguments(str(tmp_path), {"sft": "a"})
     with pytest.raises(ValueError, match="column 'id' is taken"):
-        generation.measure(
-            EvaluationRun(tmp_path), args, generation.GenerateArguments([{"prompt": "x", "id": 7}])
-        )
+        generation.measure(EvaluationRun(tmp_path), args, generation.GenerateArguments([{"prompt": "x", "id": 7}]))
 
 
 def test_a_use_case_that_no_prompt_has_is_an_error(tmp_path: Path):

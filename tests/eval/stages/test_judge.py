@@ -153,9 +153,7 @@ def lm_judge(tokenizer, folder, favors, **more):
             Backbone.calls += 1
             logits = torch.zeros(*input_ids.shape, 320)
             for row, ids in enumerate(input_ids.tolist()):
-                text = tokenizer.decode(
-                    [i for i, m in zip(ids, attention_mask[row].tolist(), strict=True) if m]
-                )
+                text = tokenizer.decode([i for i, m in zip(ids, attention_mask[row].tolist(), strict=True) if m])
                 letter = favors(text)
                 token = tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1]
                 logits[row, :, token] = 5.0
@@ -174,9 +172,7 @@ def lm_judge(tokenizer, folder, favors, **more):
 
     model = Model()
     template = "{prompt}|{a}|{b}|Better:"
-    return LanguageModelJudge(
-        lambda: (model, tokenizer), template, batch_size=3, folder=folder, **more
-    ), Backbone
+    return LanguageModelJudge(lambda: (model, tokenizer), template, batch_size=3, folder=folder, **more), Backbone
 
 
 def test_a_fair_language_model_is_consistent(tokenizer, tmp_path: Path):
@@ -253,9 +249,7 @@ def test_denominators_are_the_papers():
         label(0, {"hallucination": True, "satisfies_constraint": True}, use_case="closed_qa"),
         label(1, {"hallucination": False, "satisfies_constraint": False}, use_case="summarization"),
         label(2, {"hallucination": True, "satisfies_constraint": None}, use_case="chat"),
-        label(
-            3, {"hallucination": True, "satisfies_constraint": True}, use_case="chat", has_constraint=False
-        ),
+        label(3, {"hallucination": True, "satisfies_constraint": True}, use_case="chat", has_constraint=False),
         label(4, {"hallucination": False}, use_case="chat", closed_domain=True),
     ]
     found = flag_share(labels, "hallucination")
@@ -288,9 +282,7 @@ def evaluation(tmp_path: Path, tokenizer, reward_model) -> tuple[EvaluationRun, 
     return run, args
 
 
-def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(
-    evaluation, tokenizer, reward_model
-):
+def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(evaluation, tokenizer, reward_model):
     run, args = evaluation
     labels = run.folder / "labels.jsonl"
     write_jsonl(labels, [{"id": 1, "models": ["ppo", "sft"], "ranks": [1, 2], "ratings": [6, 4], "flags": [{"hallucination": True}, {"hallucination": None}]}])  # fmt: skip
@@ -329,9 +321,7 @@ def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(
     assert find(measures, "rating", "ppo")["value"] == 6.0
     assert find(measures, "flag.hallucination", "ppo")["status"] == "skipped"  # the prompt has no use case
     assert find(measures, "rating", "lost")["status"] == "skipped"
-    metadata.measure(
-        run, args, MetadataArguments(), JudgeArguments(human_judgements=str(run.folder / "none.jsonl"))
-    )
+    metadata.measure(run, args, MetadataArguments(), JudgeArguments(human_judgements=str(run.folder / "none.jsonl")))
     found = find(run.stage("metadata")["measures"], "rating", "ppo")
     assert (found["status"], found["value"]) == ("failed", None)
     metadata.measure(run, args, MetadataArguments(), JudgeArguments(human_judgements=None))

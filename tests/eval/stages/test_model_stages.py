@@ -125,9 +125,7 @@ def test_drift_stage(world):
     }
     for name, value in expected.items():
         assert find(found["measures"], name, "ppo")["value"] == pytest.approx(value, rel=1e-5), name
-    assert (
-        find(found["measures"], "kl_to_sft", "ppo")["n_clusters"] == 3
-    )  # prompts, the held-out use case apart
+    assert find(found["measures"], "kl_to_sft", "ppo")["n_clusters"] == 3  # prompts, the held-out use case apart
     assert find(found["measures"], "kl_to_sft", "sft")["value"] == 0
     change = find(found["measures"], "token_entropy", "ppo", "sft")["value"]
     assert change == pytest.approx(
@@ -203,9 +201,7 @@ def diversity_words(text: str) -> list[str]:
 
 def test_diversity_of_a_collapsed_model_is_lower(world):
     rows = world.run.completions("ppo")
-    write_jsonl(
-        world.run.completions_path("ppo"), [row | {"completion": "the same answer for all"} for row in rows]
-    )
+    write_jsonl(world.run.completions_path("ppo"), [row | {"completion": "the same answer for all"} for row in rows])
     write_jsonl(
         world.run.completions_path("sft"),
         [row | {"completion": f"{row['id']} a{row['sample']} b c d"} for row in rows],
@@ -226,9 +222,7 @@ def test_one_sample_per_prompt_and_no_sacrebleu_are_told(world, monkeypatch):
 
     monkeypatch.setattr(diversity, "sentence_bleu", absent)
     for name in world.args.models:
-        write_jsonl(
-            world.run.completions_path(name), [r for r in world.run.completions(name) if r["sample"] == 0]
-        )
+        write_jsonl(world.run.completions_path(name), [r for r in world.run.completions(name) if r["sample"] == 0])
     diversity.measure(world.run, world.args, diversity.DiversityArguments())
     found = world.run.stage("diversity")["measures"]
     missing = find(found, "diversity.unique.per_prompt", "ppo")
@@ -253,9 +247,7 @@ def own_reward(world, **keys) -> reward_model.RewardModelArguments:
 @torch.no_grad()
 def test_implicit_rewards_equal_a_loop(world):
     policy, reference = world.models["ppo"], world.models["sft"]
-    found = reward_model.implicit_rewards(
-        policy, reference, world.tokenizer, RANKINGS, beta=0.5, batch_size=2
-    )
+    found = reward_model.implicit_rewards(policy, reference, world.tokenizer, RANKINGS, beta=0.5, batch_size=2)
     for row, rewards in zip(RANKINGS, found, strict=True):
         for completion, reward in zip(row["completions"], rewards, strict=True):
             x, y = build_ids(world.tokenizer, row["prompt"], completion)
@@ -281,9 +273,7 @@ def test_reward_model_stage(world, monkeypatch):
     )
     implicit = (float(y > x) + float(y > z) + float(v > w)) / 3
     assert find(found, "rm.accuracy.train", "ppo")["value"] == pytest.approx(implicit)
-    assert find(found, "rm.accuracy.train", "ppo", "reward_model")["value"] == pytest.approx(
-        implicit - accuracy
-    )
+    assert find(found, "rm.accuracy.train", "ppo", "reward_model")["value"] == pytest.approx(implicit - accuracy)
     longest = find(found, "rm.accuracy.train", "longer_wins")
     assert (longest["value"], longest["n"]) == (pytest.approx((1 + 1 + 0.5) / 3), 3)
     # gold: " ran to the red house" is longest; " a dog" and " a mat" are equally long
@@ -337,11 +327,7 @@ def test_overopt_stage(world):
     sys.modules.setdefault("e3_gold", SimpleNamespace(length=length))
     entries = [
         {"step": i, "loss": 0.0, "objective/kl": float(i), "clip_ratio/region_mean": 0.0}
-        | {
-            f"rewards/{r}/{k}": v
-            for r in ("reward_model", "gold")
-            for k, v in (("mean", s * i), ("std", 1.0))
-        }
+        | {f"rewards/{r}/{k}": v for r in ("reward_model", "gold") for k, v in (("mean", s * i), ("std", 1.0))}
         for i, s in ((0, 0.0), (1, 1.0), (2, 1.0), (3, 1.0))
     ]
     state = {"log_history": entries, "stateful_callbacks": {}}

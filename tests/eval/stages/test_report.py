@@ -87,9 +87,7 @@ def test_results_hold_the_scalars_and_all_measures(done):
     results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
     for model in MODELS:
         rows = [r for r in run.completions(model) if r["use_case"] != "held"]
-        assert results["gold_reward"][model] == pytest.approx(
-            sum(len(r["completion"]) for r in rows) / len(rows)
-        )
+        assert results["gold_reward"][model] == pytest.approx(sum(len(r["completion"]) for r in rows) / len(rows))
         tokens = find(results["measures"], "completion_tokens", model)
         assert tokens["value"] == pytest.approx(sum(r["id"] + 1 for r in rows) / len(rows))
         assert tokens["n"] == len(rows) == 20
@@ -174,9 +172,7 @@ def test_numbers_against_another_baseline_are_not_mixed_in(tmp_path):
     report_stage.measure(run, args, own)
     before = (tmp_path / "results.json").read_bytes()
     other = replace(args, baseline="ppo")
-    told = (
-        "baseline is 'ppo', but compare measured against 'sft', drift measured against 'sft'; run them again"
-    )
+    told = "baseline is 'ppo', but compare measured against 'sft', drift measured against 'sft'; run them again"
     with pytest.raises(ValueError, match=told):
         report_stage.measure(run, other, own)
     assert (tmp_path / "results.json").read_bytes() == before
@@ -190,9 +186,7 @@ def test_numbers_against_another_baseline_are_not_mixed_in(tmp_path):
     assert {m["against"] for m in results["measures"] if m["name"] == "winrate"} == {"ppo"}
 
 
-@pytest.mark.parametrize(
-    ("keys", "base"), [({}, "sft"), ({"base": "ppo"}, "ppo"), ({"baseline": "gone"}, None)]
-)
+@pytest.mark.parametrize(("keys", "base"), [({}, "sft"), ({"base": "ppo"}, "ppo"), ({"baseline": "gone"}, None)])
 def test_the_alignment_tax_has_a_base_of_its_own(tmp_path, keys, base):
     args = EvaluationArguments(output_dir=str(tmp_path), models={"sft": "a", "ppo": "b"}, **keys)
     run = EvaluationRun(tmp_path)

@@ -49,9 +49,7 @@ def run_reward(tmp_path, rows, *extra):
 def test_bad_rows_name_row_field_and_expectation(tmp_path, row, said, recipe):
     data = write_rows(tmp_path / "rows.jsonl", [GOOD, row])
     with pytest.raises(UserError) as stop:
-        recipe.main(
-            ["--model_name_or_path", NO_MODEL, "--dataset_name", data, "--output_dir", str(tmp_path / "out")]
-        )
+        recipe.main(["--model_name_or_path", NO_MODEL, "--dataset_name", data, "--output_dir", str(tmp_path / "out")])
     for words in ("rows.jsonl", *said):
         assert words in str(stop.value)
 

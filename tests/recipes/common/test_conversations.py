@@ -30,9 +30,7 @@ def say(*turns):
     return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
 
 
-TWO_TURNS = say(
-    "system: be kind", "user: what is this?", "assistant: a dog", "user: red?", "assistant: the cat"
-)
+TWO_TURNS = say("system: be kind", "user: what is this?", "assistant: a dog", "user: red?", "assistant: the cat")
 OPENING = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nwhat is this?<|im_end|>\n<|im_start|>assistant\n"
 BETWEEN = "\n<|im_start|>user\nred?<|im_end|>\n<|im_start|>assistant\n"
 # Thoughts are shown in the last turn only, as Qwen3's template does.
@@ -73,9 +71,7 @@ def test_loss_on_the_last_answer(chat_tokenizer):
 
 def test_what_stands_behind_the_last_answer_is_left_off(chat_tokenizer):
     open_ended = TWO_TURNS + say("user: and the mat?")
-    assert conversation_examples(chat_tokenizer, open_ended) == conversation_examples(
-        chat_tokenizer, TWO_TURNS
-    )
+    assert conversation_examples(chat_tokenizer, open_ended) == conversation_examples(chat_tokenizer, TWO_TURNS)
 
 
 def test_an_assistant_that_speaks_first_answers_nothing(chat_tokenizer):
@@ -88,9 +84,7 @@ def test_an_assistant_that_speaks_first_answers_nothing(chat_tokenizer):
 def test_a_template_that_rewrites_earlier_answers_gives_an_example_for_each(chat_tokenizer, caplog):
     chat_tokenizer.chat_template = THOUGHTFUL
     first = by_hand(chat_tokenizer, (OPENING, False), ("(hm) a dog<|im_end|>", True))
-    second = by_hand(
-        chat_tokenizer, (OPENING + "a dog<|im_end|>" + BETWEEN, False), ("(hm) the cat<|im_end|>", True)
-    )
+    second = by_hand(chat_tokenizer, (OPENING + "a dog<|im_end|>" + BETWEEN, False), ("(hm) the cat<|im_end|>", True))
     assert conversation_examples(chat_tokenizer, TWO_TURNS) == [first, second]
     rows = Dataset.from_list([{"messages": TWO_TURNS}])
     tokenized = tokenize_demonstrations(rows, chat_tokenizer, None, "train")
@@ -182,9 +176,7 @@ def test_outputs_rated_seven_are_demonstrations(caplog):
 
 
 def test_a_cut_output_gets_no_end_token(tokenizer):
-    rows = Dataset.from_list(
-        [{"prompt": "the", "completion": " cat", "truncated": cut} for cut in (True, False)]
-    )
+    rows = Dataset.from_list([{"prompt": "the", "completion": " cat", "truncated": cut} for cut in (True, False)])
     cut, whole = tokenize_demonstrations(rows, tokenizer, None, "rated")["input_ids"]
     assert whole == [*cut, tokenizer.eos_token_id]
 
@@ -238,9 +230,7 @@ def test_a_conversation_without_a_user_is_no_prompt():
 
 @pytest.mark.parametrize("as_rows", [list, Dataset.from_list])
 def test_the_last_answer_is_the_demonstration(as_rows):
-    rows = demonstrations_from_messages(
-        as_rows([{"messages": TWO_TURNS, "prompt": "what is this?"}]), "chats"
-    )
+    rows = demonstrations_from_messages(as_rows([{"messages": TWO_TURNS, "prompt": "what is this?"}]), "chats")
     assert [dict(row) for row in rows] == [{"prompt": TWO_TURNS[:4], "completion": TWO_TURNS[4:]}]
 
 
@@ -253,20 +243,14 @@ def test_an_implicit_prompt_is_that_of_the_same_row_with_its_prompt(as_rows, ext
     split = split_implicit_prompts(as_rows([pair]), "pairs")
     validate_comparisons(split, "pairs")
     explicit = [{"prompt": TWO_TURNS[:4], "chosen": better, "rejected": worse, "margin": 1.5}]
-    ours, theirs = (
-        tokenize_comparisons(prepare_comparisons(rows), chat_tokenizer) for rows in (split, explicit)
-    )
+    ours, theirs = (tokenize_comparisons(prepare_comparisons(rows), chat_tokenizer) for rows in (split, explicit))
     for name in ("prompt_ids", "completion_ids", "ranks", "ratings"):
         assert ours[name][:] == theirs[name][:]
 
 
 def test_pairs_without_a_common_turn_stop(tmp_path):
-    write_jsonl(
-        tmp_path / "pairs.jsonl", [{"chosen": say("user: a", "assistant: b"), "rejected": say("user: c")}]
-    )
-    with pytest.raises(
-        UserError, match="row 0: expected 'chosen' and 'rejected' that begin with the same turns"
-    ):
+    write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": say("user: a", "assistant: b"), "rejected": say("user: c")}])
+    with pytest.raises(UserError, match="row 0: expected 'chosen' and 'rejected' that begin with the same turns"):
         load_rows(
             str(tmp_path / "pairs.jsonl"),
             key="dataset_name",

@@ -103,9 +103,7 @@ def test_chat_prompts_are_measured_as_their_template_renders_them(files, chat_to
 
     chat_tokenizer.save_pretrained("base")
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "the cat"}]}])
-    length = len(
-        chat_tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"]
-    )
+    length = len(chat_tokenizer.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)["input_ids"])
     fits = ("max_new_tokens", CONTEXT - length)
     checks.check_prompts(rows, "rows", chat_tokenizer, ["base"], fits)
     with pytest.raises(UserError, match=rf"row 0: its prompt of {length} tokens"):
@@ -136,9 +134,7 @@ def test_positions_of_other_configurations(tmp_path):
 def test_a_tokenizer_without_any_closing_token_is_refused(files, tokenizer_source):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer_source).save_pretrained("base")
     assert AutoTokenizer.from_pretrained("base").eos_token is None
-    with pytest.raises(
-        UserError, match=r"neither a padding nor an end-of-sequence token: set tokenizer\.eos_token"
-    ):
+    with pytest.raises(UserError, match=r"neither a padding nor an end-of-sequence token: set tokenizer\.eos_token"):
         reward.main(command("rankings.jsonl"))
 
 
@@ -151,9 +147,7 @@ def test_a_finished_run_is_neither_overwritten_nor_saved_again(files, capsys):
     argv = command("demos.jsonl", "--save_steps", 1)
     sft.main(argv)
     before = contents(files / "out")
-    with pytest.raises(
-        UserError, match=r"output_dir: out holds a finished run.*resume_from_checkpoint: true"
-    ):
+    with pytest.raises(UserError, match=r"output_dir: out holds a finished run.*resume_from_checkpoint: true"):
         sft.main(argv)
     capsys.readouterr()
     sft.main([*argv, "--resume_from_checkpoint", "true"])
@@ -205,9 +199,7 @@ def test_epochs_are_counted_where_no_steps_are_asked_for(files):
 def test_a_run_of_another_step_is_not_gone_on_with(files):
     reward.main(command("rankings.jsonl", "--save_steps", 1))
     (files / "out" / "trainer_state.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"checkpoint-2 is of a RankedRewardTrainer, not of a RankedDPOTrainer"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of a RankedRewardTrainer, not of a RankedDPOTrainer"):
         dpo.main(command("rankings.jsonl", "--resume_from_checkpoint", "true"))
 
 

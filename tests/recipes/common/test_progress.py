@@ -179,9 +179,7 @@ def test_report_to_gets_every_key(
     write_jsonl("rankings.jsonl", rows)
     write_jsonl("text.jsonl", [{"text": "the cat sat on the mat and the dog ran"}] * 8)
     monkeypatch.setattr(Logger, "keys", set())
-    monkeypatch.setattr(
-        "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK", {"mine": Logger}
-    )
+    monkeypatch.setattr("transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK", {"mine": Logger})
     argv = ["--model_name_or_path", "base", "--output_dir", "out", "--report_to", "mine", "--max_steps", "1"]
     argv += ["--logging_steps", "1", "--save_strategy", "no", "--per_device_train_batch_size", "4"]
     argv += ["--dataset_name", "prompts.jsonl" if recipe is ppo_ptx else "rankings.jsonl"]

@@ -76,9 +76,7 @@ def test_equals_trl_on_pairs(loss_type, divergence, exact_lm, tokenizer, tmp_pat
     theirs = "sigmoid" if loss_type == "plackett_luce" else loss_type  # the same for two completions
     assert_same(
         *[
-            loss_and_gradients(
-                trainer_on(exact_lm, PAIRS, tokenizer, tmp_path, cls=cls, loss_type=name, **divergence)
-            )
+            loss_and_gradients(trainer_on(exact_lm, PAIRS, tokenizer, tmp_path, cls=cls, loss_type=name, **divergence))
             for cls, name in ((RankedDPOTrainer, loss_type), (DPOTrainer, theirs))
         ]
     )
@@ -130,8 +128,7 @@ def plackett_luce(scores, ranks):
     for order in itertools.permutations(range(len(ranks))):
         if [ranks[i] for i in order] == sorted(ranks):
             total += math.prod(
-                math.exp(scores[i]) / sum(math.exp(scores[j]) for j in order[place:])
-                for place, i in enumerate(order)
+                math.exp(scores[i]) / sum(math.exp(scores[j]) for j in order[place:]) for place, i in enumerate(order)
             )
     return -math.log(total)
 
@@ -185,10 +182,7 @@ def log_ratios_and_lengths(trainer):
     [
         *[(name, {}) for name in RANKED_LOSSES],
         *[(name, {"ties": "half"}) for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo")],
-        *[
-            (name, {"label_smoothing": 0.1, "ties": "half"})
-            for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo")
-        ],
+        *[(name, {"label_smoothing": 0.1, "ties": "half"}) for name in ("sigmoid", "sigmoid_norm", "hinge", "ipo")],
         *[(name, {"margin_coef": 0.2}) for name in ("sigmoid", "sigmoid_norm", "hinge")],
         ("sigmoid", {"margin_coef": 0.2, "ties": "half", "label_smoothing": 0.1}),
     ],
@@ -212,9 +206,7 @@ def test_centering_draws_the_implicit_rewards_to_zero(causal_lm, tokenizer, tmp_
         trainer_on(causal_lm, RAGGED, tokenizer, tmp_path, center_rewards_coefficient=coefficient)
         for coefficient in (None, 0.7)
     )
-    losses = [
-        trainer.compute_loss(trainer.model, whole_batch(trainer)).item() for trainer in (plain, centered)
-    ]
+    losses = [trainer.compute_loss(trainer.model, whole_batch(trainer)).item() for trainer in (plain, centered)]
     per_prompt = []
     for row, ratios in zip(RAGGED, log_ratios_and_lengths(plain)[0], strict=True):
         ranks = row["ranks"]
@@ -347,9 +339,7 @@ def test_options_that_contradict_each_other_are_refused(options, message, tmp_pa
 def test_the_config_keeps_its_losses(causal_lm, tokenizer, tmp_path):
     """TRL does not know all of them, and is not shown them."""
     names = ["plackett_luce", "sigmoid_norm"]
-    trainer = trainer_on(
-        causal_lm, PAIRS, tokenizer, tmp_path, loss_type=names, f_divergence_type="forward_kl"
-    )
+    trainer = trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, loss_type=names, f_divergence_type="forward_kl")
     assert trainer.args.loss_type == trainer.loss_types == names
     assert trainer.loss_weights == [1.0, 1.0]
     assert RankedDPOConfig(**{"output_dir": str(tmp_path), "loss_type": "ipo"}).loss_type == ["ipo"]
@@ -387,9 +377,7 @@ def test_logs_equal_loops(batch_size, causal_lm, tokenizer, tmp_path):
     )
     metrics = trainer.evaluate()
     log_ratios, _ = log_ratios_and_lengths(trainer)
-    taus = [
-        kendalltau(x, [-r for r in row["ranks"]]).statistic for x, row in zip(log_ratios, RAGGED, strict=True)
-    ]
+    taus = [kendalltau(x, [-r for r in row["ranks"]]).statistic for x, row in zip(log_ratios, RAGGED, strict=True)]
     weights = [
         1 / (1 + math.exp(BETA * (ratios[better] - ratios[worse])))
         for ratios, row in zip(log_ratios, RAGGED, strict=True)

@@ -22,9 +22,7 @@ LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj",
 
 
 def quantization():
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
 @pytest.fixture
@@ -123,9 +121,7 @@ def test_policy_and_reference_are_the_adapter_that_was_given(base_path, sft_path
 
 @pytest.mark.parametrize("precompute", [False, True])
 def test_scores_are_those_of_the_saved_adapter(precompute, base_path, sft_path, tokenizer, tmp_path):
-    trainer = trainer_on(
-        load_sft(base_path, sft_path), tokenizer, tmp_path, precompute_ref_log_probs=precompute
-    )
+    trainer = trainer_on(load_sft(base_path, sft_path), tokenizer, tmp_path, precompute_ref_log_probs=precompute)
     trainer.train()
     trainer.save_model()
     prompts = ["the cat", "the cat", "what is this?"]
@@ -154,9 +150,7 @@ def test_gradients_survive_the_precomputed_reference(base_path, sft_path, tokeni
     """The forward in evaluation mode must not repack the 4-bit layers (see `keep_4bit_gradients`)."""
     gradients = []
     for precompute in (False, True):
-        trainer = trainer_on(
-            load_sft(base_path, sft_path), tokenizer, tmp_path, precompute_ref_log_probs=precompute
-        )
+        trainer = trainer_on(load_sft(base_path, sft_path), tokenizer, tmp_path, precompute_ref_log_probs=precompute)
         batch = trainer.data_collator(list(trainer.train_dataset))
         trainer.compute_loss(trainer.model.train(), batch).backward()
         gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})

@@ -80,9 +80,7 @@ def setting(kind, base, tmp_path, cls=RankedDPOTrainer, rows=RAGGED, tokenizer=N
     model = lora(copy.deepcopy(base), "CAUSAL_LM")
     reference = copy.deepcopy(model).merge_and_unload()
     precompute = kind == "precomputed_adapter"
-    trainer = trainer_on(
-        model, rows, tokenizer, tmp_path, cls=cls, precompute_ref_log_probs=precompute, **overrides
-    )
+    trainer = trainer_on(model, rows, tokenizer, tmp_path, cls=cls, precompute_ref_log_probs=precompute, **overrides)
     perturb(trainer.model, 1, "lora_B.default", 0.3)
     return trainer, reference
 
@@ -213,21 +211,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size, precompute, ca
     metrics = trainer.evaluate()
     with torch.no_grad():
         loss = loss_by_hand(trainer.model, causal_lm, tokenizer, RAGGED).item()
-        rows = [
-            [score.item() for score in scores_by_hand(trainer.model, causal_lm, tokenizer, row)]
-            for row in RAGGED
-        ]
-    pairs = [
-        (scores[i], scores[j])
-        for scores, row in zip(rows, RAGGED, strict=True)
-        for i, j in strict(row["ranks"])
-    ]
+        rows = [[score.item() for score in scores_by_hand(trainer.model, causal_lm, tokenizer, row)] for row in RAGGED]
+    pairs = [(scores[i], scores[j]) for scores, row in zip(rows, RAGGED, strict=True) for i, j in strict(row["ranks"])]
     assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["eval_rewards/chosen"] == pytest.approx(sum(w for w, _ in pairs) / len(pairs), abs=1e-5)
     assert metrics["eval_rewards/rejected"] == pytest.approx(sum(x for _, x in pairs) / len(pairs), abs=1e-5)
-    assert metrics["eval_rewards/margins"] == pytest.approx(
-        sum(w - x for w, x in pairs) / len(pairs), abs=1e-5
-    )
+    assert metrics["eval_rewards/margins"] == pytest.approx(sum(w - x for w, x in pairs) / len(pairs), abs=1e-5)
     accuracy = sum(w > x for w, x in pairs) / len(pairs)
     assert metrics["eval_rewards/accuracies"] == pytest.approx(accuracy, abs=1e-6)
     assert 0 < accuracy < 1
@@ -254,9 +243,7 @@ def test_evaluating_a_new_set_after_precomputing(causal_lm, tokenizer, tmp_path)
 
 def test_compute_metrics_gets_scores_and_ranks(causal_lm, tokenizer, tmp_path):
     seen = []
-    trainer = trainer_on(
-        causal_lm, RAGGED, tokenizer, tmp_path, eval_rows=RAGGED, per_device_eval_batch_size=2
-    )
+    trainer = trainer_on(causal_lm, RAGGED, tokenizer, tmp_path, eval_rows=RAGGED, per_device_eval_batch_size=2)
     trainer.compute_metrics = lambda prediction: seen.append(prediction) or {"mine": 7.0}
     assert trainer.evaluate()["eval_mine"] == 7.0
     ranks = [[rank for rank in row if rank > 0] for row in seen[0].label_ids.tolist()]
@@ -287,9 +274,7 @@ def test_every_token_is_forwarded_once(share, causal_lm, tokenizer, tmp_path):
 def test_loss_does_not_depend_on_padding(causal_lm, tokenizer, tmp_path):
     losses = []
     for multiple in (None, 64):
-        trainer, _ = setting(
-            "in_memory", causal_lm, tmp_path, tokenizer=tokenizer, pad_to_multiple_of=multiple
-        )
+        trainer, _ = setting("in_memory", causal_lm, tmp_path, tokenizer=tokenizer, pad_to_multiple_of=multiple)
         losses.append(first_loss(trainer))
     torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
 
@@ -390,9 +375,7 @@ def test_resumes_from_a_checkpoint(causal_lm, tokenizer, tmp_path):
     assert whole.state.global_step == 4
     resumed = trainer_on(copy.deepcopy(causal_lm), RAGGED, tokenizer, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for (name, a), (_, b) in zip(
-        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -426,9 +409,7 @@ def test_score_equals_single_row_evaluation(kind, causal_lm, tokenizer, tmp_path
     assert trainable(trainer.model).keys() == trained
     with torch.no_grad():
         expected = [
-            score.item()
-            for row in RAGGED
-            for score in scores_by_hand(trainer.model, reference, tokenizer, row)
+            score.item() for row in RAGGED for score in scores_by_hand(trainer.model, reference, tokenizer, row)
         ]
     assert scores == pytest.approx(expected, abs=1e-5)
     assert max(scores) - min(scores) > 1e-2
@@ -443,9 +424,7 @@ def test_score_of_chat(causal_lm, chat_tokenizer, tmp_path):
     trainer = trainer_on(copy.deepcopy(causal_lm), rows, chat_tokenizer, tmp_path)
     perturb(trainer.model, 1)
     with torch.no_grad():
-        expected = [
-            score.item() for score in scores_by_hand(trainer.model, causal_lm, chat_tokenizer, rows[0])
-        ]
+        expected = [score.item() for score in scores_by_hand(trainer.model, causal_lm, chat_tokenizer, rows[0])]
     assert trainer.score([prompt] * 2, rows[0]["completions"]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -478,9 +457,7 @@ def test_unsupported_models_are_refused(causal_lm, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="adds virtual tokens"):
         trainer_on(causal_lm, PAIRS, tokenizer, tmp_path, peft_config=peft_config)
     with pytest.raises(ValueError, match="merge its adapter"):
-        trainer_on(
-            copy.deepcopy(causal_lm), PAIRS, tokenizer, tmp_path, ref_model=lora(causal_lm, "CAUSAL_LM")
-        )
+        trainer_on(copy.deepcopy(causal_lm), PAIRS, tokenizer, tmp_path, ref_model=lora(causal_lm, "CAUSAL_LM"))
     other_name = get_peft_model(copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM"), "mine")
     with pytest.raises(ValueError, match="active adapters are"):
         trainer_on(other_name, PAIRS, tokenizer, tmp_path)

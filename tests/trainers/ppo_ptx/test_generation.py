@@ -153,9 +153,7 @@ def engine(monkeypatch):
 
 @pytest.mark.parametrize("value_model", ["head", "network"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_vllm_gets_the_policys_weights_and_no_others(
-    kind, value_model, engine, make, causal_lm, reward_model
-):
+def test_vllm_gets_the_policys_weights_and_no_others(kind, value_model, engine, make, causal_lm, reward_model):
     trainer = make(
         lora(causal_lm) if kind == "lora" else causal_lm,
         reward_model if value_model == "network" else lambda completions, **kwargs: [1.0] * len(completions),
@@ -166,9 +164,7 @@ def test_vllm_gets_the_policys_weights_and_no_others(
     generation = trainer.vllm_generation
     assert generation.syncs == 3  # before every rollout
     first = [log for log in trainer.state.log_history if "clip_ratio/region_mean" in log]
-    assert all(
-        log["sampling/sampling_logp_difference/max"] < 1e-4 for log in first
-    )  # one policy on both sides
+    assert all(log["sampling/sampling_logp_difference/max"] < 1e-4 for log in first)  # one policy on both sides
     generation.sync_weights()
     ids = torch.randint(5, 300, (2, 7))
     with torch.no_grad():

@@ -58,9 +58,7 @@ def rewarded(monkeypatch):
 # ---- KL estimators ------------------------------------------------------------------------------------------------
 def kl_of_row(estimator, policy, reference, prompt, completion, temperature):
     """Of one completion without padding, by the definitions of Schulman 2020, token by token and word by word."""
-    logits = [
-        m(torch.tensor([prompt + completion])).logits[0].double() / temperature for m in (policy, reference)
-    ]
+    logits = [m(torch.tensor([prompt + completion])).logits[0].double() / temperature for m in (policy, reference)]
     per_token = []
     for t, token in enumerate(completion, start=len(prompt) - 1):
         p, q = (x[t].softmax(-1) for x in logits)
@@ -82,9 +80,7 @@ def test_kl_equals_the_loop(kind, estimator, make, causal_lm, rewarded, monkeypa
     model = lora(causal_lm) if kind == "lora" else causal_lm
     reference = copy.deepcopy(model)
     monkeypatch.setattr(roles, "KL_POSITIONS", 2 * LENGTH)  # of eight rows two at a time
-    trainer = make(
-        model=model, kl_estimator=estimator, kl_coef=0.3, temperature=0.7, missing_eos_penalty=0.25
-    )
+    trainer = make(model=model, kl_estimator=estimator, kl_coef=0.3, temperature=0.7, missing_eos_penalty=0.25)
     move(trainer.model)
     rollout = rollout_of(trainer)
     (call,) = rewarded
@@ -228,16 +224,13 @@ def test_pretraining_loss_equals_lm_loss_in_value_and_gradient(kind, temperature
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     trained = [p for p in model.parameters() if p.requires_grad]
     slow = [p for p in plain.parameters() if p.requires_grad]
-    for gradient, other in zip(
-        torch.autograd.grad(loss, trained), torch.autograd.grad(expected, slow), strict=True
-    ):
+    for gradient, other in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, slow), strict=True):
         torch.testing.assert_close(gradient, other, atol=1e-6, rtol=1e-5)
     fused = model(**batch, fused_lm_head=True)  # PPO's log-probs keep the temperature; generation its forward
     torch.testing.assert_close(
         fused.loss,
         lm_loss(
-            (expected.new_tensor(2.0) * torch.tanh(logits / 2.0) if kind == "capped" else logits)
-            / temperature,
+            (expected.new_tensor(2.0) * torch.tanh(logits / 2.0) if kind == "capped" else logits) / temperature,
             labels,
         ),
     )
@@ -289,12 +282,8 @@ def test_no_tensor_of_batch_time_vocabulary(estimator, make, causal_lm, monkeypa
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 100)
     monkeypatch.setattr(lm_heads, "DENSE_LOGITS", 8 * VOCABULARY)
     monkeypatch.setattr(roles, "KL_POSITIONS", 8)
-    trainer = make(
-        ptx_coef=1.0, max_steps=1, temperature=0.9, kl_estimator=estimator, ptx_per_device_batch_size=2
-    )
-    limit = (
-        4 * LENGTH * VOCABULARY
-    )  # both the rollout (4 x 6) and the text (2 x 16) have at least these positions
+    trainer = make(ptx_coef=1.0, max_steps=1, temperature=0.9, kl_estimator=estimator, ptx_per_device_batch_size=2)
+    limit = 4 * LENGTH * VOCABULARY  # both the rollout (4 x 6) and the text (2 x 16) have at least these positions
     with Largest() as largest:
         trainer.train()
     assert largest.numel < limit, largest.shape
@@ -304,9 +293,7 @@ def test_no_tensor_of_batch_time_vocabulary(estimator, make, causal_lm, monkeypa
 
 
 # ---- rollouts of any size -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("rows", "completions"), [(1, 1), (3, 1), (3, 3), (4, 2)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("rows", "completions"), [(1, 1), (3, 1), (3, 3), (4, 2)], ids=lambda value: str(value))
 def test_any_rollout_size_and_any_number_of_completions(rows, completions, make, causal_lm):
     causal_lm.generation_config.eos_token_id = END_IDS
     lengths, prompts_seen = [], []

@@ -167,9 +167,7 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
     set_reward_bias(reward_model, 0.25)
     policy = lora(causal_lm, std=0.3, targets=TARGETS) if is_lora else causal_lm
     if is_lora:
-        reward_model = lora(
-            reward_model, "SEQ_CLS", seed=6, std=0.3, targets=TARGETS, modules_to_save=["score"]
-        )
+        reward_model = lora(reward_model, "SEQ_CLS", seed=6, std=0.3, targets=TARGETS, modules_to_save=["score"])
     sft = copy.deepcopy(policy)
     scorer = copy.deepcopy(reward_model)
 
@@ -178,9 +176,7 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
         if has_head:
             return token_share([completion])[0]
         model = bare(scorer)
-        return float(
-            model.score(model.model(torch.tensor([prompt + completion])).last_hidden_state)[0, -1] - 0.25
-        )
+        return float(model.score(model.model(torch.tensor([prompt + completion])).last_hidden_state)[0, -1] - 0.25)
 
     compare = Compare()
     torch.manual_seed(3)

@@ -221,9 +221,7 @@ def files(tmp_path, causal_lm, reward_model, tokenizer):
         "prompts": [{"prompt": p} for p in prompts],
         "text": [{"text": " ".join(words[i % 5 :])} for i in range(9)],
         "demonstrations": [{"prompt": p, "completion": f" {p}"} for p in prompts],
-        "rankings": [
-            {"prompt": p, "completions": [" sat", " ran", f" {p}"], "ranks": [1, 2, 3]} for p in prompts
-        ],
+        "rankings": [{"prompt": p, "completions": [" sat", " ran", f" {p}"], "ranks": [1, 2, 3]} for p in prompts],
     }
     for name, lines in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -316,9 +314,7 @@ def test_killed_over_and_over_ends_as_if_never_killed(server, files):
         assert f"_unfinished/checkpoint-{step} was left unfinished" in log
 
 
-@pytest.mark.parametrize(
-    ("newer", "reward"), [("half-deleted", "reward"), ("half-written", "reward-adapter")]
-)
+@pytest.mark.parametrize(("newer", "reward"), [("half-deleted", "reward"), ("half-written", "reward-adapter")])
 def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, files):
     """With a LoRA policy; the reward model of its own, or, as the value function, an adapter on the policy's base."""
     options = ppo_options(files, "sft", save_total_limit=5, max_steps=8)
@@ -340,9 +336,7 @@ def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, f
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
-@pytest.mark.parametrize(
-    ("recipe", "rows"), [("sft", "demonstrations"), ("reward", "rankings"), ("dpo", "rankings")]
-)
+@pytest.mark.parametrize(("recipe", "rows"), [("sft", "demonstrations"), ("reward", "rankings"), ("dpo", "rankings")])
 def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, server, files):
     options = OPTIONS | {
         "max_steps": 7,

@@ -173,9 +173,7 @@ def test_inner_epochs_divide_the_rollout_anew(make):
 
     class Watched(PPOPtxTrainer):
         def _compute_loss(self, model, inputs):
-            micro_batches.append(
-                (rows_of(inputs), inputs["loss_mask"].sum().item(), inputs["num_tokens"].item())
-            )
+            micro_batches.append((rows_of(inputs), inputs["loss_mask"].sum().item(), inputs["num_tokens"].item()))
             return super()._compute_loss(model, inputs)
 
     trainer = make(steps_per_generation=4, gradient_accumulation_steps=2, num_iterations=3, max_steps=6)

@@ -28,9 +28,7 @@ def adapter_on(base, model_class, task_type, bits, seed, **kwargs):
     model = model_class.from_pretrained(base, **loading(bits), **kwargs)
     keep_4bit_gradients(model)
     lora = {"modules_to_save": ["score"]} if task_type == "SEQ_CLS" else {}
-    model = get_peft_model(
-        model, LoraConfig(task_type=task_type, r=4, target_modules=["q_proj", "v_proj"], **lora)
-    )
+    model = get_peft_model(model, LoraConfig(task_type=task_type, r=4, target_modules=["q_proj", "v_proj"], **lora))
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -62,9 +60,7 @@ def run(request, tokenizer, tmp_path):
     save_reward_model(reward, tmp_path / "rm")
 
     def run(shared, **overrides):
-        policy = AutoPeftModelForCausalLM.from_pretrained(
-            tmp_path / "sft", is_trainable=True, **loading(bits)
-        )
+        policy = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "sft", is_trainable=True, **loading(bits))
         args = config(
             tmp_path,
             **{
@@ -78,9 +74,7 @@ def run(request, tokenizer, tmp_path):
             },
         )
         rewards = str(tmp_path / "rm") if shared else load_reward_model(tmp_path / "rm")
-        trainer = PPOPtxTrainer(
-            policy, rewards, args, PROMPTS, processing_class=tokenizer, pretrain_dataset=TEXTS
-        )
+        trainer = PPOPtxTrainer(policy, rewards, args, PROMPTS, processing_class=tokenizer, pretrain_dataset=TEXTS)
         assert isinstance(trainer.reward_models[0], AdapterScorer) == shared
         assert isinstance(trainer.value_function.module, AdapterScorer) == shared
         return trainer

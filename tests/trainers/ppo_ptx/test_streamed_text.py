@@ -11,9 +11,7 @@ from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config, length_reward
 
-TEXTS = [
-    f"{a} {b} number {i}" for i, (a, b) in enumerate([("the cat", "sat"), ("a dog", "ran to the house")] * 9)
-]
+TEXTS = [f"{a} {b} number {i}" for i, (a, b) in enumerate([("the cat", "sat"), ("a dog", "ran to the house")] * 9)]
 ROWS = [{"text": text, "url": str(i)} for i, text in enumerate(TEXTS)]
 
 
@@ -181,9 +179,7 @@ def test_ppo_ptx_on_streamed_text_resumes_bit_for_bit(make, tmp_path):
     assert len(losses) == 6
     assert losses == resumed_losses
     assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
-    with pytest.raises(
-        ValueError, match=r"the pretraining text of .*checkpoint-3 was a stream: give it as it was"
-    ):
+    with pytest.raises(ValueError, match=r"the pretraining text of .*checkpoint-3 was a stream: give it as it was"):
         make("other", Dataset.from_list(ROWS)).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -32,9 +32,7 @@ from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, first_log, l
 
 def weights_of(trainer):
     policy = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return policy | {
-        f"value.{n}": p.detach().clone() for n, p in trainer.value_function.module.named_parameters()
-    }
+    return policy | {f"value.{n}": p.detach().clone() for n, p in trainer.value_function.module.named_parameters()}
 
 
 # ---- value warm-up ---
@@ -166,9 +164,7 @@ def test_scored_ids_are_those_of_reward_training(
         completion = decoded if kind == "plain" else [{"role": "assistant", "content": decoded}]
         expected.append(build_ids(tok, prompt, completion, truncated=truncated))
     assert scored == [prompt + completion for prompt, completion in expected]
-    for score, (prompt, completion) in zip(
-        trainer._sampled.scores, expected, strict=True
-    ):  # padding does not matter
+    for score, (prompt, completion) in zip(trainer._sampled.scores, expected, strict=True):  # padding does not matter
         ids = torch.tensor([prompt + completion])
         alone = reward_model.score(reward_model.model(ids).last_hidden_state)[0, -1, 0] - 0.5
         assert float(score) == pytest.approx(float(alone), abs=1e-5)
@@ -187,9 +183,7 @@ def test_reward_model_from_path(kind, make, reward_model, tmp_path):
     rollout = rollout_of(trainer)
     ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], 1)
     mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], 1)
-    torch.testing.assert_close(
-        trainer._sampled.scores, sequence_scores(reward_model, ids, mask), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(trainer._sampled.scores, sequence_scores(reward_model, ids, mask), atol=1e-5, rtol=0)
     trainer.train()
     moved = {name for name, p in trainer.value_function.module.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "score" in name for name in moved) == (kind == "adapter")
@@ -222,9 +216,7 @@ def test_scores_and_python_functions_are_weighted_and_logged(make, reward_model)
 
 def test_missing_eos_is_told_by_all_eos_ids(make, causal_lm, monkeypatch):
     causal_lm.generation_config.eos_token_id = [1, 7]
-    trainer = make(
-        rewards=lambda completions, **k: [1.0] * len(completions), missing_eos_penalty=0.25, kl_coef=0.0
-    )
+    trainer = make(rewards=lambda completions, **k: [1.0] * len(completions), missing_eos_penalty=0.25, kl_coef=0.0)
     sampled = [[5, 1], [5, 7], [5, 6], [1]] * 2
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda *args, **kwargs: (sampled, None))
     rollout_of(trainer)
@@ -265,9 +257,7 @@ def test_rollout_without_any_score_moves_nothing(make):
 
 
 # ---- optimizer steps ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("accumulation", "inner_epochs", "steps"), [(4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 3, 12)]
-)
+@pytest.mark.parametrize(("accumulation", "inner_epochs", "steps"), [(4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 3, 12)])
 def test_minibatches_and_inner_epochs_set_the_number_of_steps(accumulation, inner_epochs, steps, make):
     trainer = make(
         per_device_train_batch_size=2,
@@ -319,9 +309,7 @@ def assert_same(left, right, tolerance=1e-6):
 def test_ptx_scale_does_not_depend_on_ratio_or_micro_batches(make, causal_lm, tokenizer):
     text = "the cat sat on the mat and the dog ran to the red house"
     length = len(tokenizer(text)["input_ids"]) + 1  # with EOS: every block is this document
-    base, log = ptx_gradient(
-        make, causal_lm, [text] * 8, ptx_max_length=length, ptx_batch_ratio=0.0
-    )  # one block
+    base, log = ptx_gradient(make, causal_lm, [text] * 8, ptx_max_length=length, ptx_batch_ratio=0.0)  # one block
     ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
     loss = causal_lm(ids, labels=ids).loss
     assert log["loss/ptx"] == pytest.approx(loss.item(), rel=1e-5)
@@ -586,9 +574,7 @@ def test_other_tokenizer_is_refused(make, reward_model, tokenizer, chat_tokenize
 
 
 def test_policies_that_cannot_train_are_refused(make, causal_lm, tmp_path):
-    model = get_peft_model(
-        copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="policy"
-    )
+    model = get_peft_model(copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="policy")
     with pytest.raises(ValueError, match="'default'"):
         make(model)
     with pytest.raises(ValueError, match="is_trainable=True"):

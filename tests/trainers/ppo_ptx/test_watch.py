@@ -49,9 +49,7 @@ def run(steps=60, **curves):
         t = i / (steps - 1)
         entry = {"step": i + 1}
         for key, (first, middle, last) in HEALTHY.items():
-            entry[key] = (
-                first + 2 * t * (middle - first) if t < 0.5 else middle + (2 * t - 1) * (last - middle)
-            )
+            entry[key] = first + 2 * t * (middle - first) if t < 0.5 else middle + (2 * t - 1) * (last - middle)
         for key, curve in curves.items():
             entry[key.replace("__", "/")] = curve(t) if callable(curve) else curve
         log.append(entry)
@@ -194,10 +192,7 @@ def test_over_optimization_is_found_in_evaluations():
     assert (trouble.name, trouble.step) == ("over-optimization", 50)
     assert "from 2 (step 20) to 1.3" in trouble.message
     assert diagnose(evaluations([1, 2, 1.5, 1.4, 1.3], [1, 6, 3, 4, 5])) == []  # the proxy fell too
-    assert (
-        diagnose(evaluations([1, 2, 1.95, 1.92, 1.91], [1, 2, 3, 4, 5], **{"eval_rewards/gold/std": 1.0}))
-        == []
-    )
+    assert diagnose(evaluations([1, 2, 1.95, 1.92, 1.91], [1, 2, 3, 4, 5], **{"eval_rewards/gold/std": 1.0})) == []
 
 
 def test_remedies_name_settings_that_exist():
@@ -289,9 +284,7 @@ def test_watch_warns_once_and_not_again_after_resuming(tmp_path, caplog):
     assert settings["episodes_per_rollout"] == 4 * 32
     assert settings["max_grad_norm"] == 0.7
     json.dumps(settings)
-    resumed = TrainerState(
-        log_history=list(state.log_history), stateful_callbacks={}
-    )  # of a run without the watch
+    resumed = TrainerState(log_history=list(state.log_history), stateful_callbacks={})  # of a run without the watch
     assert train(resumed, log[40:]) == []
     assert "TrainingWatch" in resumed.stateful_callbacks
     other = TrainerState(is_world_process_zero=False)

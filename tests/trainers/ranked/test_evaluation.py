@@ -208,8 +208,6 @@ def test_predicting_in_a_step_leaves_its_metrics_to_training(make_trainer):
         callback.trainer = trainer
         trainer.train()
         logs.append([set(log) for log in trainer.state.log_history])
-        names = (
-            ("mean_reward", "min_reward") if isinstance(trainer, RankedRewardTrainer) else ("kendall_tau",)
-        )
+        names = ("mean_reward", "min_reward") if isinstance(trainer, RankedRewardTrainer) else ("kendall_tau",)
         assert set(names) <= set(trainer.state.log_history[0])
     assert logs[0] == logs[1]

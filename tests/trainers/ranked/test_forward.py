@@ -252,9 +252,7 @@ def test_a_step_by_itself_is_the_mean_over_its_batch(kind, budget, models, token
     expected = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)).item()
     loss = trainer.training_step(trainer.model, inputs).item()
     assert loss == pytest.approx(expected, abs=1e-6)
-    (logged,) = train(trainer_on(kind, models[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))[1][
-        :1
-    ]
+    (logged,) = train(trainer_on(kind, models[kind], tokenizer, tmp_path, max_tokens_per_forward=budget))[1][:1]
     assert logged["loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -285,8 +283,7 @@ def other_model(kind, model_type):
 
 @pytest.mark.parametrize(
     ("kind", "what"),
-    [(kind, what) for kind in ("reward", "dpo") for what in ("shared", "rows", "falls back")]
-    + [("reward", "token")],
+    [(kind, what) for kind in ("reward", "dpo") for what in ("shared", "rows", "falls back")] + [("reward", "token")],
 )
 def test_no_forward_exceeds_the_budget(what, kind, models, tokenizer, tmp_path):
     budget = 60
@@ -323,9 +320,7 @@ def test_a_budget_without_room_for_a_completion_forwards_it_whole(reward_model, 
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-@pytest.mark.parametrize(
-    ("batch_size", "steps", "budget"), [(1, 8, None), (3, 3, None), (2, 4, 40), (3, 3, 40)]
-)
+@pytest.mark.parametrize(("batch_size", "steps", "budget"), [(1, 8, None), (3, 3, None), (2, 4, 40), (3, 3, 40)])
 def test_accumulated_batches_equal_one(batch_size, steps, budget, kind, models, tokenizer, tmp_path):
     def result(size, steps, **options):
         trainer = trainer_on(
@@ -395,9 +390,7 @@ def test_an_architecture_wrongly_on_the_list_is_caught(kind, tokenizer, tmp_path
     assert "the first batch scored differently" in warning.message
     monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", lambda *_: True)
     wrong = train(trainer_on(kind, model, tokenizer, tmp_path, max_steps=2))
-    assert (wrong[0][0] - expected[0][0]).norm() > 0.1 * expected[0][
-        0
-    ].norm()  # as it would be without the check
+    assert (wrong[0][0] - expected[0][0]).norm() > 0.1 * expected[0][0].norm()  # as it would be without the check
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
@@ -559,6 +552,4 @@ def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
         assert len(expected["metrics"]) > 8
         assert result["metrics"] == pytest.approx(expected["metrics"], abs=1e-5, rel=1e-4), case
         for name, weight in expected["weights"].items():
-            torch.testing.assert_close(
-                result["weights"][name], weight, rtol=0, atol=1e-6, msg=f"{case} {name}"
-            )
+            torch.testing.assert_close(result["weights"][name], weight, rtol=0, atol=1e-6, msg=f"{case} {name}")

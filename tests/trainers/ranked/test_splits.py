@@ -79,10 +79,7 @@ def test_forwards_partition_the_batch_within_the_budget(budget, shares_prefixes)
             assert whole or len(prompts) == 1
             if not whole:  # only a prompt that does not fit by itself is divided
                 (b,) = prompts
-                assert (
-                    size_by_hand(ids, mask, [c for c in cells_of(present) if c[0] == b], shares_prefixes)
-                    > budget
-                )
+                assert size_by_hand(ids, mask, [c for c in cells_of(present) if c[0] == b], shares_prefixes) > budget
             kinds.add((whole, len(prompts) > 1))
     expected = {1: {(False, False)}, 1000: {(True, True)}}.get(budget, set())
     assert kinds >= expected

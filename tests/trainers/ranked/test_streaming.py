@@ -47,9 +47,7 @@ def trainer_on(kind, model, rows, tokenizer, folder, **options):
     }
     eval_rows = options.pop("eval_rows", None)
     args = config(**settings(folder, **(defaults | options)))
-    return trainer_class(
-        model, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
+    return trainer_class(model, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer)
 
 
 def with_lora(model, kind):
@@ -135,9 +133,7 @@ def test_a_resumed_stream_ends_with_the_same_weights(kind, saved_at, models, tok
 
 def test_each_pass_draws_its_own_order():
     ids = {"prompt_ids": [[i] for i in range(9)], "completion_ids": [[[7], [8]]] * 9, "ranks": [[1, 2]] * 9}
-    stream = ComparisonStream(
-        Dataset.from_dict(ids).to_iterable_dataset().shuffle(seed=0, buffer_size=9), None
-    )
+    stream = ComparisonStream(Dataset.from_dict(ids).to_iterable_dataset().shuffle(seed=0, buffer_size=9), None)
     rows = iter(stream)
     passes = [[next(rows)["prompt_ids"] for _ in range(9)] for _ in range(3)]
     assert [sorted(p) for p in passes] == [[[i] for i in range(9)]] * 3
@@ -223,9 +219,7 @@ def test_a_bad_row_stops_training_where_it_comes(row, expected, models, tokenize
         ([{**RANKED[0], "completions": [" sat", " mat" * 300, " a"]}], {"max_length": None}, "row 0: 3.. tokens, but"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_from_the_start_stops_before_training(
-    rows, options, expected, models, tokenizer, tmp_path
-):
+def test_what_is_wrong_from_the_start_stops_before_training(rows, options, expected, models, tokenizer, tmp_path):
     options = {"max_steps": 3} | options
     with pytest.raises(ValueError, match=expected):
         trainer_on("reward", models["reward"], from_rows(rows), tokenizer, tmp_path, **options)

@@ -78,15 +78,11 @@ def trained(base_path, tokenizer, tmp_path):
 
 
 def prefopt_scores(trainer):
-    return trainer.score(
-        [row["prompt"] for row in DEMONSTRATIONS], [row["completion"] for row in DEMONSTRATIONS]
-    )
+    return trainer.score([row["prompt"] for row in DEMONSTRATIONS], [row["completion"] for row in DEMONSTRATIONS])
 
 
 def head_of(model):
-    head = (
-        model.get_base_model().score.modules_to_save.default if isinstance(model, PeftModel) else model.score
-    )
+    head = model.get_base_model().score.modules_to_save.default if isinstance(model, PeftModel) else model.score
     return head.weight
 
 
@@ -188,9 +184,7 @@ def test_trainable_weights_are_fp32(trained):
     trainable = {n: p.dtype for n, p in trained.model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trainable)
     assert set(trainable.values()) == {torch.float32}
-    assert (
-        trained.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.uint8
-    )
+    assert trained.model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.uint8
 
 
 def test_reloaded_scores_are_bit_for_bit_the_trained_ones(trained, tokenizer, tmp_path):
@@ -202,9 +196,7 @@ def test_reloaded_scores_are_bit_for_bit_the_trained_ones(trained, tokenizer, tm
     assert get_reward_bias(loaded) == get_reward_bias(trained.model) != 0.0
     prompts, completions = zip(*((row["prompt"], row["completion"]) for row in DEMONSTRATIONS), strict=True)
     batch = trained.args.eval_batch_size
-    assert score_texts(loaded, tokenizer, prompts, completions, batch_size=batch) == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert score_texts(loaded, tokenizer, prompts, completions, batch_size=batch) == pytest.approx(expected, abs=1e-6)
     assert torch.equal(sequence_scores(loaded, IDS, MASK), sequence_scores(trained.model.eval(), IDS, MASK))
 
 
@@ -246,9 +238,7 @@ def test_merged_scores_are_those_of_the_dequantized_base_plus_adapter(trained, b
     with_adapter = PeftModel.from_pretrained(dequantized, tmp_path / "rm").eval()
     expected = with_adapter(input_ids=IDS, attention_mask=MASK).logits[:, 0] - get_reward_bias(trained.model)
     merged = merge_reward_model(tmp_path / "rm")
-    assert not any(
-        "lora" in name or "4bit" in type(module).__name__ for name, module in merged.named_modules()
-    )
+    assert not any("lora" in name or "4bit" in type(module).__name__ for name, module in merged.named_modules())
     layer = with_adapter.get_base_model().model.layers[1].mlp.up_proj
     delta = layer.lora_B.default.weight @ layer.lora_A.default.weight * layer.scaling["default"]
     weight = merged.model.layers[1].mlp.up_proj.weight

@@ -111,9 +111,7 @@ def test_score_is_read_at_the_token(side, reward_model):
 def test_trained_saved_reloaded(kind, rows, base_path, tokenizer, tmp_path):
     if rows == "grown":  # the tokenizer has a token for each of the model's 320 rows
         tokenizer.add_tokens([f"<extra_{i}>" for i in range(320 - len(tokenizer))])
-    is_lora = (
-        kind == "lora"
-    )  # all weights at its learning rate make activations whose rounding shows in the scores
+    is_lora = kind == "lora"  # all weights at its learning rate make activations whose rounding shows in the scores
     rate = 1e-2 if is_lora else 1e-3
     trainer = trainer_on(base_path, tokenizer, tmp_path / "rm", peft=is_lora, learning_rate=rate)
     token_id = trainer.model.config.reward_token_id
@@ -263,9 +261,7 @@ def test_a_model_with_a_token_is_checked_without_the_option(given, base_path, to
 def test_never_sampled_and_scored_alike(causal_lm, tokenizer, tmp_path):
     token_id = 310
     torch.manual_seed(1)
-    config = causal_lm.config.from_dict(
-        {**causal_lm.config.to_dict(), "num_labels": 1, "reward_token_id": token_id}
-    )
+    config = causal_lm.config.from_dict({**causal_lm.config.to_dict(), "num_labels": 1, "reward_token_id": token_id})
     reward_model = LlamaForSequenceClassification(config)
     lm_head = nn.Linear(16, 320)  # the token has by far the largest logit everywhere
     lm_head.weight.data.copy_(causal_lm.lm_head.weight.data)
@@ -292,9 +288,7 @@ def test_never_sampled_and_scored_alike(causal_lm, tokenizer, tmp_path):
         causal_lm,
         reward_model,
         args,
-        train_dataset=Dataset.from_list(
-            [{"prompt": text} for text in ("the cat", "a dog", "the", "what is")]
-        ),
+        train_dataset=Dataset.from_list([{"prompt": text} for text in ("the cat", "a dog", "the", "what is")]),
         processing_class=tokenizer,
     )
     seen = []
@@ -312,14 +306,10 @@ def test_never_sampled_and_scored_alike(causal_lm, tokenizer, tmp_path):
     drawn = generate(trainer.model, tokenizer, ["the cat"], max_new_tokens=8, num_return=4)[0]
     assert not any(token_id in completion.ids for completion in drawn)
     out = trainer.model.generate(torch.tensor([[5, 6]]), max_new_tokens=8, do_sample=False)
-    assert (
-        token_id not in out
-    )  # transformers' own generate, from the generation config that is saved with the policy
+    assert token_id not in out  # transformers' own generate, from the generation config that is saved with the policy
 
 
-def test_ppo_accepts_a_reward_model_whose_tokenizer_has_one_token_more(
-    base_path, causal_lm, tokenizer, tmp_path
-):
+def test_ppo_accepts_a_reward_model_whose_tokenizer_has_one_token_more(base_path, causal_lm, tokenizer, tmp_path):
     trainer_on(base_path, tokenizer, tmp_path / "rm").save_model()
     reward_model = load_reward_model(tmp_path / "rm")
     reward_model.config._name_or_path = str(tmp_path / "rm")
@@ -339,9 +329,7 @@ def test_an_adapter_policy_remembers_the_token(causal_lm, tokenizer, tmp_path):
     base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     base.lm_head = causal_lm.lm_head
     reward_model = LlamaForSequenceClassification(
-        causal_lm.config.from_dict(
-            {**causal_lm.config.to_dict(), "num_labels": 1, "reward_token_id": token_id}
-        )
+        causal_lm.config.from_dict({**causal_lm.config.to_dict(), "num_labels": 1, "reward_token_id": token_id})
     )
     args = PPOPtxConfig(
         str(tmp_path / "policy"), report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=2, max_steps=1,
@@ -349,9 +337,7 @@ def test_an_adapter_policy_remembers_the_token(causal_lm, tokenizer, tmp_path):
     )  # fmt: skip
     rows = Dataset.from_list([{"prompt": "the cat"}, {"prompt": "a dog"}])
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    trainer = PPOPtxTrainer(
-        base, reward_model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora
-    )
+    trainer = PPOPtxTrainer(base, reward_model, args, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.save_model()
     for load in (
         lambda path: load_language_model(path)[0],

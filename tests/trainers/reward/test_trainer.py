@@ -113,9 +113,7 @@ def test_rankings_equal_a_loop_over_pairs(kind, reward_model, tokenizer, tmp_pat
     loss = first_loss(trainer)
     torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-6)
     loss.backward()
-    for parameter, expected in zip(
-        [p for p in model.parameters() if p.requires_grad], expected_grads, strict=True
-    ):
+    for parameter, expected in zip([p for p in model.parameters() if p.requires_grad], expected_grads, strict=True):
         if expected is not None:
             torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-6)
 
@@ -224,9 +222,7 @@ def test_predict_leaves_nothing_behind(reward_model, tokenizer, tmp_path):
 
 def test_compute_metrics_gets_scores_and_ranks(reward_model, tokenizer, tmp_path):
     seen = []
-    trainer = trainer_on(
-        reward_model, RAGGED, tokenizer, tmp_path, eval_rows=RAGGED, per_device_eval_batch_size=2
-    )
+    trainer = trainer_on(reward_model, RAGGED, tokenizer, tmp_path, eval_rows=RAGGED, per_device_eval_batch_size=2)
     trainer.compute_metrics = lambda prediction: seen.append(prediction) or {"mine": 7.0}
     assert trainer.evaluate()["eval_mine"] == 7.0
     ranks = [[rank for rank in row if rank > 0] for row in seen[0].label_ids.tolist()]
@@ -239,9 +235,7 @@ def test_score_is_that_of_single_rows(reward_model, tokenizer, tmp_path):
     trainer = trainer_on(reward_model, RAGGED, tokenizer, tmp_path, per_device_eval_batch_size=2)
     prompts = [row["prompt"] for row in RAGGED for _ in row["completions"]]
     completions = [completion for row in RAGGED for completion in row["completions"]]
-    expected = [
-        alone(reward_model, tokenizer, p, c).item() for p, c in zip(prompts, completions, strict=True)
-    ]
+    expected = [alone(reward_model, tokenizer, p, c).item() for p, c in zip(prompts, completions, strict=True)]
     assert trainer.score(prompts, completions) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="got 1 prompts and 2 completions"):
         trainer.score(["a"], ["b", "c"])
@@ -310,9 +304,7 @@ def test_learns_and_survives_saving(kind, base_path, tokenizer, tmp_path):
         tokenizer,
         out,
         eval_rows=LEARNABLE,
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
-        if kind == "lora"
-        else None,
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]) if kind == "lora" else None,
         learning_rate=2e-2,
         num_train_epochs=20,
         per_device_train_batch_size=6,
@@ -353,9 +345,7 @@ def test_resumes_from_a_checkpoint(base_path, tokenizer, tmp_path):
     resumed = trainer_on(base_path, LEARNABLE, tokenizer, tmp_path / "run", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert resumed.state.global_step == 6
-    for (name, a), (_, b) in zip(
-        whole.model.named_parameters(), resumed.model.named_parameters(), strict=True
-    ):
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -472,9 +462,7 @@ def test_peft_model_without_trainable_head_is_refused(reward_model, tokenizer, t
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_model_loaded_for_scoring_is_not_trained_in_vain(
-    kind, base_path, reward_model, tokenizer, tmp_path
-):
+def test_a_model_loaded_for_scoring_is_not_trained_in_vain(kind, base_path, reward_model, tokenizer, tmp_path):
     model = reward_model
     if kind == "lora":
         base = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
@@ -509,9 +497,7 @@ def test_rows_longer_than_the_models_positions(which, max_length, tokenizer, tmp
         torch.manual_seed(0)
         settings = {"vocab_size": 320, "n_embd": 16, "n_layer": 1, "n_head": 2, "num_labels": 1}
         model = GPT2ForSequenceClassification(GPT2Config(n_positions=positions, pad_token_id=0, **settings))
-        return trainer_on(
-            model, rows["train"], tokenizer, tmp_path, eval_rows=rows["eval"], max_length=max_length
-        )
+        return trainer_on(model, rows["train"], tokenizer, tmp_path, eval_rows=rows["eval"], max_length=max_length)
 
     with pytest.raises(
         ValueError,
