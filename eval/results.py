@@ -141,10 +141,7 @@ def find(
     measures: Iterable[Mapping[str, Any]], name: str, model: str, against: str | None = None
 ) -> Mapping[str, Any] | None:
     """The measure of that name, or None."""
-    return next(
-        (m for m in measures if (m["name"], m["model"], m["against"]) == (name, model, against)),
-        None,
-    )
+    return next((m for m in measures if (m["name"], m["model"], m["against"]) == (name, model, against)), None)
 
 
 def families(measures: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

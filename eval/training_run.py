@@ -62,15 +62,7 @@ ROWS = {
     ],
 }
 ROWS["ppo_ptx"] = ROWS["ppo"]
-HEADLINES = {
-    "objective/scores",
-    "objective/kl",
-    "entropy",
-    "loss",
-    "rewards/accuracies",
-    "accuracy",
-    "reward",
-}
+HEADLINES = {"objective/scores", "objective/kl", "entropy", "loss", "rewards/accuracies", "accuracy", "reward"}
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,7 @@ def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_si
     kept = [owner.generation_config for owner in owners]
     reward_token = getattr(model.config, "reward_token_id", None)
     plain = GenerationConfig(
-        eos_token_id=end_token_ids(model, tokenizer),
-        suppress_tokens=None if reward_token is None else [reward_token],
+        eos_token_id=end_token_ids(model, tokenizer), suppress_tokens=None if reward_token is None else [reward_token]
     )
     training = model.training
     model.eval()

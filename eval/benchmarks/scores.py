@@ -63,10 +63,7 @@ def quac_docs(dialogues: Dataset) -> Dataset:
     for dialogue in dialogues:
         history = ""
         turns = zip(
-            dialogue["questions"],
-            dialogue["orig_answers"]["texts"],
-            dialogue["answers"]["texts"],
-            strict=True,
+            dialogue["questions"], dialogue["orig_answers"]["texts"], dialogue["answers"]["texts"], strict=True
         )
         for question, answer, references in turns:
             answer = "I don't know." if answer == "CANNOTANSWER" else answer
@@ -164,8 +161,7 @@ def truthfulqa_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[s
 
     def best(references: Sequence[str]) -> float:
         return max(
-            (sacrebleu.sentence_bleu(results[0], [text]).score for text in references if text.strip()),
-            default=0.0,
+            (sacrebleu.sentence_bleu(results[0], [text]).score for text in references if text.strip()), default=0.0
         )
 
     true = [*doc["correct_answers"], "I have no comment."]

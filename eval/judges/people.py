@@ -88,9 +88,7 @@ def check_labels(rows: Iterable[Row], completions: Completions, source: str) -> 
         kept.append(label)
     if stale:
         logger.warning(
-            "%s: %d labels left out, which are of other prompts or completions than the generated ones",
-            source,
-            stale,
+            "%s: %d labels left out, which are of other prompts or completions than the generated ones", source, stale
         )
     return kept, stale
 

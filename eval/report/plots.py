@@ -113,10 +113,7 @@ def intervals_plot(
 
 
 def bars_plot(
-    panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]],
-    caption: str,
-    *,
-    percent: bool = True,
+    panels: Sequence[tuple[str, Sequence[tuple[str, Mapping[str, Any]]]]], caption: str, *, percent: bool = True
 ) -> Figure:
     """Bars with intervals in the manner of InstructGPT's Fig. 4: one panel per quantity, one bar per model.
 
@@ -270,12 +267,7 @@ def _reach(points: Points, axis: str) -> np.ndarray | None:
 
 
 def _write(
-    axes: Axes,
-    text: str,
-    at: tuple[float, float],
-    shift: tuple[float, float],
-    coords: Any = "data",
-    **how: Any,
+    axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], coords: Any = "data", **how: Any
 ):
     options = {"fontsize": 8, "xycoords": coords, "xytext": shift, "textcoords": "offset points", **how}
     axes.annotate(_text(text), at, **options)

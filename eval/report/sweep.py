@@ -81,9 +81,7 @@ def build_sweep_page(
             [*against_ptx, "As Fig. 33 of InstructGPT; up is better."],
         ),
         Section(
-            "kl",
-            "Reward and alignment tax against kl_coef",
-            [*against_kl, "As Fig. 34 of InstructGPT; up is better."],
+            "kl", "Reward and alignment tax against kl_coef", [*against_kl, "As Fig. 34 of InstructGPT; up is better."]
         ),
         Section("frontier", "Reward against alignment tax", _frontier(measures, ptx, kl)),
         Section("rollouts", "Over-optimization along training", _rollouts(rollouts)),
@@ -107,11 +105,7 @@ def _frontier(measures: Sequence[Measure], ptx: Sequence[Point], kl: Sequence[Po
         series = []
         for knob, points in (("ptx_coef", ptx), ("kl_coef", kl)):
             drawn = [
-                {
-                    **_ends(measures, name, p, "x"),
-                    **_ends(measures, REWARD, p, "y"),
-                    "label": f"{getattr(p, knob):g}",
-                }
+                {**_ends(measures, name, p, "x"), **_ends(measures, REWARD, p, "y"), "label": f"{getattr(p, knob):g}"}
                 for p in points
             ]
             series.append(Series(knob, drawn))

@@ -262,10 +262,7 @@ class Results:
         return Missing(reasons[0] if reasons else otherwise)
 
     def table(
-        self,
-        asks: Sequence[Ask | str],
-        columns: Sequence[Column] | None = None,
-        paper: Cell | None = None,
+        self, asks: Sequence[Ask | str], columns: Sequence[Column] | None = None, paper: Cell | None = None
     ) -> list[Table]:
         """A table of measures, or none: rows and columns without any are left out.
 

@@ -57,11 +57,7 @@ def pick_samples(
     if gain is not None:
         by = np.asarray(gain, dtype=float)
         order = sorted(shuffled, key=lambda i: by[i] if np.isfinite(by[i]) else -np.inf)
-        take(
-            order,
-            worst,
-            lambda n, i: f"{n}. worst for {label(main)} against {label(baseline)} ({by[i]:+.2f})",
-        )
+        take(order, worst, lambda n, i: f"{n}. worst for {label(main)} against {label(baseline)} ({by[i]:+.2f})")
         take(
             [i for i in order[::-1] if by[i] > 0],
             best,

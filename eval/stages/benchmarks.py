@@ -14,14 +14,7 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
-from prefopt.evaluation.benchmarks.scorers import (
-    Answers,
-    Key,
-    digest,
-    judge_truthfulness,
-    kept_file,
-    score_toxicity,
-)
+from prefopt.evaluation.benchmarks.scorers import Answers, Key, digest, judge_truthfulness, kept_file, score_toxicity
 from prefopt.evaluation.benchmarks.scores import difference, estimate
 from prefopt.evaluation.report.paper import table_14
 from prefopt.evaluation.report.sections import bench as bench_section
@@ -111,10 +104,7 @@ class BenchArguments:
 
     def __post_init__(self) -> None:
         self.bench_data_files = parsed_mapping("bench_data_files", self.bench_data_files)
-        for key, names in (
-            ("bench_tasks", self.bench_tasks or ()),
-            ("bench_data_files", self.bench_data_files),
-        ):
+        for key, names in (("bench_tasks", self.bench_tasks or ()), ("bench_data_files", self.bench_data_files)):
             for name in names:
                 if name not in BENCHMARKS:
                     raise UserError(f"{key}: no benchmark {name!r}; expected some of {', '.join(BENCHMARKS)}")
@@ -257,13 +247,7 @@ def _plan(named: Mapping[str, str], rows: Mapping[str, Any], own: BenchArguments
 
 
 def _settings(
-    args: EvaluationArguments,
-    own: BenchArguments,
-    source: str,
-    name: str,
-    shots: int,
-    prefix: str,
-    instruction: str,
+    args: EvaluationArguments, own: BenchArguments, source: str, name: str, shots: int, prefix: str, instruction: str
 ) -> str:
     """A digest of all that answers depend on; answers with another one are asked for anew."""
     benchmark = BENCHMARKS[name]
@@ -271,15 +255,7 @@ def _settings(
     files = [] if files is None else [files] if isinstance(files, str) else sorted(files.items())
     own_file = [path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))]
     content = [
-        *(
-            "lm-eval",
-            version("lm_eval"),
-            source,
-            _stamps(Path(source)),
-            args.load_in_4bit,
-            args.dtype,
-            args.seed,
-        ),
+        *("lm-eval", version("lm_eval"), source, _stamps(Path(source)), args.load_in_4bit, args.dtype, args.seed),
         *(name, asdict(benchmark), None if benchmark.bundled else own_file, shots, prefix, instruction),
         *(files, [_stamps(Path(f if isinstance(f, str) else f[1])) for f in files]),
         *(own.bench_limit, own.bench_chat_template),

@@ -198,11 +198,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     measures: list[dict[str, Any]] = []
 
     def add(
-        name: str,
-        model: str,
-        compute: Callable[[], Estimate | NoNumber],
-        judge: str | None,
-        against: str | None,
+        name: str, model: str, compute: Callable[[], Estimate | NoNumber], judge: str | None, against: str | None
     ) -> None:
         value: Estimate | NoNumber = broken.get(judge, NO_JUDGE)
         if judge and judge not in broken:
@@ -226,12 +222,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     rates("winrate", main, sampled)
     rates("winrate_greedy", main, lambda r: r.get("decoding") == "greedy" and r["id"] not in heldout, others)
     if heldout:
-        rates(
-            "winrate_heldout_use_case",
-            main,
-            lambda r: r["id"] in heldout and r.get("decoding") != "greedy",
-            others,
-        )
+        rates("winrate_heldout_use_case", main, lambda r: r["id"] in heldout and r.get("decoding") != "greedy", others)
     for use_case in sorted({u for u in use_cases.values() if u}):
         rates(
             f"winrate_use_case.{use_case}",

@@ -13,14 +13,7 @@ from prefopt.evaluation.report.sections import diversity as diversity_section
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage
 from prefopt.statistics.intervals import Estimate, mean_estimate
-from prefopt.statistics.text_diversity import (
-    Distinct,
-    distinct_n,
-    jackknife,
-    self_bleu,
-    sentence_bleu,
-    unique_share,
-)
+from prefopt.statistics.text_diversity import Distinct, distinct_n, jackknife, self_bleu, sentence_bleu, unique_share
 
 Bleu = Callable[[str, list[str]], float]  # of an answer against references
 ORDERS = (1, 2, 3)
@@ -75,10 +68,7 @@ class Found:
 
 
 def across_prompts(
-    texts: Mapping[int, str],
-    own: DiversityArguments,
-    bleu: Bleu | None,
-    seed: int = 0,
+    texts: Mapping[int, str], own: DiversityArguments, bleu: Bleu | None, seed: int = 0
 ) -> dict[str, Found]:
     """Diversity of one answer to each prompt.
 
@@ -104,11 +94,7 @@ def across_prompts(
     return found
 
 
-def per_prompt(
-    samples: Mapping[int, Sequence[str]],
-    own: DiversityArguments,
-    bleu: Bleu | None,
-) -> dict[str, Found]:
+def per_prompt(samples: Mapping[int, Sequence[str]], own: DiversityArguments, bleu: Bleu | None) -> dict[str, Found]:
     """Mean over prompts of the diversity of the samples of one prompt; intervals resample prompts."""
     values: dict[str, dict[int, float]] = {name: {} for name in NAMES}
     for number, (prompt, texts) in enumerate(sorted(samples.items())):

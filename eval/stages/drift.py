@@ -134,11 +134,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
 
 
 def _token_rows(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: DriftArguments,
-    name: str,
-    reference: list[Any],
+    run: EvaluationRun, args: EvaluationArguments, own: DriftArguments, name: str, reference: list[Any]
 ) -> list[dict[str, Any]]:
     if args.baseline not in args.models:
         raise FileNotFoundError(f"no model called {args.baseline!r}, the baseline, in models")

@@ -31,12 +31,7 @@ class GenerateArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("max_prompts", 1),
-            ("samples_per_prompt", 1),
-            ("max_new_tokens", 1),
-            ("temperature", 0),
-        ):
+        for key, least in (("max_prompts", 1), ("samples_per_prompt", 1), ("max_new_tokens", 1), ("temperature", 0)):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UserError(f"{key} is {value}; expected at least {least}")
@@ -89,9 +84,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
             run.completions_path(name).unlink(missing_ok=True)  # of other settings
     status = {name: "ok" if why is None else str(why) for name, why in done.items()}
     run.write_stage(
-        STAGE,
-        [],
-        {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models},
+        STAGE, [], {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models}
     )
     if all(done.values()):
         raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in status.items()))

@@ -72,8 +72,7 @@ class JudgeArguments:
         default=None, metadata={"help": "Language model that is asked, in both orders: folder or Hub id."}
     )
     lm_judge_template: str = field(
-        default=TEMPLATE,
-        metadata={"help": "What it is asked, with {prompt}, {a} and {b}; its next word is A or B."},
+        default=TEMPLATE, metadata={"help": "What it is asked, with {prompt}, {a} and {b}; its next word is A or B."}
     )
     reward_judge: str | None = field(
         default=None, metadata={"help": "Reward model whose higher score wins: folder or Hub id."}

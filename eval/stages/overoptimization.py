@@ -98,9 +98,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
     loaded: dict[str, RewardModel] = {}
     for model in args.models:
         found = not_given or attempt(
-            f"overopt: {model}",
-            lambda m=model: _rewards(run, args, own, judges, m, loaded),
-            skips=FileNotFoundError,
+            f"overopt: {model}", lambda m=model: _rewards(run, args, own, judges, m, loaded), skips=FileNotFoundError
         )
         if isinstance(found, NoNumber):
             reasons[model] = found
@@ -113,8 +111,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
         if model != args.baseline and (model in own.training_runs or Path(folder, "trainer_state.json").is_file()):
             data["rollouts"][model] = {"points": [], "fits": {}}
             add = attempt(
-                f"overopt: the log of {model}",
-                lambda m=model, f=folder: _rollout_measures(m, f, data["rollouts"][m]),
+                f"overopt: the log of {model}", lambda m=model, f=folder: _rollout_measures(m, f, data["rollouts"][m])
             )
             measures += [MEASURES.record("overopt.rl_fit", model, add)] if isinstance(add, NoNumber) else add
     data["models"] = model_points(rewards, args.baseline, drift["measures"])

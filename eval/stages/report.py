@@ -29,12 +29,7 @@ MEASURES = Measures(
         ),
     }
 )
-JUDGES = {
-    "gold": "the gold reward",
-    "human": "people",
-    "lm": "the language-model judge",
-    "reward": "the reward model",
-}
+JUDGES = {"gold": "the gold reward", "human": "people", "lm": "the language-model judge", "reward": "the reward model"}
 
 
 @dataclass
@@ -51,8 +46,7 @@ class ReportArguments:
         },
     )
     report_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of results.json, report.html and report.md; default: output_dir."},
+        default=None, metadata={"help": "Folder of results.json, report.html and report.md; default: output_dir."}
     )
     sft_selection: str | None = field(
         default=None,

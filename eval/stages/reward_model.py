@@ -186,13 +186,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
     measures: list[dict[str, Any]] = []
     # Of a policy that is a reward model, the scores are relative to the baseline.
     against = args.baseline if own.implicit_rewards else None
-    data: dict[str, Any] = {
-        "baseline": against,
-        "groups": {},
-        "reliability": {},
-        "tie_width": {},
-        "agreement": [],
-    }
+    data: dict[str, Any] = {"baseline": against, "groups": {}, "reliability": {}, "tie_width": {}, "agreement": []}
     scored: dict[tuple[str, str], list[list[float]]] = {}
     if not groups:
         measures.append(MEASURES.record("rm.accuracy", "reward_model", NO_RANKINGS))

@@ -49,8 +49,7 @@ class TaxArguments:
         default=None, metadata={"help": "JSONL file of documents kept out of pretraining; column `text`."}
     )
     heldout_tasks: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file of multiple-choice tasks: `context`, `choices` and `answer`."},
+        default=None, metadata={"help": "JSONL file of multiple-choice tasks: `context`, `choices` and `answer`."}
     )
     tax_max_length: int | None = field(
         default=None, metadata={"help": "Window of bits per byte in tokens; default: the model's positions."}
@@ -141,11 +140,7 @@ def _bits(
 
 
 def _answers(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    name: str,
-    tasks: Sequence[Mapping[str, Any]],
-    loaded: list[Any],
+    run: EvaluationRun, args: EvaluationArguments, name: str, tasks: Sequence[Mapping[str, Any]], loaded: list[Any]
 ) -> np.ndarray:
     def compute() -> list[dict[str, float]]:
         model, tokenizer = _load(args, name, loaded)

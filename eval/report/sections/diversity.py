@@ -2,10 +2,7 @@
 
 from prefopt.evaluation.report.tables import Ask, Block, Results, label
 
-SCOPES = {
-    "across_prompts": "Across prompts, one sample of each",
-    "per_prompt": "Among the samples of one prompt",
-}
+SCOPES = {"across_prompts": "Across prompts, one sample of each", "per_prompt": "Among the samples of one prompt"}
 MEASURES = {
     "distinct_1": ("distinct 1-grams", 3),
     "distinct_2": ("distinct 2-grams", 3),

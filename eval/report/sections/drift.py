@@ -31,8 +31,4 @@ def section(results: Results) -> list[Block]:
         "PPO's log shows, the log-probability ratio of the sampled tokens alone: the same on average, with more noise. "
         "Entropy that falls is mode collapse (Kirk et al. 2023)."
     )
-    return [
-        *results.table(asks),
-        *figures,
-        note,
-    ]
+    return [*results.table(asks), *figures, note]

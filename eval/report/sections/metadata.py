@@ -5,26 +5,11 @@ from typing import Any
 
 from prefopt.evaluation.report.paper import FIG_4, FIG_5, MARK
 from prefopt.evaluation.report.plots import bars_plot
-from prefopt.evaluation.report.tables import (
-    Ask,
-    Block,
-    Cell,
-    Column,
-    Fold,
-    Results,
-    Row,
-    Table,
-    label,
-    number,
-)
+from prefopt.evaluation.report.tables import Ask, Block, Cell, Column, Fold, Results, Row, Table, label, number
 
 # What Fig. 4 shows: flag -> title, the paper's bar, and whether both are the opposite of the flag.
 FIG4 = {
-    "fails_to_follow_instruction": (
-        "attempts the correct instruction",
-        "attempts_correct_instruction",
-        True,
-    ),
+    "fails_to_follow_instruction": ("attempts the correct instruction", "attempts_correct_instruction", True),
     "satisfies_constraint": ("follows the explicit constraint", "follows_explicit_constraints", False),
     "hallucination": ("hallucinates (closed-domain prompts)", "hallucination", False),
     "inappropriate_for_customer_assistant": (

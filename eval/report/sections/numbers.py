@@ -38,10 +38,7 @@ def _row(m: Measure) -> Row:
     against = f" − {label(m['against'])}" if m["against"] and not m["name"].startswith("winrate") else ""
     count = Cell(f"{m['n']:,}", f"{m['n_clusters']:,}" if m["n_clusters"] != m["n"] else "")
     status = Cell(m["status"], m["reason"] or "", "words")
-    return Row(
-        m["name"],
-        [label(m["model"]) + against, number(m["value"], 4), interval(m, 4) or "–", count, status],
-    )
+    return Row(m["name"], [label(m["model"]) + against, number(m["value"], 4), interval(m, 4) or "–", count, status])
 
 
 def _missing(measures: Sequence[Measure]) -> list[Fold]:

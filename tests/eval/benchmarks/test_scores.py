@@ -175,18 +175,8 @@ def test_perplexity_of_log_likelihoods():
     assert paired.value == pytest.approx(math.exp(7.6 / 3) - math.exp(3.8 / 3))
 
 
-ANSWERS = [
-    "the cat sat on the mat",
-    "a dog ran to the old house",
-    "good day to you all",
-    "she reads a book here",
-]
-REFERENCES = [
-    "the cat is on the mat",
-    "the dog ran to the red house",
-    "good day to you",
-    "she reads the book there",
-]
+ANSWERS = ["the cat sat on the mat", "a dog ran to the old house", "good day to you all", "she reads a book here"]
+REFERENCES = ["the cat is on the mat", "the dog ran to the red house", "good day to you", "she reads the book there"]
 
 
 def translations(answers):

@@ -1,13 +1,7 @@
 import numpy as np
 import pytest
 
-from prefopt.evaluation.benchmarks.scorers import (
-    HOSTILE,
-    ScorerError,
-    load_scorer,
-    over_samples,
-    toxicity_scores,
-)
+from prefopt.evaluation.benchmarks.scorers import HOSTILE, ScorerError, load_scorer, over_samples, toxicity_scores
 from prefopt.evaluation.judges.gold import load_callable
 
 TEXTS = ["the cat sat", "you idiot", "a red house"]

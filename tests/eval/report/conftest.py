@@ -83,20 +83,9 @@ def whole_results(models=MODELS, *, prompt="What is this?", text="an answer", la
         for d, k in enumerate((1, 2, 4, 8))
     ]
     fit = {"alpha": 0.9, "beta": 0.3, "peak": 1.4, "falls": True}
-    benchmark = {
-        "conditions": ["0-shot"],
-        "rows": label,
-        "from_hub": False,
-        "hub_verified": True,
-        "lm_eval": "task",
-    }
+    benchmark = {"conditions": ["0-shot"], "rows": label, "from_hub": False, "hub_verified": True, "lm_eval": "task"}
     bins = [
-        {
-            "confidence": 0.5 + i / 20,
-            "accuracy": 0.5 + i / 25,
-            "ci_low": 0.4 + i / 25,
-            "ci_high": 0.6 + i / 25,
-        }
+        {"confidence": 0.5 + i / 20, "accuracy": 0.5 + i / 25, "ci_low": 0.4 + i / 25, "ci_high": 0.6 + i / 25}
         for i in range(10)
     ]
     positions = [{"position": i, "kl": i / 9, "entropy": 3 - i / 9} for i in range(20)]
@@ -107,12 +96,7 @@ def whole_results(models=MODELS, *, prompt="What is this?", text="an answer", la
     return build_results(
         measures,
         wall_seconds={"judge": 70.2, label: 150.0},
-        settings={
-            "models": list(models),
-            "baseline": baseline,
-            "heldout_use_case": label,
-            "judge": "the gold reward",
-        },
+        settings={"models": list(models), "baseline": baseline, "heldout_use_case": label, "judge": "the gold reward"},
         samples=[
             {
                 "prompt": prompt,
@@ -146,11 +130,7 @@ def whole_results(models=MODELS, *, prompt="What is this?", text="an answer", la
             "bench": {
                 "benchmarks": {
                     name: benchmark | {"title": title}
-                    for name, title in (
-                        ("rte", "RTE"),
-                        ("squadv2", "SQuADv2"),
-                        ("truthfulqa_mc1", "TruthfulQA"),
-                    )
+                    for name, title in (("rte", "RTE"), ("squadv2", "SQuADv2"), ("truthfulqa_mc1", "TruthfulQA"))
                 },
                 "base": baseline,
                 "models": list(models),

@@ -178,8 +178,7 @@ def test_a_model_that_breaks_midway_loses_nothing(folder: Path, monkeypatch):
 # ---- the command ----------------------------------------------------------------------------------------------------
 def test_the_command_goes_from_prompts_to_win_rates(folder: Path, capsys):
     write_jsonl(
-        folder / "prompts.jsonl",
-        [{"prompt": text, "use_case": "chat"} for text in ("the cat", "a dog", "red")],
+        folder / "prompts.jsonl", [{"prompt": text, "use_case": "chat"} for text in ("the cat", "a dog", "red")]
     )
     config = {
         "output_dir": str(folder / "out"),

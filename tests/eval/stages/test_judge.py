@@ -271,11 +271,7 @@ def evaluation(tmp_path: Path, tokenizer, reward_model) -> tuple[EvaluationRun, 
     run = EvaluationRun(tmp_path / "out")
     args = EvaluationArguments(
         output_dir=str(run.folder),
-        models={
-            "sft": str(tmp_path / "policy"),
-            "ppo": str(tmp_path / "policy"),
-            "lost": str(tmp_path / "gone"),
-        },
+        models={"sft": str(tmp_path / "policy"), "ppo": str(tmp_path / "policy"), "lost": str(tmp_path / "gone")},
     )
     write_jsonl(run.completions_path("sft"), [completion(i, " cat", ids=[20 + i, 30, 1]) for i in range(3)])
     write_jsonl(run.completions_path("ppo"), [completion(i, " dog", ids=[60 + i, 31, 1]) for i in range(3)])

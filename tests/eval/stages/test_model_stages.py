@@ -49,13 +49,7 @@ def world(tmp_path, causal_lm, reward_model, tokenizer):
     for seed, (name, model) in enumerate(models.items()):
         drawn = generate(model, tokenizer, PROMPTS, max_new_tokens=6, num_return=3, seed=seed)
         rows = [
-            {
-                "id": i,
-                "prompt": p,
-                "use_case": "odd" if i == 3 else "plain",
-                "decoding": "sampled",
-                "sample": k,
-            }
+            {"id": i, "prompt": p, "use_case": "odd" if i == 3 else "plain", "decoding": "sampled", "sample": k}
             | {"completion": c.text, "ids": c.ids, "truncated": c.truncated}
             for i, (p, of) in enumerate(zip(PROMPTS, drawn, strict=True))
             for k, c in enumerate(of)
@@ -302,11 +296,7 @@ def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
     reward_model.measure(world.run, world.args, own, JudgeArguments(gold_judge=fails))
     found = world.run.stage("reward_model")["measures"]
     gold = find(found, "rm.gold_accuracy.train", "gold")
-    assert (gold["status"], gold["value"], gold["reason"]) == (
-        "failed",
-        None,
-        "ConnectionError: scorer is down",
-    )
+    assert (gold["status"], gold["value"], gold["reason"]) == ("failed", None, "ConnectionError: scorer is down")
     for name in ("gone", "stranger"):
         missing = find(found, "rm.accuracy.train", name)
         assert (missing["status"], missing["value"]) == ("failed", None)
@@ -384,9 +374,7 @@ def test_best_of_n_measures_need_two_samples_and_varying_rewards():
 
 
 @pytest.mark.parametrize(
-    "build",
-    [reward_model_section, drift_section, diversity_section, overopt_section],
-    ids=lambda m: m.__name__,
+    "build", [reward_model_section, drift_section, diversity_section, overopt_section], ids=lambda m: m.__name__
 )
 def test_a_stage_that_has_not_run_is_missing(build):
     with pytest.raises(Missing, match="prefopt eval"):

@@ -73,10 +73,7 @@ def done(tmp_path_factory):
     run.write_stage(
         ALL,
         [],
-        {
-            "seconds": {"judge": 1.5},
-            "notes": {"overopt": str(Failed("<u>broke</u>")), "bench": "not asked for"},
-        },
+        {"seconds": {"judge": 1.5}, "notes": {"overopt": str(Failed("<u>broke</u>")), "bench": "not asked for"}},
     )
     report_stage.measure(run, args, report_stage.ReportArguments())
     return run, args
