@@ -12,7 +12,7 @@ best.jsonl}`.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,11 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import (
-    Completion,
-    batches_by_length,
-    derived_seed,
-    generate,
-    prompt_ids,
-)
+from prefopt.inference.generate import Completion, batches_by_length, derived_seed, generate, prompt_ids
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
-from prefopt.recipes.common.arguments import parse
+from prefopt.recipes.common.arguments import parse, setting
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
@@ -55,11 +49,11 @@ Draw = Callable[[list[Any], int], tuple[list[list[Completion]], list[list[float]
 class BestOfNArguments(SamplingArguments):
     """How many to choose from, and who chooses."""
 
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
+    reward_model_name_or_path: str | None = setting(
+        None, "Reward model: full checkpoint or LoRA adapter, folder or Hub id."
     )
-    n: int = field(default=16, metadata={"help": "Completions per prompt, of which one is kept."})
-    keep_samples: bool = field(default=False, metadata={"help": "Write all completions and their scores as well."})
+    n: int = setting(16, "Completions per prompt, of which one is kept.")
+    keep_samples: bool = setting(False, "Write all completions and their scores as well.")
 
 
 def best_rows(
@@ -138,13 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         draw = _drawer(args, model_args, init_kwargs, tokenizer)
         with counting(f"best of {args.n}") as progress:
             return best_rows(
-                rows,
-                batches,
-                draw,
-                journal=journal,
-                seed=args.seed,
-                keep_samples=args.keep_samples,
-                progress=progress,
+                rows, batches, draw, journal=journal, seed=args.seed, keep_samples=args.keep_samples, progress=progress
             )
 
     _report(continued_rows(Path(args.output), inputs, choose), args.n)
@@ -159,9 +147,7 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
             loaded.append(load_policy(model_args, init_kwargs, is_trainable=False))
             loaded.extend(
                 load_classifier(
-                    args.reward_model_name_or_path,
-                    load_in_4bit=model_args.load_in_4bit,
-                    dtype=model_args.dtype,
+                    args.reward_model_name_or_path, load_in_4bit=model_args.load_in_4bit, dtype=model_args.dtype
                 )
             )
         policy, reward_model, reward_tokenizer = loaded

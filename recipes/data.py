@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,9 @@ from prefopt.rankings.formats import FORMATS, convert, detect
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
-from prefopt.recipes.common.arguments import Command, dispatch
+from prefopt.recipes.common.arguments import Command, dispatch, setting
 from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.sources import (
-    Kind,
-    SourceArguments,
-    checked_rows,
-    good_rows,
-    keep_inputs,
-    read_rows,
-)
+from prefopt.recipes.common.sources import Kind, SourceArguments, checked_rows, good_rows, keep_inputs, read_rows
 
 Row = Mapping[str, Any]
 
@@ -44,63 +37,41 @@ Row = Mapping[str, Any]
 class ConvertArguments:
     """What to make of them."""
 
-    format: str | None = field(
-        default=None, metadata={"help": f"One of {', '.join(FORMATS)}; default: by the columns."}
-    )
-    rating: str | None = field(
-        default=None,
-        metadata={"help": "Which rating makes the ranks, for ultrafeedback and helpsteer."},
-    )
-    keep_tied: bool = field(
-        default=False,
-        metadata={"help": "Keep rows in which all completions tie; `ties: half` learns from them."},
-    )
-    out: str | None = field(
-        default=None,
-        metadata={"help": "File for the ranked comparisons; default: rankings.jsonl, if it is new."},
-    )
+    format: str | None = setting(None, f"One of {', '.join(FORMATS)}; default: by the columns.")
+    rating: str | None = setting(None, "Which rating makes the ranks, for ultrafeedback and helpsteer.")
+    keep_tied: bool = setting(False, "Keep rows in which all completions tie; `ties: half` learns from them.")
+    out: str | None = setting(None, "File for the ranked comparisons; default: rankings.jsonl, if it is new.")
 
 
 @dataclass
 class ValidateArguments:
     """How to check."""
 
-    kind: Kind | None = field(default=None, metadata={"help": "What the rows should be; default: by the columns."})
-    all: bool = field(default=False, metadata={"help": "Count problems by kind instead of stopping at the first."})
+    kind: Kind | None = setting(None, "What the rows should be; default: by the columns.")
+    all: bool = setting(False, "Count problems by kind instead of stopping at the first.")
 
 
 @dataclass
 class StatsArguments:
     """What to compare with, and where to write."""
 
-    against: list[str] = field(
-        default_factory=list, metadata={"help": "Other files or Hub ids: which prompts are shared with each?"}
-    )
-    against_split: list[str] = field(
-        default_factory=list, metadata={"help": "Other splits of the same data, likewise."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Count tokens too, with this model's tokenizer."})
-    out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
+    against: list[str] = setting(list, "Other files or Hub ids: which prompts are shared with each?")
+    against_split: list[str] = setting(list, "Other splits of the same data, likewise.")
+    tokenizer: str | None = setting(None, "Count tokens too, with this model's tokenizer.")
+    out: str | None = setting(None, "JSON file for all numbers.")
 
 
 @dataclass
 class SplitArguments:
     """How to split (the paper: by user, at most 200 prompts each, a long common prefix once)."""
 
-    by: str = field(
-        default="prompt",
-        metadata={"help": "Field whose values stay on one side: user, labeler, prompt, ..."},
-    )
-    max_per_user: int | None = field(
-        default=None, metadata={"help": "Most prompts of one value of `by` (paper: 200)."}
-    )
-    dedupe_prefix: int | None = field(
-        default=None, metadata={"help": "Keep one of the prompts that share this many first characters."}
-    )
-    validation: float = field(default=0.05, metadata={"help": "Share of the rows for validation; 0: none."})
-    test: float = field(default=0.05, metadata={"help": "Share of the rows for testing; 0: none."})
-    seed: int = field(default=42, metadata={"help": "Seed of what is drawn at random."})
-    out: str = field(default="split", metadata={"help": "Folder for train.jsonl, validation.jsonl, test.jsonl."})
+    by: str = setting("prompt", "Field whose values stay on one side: user, labeler, prompt, ...")
+    max_per_user: int | None = setting(None, "Most prompts of one value of `by` (paper: 200).")
+    dedupe_prefix: int | None = setting(None, "Keep one of the prompts that share this many first characters.")
+    validation: float = setting(0.05, "Share of the rows for validation; 0: none.")
+    test: float = setting(0.05, "Share of the rows for testing; 0: none.")
+    seed: int = setting(42, "Seed of what is drawn at random.")
+    out: str = setting("split", "Folder for train.jsonl, validation.jsonl, test.jsonl.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -261,19 +232,12 @@ def _agreement(judged: list[Row], result: Statistics, source: str) -> dict[str, 
     }.items():
         numbers = {
             key: None if value != value else value
-            for key, value in (
-                ("value", estimate.value),
-                ("ci_low", estimate.ci_low),
-                ("ci_high", estimate.ci_high),
-            )
+            for key, value in (("value", estimate.value), ("ci_low", estimate.ci_low), ("ci_high", estimate.ci_high))
         }
         if numbers["value"] is None:
             continue
         interval = "" if numbers["ci_low"] is None else f" [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]"
-        measures[name] = (
-            {**numbers, "n": estimate.n},
-            f"{estimate.value:.3f}{interval} (n = {estimate.n:,})",
-        )
+        measures[name] = ({**numbers, "n": estimate.n}, f"{estimate.value:.3f}{interval} (n = {estimate.n:,})")
     return measures
 
 

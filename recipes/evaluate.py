@@ -35,10 +35,7 @@ NO_BENCHMARKS = Skipped(
 
 
 def main(
-    argv: list[str] | None = None,
-    *,
-    gold: Gold | None = None,
-    wall_seconds: dict[str, float] | None = None,
+    argv: list[str] | None = None, *, gold: Gold | None = None, wall_seconds: dict[str, float] | None = None
 ) -> None:
     """Run one stage, or all.
 

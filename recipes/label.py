@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
 from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
-from prefopt.recipes.common.arguments import Command, dispatch
+from prefopt.recipes.common.arguments import Command, dispatch, setting
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.rows import check_fields, load_rows
 from prefopt.recipes.common.sources import keep_inputs
@@ -48,27 +48,16 @@ OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json"}
 class ExportArguments:
     """Which rows go into the sheet."""
 
-    samples: str | None = field(
-        default=None,
-        metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
+    samples: str | None = setting(None, "Rows of `prompt` and `completions`, as `prefopt sample` writes them.")
+    format: Format = setting("sheet", "What to write: our sheet, or tasks for Label Studio.")
+    out: str | None = setting(
+        None, "The sheet (sheet.html) or tasks (label-studio.json); its key is written next to it."
     )
-    format: Format = field(default="sheet", metadata={"help": "What to write: our sheet, or tasks for Label Studio."})
-    out: str | None = field(
-        default=None,
-        metadata={"help": "The sheet (sheet.html) or tasks (label-studio.json); its key is written next to it."},
-    )
-    instructions: str | None = field(
-        default=None, metadata={"help": "Markdown file for labelers; default: prefopt's own instructions."}
-    )
-    screening: str | None = field(
-        default=None, metadata={"help": "Ranked rows with a known answer, mixed in to screen labelers."}
-    )
-    group: str | None = field(
-        default=None, metadata={"help": "Group of the labelers who get this sheet, e.g. train or heldout."}
-    )
-    seed: int | None = field(
-        default=None,
-        metadata={"help": "Seed of the shuffling; default: drawn, and kept in the key, so that nobody can guess it."},
+    instructions: str | None = setting(None, "Markdown file for labelers; default: prefopt's own instructions.")
+    screening: str | None = setting(None, "Ranked rows with a known answer, mixed in to screen labelers.")
+    group: str | None = setting(None, "Group of the labelers who get this sheet, e.g. train or heldout.")
+    seed: int | None = setting(
+        None, "Seed of the shuffling; default: drawn, and kept in the key, so that nobody can guess it."
     )
 
 
@@ -76,22 +65,17 @@ class ExportArguments:
 class ImportArguments:
     """Answers and what reads them."""
 
-    answers: list[str] = field(default_factory=list, metadata={"help": "Files that labelers sent back."})
-    format: Format = field(default="sheet", metadata={"help": "Where the answers come from; as they were exported."})
-    key: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Keys of the sheets; default: every .key.jsonl next to the answers and in this folder."},
+    answers: list[str] = setting(list, "Files that labelers sent back.")
+    format: Format = setting("sheet", "Where the answers come from; as they were exported.")
+    key: list[str] = setting(
+        list, "Keys of the sheets; default: every .key.jsonl next to the answers and in this folder."
     )
-    out: str = field(
-        default="rankings.jsonl",
-        metadata={
-            "help": "Ranked comparisons; answers to screening tasks go into NAME.screening.jsonl, counts into "
-            "NAME.report.json."
-        },
+    out: str = setting(
+        "rankings.jsonl",
+        "Ranked comparisons; answers to screening tasks go into NAME.screening.jsonl, counts into NAME.report.json.",
     )
-    characters_per_second: float = field(
-        default=CHARACTERS_PER_SECOND,
-        metadata={"help": "Reading pace above which an answer is reported as too fast."},
+    characters_per_second: float = setting(
+        CHARACTERS_PER_SECOND, "Reading pace above which an answer is reported as too fast."
     )
 
 
@@ -99,44 +83,29 @@ class ImportArguments:
 class AgreementArguments:
     """Whose rankings to compare."""
 
-    rankings: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Ranked comparisons with `labeler`, of `prefopt label import`."},
+    rankings: list[str] = setting(list, "Ranked comparisons with `labeler`, of `prefopt label import`.")
+    screening: list[str] = setting(
+        list, "Answers to screening tasks; default: NAME.screening.jsonl next to the rankings."
     )
-    screening: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Answers to screening tasks; default: NAME.screening.jsonl next to the rankings."},
-    )
-    out: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
+    out: str | None = setting(None, "JSON file for all numbers.")
 
 
 @dataclass
 class NextArguments:
     """What to choose from, and by which reward model."""
 
-    samples: str | None = field(
-        default=None,
-        metadata={"help": "Rows of `prompt` and `completions`, as `prefopt sample` writes them."},
+    samples: str | None = setting(None, "Rows of `prompt` and `completions`, as `prefopt sample` writes them.")
+    reward_model: list[str] = setting(list, "Reward models, e.g. checkpoints of one or of several seeds.")
+    labeled: list[str] = setting(list, "Rankings whose prompts are not to be shown again.")
+    out: str = setting("next.jsonl", "Rows for `prefopt label export`.")
+    n: int = setting(100, "Prompts to choose.")
+    k: int = setting(4, "Most outputs per prompt (paper: 4 to 9).")
+    by: Literal["margin", "disagreement"] = setting(
+        "margin", "Margins near 0, or (two reward models or more) disagreement between them."
     )
-    reward_model: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reward models, e.g. checkpoints of one or of several seeds."},
-    )
-    labeled: list[str] = field(
-        default_factory=list, metadata={"help": "Rankings whose prompts are not to be shown again."}
-    )
-    out: str = field(default="next.jsonl", metadata={"help": "Rows for `prefopt label export`."})
-    n: int = field(default=100, metadata={"help": "Prompts to choose."})
-    k: int = field(default=4, metadata={"help": "Most outputs per prompt (paper: 4 to 9)."})
-    by: Literal["margin", "disagreement"] = field(
-        default="margin",
-        metadata={"help": "Margins near 0, or (two reward models or more) disagreement between them."},
-    )
-    random_share: float = field(
-        default=0.1, metadata={"help": "Share of the prompts drawn at random, for an unbiased estimate."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Completions scored at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of what is drawn at random."})
+    random_share: float = setting(0.1, "Share of the prompts drawn at random, for an unbiased estimate.")
+    batch_size: int = setting(64, "Completions scored at once.")
+    seed: int = setting(42, "Seed of what is drawn at random.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
@@ -24,7 +24,7 @@ from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import config_folder, parse
+from prefopt.recipes.common.arguments import config_folder, parse, setting
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
@@ -38,20 +38,19 @@ TINY = Path(__file__).parent / "tiny"
 class PipelineArguments:
     """Sizes of the sandbox run; the training settings are in the YAML files of `config_dir`."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder of models, data and the report."})
-    config_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder with one YAML file per step; default: that of --config, else recipes/tiny."},
+    output_dir: str = setting("runs/demo", "Folder of models, data and the report.")
+    config_dir: str | None = setting(
+        None, "Folder with one YAML file per step; default: that of --config, else recipes/tiny."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the world, the weights, the data and the training."})
-    corpus_documents: int = field(default=40000, metadata={"help": "Pretraining documents."})
-    heldout_documents: int = field(default=400, metadata={"help": "Documents for bits per byte."})
-    sft_prompts: int = field(default=1200, metadata={"help": "Demonstrations."})
-    rm_prompts: int = field(default=3600, metadata={"help": "Ranked prompts for the reward model and DPO."})
-    rl_prompts: int = field(default=4000, metadata={"help": "Prompts of PPO."})
-    tuning_prompts: int = field(default=200, metadata={"help": "Validation prompts; they choose the SFT epoch."})
-    test_prompts: int = field(default=450, metadata={"help": "Held-out prompts of the evaluation."})
-    max_new_tokens: int = field(default=24, metadata={"help": "Length limit of a completion, in tokens."})
+    seed: int = setting(0, "Seed of the world, the weights, the data and the training.")
+    corpus_documents: int = setting(40000, "Pretraining documents.")
+    heldout_documents: int = setting(400, "Documents for bits per byte.")
+    sft_prompts: int = setting(1200, "Demonstrations.")
+    rm_prompts: int = setting(3600, "Ranked prompts for the reward model and DPO.")
+    rl_prompts: int = setting(4000, "Prompts of PPO.")
+    tuning_prompts: int = setting(200, "Validation prompts; they choose the SFT epoch.")
+    test_prompts: int = setting(450, "Held-out prompts of the evaluation.")
+    max_new_tokens: int = setting(24, "Length limit of a completion, in tokens.")
 
 
 class Pipeline:

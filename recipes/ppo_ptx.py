@@ -9,12 +9,12 @@ Rows are {"prompt"}, or {"messages"} up to the last user turn. `ptx_coef: 0` is 
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.recipes.common.arguments import DataArguments
+from prefopt.recipes.common.arguments import DataArguments, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
@@ -30,23 +30,16 @@ from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
 class PPOPtxArguments(DataArguments):
     """Data and models of the PPO step, apart from the policy."""
 
-    reward_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Reward model: full checkpoint or LoRA adapter, folder or Hub id."}
+    reward_model_name_or_path: str | None = setting(
+        None, "Reward model: full checkpoint or LoRA adapter, folder or Hub id."
     )
-    pretrain_dataset_name: str | None = field(
-        default=None, metadata={"help": 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.'}
+    pretrain_dataset_name: str | None = setting(None, 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.')
+    pretrain_streaming: bool = setting(False, "Read the pretraining text as it is needed, from a Hub id or a file.")
+    gold_reward: str | None = setting(
+        None, "Held-out judge, logged and not trained on: reward model or `module.function`."
     )
-    pretrain_streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the pretraining text as it is needed, from a Hub id or a file."},
-    )
-    gold_reward: str | None = field(
-        default=None,
-        metadata={"help": "Held-out judge, logged and not trained on: reward model or `module.function`."},
-    )
-    overoptimization_patience: int | None = field(
-        default=None,
-        metadata={"help": "Evaluations with a falling gold reward and a rising score before training stops."},
+    overoptimization_patience: int | None = setting(
+        None, "Evaluations with a falling gold reward and a rising score before training stops."
     )
 
 

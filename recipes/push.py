@@ -10,14 +10,14 @@ as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is se
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prefopt.errors import UserError
 from prefopt.hub.cards import is_handwritten, read_facts, write_card
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
-from prefopt.recipes.common.arguments import parse
+from prefopt.recipes.common.arguments import parse, setting
 from prefopt.recipes.common.errors import run_command
 
 # Measures of results.json that a card shows, with what follows a dot, and what the card calls them.
@@ -38,23 +38,16 @@ EVALUATION = "prefopt eval"
 class PushArguments:
     """What to publish where."""
 
-    folder: str | None = field(default=None, metadata={"help": "A trained model: the output_dir of a step."})
-    repo_id: str | None = field(default=None, metadata={"help": "OWNER/NAME on the Hub, or a NAME of your own."})
-    merge: bool = field(default=False, metadata={"help": "Publish an adapter merged into its base, as a whole model."})
-    private: bool = field(
-        default=False, metadata={"help": "Make the repository private; stops if it is there and public."}
+    folder: str | None = setting(None, "A trained model: the output_dir of a step.")
+    repo_id: str | None = setting(None, "OWNER/NAME on the Hub, or a NAME of your own.")
+    merge: bool = setting(False, "Publish an adapter merged into its base, as a whole model.")
+    private: bool = setting(False, "Make the repository private; stops if it is there and public.")
+    revision: str | None = setting(None, "Branch to commit to; default: main.")
+    roles: bool = setting(
+        False, "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch to commit to; default: main."})
-    roles: bool = field(
-        default=False,
-        metadata={"help": "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."},
-    )
-    results: str | None = field(
-        default=None, metadata={"help": "results.json of `prefopt eval`, whose numbers go into the card."}
-    )
-    results_name: str | None = field(
-        default=None, metadata={"help": "The model's name in it; default: the folder's name."}
-    )
+    results: str | None = setting(None, "results.json of `prefopt eval`, whose numbers go into the card.")
+    results_name: str | None = setting(None, "The model's name in it; default: the folder's name.")
 
 
 def main(argv: list[str] | None = None) -> None:

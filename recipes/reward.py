@@ -8,10 +8,10 @@ part of both answers. With `--center_on demonstrations.jsonl` the bias is set so
 "completion"} or the last answer of {"messages"}, score 0 on average (section 3.5).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
-from prefopt.recipes.common.arguments import ComparisonArguments
+from prefopt.recipes.common.arguments import ComparisonArguments, setting
 from prefopt.recipes.common.conversations import demonstrations_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_reward_start
@@ -25,9 +25,8 @@ from prefopt.trainers.reward.trainer import RankedRewardTrainer
 class RewardArguments(ComparisonArguments):
     """Data of the reward-model step."""
 
-    center_on: str | None = field(
-        default=None,
-        metadata={"help": "Demonstrations {prompt, completion} or {messages} that shall score 0 on average."},
+    center_on: str | None = setting(
+        None, "Demonstrations {prompt, completion} or {messages} that shall score 0 on average."
     )
 
 

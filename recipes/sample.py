@@ -10,7 +10,7 @@ it was; a finished file is drawn anew only if the rows, the model or a setting c
 
 import logging
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,8 @@ from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, generate
-from prefopt.inference.journal import (
-    Journal,
-    continued_rows,
-    fingerprint_of,
-    is_foreign,
-    is_kept,
-    source_state,
-)
-from prefopt.recipes.common.arguments import DataArguments, parse
+from prefopt.inference.journal import Journal, continued_rows, fingerprint_of, is_foreign, is_kept, source_state
+from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
@@ -39,16 +32,7 @@ from prefopt.recipes.common.sources import keep_inputs
 logger = logging.getLogger(__name__)
 
 # Fields of an input row that speak of completions other than the ones drawn here.
-OF_OTHER_COMPLETIONS = {
-    "completion",
-    "chosen",
-    "rejected",
-    "ranks",
-    "ratings",
-    "flags",
-    "labeler",
-    "truncated",
-}
+OF_OTHER_COMPLETIONS = {"completion", "chosen", "rejected", "ranks", "ratings", "flags", "labeler", "truncated"}
 
 # Of ModelConfig, what changes the weights or their arithmetic.
 OF_LOADING = (
@@ -66,19 +50,19 @@ OF_LOADING = (
 class SamplingArguments(DataArguments):
     """How to draw and where to write it."""
 
-    output: str | None = field(default=None, metadata={"help": "JSONL file to write."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Length limit of a completion, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; 0 is greedy."})
-    batch_size: int = field(default=64, metadata={"help": "Completions generated at once."})
-    seed: int = field(default=42, metadata={"help": "Seed of all that is drawn."})
+    output: str | None = setting(None, "JSONL file to write.")
+    max_new_tokens: int = setting(256, "Length limit of a completion, in tokens.")
+    temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
+    batch_size: int = setting(64, "Completions generated at once.")
+    seed: int = setting(42, "Seed of all that is drawn.")
 
 
 @dataclass
 class SampleArguments(SamplingArguments):
     """How many completions to draw."""
 
-    k_min: int = field(default=4, metadata={"help": "Fewest completions per prompt."})
-    k_max: int = field(default=9, metadata={"help": "Most completions per prompt."})
+    k_min: int = setting(4, "Fewest completions per prompt.")
+    k_max: int = setting(9, "Most completions per prompt.")
 
 
 def draw_counts(n: int, k_min: int, k_max: int, seed: int) -> list[int]:

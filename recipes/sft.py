@@ -13,7 +13,7 @@ The baseline without a reward model, "FeedME" (text-davinci-001 and 002: demonst
 `--dataset_name demonstrations.jsonl`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from prefopt.errors import UserError
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.checks import validate_comparisons
-from prefopt.recipes.common.arguments import DataArguments
+from prefopt.recipes.common.arguments import DataArguments, setting
 from prefopt.recipes.common.demonstrations import (
     check_sft_rows,
     kind_of,
@@ -42,28 +42,16 @@ from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 class SFTArguments(DataArguments):
     """Data of the SFT step."""
 
-    loss_on: str = field(
-        default="all",
-        metadata={
-            "help": "Of rows of messages: every answer of the assistant, or the last one.",
-            "choices": ["all", "last"],
-        },
+    loss_on: str = setting(
+        "all", "Of rows of messages: every answer of the assistant, or the last one.", choices=["all", "last"]
     )
-    rated_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Ranked comparisons with ratings: outputs rated well are demonstrations, too."},
+    rated_dataset_name: str | None = setting(
+        None, "Ranked comparisons with ratings: outputs rated well are demonstrations, too."
     )
-    min_rating: float = field(default=7.0, metadata={"help": "Least rating of an output of rated_dataset_name."})
-    pretrain_dataset_name: str | None = field(
-        default=None, metadata={"help": 'Rows {"text"} mixed into the demonstrations.'}
-    )
-    pretrain_mix: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training examples that are pretraining text (paper: 0.1)."},
-    )
-    pretrain_streaming: bool = field(
-        default=False, metadata={"help": "Read no more of the pretraining text than the mix needs."}
-    )
+    min_rating: float = setting(7.0, "Least rating of an output of rated_dataset_name.")
+    pretrain_dataset_name: str | None = setting(None, 'Rows {"text"} mixed into the demonstrations.')
+    pretrain_mix: float = setting(0.0, "Share of the training examples that are pretraining text (paper: 0.1).")
+    pretrain_streaming: bool = setting(False, "Read no more of the pretraining text than the mix needs.")
 
 
 @dataclass
@@ -117,10 +105,7 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
         evaluation = None
         if wants_eval:
             evaluation = load_rows(
-                data.eval_dataset_name,
-                split=data.dataset_test_split,
-                check=check_sft_rows,
-                key="eval_dataset_name",
+                data.eval_dataset_name, split=data.dataset_test_split, check=check_sft_rows, key="eval_dataset_name"
             )
         train, rated = rated, None
     else:

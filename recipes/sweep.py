@@ -8,7 +8,7 @@ and an interrupted one goes on from its newest checkpoint: run the command again
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from prefopt.evaluation.stages import compare, drift, generate, judge, report, t
 from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
-from prefopt.recipes.common.arguments import config_folder, parse
+from prefopt.recipes.common.arguments import config_folder, parse, setting
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
 from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments
@@ -37,27 +37,19 @@ SETTINGS = ("prompts", "heldout_use_case", "documents", "tasks", "max_new_tokens
 class SweepArguments:
     """Which pipeline run to start from, and the coefficients."""
 
-    run_dir: str = field(default="runs/demo", metadata={"help": "Folder of a finished `prefopt pipeline` run."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the sweep; default: `sweep` in run_dir."}
+    run_dir: str = setting("runs/demo", "Folder of a finished `prefopt pipeline` run.")
+    output_dir: str | None = setting(None, "Folder of the sweep; default: `sweep` in run_dir.")
+    ppo_config: str | None = setting(
+        None,
+        "Settings of `prefopt ppo-ptx`, the same for every run but for its two coefficients; default: "
+        "ppo_ptx.yaml beside --config, else that of recipes/tiny.",
     )
-    ppo_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Settings of `prefopt ppo-ptx`, the same for every run but for its two coefficients; default: "
-            "ppo_ptx.yaml beside --config, else that of recipes/tiny."
-        },
+    ptx_coefs: list[float] = setting(
+        lambda: [0, 1, 5, 20, 27.8, 50], "ptx_coef of Fig. 33, 0 (plain PPO) among them; at the smallest of kl_coefs."
     )
-    ptx_coefs: list[float] = field(
-        default_factory=lambda: [0, 1, 5, 20, 27.8, 50],
-        metadata={"help": "ptx_coef of Fig. 33, 0 (plain PPO) among them; at the smallest of kl_coefs."},
-    )
-    kl_coefs: list[float] = field(
-        default_factory=lambda: [0.05, 0.1, 0.2, 0.5, 1, 2, 5],
-        metadata={"help": "kl_coef of Fig. 34, at ptx_coef 0."},
-    )
-    save_steps: int = field(default=20, metadata={"help": "Steps between checkpoints of a run."})
-    batch_size: int = field(default=256, metadata={"help": "Batch of the evaluation."})
+    kl_coefs: list[float] = setting(lambda: [0.05, 0.1, 0.2, 0.5, 1, 2, 5], "kl_coef of Fig. 34, at ptx_coef 0.")
+    save_steps: int = setting(20, "Steps between checkpoints of a run.")
+    batch_size: int = setting(256, "Batch of the evaluation.")
 
 
 class Sweep:

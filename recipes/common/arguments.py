@@ -37,30 +37,33 @@ HELP = {
 MODEL, STEP, TRAINING, MORE = "model", "settings of this step", "training", "more of TRL and transformers"
 
 
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A key of a command with its default, which a function makes anew for each use, and its text in the help."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
+
+
 @dataclass
 class DataArguments:
     """Where the rows come from. A name is a file (.jsonl, .json, .csv, .parquet), a folder or a Hub id."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Training rows: file, folder or Hub id."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split used for training."})
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Evaluation rows; default: `dataset_test_split` of the training data."},
+    dataset_name: str | None = setting(None, "Training rows: file, folder or Hub id.")
+    dataset_config: str | None = setting(None, "Configuration of a Hub dataset.")
+    dataset_train_split: str = setting("train", "Split used for training.")
+    eval_dataset_name: str | None = setting(
+        None, "Evaluation rows; default: `dataset_test_split` of the training data."
     )
-    dataset_test_split: str = field(default="test", metadata={"help": "Split used for evaluation."})
+    dataset_test_split: str = setting("test", "Split used for evaluation.")
 
 
 @dataclass
 class ComparisonArguments(DataArguments):
     """Where ranked rows come from, which can be read while training."""
 
-    dataset_streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "Read the training rows as they are needed, in shuffled order unless train_sampling_strategy is "
-            "'sequential'; needs max_steps."
-        },
+    dataset_streaming: bool = setting(
+        False,
+        "Read the training rows as they are needed, in shuffled order unless train_sampling_strategy is "
+        "'sequential'; needs max_steps.",
     )
 
 

@@ -93,10 +93,7 @@ def prompts_from_messages(rows: Rows, source: str) -> Rows:
         left_off += messages[-1]["role"] != "user"
     if left_off:
         logger.warning(
-            "%s: the answer to the last user turn is left off in %d of %d conversations",
-            source,
-            left_off,
-            len(rows),
+            "%s: the answer to the last user turn is left off in %d of %d conversations", source, left_off, len(rows)
         )
 
     def split(row: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -71,10 +71,7 @@ def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Datas
 
 
 def conversation_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict],
-    loss_on: str = "all",
-    **chat_template_kwargs: Any,
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], loss_on: str = "all", **chat_template_kwargs: Any
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of a conversation, with a loss on every answer of the assistant, or on the last.
 
@@ -97,11 +94,7 @@ def conversation_examples(
 
 
 def tokenize_demonstrations(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    source: str,
-    loss_on: str = "all",
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, source: str, loss_on: str = "all"
 ) -> Dataset:
     """Token ids by the same function as reward modeling and PPO; loss on what the policy is to say, alone."""
     is_conversation = kind_of(rows) == "messages"

@@ -5,12 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.errors import UserError
@@ -111,11 +106,7 @@ def load_reward_start(
     quantization = get_quantization_config(model_args)
     try:
         return reward_model_from_adapter(
-            model_args.model_name_or_path,
-            tokenizer,
-            reward_token,
-            quantization_config=quantization,
-            **init_kwargs,
+            model_args.model_name_or_path, tokenizer, reward_token, quantization_config=quantization, **init_kwargs
         )
     except ValueError as error:
         raise UserError(error) from error

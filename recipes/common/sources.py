@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl
 from prefopt.rankings.checks import row_problem
 from prefopt.rankings.formats import needs_conversion
+from prefopt.recipes.common.arguments import setting
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -89,15 +90,13 @@ def load_source(
 class SourceArguments:
     """Where the rows come from."""
 
-    data: str | None = field(default=None, metadata={"help": "File, folder or Hub id."})
-    split: str = field(default="train", metadata={"help": "Split of a folder or Hub dataset."})
-    config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder in a Hub dataset."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read rows as they come, without a copy on disk (jsonl always)."}
-    )
-    max_rows: int | None = field(default=None, metadata={"help": "Read no more rows than this."})
+    data: str | None = setting(None, "File, folder or Hub id.")
+    split: str = setting("train", "Split of a folder or Hub dataset.")
+    config_name: str | None = setting(None, "Configuration of a Hub dataset.")
+    data_dir: str | None = setting(None, "Folder in a Hub dataset.")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub dataset.")
+    streaming: bool = setting(False, "Read rows as they come, without a copy on disk (jsonl always).")
+    max_rows: int | None = setting(None, "Read no more rows than this.")
 
     def __post_init__(self) -> None:
         if not self.data:
