@@ -114,12 +114,7 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
         ],
         "location": json.dumps(location),
         "results": [
-            {
-                **row,
-                "shown": f"{row['value']:.4g}",
-                "interval": _interval(row),
-                "dataset": Path(row["dataset"]).name,
-            }
+            {**row, "shown": f"{row['value']:.4g}", "interval": _interval(row), "dataset": Path(row["dataset"]).name}
             for row in facts.get("results", [])
         ],
     }

@@ -21,23 +21,11 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from peft import PeftConfig
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME
 
 from prefopt.errors import UserError
-from prefopt.hub.cards import (
-    ADAPTER_CONFIG,
-    FACTS,
-    README,
-    holds_model,
-    is_handwritten,
-    read_facts,
-    write_card,
-)
+from prefopt.hub.cards import ADAPTER_CONFIG, FACTS, README, holds_model, is_handwritten, read_facts, write_card
 from prefopt.models.checkpoints import merge_reward_model, save_reward_model
 from prefopt.models.loading import load_causal_lm
 

@@ -114,9 +114,7 @@ class Journal:
         if head != self._head:
             if len(lines) > 1:
                 logger.warning(
-                    "%s: %d parts were made from other data, models or settings; begun anew",
-                    self.path,
-                    len(lines) - 1,
+                    "%s: %d parts were made from other data, models or settings; begun anew", self.path, len(lines) - 1
                 )
             return []
         entries: list[Any] = []

@@ -58,10 +58,7 @@ def bits_per_byte(
 
 
 def task_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Mapping],
-    batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Mapping], batch_size: int = 64
 ) -> np.ndarray:
     """Right or wrong `[N]` (1.0 / 0.0) on multiple-choice tasks, answered by likelihood.
 
@@ -184,9 +181,7 @@ def _divergences(
     parts = []
     with evaluating(model), evaluating(reference):
         tiles = zip(
-            logits_in_tiles(model, index, **inputs),
-            logits_in_tiles(reference, index, **ref_inputs),
-            strict=True,
+            logits_in_tiles(model, index, **inputs), logits_in_tiles(reference, index, **ref_inputs), strict=True
         )
         for (tile, logits), (_, ref_logits) in tiles:
             if logits.shape != ref_logits.shape:

@@ -23,10 +23,7 @@ Prompt = str | list[dict]
 
 
 def score_rows(
-    reward_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping],
-    batch_size: int = 64,
+    reward_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], batch_size: int = 64
 ) -> list[list[float]]:
     """Scores of all completions of every row, from the ids that reward-model training would build.
 
@@ -103,10 +100,7 @@ def score_samples(
 
 
 def _checked_scores(
-    reward_model: PreTrainedModel,
-    ids: Sequence[list[int]],
-    batch_size: int,
-    prompts: Sequence[int] | None = None,
+    reward_model: PreTrainedModel, ids: Sequence[list[int]], batch_size: int, prompts: Sequence[int] | None = None
 ) -> list[float]:
     """`score_ids` of rows that must all have a score."""
     config = reward_model.config.get_text_config()

@@ -237,10 +237,7 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
             return problem
         if _kind(completion) == "messages" and isinstance(prompt, str):
             return _problem(
-                name,
-                "a string, because the prompt is one",
-                completion,
-                "give prompt and completions in one format",
+                name, "a string, because the prompt is one", completion, "give prompt and completions in one format"
             )
         if _kind(completion) != first:
             return _problem(name, f"{first} like the other completions", completion, "give all in one format")

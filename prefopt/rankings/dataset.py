@@ -41,11 +41,7 @@ RowCheck = Callable[[Mapping[str, Any]], str | None]
 
 
 def prepare_comparisons(
-    dataset: Dataset | Sequence[Mapping[str, Any]],
-    *,
-    ties: str = "drop",
-    margins: bool = False,
-    source: str = "train",
+    dataset: Dataset | Sequence[Mapping[str, Any]], *, ties: str = "drop", margins: bool = False, source: str = "train"
 ) -> Dataset:
     """A validated dataset of ranked rows, from ranked or TRL preference rows.
 

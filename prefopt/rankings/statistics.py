@@ -74,10 +74,7 @@ class Statistics:
         yield "rows", f"{self.rows:,}"
         if self.prompts:
             told = f", {self.repeated_prompts:,} of them in {self.rows_of_repeated_prompts:,} rows"
-            yield (
-                "different prompts",
-                f"{self.prompts:,}{told if self.repeated_prompts else ', none repeated'}",
-            )
+            yield ("different prompts", f"{self.prompts:,}{told if self.repeated_prompts else ', none repeated'}")
         if self.k:
             yield "completions per row (K: rows)", ", ".join(f"{k}: {n:,}" for k, n in self.k.items())
             yield "pairs", f"{self.pairs:,}, tied {_share(self.tied_pairs, self.pairs)}"
@@ -97,10 +94,7 @@ class Statistics:
             yield f"rows with {name}", _share(n, self.rows) + between
         if self.labelers:
             most = ", ".join(f"{name} {n:,}" for name, n in list(self.labelers.items())[:5])
-            yield (
-                "labelers (rows)",
-                f"{len(self.labelers):,}: {most}{', ...' if len(self.labelers) > 5 else ''}",
-            )
+            yield ("labelers (rows)", f"{len(self.labelers):,}: {most}{', ...' if len(self.labelers) > 5 else ''}")
             yield "prompts of several labelers", f"{self.prompts_of_several_labelers:,}"
         for name, shared in self.shared.items():
             yield (

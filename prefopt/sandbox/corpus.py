@@ -5,26 +5,11 @@ from dataclasses import dataclass
 
 from prefopt.sandbox import vocabulary as words
 from prefopt.sandbox.answers import FORUM, write_answer
-from prefopt.sandbox.facts import (
-    RELATIONS,
-    REWORDED,
-    STATEMENT,
-    Facts,
-    relations_of,
-    sentence,
-)
+from prefopt.sandbox.facts import RELATIONS, REWORDED, STATEMENT, Facts, relations_of, sentence
 from prefopt.sandbox.tasks import parse_prompt
 
 # Shares of the kinds of document, in the corpus as a whole.
-DOCUMENT_SHARES = {
-    "notes": 18,
-    "register": 4,
-    "questions": 4,
-    "known": 5,
-    "dictionary": 5,
-    "sums": 10,
-    "forum": 54,
-}
+DOCUMENT_SHARES = {"notes": 18, "register": 4, "questions": 4, "known": 5, "dictionary": 5, "sums": 10, "forum": 54}
 BACKGROUND_SHARE = 0.3  # chance of each slot that no prompt asks for (king, friend, year) to be told in a note
 TASKS_PER_KIND = {"facts": 110, "background": 56, "dictionary": 40, "sums": 200}
 _KNOWN = "it is well known that"

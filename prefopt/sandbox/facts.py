@@ -100,10 +100,7 @@ RELATIONS = {
         ),
         # Never asked in a prompt: knowledge that only pretraining text holds.
         Relation(
-            "king",
-            "city",
-            tuple(words.KINGS),
-            {STATEMENT: "{e} is ruled by {v}", REWORDED: "the king of {e} is {v}"},
+            "king", "city", tuple(words.KINGS), {STATEMENT: "{e} is ruled by {v}", REWORDED: "the king of {e} is {v}"}
         ),
         Relation(
             "friend",

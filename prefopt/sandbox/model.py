@@ -22,34 +22,13 @@ def _words() -> list[str]:
     texts += [r.about for r in RELATIONS.values()]
     texts += [t for r in RELATIONS.values() for t in r.forms.values()]
     texts += [sentence(t.format(e="{e}", v="{v}")) for r in RELATIONS.values() for t in r.forms.values()]
-    texts += [
-        *words.COURTESIES,
-        *(c.lower() for c in words.COURTESIES),
-        *words.INSULTS,
-        *words.EVASIONS,
-        *words.KINDS,
-    ]
-    texts += [
-        "It it is well known that",
-        "The the Tolan word for",
-        "plus Answer",
-        "living working as liking having",
-    ]
+    texts += [*words.COURTESIES, *(c.lower() for c in words.COURTESIES), *words.INSULTS, *words.EVASIONS, *words.KINDS]
+    texts += ["It it is well known that", "The the Tolan word for", "plus Answer", "living working as liking having"]
     texts += words.PEOPLE + words.CITIES + words.RIVERS + words.KINGS + words.ANIMALS + words.JOBS + words.FOODS
     texts += words.PETS + words.CRAFTS + words.DIETS + words.DENS + words.COLOURS + words.YEARS + words.START_WORDS
     texts += words.END_WORDS + words.DICTIONARY + words.FOREIGN + words.NUMBERS
     found = {w for t in texts for w in re.findall(r"[A-Za-z]+|\d+", re.sub(r"\{\w\}", "", t))}
-    openers = [
-        "Instruction",
-        "Response",
-        "Note",
-        "Register",
-        "Question",
-        "Known",
-        "Dictionary",
-        "Sums",
-        "Review",
-    ]
+    openers = ["Instruction", "Response", "Note", "Register", "Question", "Known", "Dictionary", "Sums", "Review"]
     return [*openers, *(f" {w}" for w in sorted(found))]
 
 

@@ -9,13 +9,7 @@ from prefopt.sandbox.answers import DEMONSTRATOR, write_answer
 from prefopt.sandbox.corpus import Knowledge, Task, write_document
 from prefopt.sandbox.facts import Facts
 from prefopt.sandbox.gold import GoldScore, gold_reward
-from prefopt.sandbox.tasks import (
-    HELD_OUT_USE_CASE,
-    USE_CASE_SHARES,
-    combinations,
-    draw_prompt,
-    parse_prompt,
-)
+from prefopt.sandbox.tasks import HELD_OUT_USE_CASE, USE_CASE_SHARES, combinations, draw_prompt, parse_prompt
 
 # Prompts of each split, and the share of entity x template combinations set aside for it. "forum" prompts appear only
 # inside pretraining documents.

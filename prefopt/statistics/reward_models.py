@@ -248,9 +248,7 @@ def length_correlation(values: Rows, lengths: Rows) -> Estimate:
     return mean_estimate([spearmanr(v, n).statistic for v, n in varied])
 
 
-def labeler_agreement(
-    rows_by_group: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> dict[tuple[str, str], Estimate]:
+def labeler_agreement(rows_by_group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], Estimate]:
     """How often labelers agree, within each group and between two: the ceiling of a reward model's accuracy.
 
         pairs ordered the same way / pairs that neither of two labelers ties   (InstructGPT, section 3.4)

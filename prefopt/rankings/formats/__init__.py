@@ -51,11 +51,7 @@ FORMATS = {
         frozenset({"context", "response1", "response2", "overall_preference"}),
         pairs.helpsteer3,
     ),
-    "oasst": Format(
-        "OpenAssistant/oasst1, oasst2",
-        frozenset({"message_id", "text", "role"}),
-        openassistant.messages,
-    ),
+    "oasst": Format("OpenAssistant/oasst1, oasst2", frozenset({"message_id", "text", "role"}), openassistant.messages),
     "oasst-trees": Format(
         "OpenAssistant's exported trees",
         frozenset({"message_tree_id", "prompt"}),
