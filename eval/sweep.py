@@ -177,7 +177,7 @@ def _best_against_best(measures: Measures, ptx: Sequence[Point], kl: Sequence[Po
     told = "; ".join(f"{label} {difference}" for label, difference in found if difference is not None)
     return [
         f"Of the runs that recover, those of the highest gold reward, ptx_coef {a.ptx_coef:g} against kl_coef "
-        f"{b.kl_coef:g} (positive: ptx is better): {told}."
+        f"{b.kl_coef:g} (positive: ptx is better): {told or 'not compared with one another'}."
     ]
 
 

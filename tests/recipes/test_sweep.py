@@ -114,6 +114,9 @@ def test_why_a_larger_kl_coefficient_may_recover_is_said():
     assert "gold reward +0.100 [+0.090, +0.110]; bits per byte +0.010 [0.000, +0.020]" in best.replace(
         "+0.000", "0.000"
     ).replace("−0.000", "0.000")
+    apart = [m for m in measures_of(PAPER | change) if (m["model"], m["against"]) != (PTX[2].name, KL[1].name)]
+    best = findings(apart, PTX, KL)[1].evidence[-1]
+    assert best.endswith("ptx_coef 20 against kl_coef 0.5 (positive: ptx is better): not compared with one another.")
 
 
 def test_a_run_that_was_not_measured_leaves_open_what_depends_on_it():
