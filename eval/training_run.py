@@ -18,50 +18,51 @@ Log = Sequence[Mapping[str, Any]]
 
 KINDS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "reward": "reward model", "training": "training"}
 
-# What the table shows of each kind: (key, how it is called).
-ROWS = {
-    "ppo": [
-        ("grad_norm/ppo", "gradient norm, PPO"),
-        ("grad_norm/ptx", "gradient norm, ptx_coef * ptx"),
-        ("grad_norm/value", "gradient norm, value function"),
-        ("learning_rate", "learning rate"),
-        ("objective/scores", "score per episode"),
-        ("objective/rewards", "score minus KL penalty"),
-        ("objective/kl", "KL per episode, nats"),
-        ("entropy", "entropy per token, nats"),
-        ("value/explained_variance", "explained variance of the values"),
-        ("loss/ptx", "loss on pretraining text"),
-        ("clip_ratio/region_mean", "tokens with a clipped ratio"),
-        ("completions/clipped_ratio", "episodes without EOS"),
-    ],
-    "dpo": [
-        ("loss", "loss"),
-        ("rewards/accuracies", "accuracy"),
-        ("rewards/margins", "margin"),
-        ("rewards/chosen", "implicit reward, chosen"),
-        ("rewards/rejected", "implicit reward, rejected"),
-        ("entropy", "entropy per token, nats"),
-        ("grad_norm", "gradient norm"),
-        ("learning_rate", "learning rate"),
-    ],
-    "reward": [
-        ("loss", "loss"),
-        ("accuracy", "accuracy"),
-        ("margin", "margin"),
-        ("mean_reward", "mean score"),
-        ("grad_norm", "gradient norm"),
-        ("learning_rate", "learning rate"),
-    ],
-    "training": [
-        ("loss", "loss"),
-        ("mean_token_accuracy", "accuracy per token"),
-        ("entropy", "entropy per token, nats"),
-        ("reward", "reward"),
-        ("grad_norm", "gradient norm"),
-        ("learning_rate", "learning rate"),
-    ],
+# Log key -> what a reader calls it.
+NAMES = {
+    "loss": "loss",
+    "grad_norm": "gradient norm before clipping",
+    "grad_norm/ppo": "gradient norm, PPO",
+    "grad_norm/ptx": "gradient norm, ptx_coef * ptx",
+    "grad_norm/value": "gradient norm, value function",
+    "learning_rate": "learning rate",
+    "entropy": "entropy per token, nats",
+    "objective/scores": "score per episode",
+    "objective/rewards": "score minus KL penalty",
+    "objective/kl": "KL per episode, nats",
+    "objective/unscored": "episodes of a rollout without a reward",
+    "value/explained_variance": "explained variance of the values",
+    "loss/value": "value loss",
+    "loss/ptx": "loss on pretraining text, nats per token",
+    "clip_ratio/region_mean": "share of tokens with a clipped ratio",
+    "completions/clipped_ratio": "share of episodes without EOS",
+    "completions/mean_length": "tokens per completion",
+    "reward": "reward",
+    "reward_std": "standard deviation of the reward",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin of the implicit reward",
+    "rewards/chosen": "implicit reward, chosen",
+    "rewards/rejected": "implicit reward, rejected",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "mean_reward": "mean score",
+    "mean_token_accuracy": "accuracy per token",
 }
-ROWS["ppo_ptx"] = ROWS["ppo"]
+# What the table shows of each kind.
+_STEPS = ("grad_norm", "learning_rate")
+_PPO = (
+    *("grad_norm/ppo", "grad_norm/ptx", "grad_norm/value", "learning_rate", "objective/scores", "objective/rewards"),
+    *("objective/kl", "entropy", "value/explained_variance", "loss/ptx"),
+    *("clip_ratio/region_mean", "completions/clipped_ratio"),
+)
+_DPO = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "entropy", *_STEPS)
+ROWS = {
+    "ppo": _PPO,
+    "ppo_ptx": _PPO,
+    "dpo": _DPO,
+    "reward": ("loss", "accuracy", "margin", "mean_reward", *_STEPS),
+    "training": ("loss", "mean_token_accuracy", "entropy", "reward", *_STEPS),
+}
 HEADLINES = {"objective/scores", "objective/kl", "entropy", "loss", "rewards/accuracies", "accuracy", "reward"}
 
 
@@ -83,11 +84,13 @@ class Run:
     def steps(self) -> int:
         return max(int(entry.get("step", 0)) for entry in self.log)
 
+    @property
+    def is_ppo(self) -> bool:
+        return self.kind in ("ppo", "ppo_ptx")
+
     def troubles(self) -> list[Trouble]:
         """What `diagnose` finds in a PPO run; nothing is known of others."""
-        if self.kind not in ("ppo", "ppo_ptx"):
-            return []
-        return diagnose(self.log, self.settings)
+        return diagnose(self.log, self.settings) if self.is_ppo else []
 
 
 def read_run(path: str | os.PathLike) -> Run:
@@ -101,11 +104,8 @@ def read_run(path: str | os.PathLike) -> Run:
         folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the output_dir of a run or one of its checkpoints")
-    states = []
-    for file in [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"))]:
-        state = _read_state(file)
-        if state is not None:
-            states.append(state)
+    files = [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"))]
+    states = [state for state in map(_read_state, files) if state is not None]
     if not states:
         runs = sorted(str(file.parent) for file in folder.glob(f"*/{STATE_FILE}"))
         if runs:
@@ -116,8 +116,7 @@ def read_run(path: str | os.PathLike) -> Run:
         )
     state = max(states, key=lambda state: state["global_step"])
     log = [entry for entry in state["log_history"] if isinstance(entry, dict)]
-    callbacks = state.get("stateful_callbacks") or {}
-    watch = callbacks.get("TrainingWatch") or {}
+    watch = (state.get("stateful_callbacks") or {}).get("TrainingWatch") or {}
     run = Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
     if not run.training:
         raise UserError(f"the log of {folder} has no step: the run is shorter than logging_steps; lower that")
@@ -181,44 +180,33 @@ def table(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
     if any(share is not None for share in shares):
         rows.append(("share of PPO in the policy's gradient", [percent(None if s is None else 1 - s) for s in shares]))
         rows.append(("share of ptx in the policy's gradient", [percent(s) for s in shares]))
-    for key, title in ROWS[run.kind]:
+    for key in ROWS[run.kind]:
         values = [mean(part, key) for part in parts]
         if any(value is not None for value in values):
-            rows.append((title, [short(value) for value in values]))
+            rows.append((NAMES[key], [short(value) for value in values]))
     return heads, rows
 
 
 def sentences(run: Run) -> list[str]:
     """The run in a few sentences."""
-    found = []
-    if run.kind in ("ppo", "ppo_ptx"):
-        found.append(_who_moved_the_policy(run))
+    found = [_who_moved_the_policy(run)] if run.is_ppo else []
     found += _clipping(run)
-    changes = []
-    for key, name in ROWS[run.kind]:
-        values = numbers(run.training, key)
-        if key in HEADLINES and len(values) > 1:
-            changes.append(f"{name} {short(values[0])} → {short(values[-1])}")
+    headlines = {key: numbers(run.training, key) for key in ROWS[run.kind] if key in HEADLINES}
+    changes = [f"{NAMES[key]} {_change(values)}" for key, values in headlines.items() if len(values) > 1]
     if changes:
         found.append(f"First and last log entry: {'; '.join(changes)}.")
-    held_out = {key for entry in run.log for key in entry if _is_held_out(key)}
-    if run.kind in ("ppo", "ppo_ptx"):
-        held_out.discard("eval_loss")  # of the PPO surrogate: tells nothing
-    parts = []
-    for key in sorted(held_out):
-        values = numbers(run.log, key)
-        if len(values) > 1:
-            parts.append(f"{key} {short(values[0])} → {short(values[-1])} (best {_best(run, key)})")
-    if parts:
-        found.append(f"First and last evaluation: {'; '.join(parts)}.")
+    # Of the PPO surrogate, eval_loss tells nothing.
+    held_out = {"eval_accuracy"} if run.is_ppo else {"eval_accuracy", "eval_loss"}
+    rewards = {k for e in run.log for k in e if k.startswith("eval_rewards/") and k.endswith(("/mean", "/accuracies"))}
+    evaluations = {key: numbers(run.log, key) for key in sorted(held_out | rewards)}
+    changes = [f"{k} {_change(values)} (best {_best(run, k)})" for k, values in evaluations.items() if len(values) > 1]
+    if changes:
+        found.append(f"First and last evaluation: {'; '.join(changes)}.")
     return found
 
 
-def _is_held_out(key: str) -> bool:
-    return (key.startswith("eval_rewards/") and key.endswith(("/mean", "/accuracies"))) or key in (
-        "eval_loss",
-        "eval_accuracy",
-    )
+def _change(values: Sequence[float]) -> str:
+    return f"{short(values[0])} → {short(values[-1])}"
 
 
 def _best(run: Run, key: str) -> str:
@@ -252,9 +240,8 @@ def _who_moved_the_policy(run: Run) -> str:
 def _clipping(run: Run) -> list[str]:
     limit = run.settings.get("max_grad_norm")
     if limit is None:
-        if run.kind not in ("ppo", "ppo_ptx"):
-            return []
-        return ["Whether gradients were clipped is not known: the log does not hold max_grad_norm."]
+        unknown = "Whether gradients were clipped is not known: the log does not hold max_grad_norm."
+        return [unknown] if run.is_ppo else []
     if not limit > 0:
         return ["Gradients were not clipped (max_grad_norm 0)."]
     found = []
@@ -282,33 +269,34 @@ def summary(run: Run) -> str:
     lines += sentences(run)
     troubles = run.troubles()
     lines += [f"Trouble at step {t.step}: {t.name}: {t.message}" for t in troubles]
-    if run.kind in ("ppo", "ppo_ptx") and not troubles:
+    if run.is_ppo and not troubles:
         lines.append(no_trouble(run))
     return "\n".join(lines)
 
 
 def no_trouble(run: Run) -> str:
     """What it means that `diagnose` found nothing: most of its checks average `WINDOW` log entries."""
-    count = len(run.training)
-    if count < WINDOW:
-        return (
-            f"Too short to judge: {count} log entr{'y' if count == 1 else 'ies'}, and most troubles show from {WINDOW} on; "
-            "lower logging_steps, or look again later."
-        )
-    return "No trouble found."
+    if len(run.training) >= WINDOW:
+        return "No trouble found."
+    return (
+        f"Too short to judge: {_entries(run)}, and most troubles show from {WINDOW} on; lower logging_steps, or look "
+        "again later."
+    )
 
 
 def title(run: Run) -> str:
     """What the run is, in a line."""
+    return f"{run.folder}: {KINDS[run.kind]}, {run.steps} steps, {_entries(run)}"
+
+
+def _entries(run: Run) -> str:
     count = len(run.training)
-    return f"{run.folder}: {KINDS[run.kind]}, {run.steps} steps, {count} log entr{'y' if count == 1 else 'ies'}"
+    return f"{count} log entr{'y' if count == 1 else 'ies'}"
 
 
 def short(x: float | None) -> str:
     """A number in three digits; a dash for none."""
-    if x is None:
-        return "–"
-    return f"{x:.3g}".replace("-", "−")
+    return "–" if x is None else f"{x:.3g}".replace("-", "−")
 
 
 def percent(x: float | None) -> str:

@@ -5,67 +5,45 @@ import os
 from prefopt.evaluation.report.plots import drawable, log_plot, shares_plot
 from prefopt.evaluation.report.render import to_html
 from prefopt.evaluation.report.tables import Block, Figure, Gap, Items, Page, Row, Section, Table
-from prefopt.evaluation.training_run import KINDS, Run, no_trouble, numbers, sentences, table, title
+from prefopt.evaluation.training_run import KINDS, NAMES, Run, no_trouble, numbers, sentences, table, title
 from prefopt.inference.jsonl import write_whole
 
 Series = dict[str, str]  # key -> name
 
-_STEPS = {"gradient norm before clipping": "grad_norm", "learning rate": "learning_rate"}
-_RL = {
-    "score per episode": {"objective/scores": "score", "objective/rewards": "minus KL penalty"},
-    "KL per episode, nats": "objective/kl",
-    "entropy per token, nats": "entropy",
-    "value loss": "loss/value",
-    "explained variance of the values": "value/explained_variance",
-    "loss on pretraining text, nats per token": "loss/ptx",
-    "share of tokens with a clipped ratio": "clip_ratio/region_mean",
-    "share of episodes without EOS": "completions/clipped_ratio",
-    "tokens per completion": "completions/mean_length",
-    "standard deviation of the reward": "reward_std",
-    "episodes of a rollout without a reward": "objective/unscored",
-    "learning rate": "learning_rate",
-}
-# Of each kind: title -> key, or keys with their names. A plot of nothing but zeros is left out; evaluations are drawn
-# with training.
-PLOTS: dict[str, dict[str, str | Series]] = {
+# Of each kind: the key that a plot shows, or its title and several keys with their names. A plot of nothing but zeros is
+# left out; evaluations are drawn with training.
+Panels = tuple[str | tuple[str, Series], ...]
+_STEPS: Panels = ("grad_norm", "learning_rate")
+_RL: Panels = (
+    ("score per episode", {"objective/scores": "score", "objective/rewards": "minus KL penalty"}),
+    *("objective/kl", "entropy", "loss/value", "value/explained_variance", "loss/ptx", "clip_ratio/region_mean"),
+    *("completions/clipped_ratio", "completions/mean_length", "reward_std", "objective/unscored", "learning_rate"),
+)
+PLOTS: dict[str, Panels] = {
     "ppo": _RL,
     "ppo_ptx": _RL,
-    "dpo": {
-        "loss": "loss",
-        "accuracy": "rewards/accuracies",
-        "margin of the implicit reward": "rewards/margins",
-        "implicit reward": {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-        "log-probability of a completion": {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-        "entropy per token, nats": "entropy",
-        **_STEPS,
-    },
-    "reward": {
-        "loss": "loss",
-        "accuracy": "accuracy",
-        "margin": "margin",
-        "score": {"max_reward": "highest", "mean_reward": "mean", "min_reward": "lowest"},
-        **_STEPS,
-    },
-    "training": {
-        "loss": "loss",
-        "accuracy per token": "mean_token_accuracy",
-        "reward": "reward",
-        "entropy per token, nats": "entropy",
-        **_STEPS,
-    },
+    "dpo": (
+        *("loss", "rewards/accuracies", "rewards/margins"),
+        ("implicit reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+        ("log-probability of a completion", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+        *("entropy", *_STEPS),
+    ),
+    "reward": (
+        *("loss", "accuracy", "margin"),
+        ("score", {"max_reward": "highest", "mean_reward": "mean", "min_reward": "lowest"}),
+        *_STEPS,
+    ),
+    "training": ("loss", "mean_token_accuracy", "reward", "entropy", *_STEPS),
 }
 TERMS = {"grad_norm/ppo": "PPO", "grad_norm/ptx": "ptx_coef * ptx"}
 
 
 def build_page(run: Run, path: str | os.PathLike) -> None:
     """Write the page of a run to `path`."""
-    is_ppo = run.kind in ("ppo", "ppo_ptx")
-    sections = [
-        *([Section("troubles", "Troubles and what to do", _troubles(run))] if is_ppo else []),
-        *([Section("terms", "Which term moved the weights", _terms(run))] if is_ppo else []),
-        Section("curves", "The curves", _curves(run)),
-        Section("numbers", "In numbers", _numbers(run)),
-    ]
+    sections = [Section("curves", "The curves", _curves(run)), Section("numbers", "In numbers", _numbers(run))]
+    if run.is_ppo:
+        troubles = Section("troubles", "Troubles and what to do", _troubles(run))
+        sections = [troubles, Section("terms", "Which term moved the weights", _terms(run)), *sections]
     kind = KINDS[run.kind]
     heading = f"{kind[0].upper()}{kind[1:]} run"
     write_whole(path, to_html(Page(heading, sentences(run), sections, [title(run)])))
@@ -93,7 +71,7 @@ def _terms(run: Run) -> list[Block]:
 
 
 def _curves(run: Run) -> list[Block]:
-    panels = [(title, {keys: title} if isinstance(keys, str) else keys) for title, keys in PLOTS[run.kind].items()]
+    panels = [(NAMES[p], {p: NAMES[p]}) if isinstance(p, str) else p for p in PLOTS[run.kind]]
     logged = {key.removeprefix("eval_") for entry in run.log for key in entry}
     rewards = sorted(key for key in logged if key.startswith("rewards/") and key.endswith("/mean"))
     if len(rewards) > 1:
