@@ -60,6 +60,15 @@ def saved_vocabulary(path: str | os.PathLike, **hub_arguments: Any) -> int | Non
         return weights.get_slice(names[0]).get_shape()[0] if names else None
 
 
+def saved_embeddings(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, torch.Tensor]:
+    """The embedding matrices of the base that an adapter carries whole, by name, as PEFT saves them."""
+    file = _file(path, SAFETENSORS_WEIGHTS_NAME, hub_arguments)
+    if file is None:
+        return {}
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_tensor(name) for name in weights.keys() if _EMBEDDINGS.search(name)}  # noqa: SIM118
+
+
 def fit_vocabulary(base: PreTrainedModel, path: str | os.PathLike, **hub_arguments: Any) -> None:
     """Give the base of an adapter as many token embeddings as it had when the adapter was trained.
 

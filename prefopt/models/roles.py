@@ -16,8 +16,10 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
@@ -26,7 +28,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from prefopt.errors import UserError
-from prefopt.models.loading import saved_config
+from prefopt.models.loading import saved_config, saved_embeddings
 from prefopt.models.prefix.sharing import backbone
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
@@ -100,9 +102,8 @@ class AdapterScorer(nn.Module):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's weights by their name on the shared base."""
-        return {
-            name: parameter for name, parameter in self._model[0].named_parameters() if f".{self.adapter}." in name
-        }
+        own = {id(weight) for weight in adapter_weights(self._model[0], self.adapter).values()}
+        return {name: parameter for name, parameter in self._model[0].named_parameters() if id(parameter) in own}
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a LoRA reward model, which `load_reward_model` and plain peft load by themselves."""
@@ -120,24 +121,63 @@ def active(model: nn.Module) -> AbstractContextManager:
     return model.active() if isinstance(model, AdapterScorer) else nullcontext()
 
 
+def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """An adapter's weights, themselves and no copies, by the names that PEFT saves them under.
+
+    No search of names for ".adapter." finds them all: those of embeddings, trained tokens and IA3 END in the adapter.
+    """
+    tensors = chain(model.named_buffers(remove_duplicate=False), model.named_parameters(remove_duplicate=False))
+    return get_peft_model_state_dict(model, dict(tensors), adapter, save_embedding_layers=False)
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Give the adapter `target`, of the same configuration, the weights of `source` in their dtypes, and freeze it."""
+    weights = adapter_weights(model, source)
+    for name, copied in adapter_weights(model, target).items():
+        copied.data = weights[name].detach().clone()
+        copied.requires_grad_(False)
+
+
+def without_dropout(config: PeftConfig) -> PeftConfig:
+    """A copy of an adapter's configuration in which its dropout, whatever it is called, is 0."""
+    config = copy.deepcopy(config)
+    for name in vars(config):
+        if name.endswith("dropout"):
+            setattr(config, name, 0.0)
+    return config
+
+
 def why_not_shared(model: nn.Module, path: str | os.PathLike) -> str | None:
     """The reason why the reward adapter at `path` cannot use the base of `model`, or None when it can."""
     if not isinstance(model, PeftModel):
         return "the policy is a full model"
-    config = PeftConfig.from_pretrained(path)
-    ours, theirs = model.peft_config["default"].base_model_name_or_path, config.base_model_name_or_path
+    config, policy = PeftConfig.from_pretrained(path), model.peft_config["default"]
+    ours, theirs = policy.base_model_name_or_path, config.base_model_name_or_path
     if not _same_place(ours, theirs):
         return f"it was trained on {theirs!r}, the policy on {ours!r}"
+    ours, theirs = (c.revision or "main" for c in (policy, config))
+    if ours != theirs:
+        return f"it was trained on revision {theirs} of its base, the policy on {ours}"
     if config.peft_type != model.peft_type:
         return f"it is a {config.peft_type.value} adapter, the policy's a {model.peft_type.value} adapter"
     # These two are names that PEFT tries for a head.
     if extra := set(config.modules_to_save or ()) - {"score", "classifier"}:
         return f"it has weights of its own for {', '.join(sorted(extra))}"
-    if getattr(config, "trainable_token_indices", None):
-        return "it has token embeddings of its own"
+    # PEFT looks for the trained tokens of each adapter in each embedding matrix that has some.
+    ours, theirs = (bool(getattr(c, "trainable_token_indices", None)) for c in (policy, config))
+    if ours != theirs:
+        return f"{'the policy' if ours else 'it'} has token embeddings of its own"
     saved = saved_config(path)
-    if saved.get("vocab_size", 0) > model.get_input_embeddings().num_embeddings:
+    embeddings = model.get_base_model().get_input_embeddings().weight
+    if saved.get("vocab_size", 0) > len(embeddings):
         return "its vocabulary is larger than the policy's"
+    # PEFT saves those of the base along with an adapter on them, and those of a vocabulary that has grown.
+    for weight in saved_embeddings(path).values():
+        if not torch.equal(weight.to(embeddings), embeddings[: len(weight)]):
+            return "the token embeddings of its base are not the policy's"
+    dtype = saved.get("dtype", saved.get("torch_dtype"))
+    if dtype is not None and getattr(torch, dtype) != embeddings.dtype:
+        return f"its base is {dtype}, the policy's {str(embeddings.dtype).removeprefix('torch.')}"
     bits, own_bits = (
         _bits(c) for c in (saved.get("quantization_config"), model.config.to_dict().get("quantization_config"))
     )
@@ -159,6 +199,8 @@ def load_scorer(model: PeftModel, path: str | os.PathLike, adapter: str = "rewar
     if reason := why_not_shared(model, path):
         raise UserError(f"the reward model {os.fspath(path)} needs a base of its own: {reason}")
     weights = load_peft_weights(os.fspath(path), device="cpu")
+    for name in saved_embeddings(path):
+        del weights[name]
     head = {name.removeprefix(_HEAD): weights.pop(name) for name in [*weights] if name.startswith(_HEAD)}
     if not head:
         raise UserError(f"the adapter {os.fspath(path)} has no trained head: it is no reward model")
@@ -180,25 +222,24 @@ def trainable_copy(scorer: AdapterScorer, adapter: str = "value") -> AdapterScor
     The copy's weights take gradients inside its `active()`.
     """
     model = scorer._model[0]
-    weights = get_peft_model_state_dict(model, adapter_name=scorer.adapter)
-    _add_adapter(model, adapter, scorer.peft_config, {n: w.clone() for n, w in weights.items()})
+    _add_adapter(model, adapter, scorer.peft_config, adapter_weights(model, scorer.adapter))
     head = copy.deepcopy(scorer.score).requires_grad_(True)
     return AdapterScorer(model, adapter, head, copy.deepcopy(scorer.config), scorer.peft_config)
 
 
 def _add_adapter(model: PeftModel, name: str, config: PeftConfig, weights: dict[str, Tensor]) -> None:
-    config = copy.deepcopy(config)
-    config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
     # Scores and values are those of the weights, also while the policy trains.
-    config.lora_dropout = 0.0
+    config = without_dropout(config)
+    config.task_type, config.modules_to_save = model.peft_config["default"].task_type, None
     model.add_adapter(name, config)
-    result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    missing = [key for key in result.missing_keys if f".{name}." in key]
-    if missing or result.unexpected_keys:
+    expected = adapter_weights(model, name).keys()
+    missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    if missing or unexpected:
         raise UserError(
-            f"the adapter does not fit the base: {len(missing)} weights missing, {len(result.unexpected_keys)} too "
-            f"many, such as {[*missing, *result.unexpected_keys][0]}"
+            f"the adapter does not fit the base: {len(missing)} weights missing, {len(unexpected)} too "
+            f"many, such as {[*missing, *unexpected][0]}"
         )
+    set_peft_model_state_dict(model, {key: weights[key].detach() for key in expected}, adapter_name=name)
     # The new weights are frozen unless their role is active.
     model.set_adapter(model.active_adapter)
 

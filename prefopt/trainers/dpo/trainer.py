@@ -29,6 +29,7 @@ from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
 from prefopt.models.reward import keep_4bit_gradients
+from prefopt.models.roles import copy_adapter
 from prefopt.rankings.dataset import RankedCollator
 from prefopt.trainers.dpo.config import RANKED_LOSSES, RankedDPOConfig
 from prefopt.trainers.ranked.base import RankedTrainer, Ratio
@@ -144,6 +145,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             ref_model = copy.deepcopy(model).eval().requires_grad_(False)
         self._ranked_collator = data_collator
         self._given = trainable_weights(model)
+        self._has_reference = ref_model is not None
         # TRL checks the names against losses of its own; it computes none of them here.
         loss_type, args.loss_type = args.loss_type, ["sigmoid"]
         try:
@@ -178,12 +180,11 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             if model is not None:
                 keep_4bit_gradients(model)
         undo_rounding(self.model, self._given)
-        if self.ref_model is None and is_peft_model(self.model):
-            # Policy and reference compute alike.
-            for name, parameter in self.model.named_parameters():
-                if ".ref." in name:
-                    policy = self.model.get_parameter(name.replace(".ref.", ".default."))
-                    parameter.data = parameter.data.to(policy.dtype)
+        # Once: later the policy has moved.
+        if not self._has_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
+            # TRL copies what has ".default." in its name, and leaves the copy in PEFT's dtype.
+            copy_adapter(self.model, "default", "ref")
+        self._has_reference = True
 
     # ---- reference ----
 

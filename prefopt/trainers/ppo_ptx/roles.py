@@ -24,7 +24,15 @@ from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.models.loading import is_adapter, saved_config
 from prefopt.models.reward import token_scores
-from prefopt.models.roles import AdapterScorer, active, load_scorer, why_not_shared
+from prefopt.models.roles import (
+    AdapterScorer,
+    active,
+    adapter_weights,
+    copy_adapter,
+    load_scorer,
+    why_not_shared,
+    without_dropout,
+)
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -117,18 +125,11 @@ def add_untempered_head(policy: PreTrainedModel | PeftModel, cast_lm_head_to_fp3
 def add_reference_adapter(policy: PeftModel) -> str:
     """Copy the trained adapter `default` to a frozen adapter `ref`; returns that name. An existing `ref` is kept."""
     if "ref" not in policy.peft_config:
-        config = copy.deepcopy(policy.peft_config["default"])
         # The reference is the weights, also while the policy trains.
-        config.lora_dropout = 0.0
-        policy.add_adapter("ref", config)
-        for name, parameter in policy.named_parameters():
-            if ".default." in name:
-                reference = policy.get_parameter(name.replace(".default.", ".ref."))
-                # The dtype too, or the first KL is not 0.
-                reference.data = parameter.data.clone()
-    for name, parameter in policy.named_parameters():
-        if ".ref." in name:
-            parameter.requires_grad_(False)
+        policy.add_adapter("ref", without_dropout(policy.peft_config["default"]))
+        copy_adapter(policy, "default", "ref")
+    for weight in adapter_weights(policy, "ref").values():
+        weight.requires_grad_(False)
     return "ref"
 
 
