@@ -176,12 +176,14 @@ def _divergences(
     sampled: torch.Tensor,
 ) -> np.ndarray:
     """`[3, N]`: KL, k1 and entropy at the positions `index` `[N]`, of two distributions a tile of them at a time."""
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    ref_inputs = {name: value.to(reference.device) for name, value in inputs.items()}
+    inputs = (input_ids, attention_mask)
+    ref_inputs = tuple(value.to(reference.device) for value in inputs)
     parts = []
     with evaluating(model), evaluating(reference):
         tiles = zip(
-            logits_in_tiles(model, index, **inputs), logits_in_tiles(reference, index, **ref_inputs), strict=True
+            logits_in_tiles(model, index, *inputs),
+            logits_in_tiles(reference, index, *ref_inputs),
+            strict=True,
         )
         for (tile, logits), (_, ref_logits) in tiles:
             if logits.shape != ref_logits.shape:
@@ -262,7 +264,7 @@ def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], b
         with evaluating(model):
             losses = [
                 F.cross_entropy(logits.float(), labels[tile].to(logits.device), reduction="none")
-                for tile, logits in logits_in_tiles(model, index, input_ids=input_ids, attention_mask=attention_mask)
+                for tile, logits in logits_in_tiles(model, index, input_ids, attention_mask)
             ]
         np.add.at(nats, numbers.numpy(), torch.cat(losses).double().cpu().numpy())
     if np.isnan(nats).any():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prefopt.models.passes import padded_inputs
 from prefopt.models.prefix.layout import Rows
 from prefopt.models.prefix.sharing import backbone, sharing, unwrapped
 
@@ -70,7 +71,9 @@ def read_head(
 
 
 @torch.no_grad()
-def logits_in_tiles(model: nn.Module, index: Tensor, **inputs: Any) -> Iterator[tuple[slice, Tensor]]:
+def logits_in_tiles(
+    model: nn.Module, index: Tensor, input_ids: Tensor, attention_mask: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
     """Logits `[n, V]` at the positions `index` `[N]`, at as many of them at a time as `TILE_LOGITS` holds, with their slice.
 
     One forward of the transformer below the head; the model's own forward then sees a tile of its hidden states at a
@@ -80,10 +83,10 @@ def logits_in_tiles(model: nn.Module, index: Tensor, **inputs: Any) -> Iterator[
     Args:
         model: a causal language model, wrapped or not.
         index: counts the positions of the model's input `[B, T]` row by row.
-        inputs: of the forward, `use_cache` aside.
+        input_ids, attention_mask: `[B, T]`, padded on either side.
     """
     model, transformer = unwrapped(model), backbone(model)
-    output = transformer(**inputs, use_cache=False)
+    output = transformer(**padded_inputs(model, input_ids, attention_mask), use_cache=False)
     states = output.last_hidden_state.flatten(0, 1)
     states = states.index_select(0, index.to(states.device))
     size = max(1, TILE_LOGITS // model.config.get_text_config().vocab_size)
@@ -131,7 +134,7 @@ def completion_logps(model: nn.Module, rows: Rows, output_router_logits: bool = 
     labels = rows.input_ids[row, position + 1]
     if rows.packed is None:
         read = row * rows.input_ids.shape[1] + position
-        inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+        inputs = padded_inputs(model, rows.input_ids, rows.attention_mask)
         shared = nullcontext()
     else:
         # The packed row is the only one.
@@ -210,8 +213,7 @@ def token_logps(
             index,
             labels,
             cast_lm_head_to_fp32,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **padded_inputs(model, input_ids, attention_mask),
             use_cache=False,
         )
     if is_fused:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.models.passes import padded_inputs
 from prefopt.models.prefix.layout import PackedRows, Rows
 from prefopt.models.prefix.sharing import sharing
 
@@ -60,9 +61,7 @@ def _padding_allowed(config: PreTrainedConfig) -> Iterator[None]:
 
 def _hidden_states(
     model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    **inputs: torch.Tensor,
 ) -> torch.Tensor:
     """Last hidden states `[N, T, hidden]` of the backbone.
 
@@ -74,20 +73,10 @@ def _hidden_states(
     handle = classifier.score.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     try:
         with _padding_allowed(classifier.config):
-            model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-            )
+            model(**inputs, use_cache=False)
     finally:
         handle.remove()
     return captured[0]
-
-
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions count real tokens, so left padding changes nothing, whatever the position encoding."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _apply_head(model: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -117,7 +106,7 @@ def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     Raises:
         ValueError: the model has no one-label `score` head.
     """
-    hidden_states = _hidden_states(model, input_ids, attention_mask, _positions(attention_mask))
+    hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))
     return _apply_head(model, hidden_states)
 
 
@@ -177,7 +166,7 @@ def sequence_scores(
     last = (torch.arange(attention_mask.shape[1], device=attention_mask.device) * attention_mask).argmax(-1)
     row = torch.arange(len(last), device=last.device)
     if packed is None:
-        hidden_states = _hidden_states(model, input_ids, attention_mask, _positions(attention_mask))
+        hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))
         return _apply_head(model, hidden_states[row, last])
     if packed.index.shape != input_ids.shape:
         raise UserError(
@@ -185,7 +174,7 @@ def sequence_scores(
             "reward token (`append_reward_token`) before packing"
         )
     with sharing(model, packed):
-        hidden_states = _hidden_states(model, packed.input_ids, None, packed.position_ids)
+        hidden_states = _hidden_states(model, input_ids=packed.input_ids, position_ids=packed.position_ids)
     return _apply_head(model, hidden_states[0, packed.index[row, last]])
 
 

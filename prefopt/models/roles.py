@@ -87,16 +87,16 @@ class AdapterScorer(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         use_cache: bool = False,
+        **positions: Tensor,
     ) -> SequenceClassifierOutputWithPast:
         """Logits `[N, T, 1]`: the head's output at every position, no pooling."""
         with self.active():
             hidden_states = self.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
                 use_cache=use_cache,
+                **positions,
             ).last_hidden_state
         return SequenceClassifierOutputWithPast(logits=self.score(hidden_states.float()))
 

@@ -344,7 +344,7 @@ def test_what_a_model_does_to_its_logits_is_done_in_every_tile(monkeypatch):
 def test_a_reading_leaves_the_model_as_it_was():
     model = of_many_words(0).train()
     before = model(torch.tensor([[5, 6, 7]])).logits
-    for _, logits in heads.logits_in_tiles(model, torch.tensor([2]), input_ids=torch.tensor([[5, 6, 7]])):
+    for _, logits in heads.logits_in_tiles(model, torch.tensor([2]), torch.tensor([[5, 6, 7]]), torch.ones(1, 3)):
         assert not logits.requires_grad
         torch.testing.assert_close(logits, before[0, 2:], rtol=0, atol=1e-6)
         # Between two tiles too.

@@ -80,7 +80,8 @@ def test_logps_and_gradients_equal_a_loop(kind, logits, temperature, causal_lm, 
     slow = torch.autograd.grad((expected * weights).sum(), [p for p in plain.parameters() if p.requires_grad])
     assert len(fast) == len(slow) > 4
     for gradient, other in zip(fast, slow, strict=True):
-        torch.testing.assert_close(gradient, other.float(), atol=2e-6, rtol=1e-5)
+        # In fp32 rounding grows with the tensor's largest gradients.
+        assert (gradient - other).norm() <= 3e-6 * other.norm()
 
 
 # ---- the last layer's MLP -----------------------------------------------------------------------------------------

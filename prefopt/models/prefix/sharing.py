@@ -243,7 +243,7 @@ def backbone(model: nn.Module) -> nn.Module:
     """The transformer below the head, inside wrappers (data parallel, PEFT)."""
     transformer = unwrapped(model).base_model
     # OPT's language model calls the decoder inside it, which is all there is.
-    return transformer.decoder if transformer.config.model_type == "opt" else transformer
+    return getattr(transformer, "decoder", transformer) if transformer.config.model_type == "opt" else transformer
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

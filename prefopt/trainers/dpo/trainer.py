@@ -25,9 +25,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from prefopt.errors import UserError, UserTypeError
+from prefopt.inference.generate import evaluating
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
+from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.models.roles import copy_adapter
 from prefopt.rankings.dataset import RankedCollator
@@ -169,6 +171,8 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             self._read = partial(completion_logps, output_router_logits=True)
             self._prefixes.stop("the auxiliary loss of a mixture of experts counts every row's tokens")
         self._settle()
+        if args.disable_dropout:
+            stop_randomness(self.model)
 
     def _settle(self) -> None:
         """What must wait for TRL's `__init__`, yet come before it precomputes the reference, at its end."""
@@ -190,7 +194,8 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probability `[B, K]` of each completion under the reference, 0 where absent."""
-        adapter = nullcontext()
+        # It is compared with, so it has no dropout, whatever the policy's.
+        quiet, adapter = nullcontext() if self.args.disable_dropout else evaluating(model), nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
@@ -198,6 +203,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
+            quiet,
             self.accelerator.autocast(),
         ):
             return self._forward(model, inputs)["log_probs"]

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
+from prefopt.models.passes import padded_inputs
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -343,4 +344,6 @@ def pretraining_loss(
         A scalar.
     """
     options = {"untempered": True} if has_untempered_head else {}
-    return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss
+    inputs = padded_inputs(model, batch["input_ids"], batch["attention_mask"])
+    labels = batch["labels"]
+    return model(**inputs, labels=labels, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss

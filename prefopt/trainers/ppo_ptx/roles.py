@@ -6,7 +6,7 @@ import logging
 import os
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from prefopt.errors import UserError
+from prefopt.inference.generate import evaluating
 from prefopt.losses.advantages import full_kl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.models.loading import is_adapter, saved_config
+from prefopt.models.passes import padded_inputs
+from prefopt.models.prefix.sharing import backbone
 from prefopt.models.reward import token_scores
 from prefopt.models.roles import (
     AdapterScorer,
@@ -185,8 +188,7 @@ class ValueFunction:
         head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        return cls(head, trunk=model.base_model)
+        return cls(head, trunk=backbone(policy))
 
     def _read_trunk(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._reads_trunk:
@@ -248,6 +250,7 @@ class Roles:
         temperature: of the samples: every log-probability is the one at it.
         cast_lm_head_to_fp32: as the policy's fused head was added with.
         pad_to_multiple_of: widths that forwards are cut to; None for any.
+        has_dropout: whether some is left in training mode; passes without gradients, which are compared, go without it.
     """
 
     def __init__(
@@ -259,10 +262,11 @@ class Roles:
         temperature: float,
         cast_lm_head_to_fp32: bool,
         pad_to_multiple_of: int | None,
+        has_dropout: bool = False,
     ) -> None:
         self.policy, self.value_function, self.accelerator = policy, value_function, accelerator
         self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_multiple_of, self.has_dropout = pad_to_multiple_of, has_dropout
         self._reference = reference
 
     @contextmanager
@@ -303,7 +307,7 @@ class Roles:
         Without the LM head's work on prompts and without the padding that ends all rows.
         """
         logps, entropies = [], []
-        with self.value_function.reading(), self.accelerator.autocast():
+        with self.value_function.reading(), self.accelerator.autocast(), self._without_dropout(model):
             for x, mask, padding in self._batches(ids, attention_mask, size):
                 of_batch = token_logps(
                     model,
@@ -327,10 +331,10 @@ class Roles:
         value_function = self.value_function
         if value_function.is_head:
             return value_function(ids, attention_mask, length)
-        values = []
-        with self.accelerator.autocast(), value_function.active():
+        values, module = [], value_function.module
+        with self.accelerator.autocast(), value_function.active(), self._without_dropout(module):
             for x, mask, padding in self._batches(ids, attention_mask, size):
-                with last_mlp_at(value_function.module, x.size(1) - length + padding - 1, x.size(1) - 1):
+                with last_mlp_at(module, x.size(1) - length + padding - 1, x.size(1) - 1):
                     of_batch = value_function(x, mask, length - padding)
                 values.append(F.pad(of_batch, (0, padding)))
         return torch.cat(values)
@@ -348,9 +352,14 @@ class Roles:
     def logits(self, model: nn.Module, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Logits `[B, length, V]` that predict the completions."""
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with self.accelerator.autocast(), fp32_output(head, self.cast_lm_head_to_fp32):
-            output = model(ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=length + 1)
+        in_fp32 = fp32_output(head, self.cast_lm_head_to_fp32)
+        with self.accelerator.autocast(), in_fp32, self._without_dropout(model):
+            inputs = padded_inputs(model, ids, attention_mask)
+            output = model(**inputs, use_cache=False, logits_to_keep=length + 1)
         return output.logits[:, :-1] / self.temperature
+
+    def _without_dropout(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext() if torch.is_grad_enabled() or not self.has_dropout else evaluating(model)
 
     def _batches(self, ids: Tensor, attention_mask: Tensor, size: int | None) -> Iterator[tuple[Tensor, Tensor, int]]:
         """`size` rows at a time, and how many columns at their end, padding in every row, were cut off.

@@ -32,12 +32,12 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
+from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import without_nulls_in_calls
@@ -208,6 +208,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         check_vllm(args, self.model, None, [])
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, original)
+        if args.disable_dropout:
+            stop_randomness(self.model)
         # The saved policy shall not sample it either.
         if suppressed:
             self.model.config.reward_token_id = suppressed[0]
@@ -242,6 +244,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.temperature,
             args.cast_lm_head_to_fp32,
             self.pad_to_multiple_of,
+            has_dropout=not args.disable_dropout,
         )
         self._rollouts = Rollouts(
             self.roles,
@@ -320,7 +323,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 value_function.module.to(self.accelerator.device)
                 return value_function
             if self.args.disable_dropout:
-                disable_dropout_in_model(value_model)
+                stop_randomness(value_model)
             if self.args.gradient_checkpointing:
                 checkpoint_activations(value_model, self.args.gradient_checkpointing_kwargs)
                 if isinstance(value_model, PeftModel):

@@ -35,6 +35,7 @@ from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos
 from prefopt.models.loading import saved_config
+from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import (
     add_reward_token,
     append_reward_token,
@@ -131,6 +132,8 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
 
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)
+        if args.disable_dropout:
+            stop_randomness(self.model)
         keep_head_fp32(self.model)
         if head_is_new:
             init_score_head(self.model)

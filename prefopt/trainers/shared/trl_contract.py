@@ -157,7 +157,6 @@ IMPORTS: dict[str, dict[str, tuple[str, ...]]] = {
     "PPOPtxTrainer": {
         "trl.trainer.utils": (
             "add_fused_lm_head",
-            "disable_dropout_in_model",
             "pad",
             "shuffle_sequence_dict",
             "split_tensor_dict",
