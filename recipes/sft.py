@@ -32,7 +32,7 @@ from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
 from prefopt.recipes.common.rows import check_fields, load_rows, load_train_and_eval, stream_rows
 from prefopt.recipes.common.training import begin, train_and_save
-from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
+from prefopt.trainers.ppo_ptx.pretraining import StreamedText, labels_of, pack_documents, unscored_token
 from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
@@ -69,9 +69,9 @@ class SFTStepTrainer(CompleteCheckpointsMixin, PublishingMixin, SFTTrainer):
 
 
 def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:
-    """Blocks of pretraining text as PPO-ptx packs them, with a loss on every token."""
-    blocks = pack_documents(texts, tokenizer, max_length)
-    return blocks.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
+    """Blocks of pretraining text as PPO-ptx packs them, with its loss: on every token but BOS."""
+    blocks, unscored = pack_documents(texts, tokenizer, max_length), unscored_token(tokenizer)
+    return blocks.map(lambda row: {"labels": labels_of(row["input_ids"], unscored)})
 
 
 def mix_pretraining(
@@ -84,7 +84,11 @@ def mix_pretraining(
         taken = [text.take(min(1000, count - start)) for start in range(0, count, 1000)]
         if text.position["pass"]:
             raise UserError(f"pretrain_mix {share} needs {count} blocks of pretraining text, the stream has less")
-        blocks = [Dataset.from_dict({"input_ids": some, "labels": some}) for some in taken]
+        unscored = unscored_token(tokenizer)
+        blocks = [
+            Dataset.from_dict({"input_ids": some, "labels": [labels_of(block, unscored) for block in some]})
+            for some in taken
+        ]
         return concatenate_datasets([demonstrations, *blocks])
     blocks = pack_texts(texts, tokenizer, args.max_length).shuffle(seed=args.seed)
     if count > len(blocks):

@@ -26,10 +26,14 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     Blocks are cut from the concatenated documents, as in GPT's own pretraining: a block may hold the end of one
     document and the beginning of the next. The last block of each thousand documents may be shorter.
 
+    Where the tokenizer begins texts with BOS (Gemma, Llama, Mistral), so do documents and blocks: such models have seen
+    no text without it, and most of the gradient would teach them to do without. A block that BOS was put before is one
+    token longer than those that a document begins.
+
     Args:
         dataset: rows `{"text": str}` or `{"input_ids": list[int]}`.
         tokenizer: the policy's.
-        max_length: tokens per block, at least 2.
+        max_length: tokens per block at most, at least 2.
 
     Returns:
         Rows `{"input_ids": list[int]}`.
@@ -40,7 +44,7 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     if not isinstance(dataset, Dataset):
         raise UserError(f"pretrain_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
     column = _text_column(dataset.column_names)
-    eos = _eos_token_id(tokenizer)
+    bos, eos = added_bos(tokenizer), _eos_token_id(tokenizer)
 
     def to_ids(batch: dict, numbers: list[int]) -> dict:
         for number, document in zip(numbers, batch[column], strict=True):
@@ -50,14 +54,17 @@ def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
             documents = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
         else:
             documents = batch["input_ids"]
-        return {"input_ids": [_ended(ids, eos) for ids in documents if len(ids)]}
+        return {"input_ids": [_framed(ids, bos, eos) for ids in documents if len(ids)]}
 
     documents = dataset.select_columns(column).map(to_ids, batched=True, with_indices=True, remove_columns=[column])
     if len(documents) == 0:
         raise UserError("pretrain_dataset: no text in it")
     if empty := len(dataset) - len(documents):
         logger.warning("pretrain_dataset: dropped %d empty of %d documents", empty, len(dataset))
-    return pack_dataset(documents, max_length, strategy="wrapped")
+    blocks = pack_dataset(documents, _cut_length(max_length, bos), strategy="wrapped")
+    if bos is None:
+        return blocks
+    return blocks.map(lambda batch: {"input_ids": [_headed(block, bos) for block in batch["input_ids"]]}, batched=True)
 
 
 def _text_column(columns: list[str]) -> str:
@@ -73,8 +80,42 @@ def _eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _ended(ids: list[int], eos: int) -> list[int]:
-    return ids if ids[-1] == eos else [*ids, eos]
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS token if the tokenizer begins every text with it, else None."""
+    if tokenizer.bos_token_id is None:
+        return None
+    return tokenizer.bos_token_id if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else None
+
+
+def unscored_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that no block's loss counts: BOS, which is put before a text and never drawn. One that is EOS, too, counts."""
+    bos = added_bos(tokenizer)
+    return None if bos == tokenizer.eos_token_id else bos
+
+
+def labels_of(block: list[int], unscored: int | None) -> list[int]:
+    """A block's labels: its own tokens, -100 (ignored) at those that are not scored.
+
+    >>> labels_of([2, 5, 6, 1, 2, 7], unscored=2)
+    [-100, 5, 6, 1, -100, 7]
+    """
+    return [-100 if token == unscored else token for token in block]
+
+
+def _framed(ids: list[int], bos: int | None, eos: int) -> list[int]:
+    """A document between BOS, where there is one, and EOS. If they are one token, that which ends a document begins the next."""
+    begin = [] if bos in (None, eos, ids[0]) else [bos]
+    return [*begin, *ids, *([] if ids[-1] == eos else [eos])]
+
+
+def _cut_length(max_length: int, bos: int | None) -> int:
+    """Tokens that a block takes of the documents, such that `_headed` leaves it no longer than `max_length`."""
+    return max_length if bos is None else max_length - 1
+
+
+def _headed(block: list[int], bos: int | None) -> list[int]:
+    """A block with BOS at its head, where there is one."""
+    return block if bos in (None, block[0]) else [bos, *block]
 
 
 class PackedText:
@@ -113,7 +154,7 @@ class PackedText:
 class StreamedText:
     """`PackedText` over documents that are read, tokenized and packed only as they are needed.
 
-    Blocks are cut from the concatenated documents, each ended by EOS, and shuffled among the next `buffer_size` of
+    Blocks are cut as `pack_documents` cuts them, and shuffled among the next `buffer_size` of
     them, or fewer at the end of the text, where it begins again: every block is taken once in each pass. `position` is
     where a run stands, ready for JSON: where the text was when the buffer was filled, and how many of its blocks are
     taken. Setting it fills the buffer again and goes on exactly there, without reading what lies before, if the
@@ -122,7 +163,7 @@ class StreamedText:
     Args:
         documents: rows `{"text": str}` or `{"input_ids": list[int]}`, unshuffled.
         tokenizer: the policy's.
-        max_length: tokens per block, at least 2.
+        max_length: tokens per block at most, at least 2.
         seed: of the order.
         buffer_size: blocks that are shuffled among each other.
 
@@ -132,7 +173,7 @@ class StreamedText:
     Example:
         >>> from types import SimpleNamespace
         >>> ids = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6]]}).to_iterable_dataset()
-        >>> text = StreamedText(ids, SimpleNamespace(eos_token_id=0), max_length=3, seed=0)
+        >>> text = StreamedText(ids, SimpleNamespace(bos_token_id=None, eos_token_id=0), max_length=3, seed=0)
         >>> sorted(text.take(3))  # of 1 2 3 0 4 0 5 6 0
         [[0, 4, 0], [1, 2, 3], [5, 6, 0]]
     """
@@ -145,8 +186,9 @@ class StreamedText:
         seed: int,
         buffer_size: int = 1000,
     ) -> None:
-        self.documents, self.tokenizer, self.max_length = documents.with_format(None), tokenizer, max_length
-        self.seed, self.buffer_size, self.eos = seed, buffer_size, _eos_token_id(tokenizer)
+        self.documents, self.tokenizer = documents.with_format(None), tokenizer
+        self.bos, self.eos = added_bos(tokenizer), _eos_token_id(tokenizer)
+        self.cut_length, self.seed, self.buffer_size = _cut_length(max_length, self.bos), seed, buffer_size
         first = next(iter(self.documents), None)
         if first is None:
             raise UserError("pretrain_dataset: no text in it")
@@ -211,10 +253,12 @@ class StreamedText:
             self._filled_at = self._place(self.documents.state_dict() if self._row else None)
         blocks: list[list[int]] = []
         while len(blocks) < self.buffer_size:
-            whole = min(len(self._rest) // self.max_length, self.buffer_size - len(blocks))
+            whole = min(len(self._rest) // self.cut_length, self.buffer_size - len(blocks))
             if whole:
-                cut = whole * self.max_length
-                blocks += [self._rest[i : i + self.max_length] for i in range(0, cut, self.max_length)]
+                cut = whole * self.cut_length
+                blocks += [
+                    _headed(self._rest[i : i + self.cut_length], self.bos) for i in range(0, cut, self.cut_length)
+                ]
                 self._rest = self._rest[cut:]
                 continue
             ids = next(self._ids, None)
@@ -253,18 +297,24 @@ class StreamedText:
             if self.column == "text":
                 document = self.tokenizer(document, add_special_tokens=False)["input_ids"]
             if document:
-                yield _ended(document, self.eos)
+                yield _framed(document, self.bos, self.eos)
             else:
                 self._empty += 1
 
 
 def share_of_process(
-    blocks: list[list[int]], process: int, processes: int, batch_size: int, pad_token_id: int
+    blocks: list[list[int]],
+    process: int,
+    processes: int,
+    batch_size: int,
+    pad_token_id: int,
+    unscored: int | None = None,
 ) -> tuple[list[dict[str, Tensor]], int]:
     """One process's micro-batches of the blocks of an optimizer step, and the target tokens of ALL of them.
 
     Every process gets the same number of micro-batches, as each backward is a collective act: where the blocks do
-    not divide evenly, a process repeats the first block with every label ignored.
+    not divide evenly, a process repeats the first block with every label ignored. So are the labels of the token
+    `unscored` (`unscored_token`).
 
     Returns:
         Micro-batches `{"input_ids", "attention_mask", "labels"}` (each `[b, T]`, right-padded; -100 = ignored), and
@@ -278,7 +328,7 @@ def share_of_process(
         >>> num_tokens
         4
     """
-    num_tokens = sum(len(block) - 1 for block in blocks)
+    num_tokens = sum(len(block) - 1 - block[1:].count(unscored) for block in blocks)
     rows = [(block, True) for block in blocks[process::processes]]
     rows += [(blocks[0], False)] * (-(-len(blocks) // processes) - len(rows))
     batches = []
@@ -286,13 +336,13 @@ def share_of_process(
         chunk = rows[start : start + batch_size]
         length = max(len(block) for block, _ in chunk)
         ids = torch.full((len(chunk), length), pad_token_id)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        counts = torch.zeros_like(real)
+        real, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for i, (block, is_own) in enumerate(chunk):
             ids[i, : len(block)] = torch.tensor(block)
-            real[i, : len(block)] = True
-            counts[i, : len(block)] = is_own
-        batches.append({"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~counts, -100)})
+            real[i, : len(block)] = 1
+            if is_own:
+                labels[i, : len(block)] = torch.tensor(labels_of(block, unscored))
+        batches.append({"input_ids": ids, "attention_mask": real, "labels": labels})
     return batches, num_tokens
 
 
@@ -301,7 +351,7 @@ def backward_on_text(
     text: PackedText | StreamedText,
     args: PPOPtxConfig,
     accelerator: Accelerator,
-    pad_token_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     has_untempered_head: bool,
 ) -> tuple[Tensor, float]:
     """Backward of ptx_coef * LM over the text of an optimizer step (InstructGPT, appendix C.4).
@@ -315,7 +365,12 @@ def backward_on_text(
     episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     blocks = text.take(max(1, round(args.ptx_batch_ratio * episodes)))
     batches, num_tokens = share_of_process(
-        blocks, accelerator.process_index, processes, args.ptx_per_device_batch_size, pad_token_id
+        blocks,
+        accelerator.process_index,
+        processes,
+        args.ptx_per_device_batch_size,
+        tokenizer.pad_token_id,
+        unscored_token(tokenizer),
     )
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):

@@ -436,7 +436,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                     self.pretraining,
                     self.args,
                     self.accelerator,
-                    self._tokenizer.pad_token_id,
+                    self._tokenizer,
                     has_untempered_head=self.temperature != 1,
                 )
             ptx_loss, metrics = complete_gradient(
