@@ -103,7 +103,7 @@ def generate(
         drawn = [_completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
         return [drawn[i : i + num_return] for i in range(0, len(drawn), num_return)]
 
-    with torch.random.fork_rng(devices), _plain_generation(model), torch.no_grad():
+    with torch.random.fork_rng(devices), plain_generation(model), evaluating(model), torch.no_grad():
         done = 0
         for number, batch in enumerate(batches):
             drawn = draw(number, batch) if journal is None else _kept(journal, lambda n=number, b=batch: draw(n, b))
@@ -200,9 +200,9 @@ def _completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end_ids: 
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and an empty generation config: `generate` fills what a given config leaves open (penalties,
-    suppressed tokens, ...) from the model's own, which would no longer be the model's distribution."""
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has an empty generation config: `generate` fills what a given config leaves open (filters,
+    penalties, suppressed tokens, ...) from the model's own, which would no longer be the model's distribution."""
     owners = [model]
     if hasattr(model, "get_base_model"):
         owners.append(model.get_base_model())
@@ -210,8 +210,7 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     try:
         for owner in owners:
             owner.generation_config = GenerationConfig()
-        with evaluating(model):
-            yield
+        yield
     finally:
         for owner, config in zip(owners, kept, strict=True):
             owner.generation_config = config

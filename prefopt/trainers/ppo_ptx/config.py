@@ -55,6 +55,7 @@ HONORED = frozenset(
 )
 
 _SAMPLER = "the ratio of PPO needs tokens drawn from the policy itself, so sampling stays unfiltered"
+_LENGTH = "set `max_completion_length`"
 _ENTROPY = "InstructGPT's objective (Eq. 2) has no entropy bonus; the entropy is logged as `entropy`"
 _LOSS = "the loss is PPO's clipped surrogate per token; `epsilon` is its clip range"
 _REFERENCE = "the KL reference is the SFT model and does not move"
@@ -107,6 +108,34 @@ REFUSED = {
     "data_seed": "prompts and pretraining text are drawn by `seed`",
 }
 
+# Of generation_kwargs, what says how tokens are computed or where a completion stops, and not which tokens are drawn. A
+# token that is suppressed is one that the policy is not to say at all.
+GENERATION_KWARGS = frozenset(
+    {
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "disable_compile",
+        "max_cache_len",
+        "max_time",
+        "prefill_chunk_size",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "suppress_tokens",
+        "use_cache",
+    }
+)
+# What may be said as it is anyway, and the sentence for another value; every other name raises with `_SAMPLER`.
+PLAIN_GENERATION = {
+    "do_sample": (True, "it makes rollouts greedy; PPO needs samples"),
+    "num_beams": (1, _SAMPLER),
+    "temperature": (None, "set the field `temperature`, at which ratio and KL are taken, too"),
+    "max_new_tokens": (None, _LENGTH),
+    "max_length": (None, _LENGTH),
+    "max_tokens": (None, _LENGTH),
+    "eos_token_id": (None, "set it in the model's generation config, which says where rollouts end"),
+}
 
 # Why parameters cannot be sharded over processes.
 SHARDING = {
@@ -282,8 +311,10 @@ class PPOPtxConfig(GRPOConfig):
         super().__post_init__()
         self.num_generations = completions
         # Parsed by now, if it was a JSON string.
-        if (self.generation_kwargs or {}).get("do_sample") is False:
-            raise UserError("generation_kwargs: do_sample=False makes rollouts greedy; PPO needs samples")
+        for name, value in (self.generation_kwargs or {}).items():
+            plain, sentence = PLAIN_GENERATION.get(name, (getattr(GRPOConfig, name, None), _SAMPLER))
+            if name not in GENERATION_KWARGS and value not in (None, plain):
+                raise UserError(f"generation_kwargs: {name}={value!r} is not supported by PPO-ptx: {sentence}")
         if self.fp16:
             raise UserError("fp16 loss scaling does not carry over several backward passes: use bf16 or fp32")
         if self.use_transformers_continuous_batching and self.bf16:

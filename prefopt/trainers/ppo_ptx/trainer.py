@@ -34,6 +34,7 @@ from transformers import (
 from trl import GRPOTrainer
 
 from prefopt.errors import UserError, UserTypeError
+from prefopt.inference.generate import plain_generation
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, load_reward_model
@@ -344,7 +345,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
-        generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
+        # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
+        with plain_generation(self.model):
+            generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
         # TRL leaves the model in training mode after continuous batching.
         self.model.train(was_training)
         if len(generated[1]) != len(prompts):

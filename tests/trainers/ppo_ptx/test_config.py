@@ -78,6 +78,15 @@ def test_paper_schedule(tmp_path):
         ({"num_generations": 0}, "num_generations"),
         ({"generation_kwargs": {"do_sample": False}}, "greedy"),
         ({"generation_kwargs": '{"do_sample": false}'}, "greedy"),
+        ({"generation_kwargs": {"top_k": 3}}, "generation_kwargs: top_k=3 .* unfiltered"),
+        ({"generation_kwargs": {"min_p": 0.1}}, "unfiltered"),
+        ({"generation_kwargs": {"typical_p": 0.5}}, "unfiltered"),
+        ({"generation_kwargs": {"min_new_tokens": 16}}, "unfiltered"),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, "unfiltered"),
+        ({"generation_kwargs": {"presence_penalty": 0.5}}, "unfiltered"),
+        ({"generation_kwargs": {"num_beams": 3}}, "unfiltered"),
+        ({"generation_kwargs": {"temperature": 0.2}}, "the field `temperature`"),
+        ({"generation_kwargs": {"max_new_tokens": 16}}, "max_completion_length"),
         ({"fp16": True}, "fp16"),
         ({"per_device_train_batch_size": 4, "num_generations": 3}, "divisible"),
     ],
@@ -85,6 +94,11 @@ def test_paper_schedule(tmp_path):
 def test_bad_values_raise(options, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         PPOPtxConfig(str(tmp_path), **options)
+
+
+def test_generation_kwargs_that_leave_the_policy_as_it_is_are_taken(tmp_path):
+    kwargs = {"suppress_tokens": [5], "do_sample": True, "top_k": 0, "top_p": 1.0, "num_beams": 1, "use_cache": True}
+    assert PPOPtxConfig(str(tmp_path), generation_kwargs=kwargs).generation_kwargs == kwargs
 
 
 def test_unknown_option_raises(tmp_path):

@@ -10,7 +10,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from prefopt.losses import clipped_policy_loss
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from tests.trainers.ppo_ptx.conftest import PROMPTS, length_reward, lora
+from tests.trainers.ppo_ptx.conftest import PROMPTS, length_reward, lora, rollout_of
 
 
 @pytest.fixture
@@ -23,6 +23,42 @@ def make(make, causal_lm):
         return make(model, reward, **{**defaults, **options})
 
     return make_with_defaults
+
+
+# ---- the checkpoint's generation config -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_p": 0.5},
+        {"typical_p": 0.1},
+        {"epsilon_cutoff": 0.05},
+        {"eta_cutoff": 0.05},
+        {"top_h": 0.1},
+        {"top_k": 3, "top_p": 0.5, "temperature": 0.2, "repetition_penalty": 5.0, "do_sample": False},
+        {"num_beams": 3},
+        {"min_new_tokens": 6},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(150))},
+        {"bad_words_ids": [[i] for i in range(150)]},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_rollouts_are_the_policys_whatever_its_generation_config_says(kind, own, make, causal_lm):
+    """The same samples as with an empty one, and the config stays with the model."""
+
+    def rollout(**own):
+        model = copy.deepcopy(causal_lm)
+        model.generation_config.eos_token_id = [1, 200, 201]
+        for name, value in own.items():
+            setattr(model.generation_config, name, value)
+        trainer = make(lora(model) if kind == "lora" else model, max_completion_length=6)
+        torch.manual_seed(5)
+        rollout = rollout_of(trainer)
+        assert all(getattr(trainer.model.generation_config, name) == value for name, value in own.items())
+        return rollout["completion_ids"]
+
+    assert torch.equal(rollout(**own), rollout())
 
 
 # ---- continuous batching ------------------------------------------------------------------------------------------
