@@ -97,6 +97,11 @@ class EvaluationArguments:
             raise UserError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """How language models are loaded: arguments of `load_language_model`."""
+        return {"load_in_4bit": self.load_in_4bit, "dtype": self.dtype}
+
+    @property
     def tax_base(self) -> str | None:
         """The model that the alignment tax is measured from, if it is one of `models`."""
         return self.base or (self.baseline if self.baseline in self.models else None)
@@ -171,6 +176,9 @@ class EvaluationRun:
     def completions_path(self, model: str) -> Path:
         return self.folder / "completions" / f"{model}.jsonl"
 
+    def has_completions(self, model: str) -> bool:
+        return self.completions_path(model).is_file()
+
     def completions(self, model: str, decoding: str = "sampled") -> list[dict[str, Any]]:
         """Rows of a model, by prompt and sample.
 
@@ -178,18 +186,15 @@ class EvaluationRun:
             FileNotFoundError: nothing was generated for the model.
         """
         path = self.completions_path(model)
-        if not path.is_file():
+        if not self.has_completions(model):
             raise FileNotFoundError(f"no completions of {model!r} at {path}; run `prefopt eval generate` first")
         rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 
     def first_samples(self, model: str) -> list[dict[str, Any]]:
-        """The first sample of every prompt.
-
-        Raises:
-            FileNotFoundError: nothing was generated for the model.
-        """
-        return [row for row in self.completions(model) if row["sample"] == 0]
+        """The first sample of every prompt; none where nothing was generated."""
+        rows = self.completions(model) if self.has_completions(model) else []
+        return [row for row in rows if row["sample"] == 0]
 
     def measured_samples(self, model: str, heldout_use_case: str | None) -> list[dict[str, Any]]:
         """All samples but those of the use case kept out of training, which is in no number.
@@ -197,9 +202,7 @@ class EvaluationRun:
         Raises:
             FileNotFoundError: there are none.
         """
-        rows = self.completions(model)
-        if heldout_use_case is not None:
-            rows = [row for row in rows if row.get("use_case") != heldout_use_case]
+        rows = [r for r in self.completions(model) if not heldout_use_case or r.get("use_case") != heldout_use_case]
         if not rows:
             raise FileNotFoundError(f"no samples of {model!r}; run `prefopt eval generate` first")
         return rows

@@ -22,6 +22,10 @@ class Score:
     by: str = "lm-eval"  # or the argument that names who scores: "toxicity_scorer", "truthfulness_judge"
     paper: str | None = None  # row of Table 14 in paper.py
 
+    @property
+    def out_of_100(self) -> bool:
+        return self.scale == 100 or self.statistic == "bleu"
+
 
 @dataclass(frozen=True)
 class Benchmark:

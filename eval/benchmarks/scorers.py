@@ -3,7 +3,6 @@
 A scorer that is missing or dead is an error, never a 0.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks import BENCHMARKS
 from prefopt.evaluation.judges.gold import load_callable
 from prefopt.evaluation.results import Failed, NoNumber, Skipped
-from prefopt.inference.journal import function_state
+from prefopt.inference.journal import fingerprint_of, function_state
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ def score_toxicity(folder: Path, answers: Answers, name: str | None, label: str)
     for key in keys:
         texts = [text for record in answers[key] for text in record["responses"]]
         path = folder / "bench" / key[0] / f"{key[1]}.{key[2]}.scores.json"
-        settings = digest([function_state(name), label, texts])
+        settings = fingerprint_of([function_state(name), label, texts])
         kept = kept_file(path, settings)
         try:
             if kept is None:
@@ -219,11 +218,6 @@ def _to_score(answers: Answers, by: str) -> list[Key]:
         for key, records in answers.items()
         if isinstance(records, list) and any(score.by == by for score in BENCHMARKS[key[1]].scores)
     ]
-
-
-def digest(content: Any) -> str:
-    """A short stand-in that is equal exactly for equal contents."""
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def kept_file(path: Path, settings: str) -> dict[str, Any] | None:

@@ -5,11 +5,20 @@ from typing import Any
 
 from prefopt.evaluation.report.plots import Series, curves_plot
 from prefopt.evaluation.report.tables import Figure, number
+from prefopt.statistics.intervals import Estimate
+from prefopt.statistics.overoptimization import peak
 
 NAMES = {"proxy": "reward model", "gold": "gold reward"}
 FAR = 3  # times the distance reached: what a fit says beyond is not told
 Points = Sequence[Mapping[str, Any]]
 Fit = Mapping[str, Any]  # alpha, beta, peak, falls
+
+
+def fit_data(fit: tuple[Estimate, Estimate], design: Callable[..., Any]) -> dict[str, Any]:
+    """What is kept of a fit: its coefficients, where it is highest, and whether it is sure to fall after that."""
+    alpha, beta = fit
+    highest = peak(alpha.value, beta.value, design)
+    return {"alpha": alpha.value, "beta": beta.value, "peak": highest, "falls": beta.ci_low > 0}
 
 
 def gain_plot(points: Points, title: str, fit: Fit | None = None, design: Callable[..., Any] | None = None) -> Figure:

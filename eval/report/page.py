@@ -5,12 +5,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from prefopt.evaluation.report import sections
 from prefopt.evaluation.report.render import to_html, to_markdown
-from prefopt.evaluation.report.sections import compare, models, numbers, overview, training
 from prefopt.evaluation.report.tables import Block, Gap, Missing, Page, Results, Section
 from prefopt.evaluation.report.verdict import verdict
 from prefopt.evaluation.results import jsonable, no_number
-from prefopt.evaluation.stages import STAGES
+from prefopt.evaluation.stages import STAGES, compare
 from prefopt.inference.jsonl import write_whole
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,15 @@ class Chapter(NamedTuple):
 
 
 SECTIONS = (
-    Chapter("glance", "At a glance", None, overview.section),
-    Chapter("models", "The models in numbers", None, models.section),
+    Chapter("glance", "At a glance", None, sections.glance),
+    Chapter("models", "The models in numbers", None, sections.models),
     Chapter("use-cases", "Win rates by use case", None, compare.use_cases),
     *(Chapter(stage.name, stage.title, stage.key, stage.section) for stage in STAGES if stage.section),
-    Chapter("sft-epoch", "Choosing the SFT epoch", None, training.epochs),
-    Chapter("rl", "RL training", None, training.rl),
-    Chapter("samples", "The worst samples, side by side", None, numbers.samples),
-    Chapter("time", "Wall time", None, numbers.time),
-    Chapter("numbers", "Every number with its definition", None, numbers.section),
+    Chapter("sft-epoch", "Choosing the SFT epoch", None, sections.epochs),
+    Chapter("rl", "RL training", None, sections.rl),
+    Chapter("samples", "The worst samples, side by side", None, sections.samples),
+    Chapter("time", "Wall time", None, sections.time),
+    Chapter("numbers", "Every number with its definition", None, sections.numbers),
 )
 
 

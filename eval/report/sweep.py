@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.evaluation.report.gains import gain_plot, where_it_turns
+from prefopt.evaluation.report.gains import fit_data, gain_plot, where_it_turns
 from prefopt.evaluation.report.plots import Series, curves_plot
 from prefopt.evaluation.report.render import to_html
 from prefopt.evaluation.report.tables import (
@@ -13,9 +13,9 @@ from prefopt.evaluation.report.tables import (
     Gap,
     Heading,
     Items,
+    Line,
     Measure,
     Page,
-    Row,
     Section,
     Table,
     measured,
@@ -23,7 +23,7 @@ from prefopt.evaluation.report.tables import (
 from prefopt.evaluation.results import BASELINE, find
 from prefopt.evaluation.sweep import REWARD, SHOWN, TAX, Finding, Point, gain, last_third, plain_ppo
 from prefopt.inference.jsonl import write_whole
-from prefopt.statistics.overoptimization import fit_rl, peak, rl_design
+from prefopt.statistics.overoptimization import fit_rl, rl_design
 
 VERDICT = {True: "holds here", False: "does not hold here", None: "cannot be told from these runs"}
 Rollouts = Sequence[Mapping[str, float]]
@@ -128,11 +128,8 @@ def _rollouts(rollouts: Mapping[str, Rollouts]) -> list[Block]:
     for run, points in rollouts.items():
         if len(points) < 2:
             continue
-        fit, estimates = None, fit_rl(points)
-        if estimates is not None:
-            alpha, beta = estimates
-            turn = peak(alpha.value, beta.value, rl_design)
-            fit = {"alpha": alpha.value, "beta": beta.value, "peak": turn, "falls": beta.ci_low > 0}
+        estimates = fit_rl(points)
+        fit = None if estimates is None else fit_data(estimates, rl_design)
         figures.append(gain_plot(points, f"{run}: gain", fit, rl_design))
         items.append((f"{run}:", f"{where_it_turns(points, fit, 'the run')} {_last_third(points)}"))
     if not figures:
@@ -163,7 +160,7 @@ def _numbers(measures: Sequence[Measure], points: Sequence[Point], settings: Map
             measured(find(measures, key, name, BASELINE), digits, difference=True) for key, digits in decimals.items()
         ]
         others = [measured(find(measures, key, name), 2) for key in ("rm_score", "kl_to_sft")]
-        rows.append(Row(title, [*values, *differences, *others]))
+        rows.append(Line(title, [*values, *differences, *others]))
     minus = [f"{shown} − SFT" for shown in SHOWN.values()]
     heads = ["ptx_coef, kl_coef", *SHOWN.values(), *minus, "reward-model score", "KL to SFT"]
     note = (

@@ -4,7 +4,7 @@ Nothing here is HTML or Markdown: all strings are text, which the templates esca
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Cell:
 
 
 @dataclass
-class Row:
+class Line:
     """A row of a table; `kind` is group (a heading over rows), difference (indented), total or nothing."""
 
     head: Cell | str
@@ -65,7 +65,7 @@ class Table:
     """Columns, that of the rows' heads first; `kind` is a CSS class."""
 
     columns: Sequence[Cell | str]
-    rows: Sequence[Row]
+    rows: Sequence[Line]
     kind: str = ""
 
     def __post_init__(self) -> None:
@@ -199,6 +199,15 @@ def measured(m: Measure | None, decimals: int, *, difference: bool = False) -> C
     return Cell(text, interval(m, decimals), tone)
 
 
+def reasons(measures: Sequence[Measure], called: Callable[[Measure], str]) -> list[tuple[str, str]]:
+    """Each reason why numbers are missing, once, and what it is the reason of."""
+    names: dict[str, dict[str, None]] = {}
+    for m in measures:
+        if m["status"] != "ok":
+            names.setdefault(f"{m['status']}: {m['reason']}", {})[called(m)] = None
+    return [(reason, ", ".join(of)) for reason, of in names.items()]
+
+
 # ---- what the sections ask ----------------------------------------------------------------------------------------------
 class Ask(NamedTuple):
     """A row of a table of measures: how it is called, which measure, against which model or None.
@@ -281,14 +290,14 @@ class Results:
         rows, group = [], []
         for ask in asks:
             if isinstance(ask, str):
-                group = [Row(ask, kind="group")]
+                group = [Line(ask, kind="group")]
             elif any(found := line(ask)):
                 compared = ask.against is not None
                 cells = [measured(m, ask.decimals, difference=compared) for m in found]
                 cells += [] if paper is None else [Cell(ask.paper, tone="paper")]
                 count = f"n = {max(m['n'] for m in found if m)}" if ask.count else ""
                 indent = ask.indent or (compared and not ask.measure.startswith("winrate"))
-                rows += [*group, Row(Cell(ask.title, count), cells, "difference" if indent else "")]
+                rows += [*group, Line(Cell(ask.title, count), cells, "difference" if indent else "")]
                 group = []
         heads = ["", *(c.title for c in columns), *([paper] if paper else [])]
         return [Table(heads, rows)] if rows else []

@@ -4,7 +4,7 @@ import os
 
 from prefopt.evaluation.report.plots import drawable, log_plot, shares_plot
 from prefopt.evaluation.report.render import to_html
-from prefopt.evaluation.report.tables import Block, Figure, Gap, Items, Page, Row, Section, Table
+from prefopt.evaluation.report.tables import Block, Figure, Gap, Items, Line, Page, Section, Table
 from prefopt.evaluation.training_run import KINDS, NAMES, Run, no_trouble, numbers, sentences, table, title
 from prefopt.inference.jsonl import write_whole
 
@@ -97,4 +97,4 @@ def _numbers(run: Run) -> list[Block]:
     settings = ", ".join(f"{key} = {value:g}" for key, value in run.settings.items())
     note = "Means over the log entries of each third of the run." + (f" Settings: {settings}." if settings else "")
     columns = ["", *(f"steps {head}" for head in heads)]
-    return [Table(columns, [Row(name, values) for name, values in rows]), note]
+    return [Table(columns, [Line(name, values) for name, values in rows]), note]

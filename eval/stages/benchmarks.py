@@ -5,22 +5,40 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions
+from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions, paper_condition
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
-from prefopt.evaluation.benchmarks.scorers import Answers, Key, digest, judge_truthfulness, kept_file, score_toxicity
+from prefopt.evaluation.benchmarks.scorers import Answers, Key, judge_truthfulness, kept_file, score_toxicity
 from prefopt.evaluation.benchmarks.scores import difference, estimate
-from prefopt.evaluation.report.paper import table_14
-from prefopt.evaluation.report.sections import bench as bench_section
-from prefopt.evaluation.report.tables import label, number
+from prefopt.evaluation.report.paper import MARK, table_14
+from prefopt.evaluation.report.paper import MODELS as OF_THE_PAPER
+from prefopt.evaluation.report.plots import intervals_plot
+from prefopt.evaluation.report.tables import (
+    Ask,
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Fold,
+    Heading,
+    Items,
+    Line,
+    Results,
+    Table,
+    label,
+    number,
+    reasons,
+)
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
+from prefopt.inference.journal import fingerprint_of, source_state
 from prefopt.inference.jsonl import write_whole
 from prefopt.models.loading import load_language_model
 
@@ -128,8 +146,11 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) 
     if args.base is not None and args.base not in args.models:
         raise UserError(f"base: {args.base!r} is none of the models {', '.join(args.models)}")
     base = args.tax_base
-    chosen = own.bench_tasks or list(BENCHMARKS)
-    rows, unavailable = _all_rows(chosen, own)
+    rows: dict[str, Any] = {}
+    unavailable: dict[str, NoNumber] = {}
+    for name in own.bench_tasks or BENCHMARKS:
+        found = _attempt(f"bench: {name}", partial(_rows, name, own.bench_data_files.get(name)))
+        (unavailable if isinstance(found, NoNumber) else rows)[name] = found
     instructions = dict.fromkeys(args.models, "")
     if own.bench_prompted and base is not None:
         prefix = own.bench_prefix_file
@@ -137,34 +158,43 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: BenchArguments) 
     answers: Answers = {}
     too_long: dict[str, int] = {}
     for source in dict.fromkeys(args.models.values()):
-        named = {m: text for m, text in instructions.items() if _source(args, m) == source}
-        for key, (records, count) in _ask(run, args, own, source, named, rows):
-            answers[key] = records
-            if count:
-                too_long["/".join(key)] = count
-    unscored = score_toxicity(run.folder, answers, own.toxicity_scorer, own.toxicity_label) | judge_truthfulness(
-        answers, own.truthfulness_judge
-    )
-    measures = _measures(answers, unscored, unavailable, base, list(instructions))
-    run.write_stage(STAGE, measures, _data(own, rows, unavailable, base, list(instructions), too_long))
-
-
-def _source(args: EvaluationArguments, model: str) -> str:
-    return args.models[model] if model in args.models else args.models[model.removesuffix(PROMPTED)]
-
-
-def _all_rows(chosen: Sequence[str], own: BenchArguments) -> tuple[dict[str, Any], dict[str, NoNumber]]:
-    """Rows of every benchmark, and why others have none."""
-    if find_spec("lm_eval") is None:
-        return {}, dict.fromkeys(chosen, Skipped("lm-eval is not installed; pip install 'prefopt[eval]'"))
-    rows, unavailable = {}, {}
-    for name in chosen:
-        found = _attempt(f"bench: {name}", partial(_rows, name, own.bench_data_files.get(name)))
-        (unavailable if isinstance(found, NoNumber) else rows)[name] = found
-    return rows, unavailable
+        for key, found in _ask(run, args, own, source, instructions, rows):
+            answers[key] = found if isinstance(found, NoNumber) else found["records"]
+            if not isinstance(found, NoNumber) and found["too_long"]:
+                too_long["/".join(key)] = found["too_long"]
+    unscored = score_toxicity(run.folder, answers, own.toxicity_scorer, own.toxicity_label)
+    unscored |= judge_truthfulness(answers, own.truthfulness_judge)
+    measures = [
+        MEASURES.record(f"bench.{name}.{BENCHMARKS[name].scores[0].name}", base or next(iter(instructions)), none)
+        for name, none in unavailable.items()
+    ]
+    data = {
+        "base": base,
+        "models": list(instructions),
+        "benchmarks": {
+            name: {
+                "title": BENCHMARKS[name].title,
+                "rows": own.bench_data_files.get(name) or BENCHMARKS[name].hub,
+                "from_hub": name not in own.bench_data_files,
+                "hub_verified": BENCHMARKS[name].hub_verified,
+                "lm_eval": BENCHMARKS[name].task if BENCHMARKS[name].bundled else None,
+                "conditions": list(conditions(BENCHMARKS[name], tuple(own.bench_shots))),
+                "scores": [score.name for score in BENCHMARKS[name].scores],
+            }
+            for name in (*rows, *unavailable)
+        },
+        "limit": own.bench_limit,
+        "too_long": too_long,
+        "toxicity_scorer": own.toxicity_scorer,
+        "truthfulness_judge": own.truthfulness_judge,
+    }
+    run.write_stage(STAGE, [*measures, *_measures(answers, unscored, base)], data)
 
 
 def _rows(name: str, files: Any) -> Any:
+    """Rows of a benchmark, or why it has none."""
+    if find_spec("lm_eval") is None:
+        return Skipped("lm-eval is not installed; pip install 'prefopt[eval]'")
     from datasets.exceptions import DatasetNotFoundError
 
     try:
@@ -172,9 +202,10 @@ def _rows(name: str, files: Any) -> Any:
     except (OSError, DatasetNotFoundError) as error:
         if files is not None:
             raise
-        logger.warning("bench: %s: %s", name, _said(error))
+        said = _first_line(f"{type(error).__name__}: {str(error).strip()}")
+        logger.warning("bench: %s: %s", name, said)
         return Skipped(
-            f"the rows of {BENCHMARKS[name].hub} are not to be had from here ({_said(error)}); set "
+            f"the rows of {BENCHMARKS[name].hub} are not to be had from here ({said}); set "
             f"bench_data_files: {{{name}: file}}"
         )
 
@@ -184,66 +215,44 @@ def _ask(
     args: EvaluationArguments,
     own: BenchArguments,
     source: str,
-    named: Mapping[str, str],
+    instructions: Mapping[str, str],
     rows: Mapping[str, Any],
-) -> Iterator[tuple[Key, tuple[list[dict[str, Any]] | NoNumber, int]]]:
-    """Answers of one model, under each of its names, with the number of rows that were too long for it."""
-    lm: Any = None
+) -> Iterator[tuple[Key, dict[str, Any] | NoNumber]]:
+    """Answers of one model, under each of its names: `records`, and how many rows were `too_long` for it."""
     with ExitStack() as stack:
 
         def load() -> Any:
-            loaded = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+            loaded = load_language_model(source, **args.loading)
             return stack.enter_context(wrapped(*loaded, args.batch_size))
 
-        def answers_of(name: str, shots: int, prefix: str, model: str) -> tuple[list[dict[str, Any]], int]:
-            sampled = name == "realtoxicityprompts_sampled"
-            task = build_task(
-                name,
-                rows[name],
-                shots,
-                prefix,
-                generation=SAMPLED if sampled else None,
-                repeats=own.toxicity_samples if sampled else 1,
-            )
-            return ask(
-                lm,
-                name,
-                task,
-                limit=own.bench_limit,
-                seed=args.seed,
-                instruction=named[model] or None,
-                chat=own.bench_chat_template,
-            )
+        # A "model" that is a file of completions has nothing to ask.
+        lm = cache(partial(_attempt, f"bench: {source}", load, skips=FileNotFoundError))
 
-        for key, shots, prefix in _plan(named, rows, own):
+        def answers(key: Key, shots: int, prefix: str) -> dict[str, Any]:
             model, name, _ = key
-            path = run.folder / "bench" / model / f"{key[1]}.{key[2]}.json"
-            settings = _settings(args, own, source, name, shots, prefix, named[model])
-            kept = kept_file(path, settings)
-            if kept is not None:
-                yield key, (kept["records"], kept["too_long"])
-                continue
-            if lm is None:  # a "model" that is a file of completions has nothing to ask
-                lm = _attempt(f"bench: {source}", load, skips=FileNotFoundError)
-            if isinstance(lm, NoNumber):
-                yield key, (lm, 0)
-                continue
-            run.progress(f"bench: {', '.join(key)}")
-            found = _attempt(f"bench: {', '.join(key)}", partial(answers_of, name, shots, prefix, model))
-            if isinstance(found, NoNumber):
-                yield key, (found, 0)
-                continue
-            records, too_long = found
-            content = {"settings": settings, "too_long": too_long, "records": records}
-            write_whole(path, json.dumps(content, ensure_ascii=False))
-            yield key, (records, too_long)
+            sampled = name == "realtoxicityprompts_sampled"
+            repeats = own.toxicity_samples if sampled else 1
+            task = build_task(
+                name, rows[name], shots, prefix, generation=SAMPLED if sampled else None, repeats=repeats
+            )
+            options = {"limit": own.bench_limit, "seed": args.seed, "chat": own.bench_chat_template}
+            records, too_long = ask(lm(), name, task, instruction=instructions[model] or None, **options)
+            return {"too_long": too_long, "records": records}
 
-
-def _plan(named: Mapping[str, str], rows: Mapping[str, Any], own: BenchArguments) -> Iterator[tuple[Key, int, str]]:
-    for model in named:
-        for name in rows:
+        for model, name in product(instructions, rows):
+            if args.models.get(model, args.models.get(model.removesuffix(PROMPTED))) != source:
+                continue
             for condition, (shots, prefix) in conditions(BENCHMARKS[name], tuple(own.bench_shots)).items():
-                yield (model, name, condition), shots, prefix
+                key = (model, name, condition)
+                path = run.folder / "bench" / model / f"{name}.{condition}.json"
+                settings = _settings(args, own, source, name, shots, prefix, instructions[model])
+                found = kept_file(path, settings)
+                if found is None and not isinstance(found := lm(), NoNumber):
+                    run.progress(f"bench: {', '.join(key)}")
+                    found = _attempt(f"bench: {', '.join(key)}", partial(answers, key, shots, prefix))
+                    if not isinstance(found, NoNumber):
+                        write_whole(path, json.dumps({"settings": settings, **found}, ensure_ascii=False))
+                yield key, found
 
 
 def _settings(
@@ -251,37 +260,24 @@ def _settings(
 ) -> str:
     """A digest of all that answers depend on; answers with another one are asked for anew."""
     benchmark = BENCHMARKS[name]
-    files = own.bench_data_files.get(name)
-    files = [] if files is None else [files] if isinstance(files, str) else sorted(files.items())
-    own_file = [path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))]
+    files = own.bench_data_files.get(name) or {}
+    files = {"test": files} if isinstance(files, str) else files
+    task_files = (
+        [] if benchmark.bundled else [path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))]
+    )
     content = [
-        *("lm-eval", version("lm_eval"), source, _stamps(Path(source)), args.load_in_4bit, args.dtype, args.seed),
-        *(name, asdict(benchmark), None if benchmark.bundled else own_file, shots, prefix, instruction),
-        *(files, [_stamps(Path(f if isinstance(f, str) else f[1])) for f in files]),
+        *("lm-eval", version("lm_eval"), source_state(source), args.loading, args.seed),
+        *(name, asdict(benchmark), task_files, shots, prefix, instruction),
+        {split: source_state(file) for split, file in files.items()},
         *(own.bench_limit, own.bench_chat_template),
         own.toxicity_samples if name == "realtoxicityprompts_sampled" else None,
     ]
-    return digest(content)
+    return fingerprint_of(content)
 
 
-def _stamps(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file or of the files of a folder; nothing for what is on the Hub."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-
-
-def _measures(
-    answers: Answers,
-    unscored: Mapping[Key, NoNumber],
-    unavailable: Mapping[str, NoNumber],
-    base: str | None,
-    models: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Every score of every model, its difference to the base, and one line for each benchmark without rows."""
-    measures = [
-        MEASURES.record(f"bench.{name}.{BENCHMARKS[name].scores[0].name}", base or models[0], none)
-        for name, none in unavailable.items()
-    ]
+def _measures(answers: Answers, unscored: Mapping[Key, NoNumber], base: str | None) -> list[dict[str, Any]]:
+    """Every score of every model, and its difference to the base."""
+    measures = []
 
     def none_of(key: Key, score: Score) -> NoNumber | None:
         records = answers.get(key, Failed(f"no answers of {key[0]}"))
@@ -304,49 +300,115 @@ def _measures(
     return measures
 
 
-def _data(
-    own: BenchArguments,
-    rows: Mapping[str, Any],
-    unavailable: Mapping[str, str],
-    base: str | None,
-    models: Sequence[str],
-    too_long: Mapping[str, int],
-) -> dict[str, Any]:
-    """What the section of the report needs besides the measures."""
-    return {
-        "base": base,
-        "models": list(models),
-        "benchmarks": {
-            name: {
-                "title": BENCHMARKS[name].title,
-                "rows": own.bench_data_files.get(name) or BENCHMARKS[name].hub,
-                "from_hub": name not in own.bench_data_files,
-                "hub_verified": BENCHMARKS[name].hub_verified,
-                "lm_eval": BENCHMARKS[name].task if BENCHMARKS[name].bundled else None,
-                "conditions": list(conditions(BENCHMARKS[name], tuple(own.bench_shots))),
-                "scores": [score.name for score in BENCHMARKS[name].scores],
-            }
-            for name in (*rows, *unavailable)
-        },
-        "limit": own.bench_limit,
-        "too_long": dict(too_long),
-        "toxicity_scorer": own.toxicity_scorer,
-        "truthfulness_judge": own.truthfulness_judge,
-    }
-
-
 def _attempt(what: str, compute: Callable[[], Any], **options: Any) -> Any:
     """As `attempt`; of the long errors of lm-eval and the Hub what a table can hold, the rest is in the log."""
     found = attempt(what, compute, **options)
     return Failed(_first_line(found.reason)) if isinstance(found, Failed) else found
 
 
-def _said(error: Exception) -> str:
-    return _first_line(f"{type(error).__name__}: {str(error).strip()}")
-
-
 def _first_line(text: str) -> str:
     return text.splitlines()[0][:300]
+
+
+# ---- in the report --------------------------------------------------------------------------------------------------
+def section(results: Results) -> list[Block]:
+    """Public NLP benchmarks with the alignment tax, truthfulness, toxicity and bias."""
+    data = results.stage("bench")
+    measures = [m for m in results.measures if m["name"].startswith("bench.")]
+    asked = {name: about for name, about in data["benchmarks"].items() if name in BENCHMARKS}
+    known = {m["name"].split(".")[1] for m in measures if m["value"] is not None}
+    if not known:
+        raise results.missing("bench.", "no benchmark was asked for")
+    nlp = [name for name in asked if name in known and BENCHMARKS[name].conditions is None]
+    others = [name for name in asked if name in known and name not in nlp]
+    blocks: list[Block] = [*_tax(nlp, results, data)]
+    for title, names in (("Public NLP", nlp), ("Truthfulness, toxicity, bias, summaries", others)):
+        blocks += [Heading(title), *_table(names, results, data)] if names else []
+    none = reasons(measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title)
+    items = [("", f"{titles}: {reason}") for reason, titles in none]
+    missing = [Fold("Not measured, and why", [Items(items)])] if items else []
+    return [*blocks, _note(data), *missing, _sources(asked)]
+
+
+def _tax(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Figure]:
+    """One plot per condition: model - base, in points of 100."""
+    base, drawings = data["base"], []
+    asked = {name: data["benchmarks"][name]["conditions"] for name in names}
+    for condition in dict.fromkeys(chain(*asked.values())) if base else ():
+        rows = []
+        for name in names:
+            score = BENCHMARKS[name].scores[0]
+            scale = 1 if score.out_of_100 else 100
+            differences = {}
+            for model in data["models"]:
+                m = results.find(f"bench.{name}.{score.name}.{condition}", model, base)
+                if m is not None and m["value"] is not None:
+                    keys = ("value", "ci_low", "ci_high")
+                    differences[_label(model)] = {k: None if m[k] is None else scale * m[k] for k in keys}
+            if differences:
+                rows.append((BENCHMARKS[name].title, differences))
+        if rows:
+            title, axis = f"Alignment tax, {condition}", f"minus {label(base)}, points of 100"
+            drawings.append(intervals_plot(rows, title, axis, title=title))
+    return drawings
+
+
+def _label(model: str) -> str:
+    return label(model.removesuffix(PROMPTED)) + (", prompted" if model.endswith(PROMPTED) else "")
+
+
+def _table(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Table]:
+    """Scores, under each the difference to the base, and what the paper has."""
+    base, asks = data["base"], []
+    for name in names:
+        asks.append(BENCHMARKS[name].title)
+        for score, condition in product(BENCHMARKS[name].scores, data["benchmarks"][name]["conditions"]):
+            decimals = 1 if score.out_of_100 or score.statistic == "perplexity" else 3
+            full = f"bench.{name}.{score.name}.{condition}"
+            title = f"{score.name.replace('_', ' ')}, {condition}"
+            asks.append(Ask(title, full, decimals, count=True, paper=_paper(score, condition)))
+            if base is not None:
+                asks.append(Ask(f"minus {label(base)}", full, decimals, base, paper=""))
+    columns = [Column(_label(m), m) for m in data["models"]]
+    return results.table(asks, columns, Cell("GPT-3 / SFT / PPO / PPO-ptx", MARK, "paper"))
+
+
+def _paper(score: Score, condition: str) -> str:
+    for theirs in paper_condition(condition) if score.paper else ():
+        values = [table_14(score.paper, theirs, model) for model in OF_THE_PAPER]
+        if any(value is not None for value in values):
+            return " / ".join(number(value, 1 if score.out_of_100 else 3) for value in values)
+    return "–"
+
+
+def _note(data: Mapping[str, Any]) -> str:
+    text = "Intervals of 95 % over rows, or groups of rows about the same text"
+    if data["base"] is not None:
+        text += f"; differences to {label(data['base'])} are paired: both answered the same rows"
+    text += ". "
+    if data["limit"] is not None:
+        text += f"Only the first {data['limit']} rows of each were asked. "
+    if data["toxicity_scorer"]:
+        text += f"Toxicity by {data['toxicity_scorer']}; the paper's scorer was Perspective. "
+    if data["truthfulness_judge"]:
+        text += f"Truth of answers by {data['truthfulness_judge']}; the paper's judge was a fine-tuned GPT-3. "
+    if data["too_long"]:
+        cut = ", ".join(f"{key} ({count})" for key, count in sorted(data["too_long"].items())[:12])
+        more = f" and {len(data['too_long']) - 12} more" if len(data["too_long"]) > 12 else ""
+        text += f"Rows longer than the model, which lost their beginning: {cut}{more}."
+    return text
+
+
+def _sources(asked: Mapping[str, Any]) -> Fold:
+    """Where rows and tasks come from."""
+    rows = []
+    for name, about in asked.items():
+        origin = about["rows"] if isinstance(about["rows"], str) else ", ".join(about["rows"].values())
+        if about["from_hub"] and not about["hub_verified"]:
+            origin += " (this id is unverified)"
+        task = f"lm-eval's {about['lm_eval']}" if about["lm_eval"] else "own, through lm-eval"
+        rows.append(Line(about["title"], [origin, task, BENCHMARKS[name].source]))
+    return Fold("Where the benchmarks come from", [Table(["", "rows", "task", "source"], rows)])
 
 
 _SFT, _PPO, _PTX = (table_14("squadv2/f1", "zero-shot", model) for model in ("sft", "ppo", "ppo_ptx"))
@@ -369,5 +431,5 @@ STAGE = Stage(
         Question("Truthful? (TruthfulQA, MC1)", "bench.truthfulqa_mc1.*.0-shot"),
     ),
     title="Public benchmarks: NLP and safety",
-    section=bench_section.section,
+    section=section,
 )

@@ -1,7 +1,8 @@
 """Stage `compare`: which model is better, from judgements: win rates and Bradley-Terry strengths, with intervals."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -11,14 +12,27 @@ from scipy.special import expit
 
 from prefopt.errors import UserError
 from prefopt.evaluation.report.paper import paper_value
-from prefopt.evaluation.report.sections import compare as compare_section
-from prefopt.evaluation.report.tables import label, number
+from prefopt.evaluation.report.plots import bars_plot
+from prefopt.evaluation.report.tables import (
+    Ask,
+    Block,
+    Cell,
+    Column,
+    Heading,
+    Line,
+    Missing,
+    Results,
+    Table,
+    label,
+    measured,
+    number,
+)
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, no_number
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
 from prefopt.evaluation.stages.judge import JUDGES, scores_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics import bradley_terry
-from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate
 from prefopt.statistics.logistic import logistic_fit
 
 Row = Mapping[str, Any]
@@ -104,7 +118,7 @@ class CompareArguments:
 
 
 # ---- judgements to numbers ------------------------------------------------------------------------------------------
-def preferences_by_prompt(judgements: Sequence[Row], model: str, against: str) -> dict[Any, list[float]]:
+def preferences_by_prompt(judgements: Iterable[Row], model: str, against: str) -> dict[Any, list[float]]:
     """Preferences for `model` over `against` (1 / .5 / 0), by prompt; several where several labelers judged one.
 
     >>> preferences_by_prompt([{"id": 7, "a": "sft", "b": "ppo", "preference": 0.0}], "ppo", "sft")
@@ -179,10 +193,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     Bradley-Terry fit of the main judge says of every pair).
     """
     models = list(args.models)
-    completions = {
-        model: {row["id"]: row for row in run.first_samples(model)} if run.completions_path(model).is_file() else {}
-        for model in models
-    }
+    others = [model for model in models if model != args.baseline]
+    completions = {model: {row["id"]: row for row in run.first_samples(model)} for model in models}
     use_cases = {i: r.get("use_case") for one in completions.values() for i, r in one.items()}
     heldout = {i for i, use_case in use_cases.items() if use_case and use_case == args.heldout_use_case}
     if run.is_stale("judge"):
@@ -208,81 +220,70 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
         of_judge = MEASURES | ({"winrate": win_rate_by(f"is preferred by {judge}")} if judge else {})
         measures.append({**Measures(of_judge).record(name, model, value, against=against), "judge": judge})
 
-    def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = models) -> None:
+    def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = others) -> None:
         rows = [row for row in every.get(judge or "", []) if keep(row)]
         itself = {row["id"]: [0.5] for row in rows if args.baseline in (row["a"], row["b"])}
         for model in of:
             by_prompt = itself if model == args.baseline else preferences_by_prompt(rows, model, args.baseline)
-            add(name, model, lambda p=by_prompt: win_rate(p), judge, args.baseline)
+            add(name, model, partial(win_rate, by_prompt), judge, args.baseline)
 
-    def sampled(row: Row) -> bool:
-        return row.get("decoding", "sampled") == "sampled" and row["id"] not in heldout
+    def is_sampled(row: Row) -> bool:
+        return row.get("decoding", "sampled") == "sampled"
 
-    others = [model for model in models if model != args.baseline]
-    rates("winrate", main, sampled)
-    rates("winrate_greedy", main, lambda r: r.get("decoding") == "greedy" and r["id"] not in heldout, others)
+    def is_counted(row: Row) -> bool:
+        return is_sampled(row) and row["id"] not in heldout
+
+    rates("winrate", main, is_counted, models)
+    rates("winrate_greedy", main, lambda row: not is_sampled(row) and row["id"] not in heldout)
     if heldout:
-        rates("winrate_heldout_use_case", main, lambda r: r["id"] in heldout and r.get("decoding") != "greedy", others)
+        rates("winrate_heldout_use_case", main, lambda row: is_sampled(row) and row["id"] in heldout)
     for use_case in sorted({u for u in use_cases.values() if u}):
-        rates(
-            f"winrate_use_case.{use_case}",
-            main,
-            lambda r, u=use_case: use_cases.get(r["id"]) == u and r.get("decoding") != "greedy",
-            others,
-        )
+        of_case = {i for i, u in use_cases.items() if u == use_case}
+        rates(f"winrate_use_case.{use_case}", main, lambda row, ids=of_case: is_sampled(row) and row["id"] in ids)
     for judge in dict.fromkeys([*every, *broken]):
-        rows = every.get(judge, [])
         if judge != main:
-            rates(f"winrate_judge.{judge}", judge, sampled, others)
-        names = {row["labeler"] for row in rows if row.get("labeler") is not None}
+            rates(f"winrate_judge.{judge}", judge, is_counted)
+        names = {row.get("labeler") for row in every.get(judge, [])}
         for group, members in own.labeler_groups.items():
             if names & set(members):
                 rates(
-                    f"winrate_labelers.{group}",
-                    judge,
-                    lambda r, m=members: sampled(r) and r.get("labeler") in m,
-                    others,
+                    f"winrate_labelers.{group}", judge, lambda r, of=members: is_counted(r) and r.get("labeler") in of
                 )
-    main_rows = [row for row in every.get(main or "", []) if sampled(row)]
+    main_rows = [row for row in every.get(main or "", []) if is_counted(row)]
     for model in others:
-        add(
-            "winrate_length_controlled",
-            model,
-            lambda m=model: _length_controlled(main_rows, completions, m, args.baseline),
-            main,
-            args.baseline,
-        )
-    found = _strengths(main_rows, args) if main else {}
+        compute = partial(_length_controlled, main_rows, completions, model, args.baseline)
+        add("winrate_length_controlled", model, compute, main, args.baseline)
+    try:
+        strengths = bradley_terry.strengths(main_rows, args.baseline, seed=args.seed) if main else {}
+    except UserError:  # the baseline was not judged: nothing to refer to
+        strengths = {}
     for model in models:
-        add("bradley_terry", model, lambda m=model: found.get(m, NOT_JOINED), main, None)
+        add("bradley_terry", model, partial(strengths.get, model, NOT_JOINED), main, None)
     for judge in every:
         measures += _score_measures(run, models, judge, heldout, args.baseline)
     pairs = [
         {"judge": judge, "model": a, "against": b, **asdict(win_rate(preferences))}
         for judge, rows in every.items()
         for a, b in combinations(models, 2)
-        if (preferences := preferences_by_prompt([r for r in rows if sampled(r)], a, b))
+        if (preferences := preferences_by_prompt(filter(is_counted, rows), a, b))
     ]
-    matrix = {a: {b: float(1 / (1 + np.exp(found[b].value - found[a].value))) for b in found if b != a} for a in found}
-    run.write_stage(
-        STAGE,
-        measures,
-        {
-            "main_judge": main,
-            "judges": {judge: len(rows) for judge, rows in every.items()},
-            "baseline": args.baseline,
-            "heldout_use_case": args.heldout_use_case,
-            "pairs": pairs,
-            "matrix": matrix,
-        },
-    )
+    values = {model: strength.value for model, strength in strengths.items()}
+    data = {
+        "main_judge": main,
+        "judges": {judge: len(rows) for judge, rows in every.items()},
+        "baseline": args.baseline,
+        "heldout_use_case": args.heldout_use_case,
+        "pairs": pairs,
+        "matrix": {a: {b: float(expit(values[a] - values[b])) for b in values if b != a} for a in values},
+    }
+    run.write_stage(STAGE, measures, data)
 
 
 def _length_controlled(
     rows: Sequence[Row], completions: Mapping[str, Mapping[Any, Row]], model: str, against: str
 ) -> Estimate | NoNumber:
     by_prompt = preferences_by_prompt(rows, model, against)
-    ours, theirs = completions.get(model, {}), completions.get(against, {})
+    ours, theirs = completions[model], completions.get(against, {})
     ids = [i for i in by_prompt if i in ours and i in theirs]
     if by_prompt and not ids:
         return NO_LENGTHS
@@ -292,55 +293,121 @@ def _length_controlled(
     )
 
 
-def _strengths(rows: Sequence[Row], args: EvaluationArguments) -> dict[str, Estimate]:
-    try:
-        return bradley_terry.strengths(rows, args.baseline, seed=args.seed)
-    except UserError:  # the baseline was not judged: nothing to refer to
-        return {}
-
-
-# Means of the scores that a judge gave, and what the results call them.
-_SCORES = {"gold": "gold_reward", "reward": "rm_score"}
-
-
 def _score_measures(
     run: EvaluationRun, models: Sequence[str], judge: str, heldout: set[Any], baseline: str
 ) -> list[dict[str, Any]]:
     """Mean scores of a scoring judge, greedy and held out apart, the parts of the score, and differences to the
     baseline."""
     scores = {m: read_jsonl(path) for m in models if (path := scores_path(run, judge, m)).is_file()}
-    name = _SCORES.get(judge, f"judge_score.{judge}")
+    name = {"gold": "gold_reward", "reward": "rm_score"}.get(judge, f"judge_score.{judge}")
     found = []
 
-    def values(model: str, decoding: str, inside: bool, part: str | None = None) -> dict[Any, float]:
+    def values(model: str, decoding: str, inside: bool = False, part: str | None = None) -> dict[Any, float]:
         return {
             row["id"]: row["score"] if part is None else row["parts"][part]
             for row in scores[model]
             if row["decoding"] == decoding and (row["id"] in heldout) == inside
         }
 
-    def add(name: str, model: str, decoding: str, inside: bool = False, part: str | None = None) -> None:
-        one = values(model, decoding, inside, part)
-        if one:
-            found.append({**MEASURES.record(name, model, mean_estimate(list(one.values()))), "judge": judge})
+    def add(name: str, model: str, by_prompt: Mapping[Any, float], against: str | None = None) -> None:
+        if by_prompt:
+            value = mean_estimate([*by_prompt.values()])
+            found.append({**MEASURES.record(name, model, value, against=against), "judge": judge})
 
     for model, rows in scores.items():
-        add(name, model, "sampled")
-        if judge != "gold":
-            continue
-        add("gold_reward_greedy", model, "greedy")
-        add("gold_reward_heldout_use_case", model, "sampled", inside=True)
-        for part in rows[0].get("parts") or {}:
-            add(f"gold_component.{part}", model, "sampled", part=part)
-            add(f"gold_component_greedy.{part}", model, "greedy", part=part)
+        add(name, model, values(model, "sampled"))
+        if judge == "gold":
+            add("gold_reward_greedy", model, values(model, "greedy"))
+            add("gold_reward_heldout_use_case", model, values(model, "sampled", inside=True))
+            for part in rows[0].get("parts") or {}:
+                add(f"gold_component.{part}", model, values(model, "sampled", part=part))
+                add(f"gold_component_greedy.{part}", model, values(model, "greedy", part=part))
     for model, against in run.compared(scores, baseline):
-        for decoding, suffix in (("sampled", ""), ("greedy", "_greedy")):
-            ours, theirs = values(model, decoding, False), values(against, decoding, False)
-            ids = sorted(set(ours) & set(theirs))
-            if ids and (judge == "gold" or not suffix):
-                estimate = paired_difference([ours[i] for i in ids], [theirs[i] for i in ids])
-                found.append({**MEASURES.record(name + suffix, model, estimate, against=against), "judge": judge})
+        for decoding, suffix in (("sampled", ""), ("greedy", "_greedy"))[: 2 if judge == "gold" else 1]:
+            ours, theirs = values(model, decoding), values(against, decoding)
+            common = sorted(set(ours) & set(theirs))
+            add(name + suffix, model, {i: ours[i] - theirs[i] for i in common}, against)
     return found
+
+
+# ---- in the report --------------------------------------------------------------------------------------------------
+CALLED = {"gold": "gold reward", "human": "people", "lm": "language model", "reward": "reward model"}
+
+
+def section(results: Results) -> list[Block]:
+    """The win rates of every judge and labeler, and the strengths of all models."""
+    data = results.stage("compare")
+    main, baseline = data["main_judge"], results.baseline
+    if main is None:
+        raise results.missing("winrate", "nobody judged the completions")
+    judges, labelers = (results.names(f"winrate_{of}.") for of in ("judge", "labelers"))
+    asks = [
+        f"Judge: {CALLED.get(main, main)}",
+        Ask("samples", "winrate", 3, baseline),
+        Ask("at equal length", "winrate_length_controlled", 3, baseline),
+        Ask("greedy", "winrate_greedy", 3, baseline),
+        Ask("held-out use case", "winrate_heldout_use_case", 3, baseline),
+        "Other judges",
+        *(Ask(CALLED.get(j, j), f"winrate_judge.{j}", 3, baseline) for j in judges),
+        "Labelers",
+        *(Ask(group, f"winrate_labelers.{group}", 3, baseline) for group in sorted(labelers)),
+    ]
+    trust = [
+        Ask("same verdict in both orders", "judge_consistency"),
+        Ask("verdicts for the first answer (.5: fair)", "judge_prefers_first"),
+    ]
+    trusted = results.table(trust, [Column(CALLED["lm"], "lm")])
+    note = f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
+    return [
+        *results.table(asks, [Column(label(m), m) for m in results.others]),
+        note,
+        *_strengths(results, data),
+        *([Heading("How far to trust the language model")] if trusted else []),
+        *trusted,
+    ]
+
+
+def use_cases(results: Results) -> list[Block]:
+    """Win rates by use case, the held-out one among them."""
+    prefix = "winrate_use_case."
+    asks = [Ask(name, prefix + name, 2, results.baseline, count=True) for name in results.names(prefix)]
+    table = results.table(asks, [Column(label(m), m) for m in results.others])
+    if not table:
+        raise Missing("no win rates by use case were measured; the prompts need a column `use_case`")
+    return table
+
+
+def _strengths(results: Results, data: Mapping[str, Any]) -> list[Block]:
+    strengths = {m: results.find("bradley_terry", m) for m in results.models}
+    strengths = {m: x for m, x in strengths.items() if x and x["value"] is not None}
+    if not strengths:
+        return []
+    models = sorted(strengths, key=lambda m: -strengths[m]["value"])
+    wins: dict[tuple[str, str], float] = {}
+    for pair in data["pairs"]:
+        if pair["judge"] == data["main_judge"]:
+            wins[pair["model"], pair["against"]] = pair["value"]
+            wins.setdefault((pair["against"], pair["model"]), 1 - pair["value"])
+
+    def over(model: str, other: str) -> Cell:
+        if other == model:
+            return Cell("–", tone="none")
+        expected = data["matrix"].get(model, {}).get(other)
+        return Cell(number(wins.get((model, other)), 2), f"model: {number(expected, 2)}")
+
+    rows = [Line(label(m), [measured(strengths[m], 2), *(over(m, other) for other in models)]) for m in models]
+    note = (
+        "Bradley-Terry strengths in log-odds from all pairs of models, the baseline's being 0; then how often the row "
+        "was preferred over the column, and what the strengths say of it. Where the two differ, one number per model "
+        "does not tell the whole."
+    )
+    bars = [("strength (log-odds)", [(label(m), x) for m, x in strengths.items()])]
+    return [
+        Heading("Strength of all models"),
+        bars_plot(bars, "strengths", percent=False),
+        Table(["", "strength", *(f"over {label(m)}" for m in models)], rows),
+        note,
+    ]
 
 
 _PAPER = ", ".join(f"{label(m)} {number(paper_value('winrate', m)[0], 2)}" for m in ("ppo", "ppo_ptx"))
@@ -358,5 +425,5 @@ STAGE = Stage(
         Question("… on a use case it was not trained on?", "winrate_heldout_use_case"),
     ),
     title="Who wins: judges, use cases, strengths",
-    section=compare_section.section,
+    section=section,
 )

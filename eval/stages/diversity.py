@@ -4,12 +4,14 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from prefopt.errors import UserError
-from prefopt.evaluation.report.sections import diversity as diversity_section
+from prefopt.evaluation.report.tables import Ask, Block, Results, label
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage
 from prefopt.statistics.intervals import Estimate, mean_estimate
@@ -17,8 +19,12 @@ from prefopt.statistics.text_diversity import Distinct, distinct_n, jackknife, s
 
 Bleu = Callable[[str, list[str]], float]  # of an answer against references
 ORDERS = (1, 2, 3)
-NAMES = (*(f"distinct_{n}" for n in ORDERS), "unique", "self_bleu")
+STATISTICS = {f"distinct_{n}": partial(distinct_n, n=n) for n in ORDERS} | {"unique": unique_share}
+NAMES = (*STATISTICS, "self_bleu")
 ONE_SAMPLE = Skipped("one sample per prompt: set samples_per_prompt to several (10) and run `prefopt eval generate`")
+NO_BLEU = Skipped("sacrebleu is not installed: pip install 'prefopt[eval]'")
+TOO_SHORT = Skipped("no answer is long enough")
+HEADINGS = {"across_prompts": "Across prompts, one sample of each", "per_prompt": "Among the samples of one prompt"}
 SCOPES = {
     "across_prompts": ("over one sample of every prompt", "jackknife over prompts"),
     "per_prompt": ("among the samples of one prompt, mean over prompts", "interval over prompts"),
@@ -36,14 +42,11 @@ for _scope, (_over, _interval) in SCOPES.items():
         f"different answers / answers, case and spacing aside, {_over}; {_interval}",
         "Kirk et al. 2023, arXiv:2310.06452",
     )
+    if _scope == "across_prompts":
+        _over, _interval = "in random groups of prompts, one sample each", "interval over groups"
     MEASURES[f"diversity.self_bleu.{_scope}"] = Definition(
         False,
-        "mean BLEU of each answer with the others as its references (100: all alike), "
-        + (
-            "in random groups of prompts, one sample each; interval over groups"
-            if _scope == "across_prompts"
-            else f"{_over}; {_interval}"
-        ),
+        f"mean BLEU of each answer with the others as its references (100: all alike), {_over}; {_interval}",
         "Zhu et al. 2018, arXiv:1802.01886",
     )
 
@@ -78,15 +81,16 @@ def across_prompts(
     prompts = sorted(texts)
     answers = [texts[i] for i in prompts]
     found: dict[str, Found] = {}
-    for name, statistic in _statistics().items():
+    for name, statistic in STATISTICS.items():
         of_all = statistic(answers)
         if of_all is not None:
             estimate = jackknife(of_all.value, of_all.without, len(answers))
-            estimate = replace(  # of a share
-                estimate, ci_low=np.maximum(estimate.ci_low, 0.0), ci_high=np.minimum(estimate.ci_high, 1.0)
-            )
-            found[name] = Found(estimate, of_all, prompts)
-    groups = _groups(prompts, own, seed)
+            low, high = np.maximum(estimate.ci_low, 0.0), np.minimum(estimate.ci_high, 1.0)  # of a share
+            found[name] = Found(replace(estimate, ci_low=low, ci_high=high), of_all, prompts)
+    # Random groups of prompts; what does not fill the last one is left out.
+    order = random.Random(f"{seed}/self-BLEU").sample(prompts, len(prompts))[: own.self_bleu_prompts]
+    size = own.self_bleu_group
+    groups = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     if bleu is not None and groups:
         scores = {tuple(g): self_bleu(bleu, [texts[i] for i in g]) for g in groups}
         estimate = mean_estimate([*scores.values()])
@@ -98,7 +102,7 @@ def per_prompt(samples: Mapping[int, Sequence[str]], own: DiversityArguments, bl
     """Mean over prompts of the diversity of the samples of one prompt; intervals resample prompts."""
     values: dict[str, dict[int, float]] = {name: {} for name in NAMES}
     for number, (prompt, texts) in enumerate(sorted(samples.items())):
-        for name, statistic in _statistics().items():
+        for name, statistic in STATISTICS.items():
             of_prompt = statistic(texts)
             if of_prompt is not None:
                 values[name][prompt] = of_prompt.value
@@ -116,21 +120,7 @@ def difference(a: Found, b: Found) -> Estimate | None:
             return None
         return jackknife(a.parts.value - b.parts.value, a.parts.without - b.parts.without, a.estimate.n)
     common = [key for key in a.parts if key in b.parts]
-    if not common:
-        return None
-    return mean_estimate([a.parts[key] - b.parts[key] for key in common])
-
-
-def _statistics() -> dict[str, Callable[[Sequence[str]], Distinct | None]]:
-    orders = {f"distinct_{n}": lambda texts, n=n: distinct_n(texts, n) for n in ORDERS}
-    return {**orders, "unique": unique_share}
-
-
-def _groups(prompts: Sequence[int], own: DiversityArguments, seed: int) -> list[list[int]]:
-    """Random groups of prompts; what does not fill the last one is left out."""
-    order = random.Random(f"{seed}/self-BLEU").sample(list(prompts), len(prompts))[: own.self_bleu_prompts]
-    size = own.self_bleu_group
-    return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+    return mean_estimate([a.parts[key] - b.parts[key] for key in common]) if common else None
 
 
 def measure(run: EvaluationRun, args: EvaluationArguments, own: DiversityArguments) -> None:
@@ -140,71 +130,68 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DiversityArgumen
             "self_bleu_group: expected 2 or more, and self_bleu_prompts not below it, got "
             f"{own.self_bleu_group} and {own.self_bleu_prompts}"
         )
-    bleu = _bleu()
-    found: dict[tuple[str, str], dict[str, Found] | NoNumber] = {}
     data: dict[str, Any] = {"baseline": args.baseline, "samples_per_prompt": {}, "group": own.self_bleu_group}
+    few = Skipped(f"fewer prompts than self_bleu_group, {own.self_bleu_group}")
+    try:
+        bleu, no_bleu = sentence_bleu(), {"across_prompts": few}
+    except ImportError:
+        bleu, no_bleu = None, dict.fromkeys(SCOPES, NO_BLEU)
+
+    def of_model(model: str) -> dict[str, dict[str, Found] | NoNumber]:
+        samples: dict[int, list[str]] = defaultdict(list)
+        for row in run.measured_samples(model, args.heldout_use_case):
+            samples[row["id"]].append(row["completion"])
+        data["samples_per_prompt"][model] = min(map(len, samples.values()))
+        firsts = {prompt: texts[0] for prompt, texts in samples.items()}
+        several = {prompt: texts for prompt, texts in samples.items() if len(texts) > 1}
+        return {
+            "across_prompts": across_prompts(firsts, own, bleu, args.seed),
+            "per_prompt": per_prompt(several, own, bleu) if several else ONE_SAMPLE,
+        }
+
+    def value(model: str, name: str, scope: str) -> Found | NoNumber:
+        of_scope = found[model] if isinstance(found[model], NoNumber) else found[model][scope]
+        if isinstance(of_scope, NoNumber) or name in of_scope:
+            return of_scope if isinstance(of_scope, NoNumber) else of_scope[name]
+        return no_bleu.get(scope, TOO_SHORT) if name == "self_bleu" else TOO_SHORT
+
+    found: dict[str, dict[str, dict[str, Found] | NoNumber] | NoNumber] = {}
     for model in args.models:
         run.progress(f"diversity: {model}")
-        both = attempt(
-            f"diversity: {model}",
-            lambda m=model: _both_scopes(run, args, own, m, bleu, data["samples_per_prompt"]),
-            skips=FileNotFoundError,
-        )
-        for scope in SCOPES:
-            found[model, scope] = both if isinstance(both, NoNumber) else both[scope]
+        found[model] = attempt(f"diversity: {model}", partial(of_model, model), skips=FileNotFoundError)
     measures = []
-    for model in args.models:
-        for scope in SCOPES:
-            of_model, of_baseline = found[model, scope], found.get((args.baseline, scope))
-            for name in NAMES:
-                key = f"diversity.{name}.{scope}"
-                if isinstance(of_model, NoNumber):
-                    measures.append(MEASURES.record(key, model, of_model))
-                    continue
-                if name not in of_model:
-                    measures.append(MEASURES.record(key, model, _why_none(name, scope, own, bleu)))
-                    continue
-                measures.append(MEASURES.record(key, model, of_model[name].estimate))
-                if model != args.baseline and isinstance(of_baseline, dict) and name in of_baseline:
-                    paired = difference(of_model[name], of_baseline[name])
-                    if paired is not None:
-                        measures.append(MEASURES.record(key, model, paired, against=args.baseline))
+    for model, scope, name in product(args.models, SCOPES, NAMES):
+        key, one = f"diversity.{name}.{scope}", value(model, name, scope)
+        measures.append(MEASURES.record(key, model, one if isinstance(one, NoNumber) else one.estimate))
+        if model != args.baseline and args.baseline in found and isinstance(one, Found):
+            theirs = value(args.baseline, name, scope)
+            paired = difference(one, theirs) if isinstance(theirs, Found) else None
+            if paired is not None:
+                measures.append(MEASURES.record(key, model, paired, against=args.baseline))
     run.write_stage(STAGE, measures, data)
 
 
-def _both_scopes(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: DiversityArguments,
-    model: str,
-    bleu: Bleu | None,
-    counts: dict[str, int],
-) -> dict[str, dict[str, Found] | NoNumber]:
-    samples: dict[int, list[str]] = defaultdict(list)
-    for row in run.measured_samples(model, args.heldout_use_case):
-        samples[row["id"]].append(row["completion"])
-    counts[model] = min(map(len, samples.values()))
-    firsts = {prompt: texts[0] for prompt, texts in samples.items()}
-    several = {prompt: texts for prompt, texts in samples.items() if len(texts) > 1}
-    return {
-        "across_prompts": across_prompts(firsts, own, bleu, args.seed),
-        "per_prompt": per_prompt(several, own, bleu) if several else ONE_SAMPLE,
-    }
-
-
-def _why_none(name: str, scope: str, own: DiversityArguments, bleu: Bleu | None) -> Skipped:
-    if name == "self_bleu" and bleu is None:
-        return Skipped("sacrebleu is not installed: pip install 'prefopt[eval]'")
-    if name == "self_bleu" and scope == "across_prompts":
-        return Skipped(f"fewer prompts than self_bleu_group, {own.self_bleu_group}")
-    return Skipped("no answer is long enough")
-
-
-def _bleu() -> Bleu | None:
-    try:
-        return sentence_bleu()
-    except ImportError:
-        return None
+def section(results: Results) -> list[Block]:
+    """Distinct-n, unique answers and self-BLEU, with the differences to the baseline."""
+    data = results.stage("diversity")
+    baseline = data["baseline"]
+    if not data["samples_per_prompt"]:
+        raise results.missing("diversity.", "no model was measured")
+    titles = {f"distinct_{n}": f"distinct {n}-grams" for n in ORDERS}
+    titles |= {"unique": "unique answers", "self_bleu": "self-BLEU (100: all alike)"}
+    asks: list[Ask | str] = []
+    for scope in SCOPES:
+        asks.append(HEADINGS[scope])
+        for name, title in titles.items():
+            full, decimals = f"diversity.{name}.{scope}", 1 if name == "self_bleu" else 3
+            asks += [Ask(title, full, decimals), Ask(f"minus {label(baseline)}", full, decimals, baseline)]
+    counts = " or ".join(map(str, sorted(set(data["samples_per_prompt"].values()))))
+    note = (
+        f"Samples per prompt: {counts}. Distinct n-grams: different ones / all, which also falls as answers grow longer. "
+        f"Self-BLEU across prompts: in random groups of {data['group']} prompts. ▲ more diverse and ▼ less: the 95 % "
+        "interval of the paired difference excludes 0."
+    )
+    return [*results.table(asks), note]
 
 
 STAGE = Stage(
@@ -219,5 +206,5 @@ STAGE = Stage(
         Question("… to the same prompt?", "diversity.unique.per_prompt"),
     ),
     title="Diversity",
-    section=diversity_section.section,
+    section=section,
 )

@@ -1,17 +1,19 @@
 """Stage `drift`: how far every model has moved from the baseline, and how sure of itself it has become."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefopt.evaluation.report.sections import drift as drift_section
+from prefopt.evaluation.report.plots import Series, curves_plot
+from prefopt.evaluation.report.tables import Ask, Block, Results, label
 from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.journal import kept_rows, source_state
-from prefopt.inference.likelihood import TokenDivergence, token_divergence
+from prefopt.inference.likelihood import token_divergence
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 
@@ -110,22 +112,24 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
     """
     measures: list[dict[str, Any]] = []
     data: dict[str, Any] = {"baseline": args.baseline, "by_position": {}, "samples": {}}
-    reference: list[Any] = []  # loaded once, and only if something is to be computed
     sums: dict[str, DriftSums] = {}
+
+    @cache
+    def reference() -> tuple[Any, Any]:
+        return _load(run, args, args.baseline)
+
+    def of_model(name: str) -> dict[str, Estimate]:
+        load = reference if name == args.baseline else partial(_load, run, args, name)
+        rows = _token_rows(run, args, own, name, load, reference)
+        sums[name] = drift_sums(rows)
+        data["by_position"][name], data["samples"][name] = by_position(rows), len(rows)
+        return drift_estimates(sums[name])
+
     for name in args.models:
-
-        def of_model(name: str = name) -> dict[str, Estimate]:
-            rows = _token_rows(run, args, own, name, reference)
-            sums[name] = drift_sums(rows)
-            data["by_position"][name] = by_position(rows)
-            data["samples"][name] = len(rows)
-            return drift_estimates(sums[name])
-
         # without samples, or where a "model" is a file of completions, there is nothing to measure
-        found = attempt(f"drift: {name}", of_model, skips=FileNotFoundError)
+        found = attempt(f"drift: {name}", partial(of_model, name), skips=FileNotFoundError)
         for key in (*PER_COMPLETION, *PER_TOKEN):
-            value = found if isinstance(found, NoNumber) else found[key]
-            measures.append(MEASURES.record(key, name, value))
+            measures.append(MEASURES.record(key, name, found if isinstance(found, NoNumber) else found[key]))
     for name in sums:
         if name != args.baseline and args.baseline in sums:
             estimate = entropy_difference(sums[name], sums[args.baseline])
@@ -133,9 +137,20 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
     run.write_stage(STAGE, measures, data)
 
 
+def _load(run: EvaluationRun, args: EvaluationArguments, name: str) -> tuple[Any, Any]:
+    run.progress(f"drift: loading {name}")
+    return load_language_model(args.models[name], **args.loading)
+
+
 def _token_rows(
-    run: EvaluationRun, args: EvaluationArguments, own: DriftArguments, name: str, reference: list[Any]
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: DriftArguments,
+    name: str,
+    load: Callable[[], tuple[Any, Any]],
+    reference: Callable[[], tuple[Any, Any]],
 ) -> list[dict[str, Any]]:
+    """`id`, `sample` and, per token, `kl`, `k1` and `entropy` of every sample of a model."""
     if args.baseline not in args.models:
         raise FileNotFoundError(f"no model called {args.baseline!r}, the baseline, in models")
     samples = run.measured_samples(name, args.heldout_use_case)
@@ -143,21 +158,15 @@ def _token_rows(
         samples = [row for row in samples if row["id"] < own.drift_prompts]
 
     def compute() -> list[dict[str, Any]]:
-        settings = {"load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
-        if not reference:
-            run.progress(f"drift: loading {args.baseline}")
-            reference.append(load_language_model(args.models[args.baseline], **settings))
-        if name == args.baseline:
-            model, tokenizer = reference[0]
-        else:
-            run.progress(f"drift: loading {name}")
-            model, tokenizer = load_language_model(args.models[name], **settings)
-        found: list[TokenDivergence] = token_divergence(
+        baseline, _ = reference()
+        model, tokenizer = load()
+        prompts, ids = ([row[column] for row in samples] for column in ("prompt", "ids"))
+        found = token_divergence(
             model,
-            reference[0][0],
+            baseline,
             tokenizer,
-            [row["prompt"] for row in samples],
-            [row["ids"] for row in samples],
+            prompts,
+            ids,
             args.batch_size,
             lambda done, total: run.progress(f"drift: {name} {done}/{total}"),
         )
@@ -174,6 +183,34 @@ def _token_rows(
     return kept_rows(run.folder / "drift" / f"{name}.jsonl", inputs, compute)
 
 
+def section(results: Results) -> list[Block]:
+    """KL to the baseline and entropy, in numbers and by position in the completion."""
+    data = results.stage("drift")
+    curves, baseline = data["by_position"], data["baseline"]
+    if not curves:
+        raise results.missing("token_entropy", "no model was measured")
+    asks = [
+        Ask("KL, nats per completion", "kl_to_sft"),
+        Ask("its one-sample estimate k1", "k1_to_sft"),
+        Ask("KL, nats per token", "kl_to_sft_per_token", 4),
+        Ask("k1, nats per token", "k1_to_sft_per_token", 4),
+        Ask("entropy, nats per token", "token_entropy"),
+        Ask(f"minus {label(baseline)}", "token_entropy", 3, baseline),
+    ]
+    figures = []
+    for key, title in (("kl", "KL per token, nats"), ("entropy", "entropy per token, nats")):
+        drawn = {m: [{"x": p["position"], "y": p[key]} for p in points] for m, points in curves.items()}
+        if any(drawn.values()):
+            series = [Series(label(m), points) for m, points in drawn.items()]
+            figures.append(curves_plot(series, title, "token of the completion"))
+    note = (
+        f"KL of the model from {label(baseline)} over the whole vocabulary, along the model's own samples; k1 is what "
+        "PPO's log shows, the log-probability ratio of the sampled tokens alone: the same on average, with more noise. "
+        "Entropy that falls is mode collapse (Kirk et al. 2023)."
+    )
+    return [*results.table(asks), *figures, note]
+
+
 STAGE = Stage(
     "drift",
     "KL to the baseline and entropy",
@@ -182,5 +219,5 @@ STAGE = Stage(
     MEASURES,
     of_completions=True,
     title="Drift from the baseline",
-    section=drift_section.section,
+    section=section,
 )

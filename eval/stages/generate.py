@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.people import prompt_key
 from prefopt.evaluation.results import NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
-from prefopt.inference.generate import derived_seed, generate
+from prefopt.inference.generate import Completion, derived_seed, generate
 from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.models.loading import is_completions, load_language_model
@@ -64,22 +65,19 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
         "greedy": own.greedy,
         "max_new_tokens": own.max_new_tokens,
         "batch_size": args.batch_size,
-        "load_in_4bit": args.load_in_4bit,
-        "dtype": args.dtype,
+        **args.loading,
         "seed": args.seed,
     }
+
+    def complete(name: str, source: str) -> None:
+        compute = (
+            partial(_given, source, rows) if is_completions(source) else partial(_draw, run, name, rows, args, own)
+        )
+        continued_rows(run.completions_path(name), {**settings, "model": source_state(source)}, compute)
+
     done: dict[str, NoNumber | None] = {}
     for name, source in args.models.items():
-
-        def complete(name: str = name, source: str = source) -> None:
-            def compute(journal: Journal) -> list[dict[str, Any]]:
-                if is_completions(source):
-                    return _given(source, rows)
-                return _draw(run, name, rows, args, own, journal)
-
-            continued_rows(run.completions_path(name), {**settings, "model": source_state(source)}, compute)
-
-        done[name] = attempt(f"generate: {name}", complete)
+        done[name] = attempt(f"generate: {name}", partial(complete, name, source))
         if done[name] is not None:
             run.completions_path(name).unlink(missing_ok=True)  # of other settings
     status = {name: "ok" if why is None else str(why) for name, why in done.items()}
@@ -90,7 +88,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
         raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in status.items()))
 
 
-def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _given(source: str, rows: Sequence[Mapping[str, Any]], _: Journal) -> list[dict[str, Any]]:
     """Completions that were drawn elsewhere, matched by their prompts: rows `prompt`, `completion`, perhaps `truncated`
     and the `ids` that were sampled.
 
@@ -109,19 +107,27 @@ def _given(source: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
             raise UserError(
                 f"{source} has no completion of prompt {number}; draw them for the prompts of the evaluation"
             )
-        found += [
-            {
-                **row,
-                "id": number,
-                "decoding": "sampled",
-                "sample": sample,
-                "completion": given["completion"],
-                "ids": given.get("ids") or [],
-                "truncated": bool(given.get("truncated")),
-            }
-            for sample, given in enumerate(mine)
-        ]
+        samples = [Completion(x["completion"], x.get("ids") or [], bool(x.get("truncated"))) for x in mine]
+        found += _completed(row, number, "sampled", samples)
     return found
+
+
+def _completed(
+    row: Mapping[str, Any], number: int, decoding: str, samples: Sequence[Completion]
+) -> list[dict[str, Any]]:
+    """Rows of the file of completions, of one prompt."""
+    return [
+        {
+            **row,
+            "id": number,
+            "decoding": decoding,
+            "sample": sample,
+            "completion": completion.text,
+            "ids": completion.ids,
+            "truncated": completion.truncated,
+        }
+        for sample, completion in enumerate(samples)
+    ]
 
 
 def _draw(
@@ -134,38 +140,26 @@ def _draw(
 ) -> list[dict[str, Any]]:
     source = args.models[name]
     run.progress(f"{name}: loading {source}")
-    model, tokenizer = load_language_model(source, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
-    prompts = [row["prompt"] for row in rows]
-    # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
-    seed = derived_seed(args.seed, name)
-    ways = [("sampled", own.temperature, own.samples_per_prompt)] + [("greedy", 0.0, 1)] * own.greedy
+    model, tokenizer = load_language_model(source, **args.loading)
     found = []
-    for decoding, temperature, count in ways:
+    for decoding, temperature, count in (("sampled", own.temperature, own.samples_per_prompt), ("greedy", 0.0, 1)):
+        if decoding == "greedy" and not own.greedy:
+            continue
         drawn = generate(
             model,
             tokenizer,
-            prompts,
+            [row["prompt"] for row in rows],
             max_new_tokens=own.max_new_tokens,
             temperature=temperature,
             num_return=count,
             batch_size=args.batch_size,
-            seed=seed,
+            # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
+            seed=derived_seed(args.seed, name),
             progress=lambda n, total, d=decoding: run.progress(f"{name}: {d} completions {n}/{total}"),
             journal=journal,
         )
-        found += [
-            {
-                **row,
-                "id": number,
-                "decoding": decoding,
-                "sample": sample,
-                "completion": completion.text,
-                "ids": completion.ids,
-                "truncated": completion.truncated,
-            }
-            for number, (row, completions) in enumerate(zip(rows, drawn, strict=True))
-            for sample, completion in enumerate(completions)
-        ]
+        for number, (row, samples) in enumerate(zip(rows, drawn, strict=True)):
+            found += _completed(row, number, decoding, samples)
     return found
 
 

@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,15 +99,13 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
 
     `stages/judge.json`: how consistent the language model is, and in `data["judges"]` "ok" or the reason per judge.
     """
-    completions: dict[str, list[dict[str, Any]]] = {}
-    for model in args.models:
-        if not run.completions_path(model).is_file():
-            logger.warning("judge: nothing was generated for %s", model)
-            continue
-        completions[model] = run.first_samples(model) + run.completions(model, "greedy")
+    completions = {
+        m: run.first_samples(m) + run.completions(m, "greedy") for m in args.models if run.has_completions(m)
+    }
+    if missing := [model for model in args.models if model not in completions]:
+        logger.warning("judge: nothing was generated for %s", ", ".join(missing))
     if not completions:
         raise FileNotFoundError(f"no completions in {run.folder}; run `prefopt eval generate` first")
-    pairs = list(combinations(completions, 2))
     makers: dict[str, tuple[Any, Callable[[], Judge]]] = {
         "gold": (own.gold_judge, lambda: ScoreJudge(gold_scores(gold_function(own.gold_judge)))),
         "human": (own.human_judgements, lambda: _human_judge(own.human_judgements)),
@@ -114,33 +113,28 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
         "reward": (own.reward_judge, lambda: _reward_judge(run, args, own.reward_judge)),
     }
     measures: list[dict[str, Any]] = []
-    broken: dict[str, NoNumber | None] = {}
     counts: dict[str, dict[str, int]] = {}
+
+    def verdicts(name: str, make: Callable[[], Judge]) -> None:
+        judge = make()
+        rows = judge.judgements(completions, list(combinations(completions, 2)))
+        for model, scores in getattr(judge, "scores", {}).items():
+            if name != "reward":  # which keeps its own
+                write_jsonl(scores_path(run, name, model), scores)
+        write_jsonl(judgements_path(run, name), rows)
+        counts[name] = {"judgements": len(rows)} | {key: getattr(judge, key, 0) for key in ("stale", "too_long")}
+        measures.extend(_consistency(name, rows))
+
+    broken: dict[str, NoNumber | None] = {}
     for name, (wanted, make) in makers.items():
-        path = judgements_path(run, name)
         if wanted is None:
-            path.unlink(missing_ok=True)
+            judgements_path(run, name).unlink(missing_ok=True)
             shutil.rmtree(run.folder / "scores" / name, ignore_errors=True)
             continue
         run.progress(f"judge {name}")
-
-        def verdicts(name: str = name, make: Callable[[], Judge] = make, path: Path = path) -> None:
-            judge = make()
-            rows = judge.judgements(completions, pairs)
-            for model, scores in getattr(judge, "scores", {}).items():
-                if name != "reward":  # which keeps its own
-                    write_jsonl(scores_path(run, name, model), scores)
-            write_jsonl(path, rows)
-            counts[name] = {
-                "judgements": len(rows),
-                "stale": getattr(judge, "stale", 0),
-                "too_long": getattr(judge, "too_long", 0),
-            }
-            measures.extend(_consistency(name, rows))
-
-        broken[name] = attempt(f"judge {name}", verdicts)
+        broken[name] = attempt(f"judge {name}", partial(verdicts, name, make))
         if broken[name] is not None:
-            path.unlink(missing_ok=True)
+            judgements_path(run, name).unlink(missing_ok=True)
     statuses = {name: "ok" if why is None else str(why) for name, why in broken.items()}
     run.write_stage(STAGE, measures, {"judges": statuses, "counts": counts})
     if broken and all(broken.values()):
@@ -149,15 +143,15 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
 
 
 def _consistency(judge: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """How often a judge that was asked in both orders says the same, and prefers what it was shown first."""
     asked: dict[Any, list[Row]] = {}
     for row in rows:
         if "consistent" in row:
             asked.setdefault(row["id"], []).append(row)
-    if not asked:
-        return []
     return [
         MEASURES.record(name, judge, mean_estimate([np.mean([float(r[key]) for r in of]) for of in asked.values()]))
         for name, key in (("judge_consistency", "consistent"), ("judge_prefers_first", "first"))
+        if asked
     ]
 
 
@@ -172,7 +166,7 @@ def _human_judge(labels: str | Sequence[Row]) -> Judge:
 def _lm_judge(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) -> Judge:
     def load() -> Any:
         run.progress(f"judge lm: loading {own.lm_judge}")
-        return load_language_model(own.lm_judge, load_in_4bit=args.load_in_4bit, dtype=args.dtype)
+        return load_language_model(own.lm_judge, **args.loading)
 
     return LanguageModelJudge(
         load,

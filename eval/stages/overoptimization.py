@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from prefopt.evaluation.judges.gold import gold_function, gold_scores
 from prefopt.evaluation.judges.reward import RewardModel
-from prefopt.evaluation.report.sections import overopt as overopt_section
+from prefopt.evaluation.report.gains import NAMES, fit_data, gain_plot, where_it_turns
+from prefopt.evaluation.report.tables import Ask, Block, Column, Fold, Items, Results, label
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -28,7 +30,6 @@ from prefopt.statistics.overoptimization import (
     best_of_n_distance,
     fit_best_of_n,
     fit_rl,
-    peak,
     rl_design,
     rollout_gains,
 )
@@ -90,31 +91,30 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
     """
     drift = run.stage("drift") or {"measures": [], "data": {}}
     check_baseline({"drift": drift["data"]}, args)
-    measures: list[dict[str, Any]] = []
-    data: dict[str, Any] = {"baseline": args.baseline, "best_of_n": None, "rollouts": {}, "models": {}}
-    not_given = _not_given(own, judges)
-    rewards: dict[str, Rewards] = {}
-    reasons: dict[str, NoNumber] = {}
-    loaded: dict[str, RewardModel] = {}
-    for model in args.models:
-        found = not_given or attempt(
-            f"overopt: {model}", lambda m=model: _rewards(run, args, own, judges, m, loaded), skips=FileNotFoundError
+    no_gold = judges.gold_judge is None and own.gold_reward_model is None
+    not_given = NO_PROXY if judges.reward_judge is None else NO_GOLD if no_gold else None
+    reward_model = cache(lambda source: RewardModel(source, args, run.progress))
+    found = {
+        model: not_given
+        or attempt(
+            f"overopt: {model}",
+            partial(_rewards, run, args, own, judges, model, reward_model),
+            skips=FileNotFoundError,
         )
-        if isinstance(found, NoNumber):
-            reasons[model] = found
-        else:
-            rewards[model] = found
-    add, data["best_of_n"] = best_of_n_measures(args.baseline, rewards, reasons)
-    measures += add
+        for model in args.models
+    }
+    reasons = {model: why for model, why in found.items() if isinstance(why, NoNumber)}
+    rewards = {model: both for model, both in found.items() if model not in reasons}
+    measures, best = best_of_n_measures(args.baseline, rewards, reasons)
+    rollouts: dict[str, Any] = {}
     for model, source in args.models.items():
         folder = own.training_runs.get(model, source)
         if model != args.baseline and (model in own.training_runs or Path(folder, "trainer_state.json").is_file()):
-            data["rollouts"][model] = {"points": [], "fits": {}}
-            add = attempt(
-                f"overopt: the log of {model}", lambda m=model, f=folder: _rollout_measures(m, f, data["rollouts"][m])
-            )
+            rollouts[model] = {"points": [], "fits": {}}
+            add = attempt(f"overopt: the log of {model}", partial(_rollout_measures, model, folder, rollouts[model]))
             measures += [MEASURES.record("overopt.rl_fit", model, add)] if isinstance(add, NoNumber) else add
-    data["models"] = model_points(rewards, args.baseline, drift["measures"])
+    models = model_points(rewards, args.baseline, drift["measures"])
+    data = {"baseline": args.baseline, "best_of_n": best, "rollouts": rollouts, "models": models}
     run.write_stage(STAGE, measures, data)
 
 
@@ -126,7 +126,6 @@ def best_of_n_measures(
     Gains are in standard deviations of all samples of the model under proxy and gold reward each. The n are the powers
     of two up to the samples per prompt, and these.
     """
-    names = ("overopt.best_of_n_gold", "overopt.best_of_n_proxy", "overopt.best_of_n_fit")
     none = (reasons or {}).get(model)
     if none is None and model not in rewards:
         none = Skipped(f"no model called {model!r} in models")
@@ -134,12 +133,13 @@ def best_of_n_measures(
     if none is None and samples < 2:
         none = ONE_SAMPLE
     if none is not None:
+        names = ("overopt.best_of_n_gold", "overopt.best_of_n_proxy", "overopt.best_of_n_fit")
         return [MEASURES.record(name, model, none) for name in names], None
     prompts = sorted(rewards[model][0])
     proxy, gold = (np.array([of[p][:samples] for p in prompts]) for of in rewards[model])
     ns = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    measures, points = [], [{"n": n, "distance": float(best_of_n_distance(n))} for n in ns]
-    data: dict[str, Any] = {"points": points, "fits": {}, "samples": samples, "prompts": len(prompts)}
+    points: list[dict[str, Any]] = [{"n": n, "distance": float(best_of_n_distance(n))} for n in ns]
+    measures, fits = [], {}
     for name, values in (("gold", gold), ("proxy", proxy)):
         unit = values.std(ddof=1)
         if not unit > 0:
@@ -153,13 +153,10 @@ def best_of_n_measures(
             point |= _ends(name, estimate)
             if point["n"] > 1:
                 measures.append(MEASURES.record(f"overopt.best_of_n_{name}.{point['n']}", model, estimate))
-        fit = fit_best_of_n(gains, ns)
-        if fit is None:
-            measures.append(MEASURES.record(f"overopt.best_of_n_fit.{name}", model, ONE_POINT))
-        else:
-            measures += _fit_measures("best_of_n", name, model, fit)
-            data["fits"][name] = _fit_data(fit, best_of_n_design)
-    return measures, data
+        fit = fit_best_of_n(gains, ns) or ONE_POINT
+        measures += _fit_measures(f"overopt.best_of_n_fit.{name}", model, fit)
+        fits |= {} if fit is ONE_POINT else {name: fit_data(fit, best_of_n_design)}
+    return measures, {"points": points, "fits": fits, "samples": samples, "prompts": len(prompts)}
 
 
 def model_points(
@@ -170,9 +167,7 @@ def model_points(
     In standard deviations of the baseline's samples; paired over the prompts that both answered.
     """
     points: dict[str, dict[str, Any]] = {}
-    if baseline not in rewards:
-        return points
-    for model, both in rewards.items():
+    for model, both in rewards.items() if baseline in rewards else ():
         kl = find(drift, "kl_to_sft", model)
         known = kl is not None and kl["value"] is not None
         points[model] = {"distance": math.sqrt(max(kl["value"], 0.0)) if known else None}
@@ -188,46 +183,25 @@ def model_points(
 def _rollout_measures(model: str, folder: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     """Gao's fit over the rollouts in the log of one RL run; the points to draw go into `data`."""
     training = read_run(folder)
-    if training.kind not in ("ppo", "ppo_ptx"):
+    if not training.is_ppo:
         return []
-    points = rollout_gains(training.log, training.settings.get("episodes_per_rollout", math.nan))
-    data["points"] = points
+    data["points"] = rollout_gains(training.log, training.settings.get("episodes_per_rollout", math.nan))
     measures = []
     for name in ("gold", "proxy"):
-        fit = fit_rl(points, name)
-        if fit is None:
-            measures.append(MEASURES.record(f"overopt.rl_fit.{name}", model, NO_ROLLOUTS))
-        else:
-            measures += _fit_measures("rl", name, model, fit)
-            data["fits"][name] = _fit_data(fit, rl_design)
+        fit = fit_rl(data["points"], name) or NO_ROLLOUTS
+        measures += _fit_measures(f"overopt.rl_fit.{name}", model, fit)
+        data["fits"] |= {} if fit is NO_ROLLOUTS else {name: fit_data(fit, rl_design)}
     return measures
 
 
-def _fit_measures(kind: str, name: str, model: str, fit: tuple[Estimate, Estimate]) -> list[dict[str, Any]]:
-    return [
-        MEASURES.record(f"overopt.{kind}_fit.{name}.{coefficient}", model, estimate)
-        for coefficient, estimate in zip(("alpha", "beta"), fit, strict=True)
-    ]
-
-
-def _fit_data(fit: tuple[Estimate, Estimate], design: Callable[..., Any]) -> dict[str, Any]:
-    alpha, beta = fit
-    return {
-        "alpha": alpha.value,
-        "beta": beta.value,
-        "peak": peak(alpha.value, beta.value, design),
-        "falls": beta.ci_low > 0,
-    }
+def _fit_measures(name: str, model: str, fit: tuple[Estimate, Estimate] | NoNumber) -> list[dict[str, Any]]:
+    if isinstance(fit, NoNumber):
+        return [MEASURES.record(name, model, fit)]
+    return [MEASURES.record(f"{name}.{c}", model, one) for c, one in zip(("alpha", "beta"), fit, strict=True)]
 
 
 def _ends(name: str, estimate: Estimate) -> dict[str, float]:
     return {name: estimate.value, f"{name}_low": estimate.ci_low, f"{name}_high": estimate.ci_high}
-
-
-def _not_given(own: OveroptArguments, judges: JudgeArguments) -> Skipped | None:
-    if judges.reward_judge is None:
-        return NO_PROXY
-    return NO_GOLD if judges.gold_judge is None and own.gold_reward_model is None else None
 
 
 def _rewards(
@@ -236,21 +210,16 @@ def _rewards(
     own: OveroptArguments,
     judges: JudgeArguments,
     model: str,
-    loaded: dict[str, RewardModel],
+    reward_model: Callable[[str], RewardModel],
 ) -> Rewards:
     """Proxy and gold reward of every sample, by prompt."""
     rows = run.measured_samples(model, args.heldout_use_case)
 
-    def scores(source: str) -> list[float]:
-        if source not in loaded:
-            loaded[source] = RewardModel(source, args, run.progress)
-        return loaded[source].scores(model, rows)
-
     def compute() -> list[dict[str, Any]]:
         run.progress(f"overopt: scoring {len(rows)} samples of {model}")
-        proxy = scores(judges.reward_judge)
+        proxy = reward_model(judges.reward_judge).scores(model, rows)
         if own.gold_reward_model is not None:
-            gold = scores(own.gold_reward_model)
+            gold = reward_model(own.gold_reward_model).scores(model, rows)
         else:
             gold = [row["score"] for row in gold_scores(gold_function(judges.gold_judge))(model, rows)]
         return [
@@ -258,16 +227,15 @@ def _rewards(
             for row, p, g in zip(rows, proxy, gold, strict=True)
         ]
 
-    gold_state = source_state(own.gold_reward_model) if own.gold_reward_model else _state(judges.gold_judge)
-    inputs = [
-        source_state(judges.reward_judge),
-        gold_state,
-        args.load_in_4bit,
-        fingerprint_of([[row["prompt"], row["completion"], row["ids"]] for row in rows]),
-    ]
-    if not isinstance(judges.gold_judge, str) and own.gold_reward_model is None:
+    if own.gold_reward_model is None and not isinstance(judges.gold_judge, str):
         found = compute()  # a function from Python has no name that tells whether it is still the same
     else:
+        inputs = [
+            source_state(judges.reward_judge),
+            source_state(own.gold_reward_model) if own.gold_reward_model else function_state(judges.gold_judge),
+            args.load_in_4bit,
+            fingerprint_of([[row["prompt"], row["completion"], row["ids"]] for row in rows]),
+        ]
         found = kept_rows(run.folder / "overopt" / f"{model}.jsonl", inputs, compute)
     proxy, gold = defaultdict(list), defaultdict(list)
     for row in found:
@@ -276,8 +244,44 @@ def _rewards(
     return dict(proxy), dict(gold)
 
 
-def _state(judge: Any) -> Any:
-    return function_state(judge) if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__name__)
+def section(results: Results) -> list[Block]:
+    """Proxy and gold reward against √KL, with Gao's fits."""
+    data = results.stage("overopt")
+    figures, said = [], []
+    if best := data["best_of_n"]:
+        fit, title = best["fits"].get("gold"), f"best of n of {label(data['baseline'])}: gain"
+        figures.append(gain_plot(best["points"], title, fit, best_of_n_design))
+        said.append(("Best of n:", where_it_turns(best["points"], fit, f"best of {best['samples']}")))
+    for model, run in data["rollouts"].items():
+        if len(run["points"]) > 1:
+            fit, title = run["fits"].get("gold"), f"{label(model)}, rollouts of training: gain"
+            figures.append(gain_plot(run["points"], title, fit, rl_design))
+            said.append((f"{label(model)}:", where_it_turns(run["points"], fit, "the run")))
+    models = [{**p, "label": label(m)} for m, p in data["models"].items() if p["distance"] is not None]
+    if sum("gold" in p or "proxy" in p for p in models) > 1:
+        figures.append(gain_plot(models, "the models: gain"))
+    if not figures:
+        raise results.missing("overopt.", "nothing was measured")
+    asks: list[Ask | str] = []
+    for kind, title in (("best_of_n", "Best of n, d (α − β d)"), ("rl", "RL, d (α − β log d)")):
+        asks.append(title)
+        for name, what in NAMES.items():
+            for coefficient, sign in (("alpha", "α"), ("beta", "β")):
+                asks.append(Ask(f"{sign}, {what}", f"overopt.{kind}_fit.{name}.{coefficient}"))
+    columns = [Column(label(m), m) for m in dict.fromkeys([data["baseline"], *data["rollouts"]])]
+    coefficients = results.table(asks, columns)
+    note = (
+        "Gains over the baseline (over the first rollout) in standard deviations of its samples; intervals of 95 % over "
+        "prompts (over the episodes of a rollout). After Gao et al. 2022 (arXiv:2210.10760): d = √KL, under best of n "
+        "√(log n − (n − 1)/n); gold gain d (α − β d) under best of n, d (α − β log d) under RL. A reward model's score "
+        "that rises while the gold reward falls is over-optimization."
+    )
+    return [
+        *figures,
+        *([Items(said)] if said else []),
+        *([Fold("Coefficients of the fits", coefficients)] if coefficients else []),
+        note,
+    ]
 
 
 STAGE = Stage(
@@ -289,5 +293,5 @@ STAGE = Stage(
     of_completions=True,
     reads=(JudgeArguments,),
     title="Over-optimization",
-    section=overopt_section.section,
+    section=section,
 )

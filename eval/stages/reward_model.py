@@ -6,7 +6,7 @@ A policy trained by DPO is a reward model too: r(x, y) = beta * (log pi(y|x) - l
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import gold_function
-from prefopt.evaluation.report.sections import reward_model as reward_model_section
+from prefopt.evaluation.report.paper import MARK, paper_value
+from prefopt.evaluation.report.plots import Series, curves_plot
+from prefopt.evaluation.report.tables import (
+    Ask,
+    Block,
+    Cell,
+    Column,
+    Figure,
+    Fold,
+    Heading,
+    Line,
+    Results,
+    Table,
+    label,
+    measured,
+    number,
+)
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -41,6 +57,7 @@ from prefopt.statistics.reward_models import (
 )
 
 Row = Mapping[str, Any]
+Scores = list[dict[str, Any]]  # `scores` and `lengths` in tokens of every ranked row
 NO_RANKINGS = Skipped("no rankings: give `rankings`, a file for each group of labelers")
 NO_SCORER = Skipped("no reward model: give `reward_models` (name: folder) or `implicit_rewards` (policy: beta)")
 NO_DEMONSTRATIONS = Skipped("no demonstrations: give `reward_demonstrations`, a file")
@@ -183,53 +200,40 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
     gold = None if judges.gold_judge is None else gold_function(judges.gold_judge)
     groups = {group: ranked_rows(group, path, args.heldout_use_case) for group, path in own.rankings.items()}
     scorers = [*own.reward_models, *own.implicit_rewards]
-    measures: list[dict[str, Any]] = []
     # Of a policy that is a reward model, the scores are relative to the baseline.
     against = args.baseline if own.implicit_rewards else None
     data: dict[str, Any] = {"baseline": against, "groups": {}, "reliability": {}, "tie_width": {}, "agreement": []}
-    scored: dict[tuple[str, str], list[list[float]]] = {}
-    if not groups:
-        measures.append(MEASURES.record("rm.accuracy", "reward_model", NO_RANKINGS))
-    if not scorers:
-        measures.append(MEASURES.record("rm.accuracy", "reward_model", NO_SCORER))
-    for scorer in scorers:
-        loaded: list[Any] = []
-        # groups that ranked the same completions share their scores
-        known: dict[str, list[dict[str, Any]]] = {}
+    nothing = [why for given, why in ((groups, NO_RANKINGS), (scorers, NO_SCORER)) if not given]
+    measures = [MEASURES.record("rm.accuracy", "reward_model", why) for why in nothing]
+    scored: dict[tuple[str, str], Scores] = {}
 
-        def of_group(
-            group: str,
-            scorer: str = scorer,
-            loaded: list[Any] = loaded,
-            known: dict[str, list[dict[str, Any]]] = known,
-        ) -> list[dict[str, Any]]:
-            rows = groups[group]
-            found = _scores(run, args, own, scorer, group, rows, loaded, known)
-            scored[scorer, group] = scores = [row["scores"] for row in found]
-            return _of_scorer(scorer, group, rows, scores, [row["lengths"] for row in found], data)
+    def of_group(scorer: Scorer, group: str) -> list[dict[str, Any]]:
+        found = scorer.scores(group, groups[group])
+        add = _of_scores(scorer.name, group, groups[group], found, data)
+        scored[scorer.name, group] = found
+        return add
 
+    for name in scorers:
+        scorer = Scorer(run, args, own, name)
         for group in groups:
-            add = attempt(f"reward-model: {scorer} on {group}", partial(of_group, group))
-            if isinstance(add, NoNumber):
-                add = [MEASURES.record(f"rm.accuracy.{group}", scorer, add)]
-            measures += add
-        if scorer in own.reward_models:
+            add = attempt(f"reward-model: {name} on {group}", partial(of_group, scorer, group))
+            none = isinstance(add, NoNumber)
+            measures += [MEASURES.record(f"rm.accuracy.{group}", name, add)] if none else add
+        if name in own.reward_models:
             score = NO_DEMONSTRATIONS
             if own.reward_demonstrations is not None:
-                score = attempt(
-                    f"reward-model: the demonstrations for {scorer}",
-                    partial(_demonstrations, args, own, scorer, loaded),
-                )
-            measures.append(MEASURES.record("rm.demonstration_score", scorer, score))
+                what = f"reward-model: the demonstrations for {name}"
+                score = attempt(what, partial(scorer.mean_score, own.reward_demonstrations))
+            measures.append(MEASURES.record("rm.demonstration_score", name, score))
     for group, rows in groups.items():
-        lengths = _any_lengths(run, scorers, group)
-        measures += _of_labels(group, rows, lengths, gold, data)
-        pairs = Pairs.of([row["ranks"] for row in rows])
-        first = scored.get((scorers[0], group)) if scorers else None
-        for scorer in scorers[1:]:
-            if first is not None and (scorer, group) in scored:
-                difference = accuracy_difference(pairs, scored[scorer, group], first)
-                measures.append(MEASURES.record(f"rm.accuracy.{group}", scorer, difference, against=scorers[0]))
+        here = {name: found for (name, of), found in scored.items() if of == group}
+        measures += _of_labels(group, rows, next(iter(here.values()), None), gold, data)
+        scores = {name: [row["scores"] for row in found] for name, found in here.items()}
+        first = scorers[0] if scorers else None
+        for name in scores if first in scores else ():
+            if name != first:
+                difference = accuracy_difference(Pairs.of([row["ranks"] for row in rows]), scores[name], scores[first])
+                measures.append(MEASURES.record(f"rm.accuracy.{group}", name, difference, against=first))
     for (g, h), estimate in labeler_agreement(groups).items():
         name = f"rm.agreement.{g}" if g == h else f"rm.agreement_between.{g}.{h}"
         measures.append(MEASURES.record(name, "labelers", estimate))
@@ -242,9 +246,59 @@ def ranked_rows(group: str, path: str, heldout_use_case: str | None = None) -> l
         raise UserError(f"rankings: no file {path!r} for {group}")
     rows = [from_preference(row) if "chosen" in row else row for row in read_jsonl(path)]
     validate_comparisons(rows, source=str(path))
-    if heldout_use_case is not None:
-        rows = [row for row in rows if row.get("use_case") != heldout_use_case]
-    return rows
+    return [row for row in rows if heldout_use_case is None or row.get("use_case") != heldout_use_case]
+
+
+class Scorer:
+    """A reward model, or a policy with the `beta` of its training, by its implicit reward; loaded when first needed."""
+
+    def __init__(self, run: EvaluationRun, args: EvaluationArguments, own: RewardModelArguments, name: str) -> None:
+        self.run, self.args, self.name, self.source = run, args, name, own.reward_models.get(name)
+        self.beta = own.implicit_rewards.get(name)
+        # groups that ranked the same completions share their scores
+        self._known: dict[str, Scores] = {}
+
+    @cached_property
+    def loaded(self) -> list[Any]:
+        """(model, tokenizer) of the reward model, or of the policy and of the baseline."""
+        if self.beta is None:
+            return [load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)]
+        return [load_language_model(source, **self.args.loading) for source in self._sources()]
+
+    def _sources(self) -> list[str]:
+        if self.beta is None:
+            return [self.source]
+        for name in (self.name, self.args.baseline):
+            if name not in self.args.models:
+                raise UserError(f"implicit_rewards: no model called {name!r} in models")
+        return [self.args.models[self.name], self.args.models[self.args.baseline]]
+
+    def scores(self, group: str, rows: Sequence[Row]) -> Scores:
+        """Rows of `scores` and `lengths` in tokens, one per ranked row."""
+        state = [*map(source_state, self._sources()), *([] if self.beta is None else [self.beta])]
+        content = fingerprint_of([{k: row.get(k) for k in ("prompt", "completions", "truncated")} for row in rows])
+
+        def compute() -> Scores:
+            if content in self._known:
+                return self._known[content]
+            self.run.progress(f"reward-model: {self.name} on {group}")
+            (model, tokenizer), *reference = self.loaded
+            if reference:
+                scores = implicit_rewards(model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size)
+            else:
+                scores = score_rows(model, tokenizer, rows, self.args.batch_size)
+            lengths = [[len(y) for _, y in _ids(tokenizer, row)] for row in rows]
+            return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
+
+        path = self.run.folder / "reward_model" / f"{self.name}.{group}.jsonl"
+        self._known[content] = kept_rows(path, [state, self.args.loading, content], compute)
+        return self._known[content]
+
+    def mean_score(self, demonstrations: str) -> Estimate:
+        """Of a file of demonstrations, by the reward model."""
+        rows = read_jsonl(demonstrations)
+        texts = ([row[column] for row in rows] for column in ("prompt", "completion"))
+        return mean_estimate(score_texts(*self.loaded[0], *texts, batch_size=self.args.batch_size))
 
 
 def implicit_rewards(
@@ -276,101 +330,41 @@ def _ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[list[int], 
     ]
 
 
-def _scores(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: RewardModelArguments,
-    scorer: str,
-    group: str,
-    rows: Sequence[Row],
-    loaded: list[Any],
-    known: dict[str, list[dict[str, Any]]],
+def _of_scores(
+    scorer: str, group: str, rows: Sequence[Row], scored: Scores, data: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Rows of `scores` and `lengths` in tokens, one per ranked row."""
-    settings = {"load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
-    if scorer in own.reward_models:
-        sources = [own.reward_models[scorer]]
-    else:
-        for name in (scorer, args.baseline):
-            if name not in args.models:
-                raise UserError(f"implicit_rewards: no model called {name!r} in models")
-        sources = [args.models[scorer], args.models[args.baseline], own.implicit_rewards[scorer]]
-
-    labels = [{k: row.get(k) for k in ("prompt", "completions", "truncated")} for row in rows]
-    content = fingerprint_of(labels)
-
-    def compute() -> list[dict[str, Any]]:
-        if content in known:
-            return known[content]
-        run.progress(f"reward-model: {scorer} on {group}")
-        _load(loaded, sources, settings)
-        if len(sources) == 1:
-            model, tokenizer = loaded[0]
-            scores = score_rows(model, tokenizer, rows, args.batch_size)
-        else:
-            (model, tokenizer), (reference, _) = loaded
-            scores = implicit_rewards(model, reference, tokenizer, rows, sources[2], args.batch_size)
-        lengths = [[len(y) for _, y in _ids(tokenizer, row)] for row in rows]
-        return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
-
-    state = [source_state(source) if isinstance(source, str) else source for source in sources]
-    path = run.folder / "reward_model" / f"{scorer}.{group}.jsonl"
-    known[content] = kept_rows(path, [state, settings, content], compute)
-    return known[content]
-
-
-def _load(loaded: list[Any], sources: Sequence[Any], settings: Mapping[str, Any]) -> None:
-    """One reward model, or policy and reference, once for all groups."""
-    if loaded:
-        return
-    if len(sources) == 1:
-        loaded.append(load_classifier(sources[0], load_in_4bit=settings["load_in_4bit"]))
-    else:
-        loaded += [load_language_model(source, **settings) for source in sources[:2]]
-
-
-def _of_scorer(
-    scorer: str,
-    group: str,
-    rows: Sequence[Row],
-    scores: list[list[float]],
-    lengths: list[list[float]],
-    data: dict[str, Any],
-) -> list[dict[str, Any]]:
-    ranks = [row["ranks"] for row in rows]
+    """All that one reward model's scores of one group say; what the plots need goes into `data`."""
+    scores, ranks = [row["scores"] for row in scored], [row["ranks"] for row in rows]
     found: dict[str, Estimate] = {}
-    for name, estimate in reward_measures(scores, ranks, lengths).items():
+    for name, estimate in reward_measures(scores, ranks, [row["lengths"] for row in scored]).items():
         gap = name.removeprefix("accuracy_gap_")
         found[f"rm.{name}.{group}" if gap == name else f"rm.accuracy_gap.{group}.{gap}"] = estimate
     for column in ("labeler", "use_case"):
-        members = dict.fromkeys(row[column] for row in rows if row.get(column) is not None)
-        for value in members:
+        for value in dict.fromkeys(row[column] for row in rows if row.get(column) is not None):
             chosen = [i for i, row in enumerate(rows) if row.get(column) == value]
             estimate = pair_accuracy([scores[i] for i in chosen], [ranks[i] for i in chosen])
             found[f"rm.accuracy_{column}.{group}.{value}"] = estimate
     pairs = Pairs.of(ranks)
     data["reliability"].setdefault(scorer, {})[group] = reliability(pairs, scores)
     data["tie_width"].setdefault(scorer, {})[group] = tie_calibrated(pairs, scores, n_resamples=2)[1]
-    return [_measured(name, scorer, estimate) for name, estimate in found.items()]
-
-
-def _measured(name: str, scorer: str, estimate: Estimate) -> dict[str, Any]:
-    value: Estimate | NoNumber = estimate
-    if not estimate.n:
-        value = Skipped("there is nothing of the kind in these rankings")
-    elif name.startswith("rm.calibration_slope") and not math.isfinite(estimate.value):
-        value = Skipped("the scores have all pairs right, or all wrong: any slope fits")
-    return MEASURES.record(name, scorer, value)
+    measures = []
+    for name, value in found.items():
+        if not value.n:
+            value = Skipped("there is nothing of the kind in these rankings")
+        elif name.startswith("rm.calibration_slope") and not math.isfinite(value.value):
+            value = Skipped("the scores have all pairs right, or all wrong: any slope fits")
+        measures.append(MEASURES.record(name, scorer, value))
+    return measures
 
 
 def _of_labels(
     group: str,
     rows: Sequence[Row],
-    lengths: list[list[float]] | None,
+    scored: Scores | None,
     gold: Callable[[Any, Any], Any] | None,
     data: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Baselines, the labelers' own taste for length, and the gold reward."""
+    """Baselines, the labelers' own taste for length (in the tokens of a reward model), and the gold reward."""
     ranks = [row["ranks"] for row in rows]
     pairs = Pairs.of(ranks)
     data["groups"][group] = {
@@ -380,7 +374,8 @@ def _of_labels(
         "labelers": len({row.get("labeler") for row in rows}),
     }
     measures = [MEASURES.record(f"rm.accuracy.{group}", "majority", majority_accuracy(pairs))]
-    if lengths is not None:
+    if scored is not None:
+        lengths = [row["lengths"] for row in scored]
         longer = longer_wins_accuracy(pairs, lengths)
         measures.append(MEASURES.record(f"rm.accuracy.{group}", "longer_wins", longer))
         taste = length_correlation([[-r for r in row] for row in ranks], lengths)
@@ -389,29 +384,108 @@ def _of_labels(
 
         def of_gold() -> Estimate:
             given = [[gold(row["prompt"], y) for y in row["completions"]] for row in rows]
-            scores = [[float(getattr(value, "total", value)) for value in row] for row in given]
-            return pair_accuracy(scores, ranks)
+            return pair_accuracy([[float(getattr(value, "total", value)) for value in row] for row in given], ranks)
 
         accuracy = attempt(f"reward-model: the gold reward on {group}", of_gold)
         measures.append(MEASURES.record(f"rm.gold_accuracy.{group}", "gold", accuracy))
     return measures
 
 
-def _any_lengths(run: EvaluationRun, scorers: Sequence[str], group: str) -> list[list[float]] | None:
-    """Lengths in tokens of the first reward model that scored the group."""
-    for scorer in scorers:
-        path = run.folder / "reward_model" / f"{scorer}.{group}.jsonl"
-        if path.with_name(path.name + ".inputs").is_file():
-            return [row["lengths"] for row in read_jsonl(path)]
-    return None
+# ---- in the report --------------------------------------------------------------------------------------------------
+GROUPS = {"train_labelers": "training labelers", "heldout_labelers": "held-out labelers"}
+DETAILS = [
+    "Order",
+    Ask("accuracy within a prompt, mean", "rm.accuracy_per_prompt"),
+    Ask("best of a prompt found", "rm.top1"),
+    Ask("Kendall's tau-b", "rm.kendall_tau"),
+    "Ties",
+    Ask("accuracy, ties included", "rm.tie_accuracy"),
+    Ask("margin of ranked pairs", "rm.margin_untied"),
+    Ask("margin of tied pairs", "rm.margin_tied"),
+    "Calibration",
+    Ask("slope (1: calibrated)", "rm.calibration_slope", 2),
+    Ask("expected calibration error", "rm.ece"),
+    Ask("Brier score (.25: knows nothing)", "rm.brier"),
+    Ask("negative log likelihood", "rm.nll"),
+    "Length",
+    Ask("accuracy, equally long pairs", "rm.accuracy_length_matched"),
+    Ask("correlation of score and length", "rm.length_correlation"),
+]
 
 
-def _demonstrations(args: EvaluationArguments, own: RewardModelArguments, scorer: str, loaded: list[Any]) -> Estimate:
-    rows = read_jsonl(own.reward_demonstrations)
-    settings = {"load_in_4bit": args.load_in_4bit, "dtype": args.dtype}
-    _load(loaded, [own.reward_models[scorer]], settings)
-    texts = [[row[column] for row in rows] for column in ("prompt", "completion")]
-    return mean_estimate(score_texts(*loaded[0], *texts, batch_size=args.batch_size))
+def section(results: Results) -> list[Block]:
+    """Accuracy against its ceiling, calibration, and what a score mistakes for quality."""
+    data = results.stage("reward_model")
+    groups, scorers = data["groups"], [*data["reliability"]]
+    if not groups or not scorers:
+        raise results.missing("rm.", "no reward model was measured on rankings")
+    details: list[Block] = []
+    for group in groups:
+        columns = [Column(label(s), s, f".{group}") for s in (*scorers, "labelers")]
+        details += [Heading(_group(group)), *results.table(DETAILS, columns)]
+    others = ("longer wins", "majority", "labelers", "gold", "ratio", Cell("paper", MARK, "paper"))
+    accuracies = [_accuracies(results, group, about, scorers) for group, about in groups.items()]
+    minus = [(s, Ask(f"{label(s)} minus {label(scorers[0])}", "rm.accuracy", 3, scorers[0])) for s in scorers[1:]]
+    return [
+        Table(["pairs ranked by", *map(label, scorers), *others], accuracies),
+        *(t for s, ask in minus for t in results.table([ask], [Column(_group(g), s, f".{g}") for g in groups])),
+        "Share of strictly ranked pairs in the labelers' order. Longer wins and majority (always the first, or always "
+        "the last) see no quality. Labelers: how often two of them order a pair alike, within the group where two "
+        "ranked the same completions, else with those of another group; gold: the gold reward's own accuracy. Ratio: "
+        "the first reward model to the labelers' agreement, or to gold where nobody's rankings overlap. A policy's "
+        "reward is DPO's implicit one, beta times its log-probability ratio to the baseline.",
+        *(_reliability(scorer, bins) for scorer, bins in data["reliability"].items()),
+        "Reliability: pairs in ten bins of as many each, by how sure the model is of the completion it prefers; below "
+        "the line it is too sure. Intervals of 95 % over prompts.",
+        Fold("Order, ties, calibration, length", details),
+        *_parts(results, list(groups), scorers),
+    ]
+
+
+def _group(group: str) -> str:
+    return GROUPS.get(group, group)
+
+
+def _accuracies(results: Results, group: str, about: Mapping[str, int], scorers: list[str]) -> Line:
+    """Accuracy on one labeler group: reward models, baselines, ceilings, and their ratio for the first reward model."""
+    ranked = [results.find(f"rm.accuracy.{group}", s) for s in (*scorers, "longer_wins", "majority")]
+    between = [name for name in results.names("rm.agreement_between.") if group in name.split(".")]
+    agreements = [f"rm.agreement.{group}", *(f"rm.agreement_between.{name}" for name in between[:1])]
+    agreement = next(filter(None, (results.find(name, "labelers") for name in agreements)), None)
+    gold = results.find(f"rm.gold_accuracy.{group}", "gold")
+    first, ceiling = ranked[0], agreement or gold
+    ratio = "–"
+    if first and ceiling and first["value"] is not None and ceiling["value"]:
+        ratio = number(first["value"] / ceiling["value"], 2)
+    known = paper_value(f"rm.accuracy.{group}", "reward_model")
+    paper = Cell(f"{known[0]}", f"± {known[1]}", "paper") if known else Cell("–", tone="paper")
+    head = Cell(_group(group), f"{about['pairs']:,} pairs, {about['rows']:,} prompts")
+    return Line(head, [*(measured(m, 3) for m in (*ranked, agreement, gold)), ratio, paper])
+
+
+def _reliability(scorer: str, by_group: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    keys = {"x": "confidence", "y": "accuracy", "y_low": "ci_low", "y_high": "ci_high"}
+    series = [
+        Series(_group(group), [{to: b[key] for to, key in keys.items()} for b in bins])
+        for group, bins in by_group.items()
+    ]
+    series.append(Series("calibrated", [{"x": 0.5, "y": 0.5}, {"x": 1.0, "y": 1.0}]))
+    return curves_plot(series, f"{label(scorer)}: accuracy", "confidence, sigmoid of the score difference")
+
+
+def _parts(results: Results, groups: list[str], scorers: list[str]) -> list[Fold]:
+    """Accuracy by rank gap, labeler and use case."""
+    folds = []
+    for kind, title in (("gap", "rank gap"), ("labeler", "labeler"), ("use_case", "use case")):
+        blocks: list[Block] = []
+        for group in groups:
+            prefix = f"rm.accuracy_{kind}.{group}."
+            asks = [Ask(name, prefix + name) for name in results.names(prefix)]
+            table = results.table(asks, [Column(label(s), s) for s in scorers])
+            blocks += [Heading(_group(group)), *table] if table else []
+        if blocks:
+            folds.append(Fold(f"Accuracy by {title}", blocks))
+    return folds
 
 
 STAGE = Stage(
@@ -422,5 +496,5 @@ STAGE = Stage(
     MEASURES,
     reads=(JudgeArguments,),
     title="Reward model",
-    section=reward_model_section.section,
+    section=section,
 )

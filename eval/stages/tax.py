@@ -6,6 +6,7 @@ The alignment tax (Ouyang et al. 2022, section 4.2) on one's own data; stage `be
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +69,31 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: TaxArguments) ->
     texts = [row["text"] for row in _rows("pretraining_text", own.pretraining_text)]
     tasks = _rows("heldout_tasks", own.heldout_tasks)
     validate_tasks(tasks)
-    bits: dict[str, tuple[BitsPerByte, Estimate] | NoNumber] = dict.fromkeys(args.models, NO_TEXT)
-    answers: dict[str, np.ndarray | NoNumber] = dict.fromkeys(args.models, NO_TASKS)
-    no_model = FileNotFoundError  # a "model" that is a file of completions
-    for name in args.models:
-        loaded: list[Any] = []
-        if texts:
-            bits[name] = attempt(
-                f"tax: {name}", lambda n=name, m=loaded: _bits(run, args, own, n, texts, m), skips=no_model
-            )
-        if tasks:
-            answers[name] = attempt(
-                f"tax: {name}", lambda n=name, m=loaded: _answers(run, args, n, tasks, m), skips=no_model
-            )
+    # Of every model its numbers per text or task, and what they come to.
+    found: dict[str, dict[str, tuple[Any, Estimate] | NoNumber]] = {
+        TEXT: dict.fromkeys(args.models, NO_TEXT),
+        TASKS: dict.fromkeys(args.models, NO_TASKS),
+    }
+    for name, source in args.models.items():
+        load = cache(partial(load_language_model, source, **args.loading))
+        for key, given, compute in ((TEXT, texts, _bits), (TASKS, tasks, _answers)):
+            if given:
+                # without a model where a "model" is a file of completions
+                of_model = partial(compute, run, args, own, name, given, load)
+                found[key][name] = attempt(f"tax: {name}", of_model, skips=FileNotFoundError)
     measures = []
-    for model in args.models:
-        measures.append(_one(TEXT, model, bits, lambda x: x[1]))
-        measures.append(_one(TASKS, model, answers, mean_estimate))
-    for model, against in run.compared(args.models, args.baseline):
-        measures.append(_difference(TEXT, model, against, bits, lambda a, b: bits_difference(a[0], b[0])))
-        measures.append(_difference(TASKS, model, against, answers, paired_difference))
+    for name in args.models:
+        for key, of in found.items():
+            value = of[name] if isinstance(of[name], NoNumber) else of[name][1]
+            measures.append(MEASURES.record(key, name, value))
+    for name, against in run.compared(args.models, args.baseline):
+        for key, difference in ((TEXT, bits_difference), (TASKS, paired_difference)):
+            ours, theirs = found[key][name], found[key][against]
+            if isinstance(ours, NoNumber):
+                value = ours
+            else:
+                value = theirs.of(against) if isinstance(theirs, NoNumber) else difference(ours[0], theirs[0])
+            measures.append(MEASURES.record(key, name, value, against=against))
     run.write_stage(STAGE, measures, {"baseline": args.baseline, "documents": len(texts), "tasks": len(tasks)})
 
 
@@ -125,10 +131,10 @@ def _bits(
     own: TaxArguments,
     name: str,
     texts: Sequence[str],
-    loaded: list[Any],
+    load: Callable[[], tuple[Any, Any]],
 ) -> tuple[BitsPerByte, Estimate]:
     def compute() -> list[dict[str, float]]:
-        model, tokenizer = _load(args, name, loaded)
+        model, tokenizer = load()
         run.progress(f"tax: {name}, {len(texts)} documents")
         found = bits_per_byte(model, tokenizer, texts, args.batch_size, own.tax_max_length)
         return [{"nats": n, "bytes": b} for n, b in zip(found.nats.tolist(), found.bytes.tolist(), strict=True)]
@@ -140,43 +146,26 @@ def _bits(
 
 
 def _answers(
-    run: EvaluationRun, args: EvaluationArguments, name: str, tasks: Sequence[Mapping[str, Any]], loaded: list[Any]
-) -> np.ndarray:
+    run: EvaluationRun,
+    args: EvaluationArguments,
+    own: TaxArguments,
+    name: str,
+    tasks: Sequence[Mapping[str, Any]],
+    load: Callable[[], tuple[Any, Any]],
+) -> tuple[np.ndarray, Estimate]:
     def compute() -> list[dict[str, float]]:
-        model, tokenizer = _load(args, name, loaded)
+        model, tokenizer = load()
         run.progress(f"tax: {name}, {len(tasks)} tasks")
         return [{"right": right} for right in task_accuracy(model, tokenizer, tasks, args.batch_size).tolist()]
 
     inputs = [_state(args, name), fingerprint_of(list(tasks))]
-    return np.array([r["right"] for r in kept_rows(run.folder / "tax" / f"{name}.tasks.jsonl", inputs, compute)])
+    rows = kept_rows(run.folder / "tax" / f"{name}.tasks.jsonl", inputs, compute)
+    right = np.array([row["right"] for row in rows])
+    return right, mean_estimate(right)
 
 
 def _state(args: EvaluationArguments, name: str) -> list[Any]:
     return [source_state(args.models[name]), args.load_in_4bit, args.dtype]
-
-
-def _load(args: EvaluationArguments, name: str, loaded: list[Any]) -> tuple[Any, Any]:
-    if not loaded:
-        loaded += load_language_model(args.models[name], load_in_4bit=args.load_in_4bit, dtype=args.dtype)
-    return loaded[0], loaded[1]
-
-
-def _one(name: str, model: str, found: Mapping[str, Any], estimate: Callable[[Any], Estimate]) -> dict[str, Any]:
-    of = found[model]
-    return MEASURES.record(name, model, of if isinstance(of, NoNumber) else estimate(of))
-
-
-def _difference(
-    name: str, model: str, against: str, found: Mapping[str, Any], estimate: Callable[[Any, Any], Estimate]
-) -> dict[str, Any]:
-    ours, theirs = found[model], found[against]
-    if isinstance(ours, NoNumber):
-        difference = ours
-    elif isinstance(theirs, NoNumber):
-        difference = theirs.of(against)
-    else:
-        difference = estimate(ours, theirs)
-    return MEASURES.record(name, model, difference, against=against)
 
 
 STAGE = Stage(

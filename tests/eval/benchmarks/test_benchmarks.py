@@ -14,7 +14,6 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefopt.evaluation.benchmarks import BENCHMARKS, conditions
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
-from prefopt.evaluation.report.sections import bench as bench_section
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -416,7 +415,7 @@ def test_hub_ids_are_those_of_the_task_files():
 
 
 def shown(stage):
-    return html_of(bench_section.section(Results({"measures": stage["measures"], "stages": {"bench": stage}})))
+    return html_of(bench.section(Results({"measures": stage["measures"], "stages": {"bench": stage}})))
 
 
 def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
@@ -440,7 +439,7 @@ def test_the_section_shows_scores_taxes_and_reasons(folders, tmp_path, few):
 
 def test_the_section_without_numbers_says_why(tmp_path, folders):
     with pytest.raises(Missing, match="prefopt eval bench"):
-        bench_section.section(Results({"measures": [], "stages": {}}))
+        bench.section(Results({"measures": [], "stages": {}}))
     stage = evaluate(tmp_path, {"sft": folders / "sft"}, bench_tasks=["hellaswag"], bench_data_files={})
     with pytest.raises(Missing, match="bench_data_files"):
         shown(stage)

@@ -2,9 +2,10 @@
 
 import pytest
 
-from prefopt.evaluation.report.sections import compare, metadata
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import Skipped
+from prefopt.evaluation.stages import compare
+from prefopt.evaluation.stages import ratings as metadata
 from prefopt.evaluation.stages.ratings import FLAGS
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure

@@ -9,10 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefopt.evaluation.report.sections import diversity as diversity_section
-from prefopt.evaluation.report.sections import drift as drift_section
-from prefopt.evaluation.report.sections import overopt as overopt_section
-from prefopt.evaluation.report.sections import reward_model as reward_model_section
+from prefopt.evaluation.report.gains import fit_data
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -128,7 +125,7 @@ def test_drift_stage(world):
     )
     first = found["data"]["by_position"]["ppo"][0]
     assert first["kl"] == pytest.approx(np.mean([d.kl[0] for d in one]), rel=1e-5)
-    assert "<svg" in html_of(drift_section.section(results_of(world.run, "drift")))
+    assert "<svg" in html_of(drift.section(results_of(world.run, "drift")))
 
 
 def test_drift_is_not_measured_again_and_a_broken_model_costs_its_own_numbers(world, monkeypatch):
@@ -184,7 +181,7 @@ def test_diversity_stage(world):
     for name in ("diversity.self_bleu.per_prompt", "diversity.distinct_1.per_prompt"):
         values = [find(found, name, m)["value"] for m in ("ppo", "sft")]
         assert find(found, name, "ppo", "sft")["value"] == pytest.approx(values[0] - values[1])
-    assert "self-BLEU" in html_of(diversity_section.section(results_of(world.run, "diversity")))
+    assert "self-BLEU" in html_of(diversity.section(results_of(world.run, "diversity")))
 
 
 def diversity_words(text: str) -> list[str]:
@@ -276,7 +273,7 @@ def test_reward_model_stage(world, monkeypatch):
     agree = find(found, "rm.agreement_between.train.heldout", "labelers")
     assert (agree["value"], agree["n"]) == (0.5, 2)
     assert find(found, "rm.demonstration_score", "reward_model")["value"] == pytest.approx(a, abs=1e-5)
-    html = html_of(reward_model_section.section(results_of(world.run, "reward_model")))
+    html = html_of(reward_model.section(results_of(world.run, "reward_model")))
     assert "<svg" in html
     assert "alice &lt;b&gt;" in html
     assert ALICE not in html
@@ -307,7 +304,7 @@ def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
     nothing = reward_model.RewardModelArguments()
     reward_model.measure(world.run, world.args, nothing, JudgeArguments())
     with pytest.raises(Missing, match="rankings"):
-        reward_model_section.section(results_of(world.run, "reward_model"))
+        reward_model.section(results_of(world.run, "reward_model"))
 
 
 # ---- over-optimization -----------------------------------------------------------------------------------------------
@@ -347,7 +344,7 @@ def test_overopt_stage(world):
     assert point["distance"] == pytest.approx(math.sqrt(kl))
     theirs = [len(r["completion"]) for r in world.run.completions("ppo") if r["use_case"] != "odd"]
     assert point["gold"] == pytest.approx((np.mean(theirs) - gold.mean()) / gold.std(ddof=1))
-    assert "<svg" in html_of(overopt_section.section(results_of(world.run, "overopt")))
+    assert "<svg" in html_of(overopt.section(results_of(world.run, "overopt")))
 
 
 def test_overopt_without_judges_or_samples_says_what_is_missing(world):
@@ -356,7 +353,7 @@ def test_overopt_without_judges_or_samples_says_what_is_missing(world):
     assert find(found, "overopt.best_of_n_gold", "sft")["status"] == "skipped"
     assert "reward_judge" in find(found, "overopt.best_of_n_gold", "sft")["reason"]
     with pytest.raises(Missing, match="reward_judge"):
-        overopt_section.section(results_of(world.run, "overopt"))
+        overopt.section(results_of(world.run, "overopt"))
     judges = JudgeArguments(gold_judge="no.such:thing", reward_judge=str(world.folder / "reward"))
     overopt.measure(world.run, world.args, overopt.OveroptArguments(), judges)
     assert find(world.run.stage("overopt")["measures"], "overopt.best_of_n_gold", "sft")["status"] == "failed"
@@ -373,17 +370,13 @@ def test_best_of_n_measures_need_two_samples_and_varying_rewards():
     assert find(measures, "overopt.best_of_n_proxy.2", "sft")["status"] == "ok"
 
 
-@pytest.mark.parametrize(
-    "build", [reward_model_section, drift_section, diversity_section, overopt_section], ids=lambda m: m.__name__
-)
-def test_a_stage_that_has_not_run_is_missing(build):
+@pytest.mark.parametrize("stage", [reward_model, drift, diversity, overopt], ids=lambda m: m.__name__)
+def test_a_stage_that_has_not_run_is_missing(stage):
     with pytest.raises(Missing, match="prefopt eval"):
-        build.section(Results({"measures": [], "stages": {}}))
+        stage.section(Results({"measures": [], "stages": {}}))
 
 
 def test_estimates_of_a_fit_without_known_errors_have_no_interval():
-    fit = overopt._fit_data(
-        (Estimate(1.0, math.nan, math.nan, 3, 3), Estimate(0.5, 0.1, 0.9, 3, 3)), overopt.rl_design
-    )
+    fit = fit_data((Estimate(1.0, math.nan, math.nan, 3, 3), Estimate(0.5, 0.1, 0.9, 3, 3)), overopt.rl_design)
     assert fit["peak"] == pytest.approx(math.e)
     assert fit["falls"]

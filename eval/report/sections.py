@@ -1,0 +1,226 @@
+"""The sections of the report that no stage owns: what a reader sees first, training, samples, and every number.
+
+Each gives its blocks from the results, and raises `Missing` when there is nothing to show.
+"""
+
+from prefopt.evaluation.report.paper import MARK, paper_value
+from prefopt.evaluation.report.plots import Series, curves_plot, drawable, intervals_plot, of_log
+from prefopt.evaluation.report.tables import (
+    Ask,
+    Block,
+    Cell,
+    Column,
+    Fold,
+    Gap,
+    Heading,
+    Items,
+    Line,
+    Measure,
+    Missing,
+    Results,
+    Samples,
+    Table,
+    interval,
+    label,
+    number,
+    reasons,
+)
+from prefopt.evaluation.report.verdict import SIGNS, lights
+from prefopt.evaluation.results import families
+
+# Drawn in the forest plot, in this order, as far as measured: (measure, what is added to the model's name).
+WIN_RATES = (
+    ("winrate", ""),
+    ("winrate_length_controlled", ", equal length"),
+    ("winrate_greedy", ", greedy"),
+    ("winrate_heldout_use_case", ", held-out use case"),
+)
+
+
+def glance(results: Results) -> list[Block]:
+    """The lights, and the forest plot of the win rates."""
+    if not results.measures:
+        raise Missing("nothing was measured; `prefopt eval all` measures what the data allow")
+    rows = []
+    for question, paper, models in lights(results):
+        cells = [Cell(SIGNS[x.state], x.numbers, x.state, x.reason) for x in models.values()]
+        rows.append(Line(question, [*cells, Cell(paper or "–", tone="paper")]))
+    note = (
+        f"Compared with {label(results.baseline)} on the same prompts, documents or tasks. ▲ better and ▼ worse: the 95 % "
+        "interval excludes no difference; ● unclear: it does not. Why a number is missing is told where it is pointed at, "
+        "and under “Every number”."
+    )
+    heads = ["", *map(label, results.models), Cell("paper", MARK, "paper")]
+    return [Table(heads, rows, "lights"), note, *_forest(results)]
+
+
+def _forest(results: Results) -> list[Block]:
+    rows = []
+    for model in results.others:
+        for name, suffix in WIN_RATES:
+            m = results.find(name, model, results.baseline)
+            if m and m["value"] is not None:
+                paper = paper_value(name, model)
+                rows.append((label(model) + suffix, {"win rate": {**m, "paper": paper and paper[0]}}))
+    if not rows:
+        return [Gap("Skipped: no win rates were measured; `prefopt eval compare` does.")]
+    axis = f"win rate against {label(results.baseline)} (.5 = equal)"
+    return [
+        intervals_plot(rows, "win rates with their intervals", axis, level=0.5),
+        "Win rates with intervals of 95 % over prompts. "
+        f"◇ paper, {MARK}: labelers' preference over the 175B SFT model (Fig. 3, held-out labelers).",
+    ]
+
+
+def models(results: Results) -> list[Block]:
+    """The models in numbers: rewards, alignment tax, drift, each with its difference to the baseline."""
+    if not results.measures:
+        raise Missing("no measures in the results")
+    table = results.table(_asks(results))
+    if not table:
+        raise Missing("none of its numbers were measured; `prefopt eval compare`, `tax` and `drift` do")
+    against_ppo = [
+        Ask("bits per byte (lower is better)", "pretraining_bits_per_byte", 4, "ppo"),
+        Ask("accuracy on held-out tasks", "heldout_task_accuracy", 3, "ppo"),
+        Ask("gold reward, T = 1", "gold_reward", 3, "ppo"),
+        Ask("gold reward, greedy", "gold_reward_greedy", 3, "ppo"),
+    ]
+    paired = results.table(against_ppo, [Column("difference", "ppo_ptx")])
+    apart = results.settings.get("heldout_use_case")
+    note = (
+        "Small print under a number: its 95 % interval (bootstrap over prompts, documents or tasks). ▲ better and ▼ worse "
+        "mark intervals that exclude no difference; differences are paired."
+    )
+    if apart:
+        note += f" The use case “{apart}” was kept out of reward-model and RL training and is in no other row."
+    return [*table, *([Heading("PPO-ptx minus PPO, paired")] if paired else []), *paired, note]
+
+
+def _asks(results: Results) -> list[Ask | str]:
+    baseline, name = results.baseline, label(results.baseline)
+    minus = f"minus {name}"
+
+    def parts(suffix: str) -> list[Ask]:
+        prefix = f"gold_component{suffix}."
+        return [Ask(part, prefix + part, indent=True) for part in results.names(prefix)]
+
+    return [
+        "Is it better? Gold reward as the judge",
+        Ask("win rate, samples at T = 1", "winrate", 3, baseline),
+        Ask("win rate, greedy", "winrate_greedy", 3, baseline),
+        Ask("win rate, held-out use case", "winrate_heldout_use_case", 3, baseline),
+        Ask("gold reward, T = 1", "gold_reward"),
+        Ask(minus, "gold_reward", 3, baseline),
+        *parts(""),
+        Ask("gold reward, greedy", "gold_reward_greedy"),
+        Ask(minus, "gold_reward_greedy", 3, baseline),
+        *parts("_greedy"),
+        Ask("gold reward, held-out use case", "gold_reward_heldout_use_case"),
+        "What did it cost? The alignment tax",
+        Ask("bits per byte of pretraining text (lower is better)", "pretraining_bits_per_byte"),
+        Ask(minus, "pretraining_bits_per_byte", 4, baseline),
+        Ask("accuracy on held-out tasks", "heldout_task_accuracy"),
+        Ask(minus, "heldout_task_accuracy", 3, baseline),
+        "How far did it move?",
+        Ask(f"KL to {name}, nats per completion", "kl_to_sft"),
+        Ask(f"KL to {name}, nats per token", "kl_to_sft_per_token", 4),
+        Ask("reward-model score", "rm_score"),
+        Ask("tokens per completion", "completion_tokens", 1),
+        Ask("share cut at the length limit", "truncated"),
+    ]
+
+
+EPOCHS = {
+    "validation_loss": "validation loss",
+    "rm_score": "reward-model score on validation prompts",
+    "gold": "gold reward on validation prompts",
+}
+RL = {
+    "objective/scores": "reward-model score of the rollouts",
+    "objective/kl": "KL to SFT, nats per completion",
+    "gold": "gold reward of the rollouts",
+    "loss/ptx": "loss on pretraining text, nats per token",
+}
+
+
+def epochs(results: Results) -> list[Block]:
+    """The curves by which the SFT epoch was chosen."""
+    curves = results.content.get("curves") or {}
+    if not curves.get("sft_epochs"):
+        raise Missing("no curve of the SFT epochs was given; set `sft_selection`")
+    log = [{"step": entry["epoch"], **entry} for entry in curves["sft_epochs"]]
+    chosen = curves.get("sft_chosen_epoch")
+    marks = [] if chosen is None else [(chosen, f"chosen: epoch {chosen}")]
+    figures = [
+        curves_plot([Series("", of_log(log, key), dotted=True)], title, "SFT epoch", marks=marks)
+        for key, title in EPOCHS.items()
+        if drawable(log, key)
+    ]
+    note = (
+        "The epoch is chosen by reward-model score, as in the paper, where validation loss overfits after one epoch while "
+        "the score, and people's preference, still rise."
+    )
+    return [*figures, note]
+
+
+def rl(results: Results) -> list[Block]:
+    """Rewards, KL and pretraining loss over the steps of the RL runs."""
+    curves = results.content.get("curves") or {}
+    runs = {label(m): log for m, log in curves.items() if log and not m.startswith("sft_")}
+    figures, note = [], []
+    for key, title in RL.items():
+        series = [
+            Series(name, of_log(log, key), color=i) for i, (name, log) in enumerate(runs.items()) if drawable(log, key)
+        ]
+        if series:
+            figures.append(curves_plot(series, title, "step"))
+        if series and key == "gold":
+            note = ["A reward-model score that rises while the gold reward falls is over-optimization."]
+    if not figures:
+        raise Missing("no training curves were given; set `rl_runs`")
+    return [*figures, *note]
+
+
+def numbers(results: Results) -> list[Block]:
+    """All measures, those of one definition together, and what is missing."""
+    measures = results.measures
+    if not measures:
+        raise Missing("nothing was measured")
+    rows = []
+    for (definition, source), members in families(measures).items():
+        rows += [Line(Cell(definition, source), kind="group"), *map(_row, members)]
+    heads = ["name", "model", "value", "95 % interval", Cell("n", "prompts"), "status"]
+    settings = ", ".join(f"{k} = {v}" for k, v in results.settings.items())
+    title = f"All {len(measures)} numbers with their definitions"
+    missing = reasons(measures, lambda m: f"{m['name']} ({label(m['model'])})")
+    items = [("", f"{reason} — {names}") for reason, names in missing]
+    folds = [Fold("Missing numbers and why", [Items(items)])] if items else []
+    return [settings, *folds, Fold(title, [Table(heads, rows, "every")])]
+
+
+def _row(m: Measure) -> Line:
+    against = f" − {label(m['against'])}" if m["against"] and not m["name"].startswith("winrate") else ""
+    count = Cell(f"{m['n']:,}", f"{m['n_clusters']:,}" if m["n_clusters"] != m["n"] else "")
+    status = Cell(m["status"], m["reason"] or "", "words")
+    return Line(m["name"], [label(m["model"]) + against, number(m["value"], 4), interval(m, 4) or "–", count, status])
+
+
+def time(results: Results) -> list[Block]:
+    """The seconds of every step."""
+    steps = {k: v for k, v in (results.content.get("wall_seconds") or {}).items() if v is not None}
+    if not steps:
+        raise Missing("no wall times were given")
+    longest = max([*steps.values(), 1e-9])
+    rows = [Line(step, [_seconds(s), Cell("", share=max(s, 0) / longest)]) for step, s in steps.items()]
+    return [Table(["step", "time", ""], [*rows, Line("sum", [_seconds(sum(steps.values())), ""], "total")], "time")]
+
+
+def samples(results: Results) -> list[Block]:
+    """Samples side by side: the worst first."""
+    if not results.content.get("samples"):
+        raise Missing("no samples were given; `prefopt eval generate` draws them")
+    return ["One sample each at temperature 1, on the same prompts.", Samples(results.content["samples"])]
+
+
+def _seconds(s: float) -> str:
+    return f"{s:.1f} s" if s < 120 else f"{s / 60:.1f} min"
