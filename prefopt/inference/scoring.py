@@ -15,7 +15,7 @@ from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, evaluating, pad, prompt_ids
 from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix import sharing as prefix_sharing
-from prefopt.models.reward import append_reward_token, sequence_scores
+from prefopt.models.reward import append_reward_token, last_read, sequence_scores
 from prefopt.models.roles import active
 from prefopt.rankings.tokens import build_ids
 
@@ -87,8 +87,11 @@ def score_samples(
     and where the policy's tokenizer is not known, of the text.
     """
     known = tokenizer.get_vocab()
+    # A pad token, which a tokenizer may have been given, is in no text.
     if policy_tokenizer is not None and all(
-        known.get(token) == i for token, i in policy_tokenizer.get_vocab().items()
+        known.get(token) == i
+        for token, i in policy_tokenizer.get_vocab().items()
+        if token != policy_tokenizer.pad_token
     ):
         return score_completions(reward_model, tokenizer, prompts, completions, batch_size)
     texts: list[Prompt] = [
@@ -159,7 +162,7 @@ def score_ids(
             numbers = {groups[i]: n for n, i in reversed([*enumerate(batch)])}
             rows = torch.tensor([numbers[groups[i]] for i in batch])
             packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, rows)
-            first = min(len(ids[i]) for i in batch) - 1
+            first = int(last_read(reward_model, input_ids, attention_mask).min())
             cut = nullcontext() if packed is not None else last_mlp_at(reward_model, first, input_ids.shape[1])
             with cut:
                 found = sequence_scores(reward_model, input_ids, attention_mask, packed)

@@ -6,7 +6,8 @@ holds what is not a weight: `reward_bias`, `reward_token_id`, `pad_token_id`, ho
 transformers' own forward reads the score at the last token that is not the pad token. Where the pad token is EOS, that
 is the token before EOS and another score, so such a model is saved with `config.pad_token_id=None`: transformers then
 scores single rows, at their last token, and refuses batches. Plain peft takes the base model's config instead: set
-`model.config.pad_token_id = None` there too, or use the result of `merge_reward_model`.
+`model.config.pad_token_id = None` there too, or use the result of `merge_reward_model`. A model that was trained elsewhere
+and has EOS for its pad token was trained at the token before, and is read there: `config.unread_token_id`, set on loading.
 """
 
 import logging
@@ -38,10 +39,12 @@ from prefopt.models.loading import (
     first_line,
     fit_vocabulary,
     is_adapter,
+    is_end,
     load_tokenizer,
     placement,
     put_on_base,
     saved_config,
+    saved_pad_token,
 )
 from prefopt.models.reward import (
     add_reward_token,
@@ -111,6 +114,7 @@ def load_reward_model(
             )
         if any(name.startswith("score.") for name in loading["missing_keys"]):
             raise UserError(_NO_HEAD.format(path))
+        leave_pad_unread(model)
         keep_head_fp32(model)
         keep_4bit_gradients(model)
     else:
@@ -193,9 +197,12 @@ def keep_pad_from_eos(model: PreTrainedModel | PeftModel, eos_token_id: int | No
     """
     config = model.config
     text_config = config.get_text_config()
-    ends = text_config.eos_token_id
-    ends = {eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
-    if text_config.pad_token_id is None or text_config.pad_token_id not in ends:
+    if getattr(config, "unread_token_id", None) is not None:
+        # As transformers has to read it.
+        text_config.pad_token_id = config.unread_token_id
+        return
+    pad = text_config.pad_token_id
+    if pad is None or not (pad == eos_token_id or is_end(pad, config)):
         return
     if getattr(config, "reward_token_id", None) is not None:
         return
@@ -203,9 +210,18 @@ def keep_pad_from_eos(model: PreTrainedModel | PeftModel, eos_token_id: int | No
         "the reward model's pad token %d is an EOS token, at which its scores are read: its config is saved with "
         "pad_token_id=None, with which plain transformers scores one row at a time, rightly; a tokenizer with a pad "
         "token of its own keeps padded batches working there",
-        text_config.pad_token_id,
+        pad,
     )
     text_config.pad_token_id = None
+
+
+def leave_pad_unread(model: PreTrainedModel | PeftModel) -> None:
+    """Have the scores of a saved model whose pad token is EOS read where another trainer read them: at the token before.
+
+    prefopt saves no such pad token (`keep_pad_from_eos`).
+    """
+    pad = model.config.get_text_config().pad_token_id
+    model.config.unread_token_id = pad if is_end(pad, model.config) else None
 
 
 @contextmanager
@@ -259,9 +275,8 @@ def _on_base(path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is
     model = put_on_base(path, base, is_trainable, **hub_arguments)
     set_reward_bias(model, saved.get("reward_bias", 0.0))
     base.config.reward_token_id = saved.get("reward_token_id")
-    if saved:  # the pad token of the tokenizer beside the adapter
-        pad_token_id = type(base.config).from_dict(saved).get_text_config().pad_token_id
-        base.config.get_text_config().pad_token_id = pad_token_id
+    pad, ends = saved_pad_token(path, base.config, **hub_arguments)
+    base.config.get_text_config().pad_token_id, base.config.unread_token_id = pad, pad if ends else None
     return model
 
 

@@ -50,6 +50,30 @@ def saved_config(path: str | os.PathLike, **hub_arguments: Any) -> dict[str, Any
     return PreTrainedConfig.get_config_dict(os.fspath(path), **hub_arguments)[0]
 
 
+def is_end(token: int | None, config: PreTrainedConfig) -> bool:
+    """Whether a token is one of the config's EOS tokens."""
+    ends = config.get_text_config().eos_token_id
+    return token is not None and token in (ends if isinstance(ends, list | tuple) else [ends])
+
+
+def saved_pad_token(path: str | os.PathLike, base: PreTrainedConfig, **hub_arguments: Any) -> tuple[int | None, bool]:
+    """The pad token of the model at `path`, an adapter's on a base with this config, and whether it is EOS as well.
+
+    Other trainers write no `config.json` beside an adapter. They take the tokenizer's pad token, or else its EOS.
+    """
+    if saved := saved_config(path, **hub_arguments):
+        base = type(base).from_dict(saved)
+    pad = base.get_text_config().pad_token_id
+    if saved:
+        return pad, is_end(pad, base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.fspath(path), **hub_arguments)
+    except (OSError, ValueError, KeyError):  # none is beside the adapter
+        return pad, is_end(pad, base)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return pad, pad == tokenizer.eos_token_id
+
+
 def saved_vocabulary(path: str | os.PathLike, **hub_arguments: Any) -> int | None:
     """Rows of the embedding matrix that an adapter carries whole, as it does for a vocabulary that has grown."""
     file = _file(path, SAFETENSORS_WEIGHTS_NAME, hub_arguments)

@@ -138,6 +138,19 @@ def append_reward_token(
     return input_ids.masked_fill(here, token), attention_mask.masked_fill(here, 1)
 
 
+def last_read(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position `[N]` of the token at which the score of each row `[N, T]` is read: the last real one.
+
+    A model that was trained elsewhere with EOS for its pad token has that for `config.unread_token_id`: its head was trained,
+    and is read by transformers, at the token before.
+    """
+    is_read = attention_mask.bool()
+    unread = getattr(_classifier(model).config, "unread_token_id", None)
+    if unread is not None:
+        is_read = is_read & (input_ids != unread)
+    return (torch.arange(input_ids.shape[1], device=input_ids.device) * is_read).argmax(-1)
+
+
 def sequence_scores(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -146,8 +159,7 @@ def sequence_scores(
 ) -> torch.Tensor:
     """prefopt's score of each sequence: `token_scores` at the last real token, or at the appended reward token.
 
-    The last real token is found from the attention mask, never from the pad id (pad may equal EOS). Every row must
-    have at least one real token. The reward token is appended here (see `append_reward_token`).
+    The last real token (`last_read`) is found from the attention mask. Every row must have at least one real token. The reward token is appended here (see `append_reward_token`).
 
     Args:
         model: reward model, full or PEFT, wrapped or not.
@@ -163,7 +175,7 @@ def sequence_scores(
         ValueError: `packed` is not of these rows, or the model has no one-label `score` head.
     """
     input_ids, attention_mask = append_reward_token(model, input_ids, attention_mask)
-    last = (torch.arange(attention_mask.shape[1], device=attention_mask.device) * attention_mask).argmax(-1)
+    last = last_read(model, input_ids, attention_mask)
     row = torch.arange(len(last), device=last.device)
     if packed is None:
         hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))

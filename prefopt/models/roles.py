@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from prefopt.errors import UserError
-from prefopt.models.loading import saved_config, saved_embeddings
+from prefopt.models.loading import saved_config, saved_embeddings, saved_pad_token
 from prefopt.models.prefix.sharing import backbone
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
@@ -211,6 +211,8 @@ def load_scorer(model: PeftModel, path: str | os.PathLike, adapter: str = "rewar
     for name, value in {"num_labels": 1, "reward_bias": 0.0, "reward_token_id": None}.items():
         setattr(config, name, saved_config(path).get(name, value))
     config.num_labels, config.name_or_path = 1, os.fspath(path)
+    pad, ends = saved_pad_token(path, model.config)
+    config.get_text_config().pad_token_id, config.unread_token_id = pad, pad if ends else None
     config.architectures = saved_config(path).get("architectures")
     _add_adapter(model, adapter, peft_config, weights)
     return AdapterScorer(model, adapter, score, config, peft_config).requires_grad_(False)

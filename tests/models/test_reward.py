@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -17,7 +18,8 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from prefopt.models.checkpoints import load_reward_model, merge_reward_model, save_reward_model
+from prefopt.inference.scoring import score_ids
+from prefopt.models.checkpoints import load_classifier, load_reward_model, merge_reward_model, save_reward_model
 from prefopt.models.reward import (
     get_reward_bias,
     init_score_head,
@@ -27,6 +29,7 @@ from prefopt.models.reward import (
     token_scores,
     value_model_from,
 )
+from prefopt.models.roles import load_scorer
 
 ROWS = [
     [5, 6, 7, 8, 9, 1],
@@ -255,6 +258,52 @@ def test_plain_scores_of_an_adapter_where_the_pad_token_is_eos(pad_of_base, base
     assert peft.config.pad_token_id == pad_of_base
     peft.config.pad_token_id = None  # the remedy that the documentation names
     torch.testing.assert_close(plain_scores(peft), expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(params=["full", "adapter", "adapter without config"])
+def trained_elsewhere(request, reward_model, base_path, lora_model, tokenizer, tmp_path):
+    """A reward model as transformers and TRL leave it where the pad token is EOS, and its scores there, in one batch."""
+    model, folder = (reward_model if request.param == "full" else lora_model), tmp_path / "elsewhere"
+    model.eval().config.pad_token_id = 1
+    ids, mask = padded(ROWS)
+    ids[mask == 0] = 1
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[:, 0]
+    model.save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    if request.param == "adapter":
+        model.get_base_model().config.save_pretrained(folder)
+    return folder, expected
+
+
+def test_a_model_trained_elsewhere_is_read_where_it_was_trained(trained_elsewhere, lora_model, tmp_path):
+    """Before EOS, whatever the padding; by every scorer, and after it was saved again."""
+    folder, expected = trained_elsewhere
+    model = load_reward_model(folder)
+    assert (sequence_scores(lora_model, *padded(ROWS)) - expected).abs().max() > 0.1
+    for side in ("left", "right"):
+        scores = sequence_scores(model, *padded(ROWS, side, 3))
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    for prompts in (None, [0] * len(ROWS)):
+        scores = score_ids(load_classifier(folder)[0], ROWS, 2, prompts)
+        assert scores == pytest.approx(expected.tolist(), abs=1e-6)
+    save_reward_model(model, tmp_path / "again")
+    again = load_reward_model(tmp_path / "again")
+    torch.testing.assert_close(sequence_scores(again, *padded(ROWS)), expected, rtol=0, atol=1e-6)
+    if isinstance(model, PeftModel):
+        policy = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(model.peft_config["default"].base_model_name_or_path),
+            LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+        )
+        scorer = load_scorer(policy, folder)
+        torch.testing.assert_close(sequence_scores(scorer, *padded(ROWS)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            sequence_scores(merge_reward_model(folder), *padded(ROWS)), expected, rtol=0, atol=1e-5
+        )
+        scorer.save_pretrained(tmp_path / "scorer")
+        again = load_reward_model(tmp_path / "scorer")
+        torch.testing.assert_close(sequence_scores(again, *padded(ROWS)), expected, rtol=0, atol=1e-5)
 
 
 def test_lora_head_stays_exact_on_a_bf16_base(base_path, tmp_path):

@@ -55,16 +55,21 @@ def check_same_tokenizer(
     """Refuse a reward or value model of another tokenizer: it reads the policy's token ids.
 
     The tokenizer saved beside the model decides; without one, the sizes of the two vocabularies. A reward token, which
-    the policy need not know, makes no difference.
+    the policy need not know, makes no difference, nor does a pad token, which is in no text.
     """
     path = model.config._name_or_path
     token = getattr(model.config, "reward_token_id", None)
     if os.path.isfile(os.path.join(path, "tokenizer_config.json")):
-        ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
-        is_same = ours == {word: i for word, i in theirs.items() if i != token or word in ours}
+        own = AutoTokenizer.from_pretrained(path)
+        ours, theirs = tokenizer.get_vocab(), own.get_vocab()
+        pads = {tokenizer.pad_token, own.pad_token}
+        words = ours.keys() | theirs.keys()
+        differing = {word for word in words if ours.get(word) != theirs.get(word)}
+        is_same = all(word in pads or (word not in ours and theirs[word] == token) for word in differing)
     else:
         sizes = [m.config.get_text_config().vocab_size for m in (model, policy)]
         is_same = sizes[0] == sizes[1] or (token == sizes[1] == sizes[0] - 1)
+        is_same = is_same or (tokenizer.pad_token_id == sizes[0] == sizes[1] - 1)
     if not is_same:
         raise UserError(
             f"the {role} {path!r} has another tokenizer than the policy, whose token ids it is to read: train it "
@@ -216,7 +221,8 @@ class ValueFunction:
             values = torch.cat([F.pad(v, (0, width - v.size(1))) for v in self._trunk_values])
             self._trunk_values = []
         else:
-            values = token_scores(self.module, ids, attention_mask)
+            # The policy's pad token may be one that this model has no embedding for.
+            values = token_scores(self.module, ids.masked_fill(attention_mask == 0, 0), attention_mask)
         return values[:, -length - 1 : -1]
 
     def save(self, folder: str) -> None:

@@ -37,7 +37,7 @@ from prefopt.errors import UserError, UserTypeError
 from prefopt.inference.generate import plain_generation
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
-from prefopt.models.checkpoints import check_reward_model, load_reward_model
+from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
@@ -225,6 +225,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 adapter = "reward" if number == 1 else f"reward_{number}"
                 reward_model = load_reward_role(reward_model, self.model, adapter)
                 self.reward_models[number - 1] = reward_model
+            elif not hasattr(reward_model.config, "unread_token_id"):
+                # Neither loaded nor trained by prefopt.
+                leave_pad_unread(reward_model)
             check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
             # The value function may be a copy of it.
             keep_4bit_gradients(reward_model)

@@ -34,7 +34,7 @@ from trl.trainer.utils import create_model_from_path
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos
-from prefopt.models.loading import saved_config
+from prefopt.models.loading import saved_config, saved_pad_token
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import (
     add_reward_token,
@@ -122,7 +122,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         if peft_config is not None:
             peft_config = _with_score_head(peft_config)
         self._reward_token_id = _reward_token_id(model, args)
-        init_kwargs = args.model_init_kwargs
+        path, init_kwargs = model, args.model_init_kwargs
         if args.reward_token is not None:
             model = self._read_at_reward_token(model, args, peft_config, kwargs)
 
@@ -143,6 +143,13 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         elif peft_config is not None:
             head = self.model.get_base_model().score
             head.modules_to_save.default.load_state_dict(head.original_module.state_dict())
+        if isinstance(path, str) and not head_is_new:
+            # Read as it was trained. TRL has given its config the tokenizer's pad token.
+            pad, ends = saved_pad_token(path, self.model.config, **_revision(args))
+            self.model.config.unread_token_id = pad if ends else None
+        else:
+            # Read at the last token, unless it was loaded from where another trainer left it.
+            self.model.config.unread_token_id = getattr(self.model.config, "unread_token_id", None)
         if data_collator is None:
             self.data_collator = RankedCollator(self.processing_class.pad_token_id, args.pad_to_multiple_of)
 

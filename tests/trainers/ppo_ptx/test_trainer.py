@@ -573,6 +573,36 @@ def test_other_tokenizer_is_refused(make, reward_model, tokenizer, chat_tokenize
         make(rewards=str(tmp_path / "rm"))
 
 
+@pytest.mark.parametrize("at", ["policy", "reward model", "both"])
+def test_a_tokenizer_with_an_added_pad_token_is_the_same(at, make, causal_lm, reward_model, tokenizer, tmp_path):
+    """As scripts for TRL add one; the value function has no embedding for the policy's."""
+    padding = copy.deepcopy(tokenizer)
+    padding.add_special_tokens({"pad_token": "[PAD]"})
+    reward_model.save_pretrained(tmp_path / "rm")
+    (tokenizer if at == "policy" else padding).save_pretrained(tmp_path / "rm")
+    if at != "reward model":
+        causal_lm.resize_token_embeddings(padding.pad_token_id + 1)
+    trainer = make(
+        rewards=str(tmp_path / "rm"), processing_class=tokenizer if at == "reward model" else padding, max_steps=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("how", ["path", "model"])
+def test_a_reward_model_trained_elsewhere_is_read_where_it_was_trained(how, make, reward_model, tmp_path):
+    """With EOS for its pad token: at the token before EOS, as transformers reads it."""
+    reward_model.config.pad_token_id = 1
+    reward_model.eval().save_pretrained(tmp_path / "rm")
+    trainer = make(rewards=str(tmp_path / "rm") if how == "path" else copy.deepcopy(reward_model))
+    rows = [[5, 6, 7, 1], [8, 9], [10, 11, 12, 13, 1]]
+    trainer._sampled.prompt_ids = [[5]] * 3
+    scores = trainer._score(trainer.reward_models[0], rows)
+    with torch.no_grad():
+        expected = [reward_model(torch.tensor([[5, *row]])).logits[0, 0].item() for row in rows]
+    assert scores == pytest.approx(expected, abs=1e-5)
+
+
 def test_policies_that_cannot_train_are_refused(make, causal_lm, tmp_path):
     model = get_peft_model(copy.deepcopy(causal_lm), LoraConfig(task_type="CAUSAL_LM", r=2), adapter_name="policy")
     with pytest.raises(ValueError, match="'default'"):

@@ -179,6 +179,28 @@ def test_plain_scores_where_the_pad_token_is_eos(kind, base_path, tokenizer, tmp
     assert scores == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_model_trained_elsewhere_goes_on_where_it_was_begun(peft, reward_model, tokenizer, tmp_path):
+    """With EOS for its pad token, its head was trained at the token before EOS: so it is read, trained and saved."""
+    reward_model.config.pad_token_id = tokenizer.eos_token_id
+    reward_model.save_pretrained(tmp_path / "elsewhere")
+    prompts, completions = [RAGGED[0]["prompt"]] * 3, RAGGED[0]["completions"]
+    expected = [alone(reward_model, tokenizer, *both).item() for both in zip(prompts, completions, strict=True)]
+    config = LoraConfig(r=4, target_modules=["q_proj"]) if peft else None
+    trainer = trainer_on(
+        str(tmp_path / "elsewhere"), RAGGED, tokenizer, tmp_path / "rm", peft_config=config, max_steps=1
+    )
+    assert trainer.score(prompts, completions) == pytest.approx(expected, abs=1e-5)
+    trainer.train()
+    trainer.save_model()
+    scores = trainer.score(prompts, completions)
+    loaded = load_reward_model(tmp_path / "rm")
+    assert loaded.config.pad_token_id == tokenizer.eos_token_id
+    plain = [alone(loaded, tokenizer, *both).item() for both in zip(prompts, completions, strict=True)]
+    assert plain == pytest.approx(scores, abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(scores, expected, strict=True)) > 1e-4
+
+
 def test_rows_without_a_comparison_are_dropped_and_counted(reward_model, tokenizer, tmp_path, caplog):
     tied = {"prompt": "a", "completions": [" cat", " dog"], "ranks": [1, 1]}
     with caplog.at_level(logging.WARNING, "prefopt"):
