@@ -13,6 +13,17 @@ REWARD = "gold_reward"
 TAX = {"pretraining_bits_per_byte": "bits per byte", "heldout_task_accuracy": "task accuracy"}
 SHOWN = {REWARD: "gold reward", **TAX}
 Measures = Sequence[Mapping[str, Any]]
+CRITERION = (
+    "PPO loses by a measure if the 95 % interval of PPO − SFT lies wholly on its worse side. A run recovers if each of "
+    "these holds by its whole interval, and does not if one of them fails by its whole interval (else it is open): by "
+    "every measure that PPO loses by, it is better than PPO and what is left of the loss is less than half of PPO's; its "
+    "gold reward is above SFT's. Nor does it if its gold reward is below PPO's by the whole interval. Finding 1 holds if "
+    "some ptx_coef above 0 recovers, finding 2 if no larger kl_coef does. No correction for the number of coefficients "
+    "tried.",
+    "All intervals are of 95 %, of paired differences, over prompts (gold reward), documents (bits per byte) or tasks. "
+    "There is one training run per point: they hold for these runs, and say nothing of how another seed of training "
+    "would fare.",
+)
 
 
 @dataclass(frozen=True)
@@ -76,16 +87,7 @@ def plain_ppo(ptx: Sequence[Point]) -> Point:
 
 
 def findings(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[Finding]:
-    """The paper's two findings, both judged by one criterion.
-
-    PPO *loses* by a measure if the interval of PPO - SFT lies on the worse side of 0. A run *recovers* what PPO lost if
-    each of these holds by its whole interval, and does not if one of them fails by its whole interval; otherwise it is
-    open: by every measure that PPO loses by, run - PPO is better than 0 and run - SFT is less than half of PPO's loss;
-    gold reward is above SFT's. It also does not if its gold reward is below PPO's by the whole interval.
-
-    Finding 1 holds if some ptx_coef > 0 recovers, and does not if none does; finding 2 holds if no larger kl_coef does,
-    and does not if one does. `None` where that hangs on runs that are open or were not measured.
-    """
+    """The paper's two findings, both judged by `CRITERION`; None where it hangs on runs that are open or not measured."""
     ppo = plain_ppo(ptx)
     titles = (
         "The pretraining term recovers what PPO loses (paper, Fig. 33)",
@@ -142,16 +144,13 @@ def _about(
 ) -> str:
     """One run in one sentence: what of the loss is back, and at what reward."""
     parts = []
-    for name, loss in lost.items():
-        left = gain(measures, name, point.name, BASELINE)
-        over_ppo = gain(measures, name, point.name, ppo.name)
-        if left is None or over_ppo is None:
-            parts.append(f"{TAX[name]} not measured")
+    for name in (*lost, REWARD):
+        over_ppo, left = (gain(measures, name, point.name, other) for other in (ppo.name, BASELINE))
+        if over_ppo is None or (left is None and name in lost):
+            parts.append(f"{SHOWN[name]} not measured")
         else:
-            share = 1 - left.value / loss.value
-            parts.append(f"{TAX[name]} {over_ppo} against PPO ({share:.0%} of the loss is back)")
-    over_ppo = gain(measures, REWARD, point.name, ppo.name)
-    parts.append("gold reward not measured" if over_ppo is None else f"gold reward {over_ppo} against PPO")
+            back = f" ({1 - left.value / lost[name].value:.0%} of the loss is back)" if name in lost else ""
+            parts.append(f"{SHOWN[name]} {over_ppo} against PPO{back}")
     says = {True: "recovers", False: "does not recover", None: "is open"}[verdict]
     return f"{knob} {getattr(point, knob):g} {says}: {', '.join(parts)}."
 

@@ -202,7 +202,7 @@ def estimate(score: Score, records: Records) -> Estimate:
         0.5
     """
     statistic, columns = _columns(score, records)
-    return _counted(bootstrap_over_prompts(statistic, *columns), records)
+    return replace(bootstrap_over_prompts(statistic, *columns), n=len(records))
 
 
 def difference(score: Score, records: Records, base: Records) -> Estimate:
@@ -220,11 +220,7 @@ def difference(score: Score, records: Records, base: Records) -> Estimate:
     def paired(*arrays: NDArray, axis: int) -> NDArray:
         return statistic(*arrays[:half], axis=axis) - statistic(*arrays[half:], axis=axis)
 
-    return _counted(bootstrap_over_prompts(paired, *columns, *base_columns), records)
-
-
-def _counted(found: Estimate, records: Records) -> Estimate:
-    return replace(found, n=len(records))
+    return replace(bootstrap_over_prompts(paired, *columns, *base_columns), n=len(records))
 
 
 def _columns(score: Score, records: Records) -> tuple[Callable[..., NDArray], list[NDArray]]:
@@ -233,8 +229,7 @@ def _columns(score: Score, records: Records) -> tuple[Callable[..., NDArray], li
         per_row = np.array([_bleu_counts(r["responses"][0], r["target"]) for r in records])
         statistic = _bleu
     else:
-        values = [r["values"][score.name] for r in records]
-        per_row = np.array([[value, 1.0] for value in values])
+        per_row = np.array([[r["values"][score.name], 1.0] for r in records])
         statistic = _perplexity if score.statistic == "perplexity" else _mean(score.scale)
     clusters = np.unique([r["cluster"] for r in records], return_inverse=True)[1]
     sums = np.zeros((clusters.max() + 1, per_row.shape[1]))

@@ -34,9 +34,10 @@ class ScoreJudge:
             for row in self.scores[a]:
                 key, score = (row["id"], row["decoding"]), row["score"]
                 if key in theirs:
-                    found.append({"id": key[0], "decoding": key[1], "a": a, "b": b,
-                                  "preference": 0.5 * (1 + (score > theirs[key]) - (score < theirs[key])),
-                                  "score_a": score, "score_b": theirs[key]})  # fmt: skip
+                    other = theirs[key]
+                    preference = 0.5 * (1 + (score > other) - (score < other))
+                    pair = {"a": a, "b": b, "preference": preference, "score_a": score, "score_b": other}
+                    found.append({"id": row["id"], "decoding": row["decoding"], **pair})
         return found
 
 

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,9 @@ class LanguageModelJudge:
         for place in ("{prompt}", "{a}", "{b}"):
             if place not in template:
                 raise UserError(f"lm_judge_template: expected {{prompt}}, {{a}} and {{b}} in it; {place} is missing")
-        self.load, self.template, self.batch_size = load, template, batch_size
+        self.load, self.template, self.batch_size = cache(load), template, batch_size
         self.folder, self.state, self.progress = folder, state, progress
         self.too_long = 0
-        self._loaded: tuple[Any, Any] | None = None
 
     def judgements(self, completions: Completions, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         sampled = {m: {r["id"]: r for r in rows if r["decoding"] == "sampled"} for m, rows in completions.items()}
@@ -63,8 +63,7 @@ class LanguageModelJudge:
         for a, b in pairs:
             shared = [(row, sampled[b][i]) for i, row in sampled[a].items() if i in sampled[b]]
             inputs = [self.state, self.template, fingerprint_of(shared)]
-            path = self.folder / f"{a} {b}.jsonl"
-            rows = kept_rows(path, inputs, lambda s=shared, a=a, b=b: self._ask(s, a, b))
+            rows = kept_rows(self.folder / f"{a} {b}.jsonl", inputs, partial(self._ask, shared, a, b))
             self.too_long += len(shared) - len(rows)
             found += rows
         if self.too_long:
@@ -72,49 +71,34 @@ class LanguageModelJudge:
         return found
 
     def _ask(self, shared: Sequence[tuple[Row, Row]], a: str, b: str) -> list[dict[str, Any]]:
-        if self._loaded is None:
-            self._loaded = self.load()
+        model, tokenizer = self.load()
         self.progress(f"judge lm: {a} and {b}, {len(shared)} prompts")
-        model, tokenizer = self._loaded
         chat = tokenizer.chat_template is not None
         letters = [
             tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"
         ]
         if not all(letters) or letters[0] == letters[1]:
             raise UserError("the judge's tokenizer does not tell A from B; choose a model that knows letters")
-        questions = []
-        for ours, theirs in shared:
-            for first, second in ((ours, theirs), (theirs, ours)):
-                text = fill(self.template, prompt_text(ours["prompt"]), first["completion"], second["completion"])
-                questions.append(prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text))
         longest = model.config.max_position_embeddings - max(map(len, letters))
-        fits = [max(len(questions[2 * i]), len(questions[2 * i + 1])) <= longest for i in range(len(shared))]
-        rows = [
-            (question + letter, len(question))
-            for i, question in enumerate(questions)
-            if fits[i // 2]
-            for letter in letters
-        ]
-        nats = iter(scored_nats(model, rows, self.batch_size).reshape(-1, 2, 2).tolist() if rows else [])
+        asked = []  # prompts with both of their questions, where these are not too long
+        for ours, theirs in shared:
+            texts = [
+                fill(self.template, prompt_text(ours["prompt"]), first["completion"], second["completion"])
+                for first, second in ((ours, theirs), (theirs, ours))
+            ]
+            both = [prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text) for text in texts]
+            if max(map(len, both)) <= longest:
+                asked.append((ours["id"], both))
+        rows = [(question + letter, len(question)) for _, both in asked for question in both for letter in letters]
+        nats = scored_nats(model, rows, self.batch_size).reshape(-1, 2, 2).tolist() if rows else []
         found = []
-        for (ours, _), is_fit in zip(shared, fits, strict=True):
-            if not is_fit:
-                continue
+        for (prompt, _), orders in zip(asked, nats, strict=True):
             # [order, letter]; who is shown first is A. The smaller number of nats is the likelier letter.
-            first = [0.5 * (1 + (of_a < of_b) - (of_a > of_b)) for of_a, of_b in next(nats)]
+            first = [0.5 * (1 + (of_a < of_b) - (of_a > of_b)) for of_a, of_b in orders]
             for_a = [first[0], 1 - first[1]]
             same = for_a[0] == for_a[1]
-            found.append(
-                {
-                    "id": ours["id"],
-                    "decoding": "sampled",
-                    "a": a,
-                    "b": b,
-                    "preference": for_a[0] if same else 0.5,
-                    "consistent": same,
-                    "first": sum(first) / 2,
-                }
-            )
+            verdict = {"preference": for_a[0] if same else 0.5, "consistent": same, "first": sum(first) / 2}
+            found.append({"id": prompt, "decoding": "sampled", "a": a, "b": b, **verdict})
         return found
 
 

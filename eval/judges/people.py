@@ -13,7 +13,7 @@ labels of a text that is not the one generated now are left out and counted.
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, compress
 from typing import Any
 
 from prefopt.errors import UserError
@@ -21,6 +21,7 @@ from prefopt.errors import UserError
 logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 Completions = Mapping[str, Sequence[Row]]  # of every model, one row per prompt
+COLUMNS = ("ranks", "ratings", "flags", "completions")  # of a label, one entry per model
 
 
 def check_labels(rows: Iterable[Row], completions: Completions, source: str) -> tuple[list[dict[str, Any]], int]:
@@ -31,66 +32,58 @@ def check_labels(rows: Iterable[Row], completions: Completions, source: str) -> 
     """
     ids = {prompt_key(row["prompt"]): row["id"] for one in completions.values() for row in one}
     texts = {(model, row["id"]): row["completion"] for model, one in completions.items() for row in one}
-    known = set(ids.values())
-    kept, stale = [], 0
+    known, kept, stale = set(ids.values()), [], 0
     for number, row in enumerate(rows):
-
-        def wrong(field: str, expected: str, number: int = number, row: Row = row) -> UserError:
-            return UserError(
-                f"{source} row {number}: field {field!r}: expected {expected}, got {row.get(field)!r:.80}"
-            )
-
-        if "id" in row:
-            if not isinstance(row["id"], (int, str)):
-                raise wrong("id", "the number of a prompt")
-            label = dict(row)
-        elif prompt_key(row.get("prompt")) in ids:
-            label = {**row, "id": ids[prompt_key(row["prompt"])]}
-        else:
-            raise wrong("prompt", "`id`, or the text of a prompt that was generated for")
-        if "preference" in row:
-            if not (isinstance(row.get("a"), str) and isinstance(row.get("b"), str) and row["a"] != row["b"]):
-                raise wrong("b" if isinstance(row.get("a"), str) else "a", "the names of two models in a and b")
-            if not _is_number(row["preference"]) or not 0 <= row["preference"] <= 1:
-                raise wrong("preference", "1 (a is better), .5 (a tie) or 0 (b is better)")
-            if label["id"] in known:
-                kept.append(label)
-            else:
-                stale += 1
-            continue
-        models = row.get("models")
-        if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
-            raise wrong("models", "the list of models that wrote the completions")
-        if len(set(models)) < len(models):
-            raise wrong("models", "every model once")
-        for field in ("ranks", "ratings", "flags", "completions"):
-            if row.get(field) is not None and (not isinstance(row[field], list) or len(row[field]) != len(models)):
-                raise wrong(field, f"a list of {len(models)}, one per model")
-        if not any(row.get(field) is not None for field in ("ranks", "ratings", "flags")):
-            raise wrong("ranks", "`ranks`, `ratings` or `flags`")
-        for field, least, most in (("ranks", 1, None), ("ratings", 1, 7)):
-            if any(not _is_number(x) or x < least or (most and x > most) for x in row.get(field) or []):
-                raise wrong(field, f"numbers from {least}" + (f" to {most}" if most else " on"))
-        if any(not isinstance(flags, Mapping) for flags in row.get("flags") or []):
-            raise wrong("flags", "one object of name: true, false or null per completion")
+        field, expected = _mistake(row, ids) or (None, "")
+        if field is not None:
+            raise UserError(f"{source} row {number}: field {field!r}: expected {expected}, got {row.get(field)!r:.80}")
+        label = {**row, "id": row["id"] if "id" in row else ids[prompt_key(row["prompt"])]}
         if label["id"] not in known:
             stale += 1
             continue
-        current = [
-            row.get("completions") is None or texts.get((model, label["id"]), text) == text
-            for model, text in zip(models, row.get("completions") or [None] * len(models), strict=True)
-        ]
-        stale += current.count(False)
-        label["models"] = [m for m, is_current in zip(models, current, strict=True) if is_current]
-        for field in ("ranks", "ratings", "flags", "completions"):
-            if row.get(field) is not None:
-                label[field] = [x for x, is_current in zip(row[field], current, strict=True) if is_current]
+        if "preference" not in row and row.get("completions") is not None:
+            said = zip(row["models"], row["completions"], strict=True)
+            current = [texts.get((model, label["id"]), text) == text for model, text in said]
+            stale += current.count(False)
+            for field in ("models", *(column for column in COLUMNS if row.get(column) is not None)):
+                label[field] = list(compress(row[field], current))
         kept.append(label)
     if stale:
         logger.warning(
             "%s: %d labels left out, which are of other prompts or completions than the generated ones", source, stale
         )
     return kept, stale
+
+
+def _mistake(row: Row, prompts: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first field that is wrong, and what is expected there."""
+    if "id" in row and not isinstance(row["id"], (int, str)):
+        return "id", "the number of a prompt"
+    if "id" not in row and prompt_key(row.get("prompt")) not in prompts:
+        return "prompt", "`id`, or the text of a prompt that was generated for"
+    if "preference" in row:
+        a, b = row.get("a"), row.get("b")
+        if not (isinstance(a, str) and isinstance(b, str) and a != b):
+            return "b" if isinstance(a, str) else "a", "the names of two models in a and b"
+        is_share = _is_number(row["preference"]) and 0 <= row["preference"] <= 1
+        return None if is_share else ("preference", "1 (a is better), .5 (a tie) or 0 (b is better)")
+    models = row.get("models")
+    if not isinstance(models, list) or not models or not all(isinstance(m, str) for m in models):
+        return "models", "the list of models that wrote the completions"
+    if len(set(models)) < len(models):
+        return "models", "every model once"
+    for field in COLUMNS:
+        if row.get(field) is not None and (not isinstance(row[field], list) or len(row[field]) != len(models)):
+            return field, f"a list of {len(models)}, one per model"
+    if not any(row.get(field) is not None for field in ("ranks", "ratings", "flags")):
+        return "ranks", "`ranks`, `ratings` or `flags`"
+    if any(not _is_number(x) or x < 1 for x in row.get("ranks") or []):
+        return "ranks", "numbers from 1 on"
+    if any(not _is_number(x) or not 1 <= x <= 7 for x in row.get("ratings") or []):
+        return "ratings", "numbers from 1 to 7"
+    if any(not isinstance(flags, Mapping) for flags in row.get("flags") or []):
+        return "flags", "one object of name: true, false or null per completion"
+    return None
 
 
 def preferences(labels: Iterable[Row]) -> list[dict[str, Any]]:
@@ -104,9 +97,8 @@ def preferences(labels: Iterable[Row]) -> list[dict[str, Any]]:
     for row in labels:
         who = {"labeler": row["labeler"]} if row.get("labeler") is not None else {}
         if "preference" in row:
-            found.append(
-                {"id": row["id"], "a": row["a"], "b": row["b"], "preference": float(row["preference"]), **who}
-            )
+            pair = {"a": row["a"], "b": row["b"]}
+            found.append({"id": row["id"], **pair, "preference": float(row["preference"]), **who})
             continue
         better = [-x for x in row["ranks"]] if row.get("ranks") is not None else row.get("ratings")
         for i, j in combinations(range(len(row["models"])) if better is not None else (), 2):
@@ -129,8 +121,10 @@ class HumanJudge:
         every = preferences(labels)
         found = [{"decoding": "sampled", **row} for row in every if {row["a"], row["b"]} in compared]
         if len(found) < len(every):
-            logger.warning("%s: %d of %d judgements are of models that are not compared here",
-                           self.source, len(every) - len(found), len(every))  # fmt: skip
+            left = len(every) - len(found)
+            logger.warning(
+                "%s: %d of %d judgements are of models that are not compared here", self.source, left, len(every)
+            )
         return found
 
 

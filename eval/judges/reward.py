@@ -1,6 +1,7 @@
 """A reward model as the judge: the completion with the higher score is preferred."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from prefopt.evaluation.judges.people import Row
@@ -23,14 +24,14 @@ class RewardModel:
 
     def __init__(self, source: str, args: EvaluationArguments, progress: Callable[[str], None]) -> None:
         self.source, self.args, self.progress = source, args, progress
-        self._loaded: tuple[Any, Any] | None = None
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        self.progress(f"loading reward model {self.source}")
+        return load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)
 
     def scores(self, model: str, rows: Sequence[Row]) -> list[float]:
         """One for each row of the completions of `model`."""
-        if self._loaded is None:
-            self.progress(f"loading reward model {self.source}")
-            self._loaded = load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)
-        prompts = [row["prompt"] for row in rows]
         samples = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
         policy = known_tokenizer(self.args.models[model])
-        return score_samples(*self._loaded, policy, prompts, samples, self.args.batch_size)
+        return score_samples(*self.loaded, policy, [row["prompt"] for row in rows], samples, self.args.batch_size)

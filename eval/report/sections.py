@@ -3,7 +3,7 @@
 Each gives its blocks from the results, and raises `Missing` when there is nothing to show.
 """
 
-from prefopt.evaluation.report.paper import MARK, paper_value
+from prefopt.evaluation.report.paper import FIG_3, MARK
 from prefopt.evaluation.report.plots import Series, curves_plot, drawable, intervals_plot, of_log
 from prefopt.evaluation.report.tables import (
     Ask,
@@ -60,8 +60,8 @@ def _forest(results: Results) -> list[Block]:
         for name, suffix in WIN_RATES:
             m = results.find(name, model, results.baseline)
             if m and m["value"] is not None:
-                paper = paper_value(name, model)
-                rows.append((label(model) + suffix, {"win rate": {**m, "paper": paper and paper[0]}}))
+                paper = FIG_3.get(model) if name == "winrate" else None
+                rows.append((label(model) + suffix, {"win rate": {**m, "paper": paper}}))
     if not rows:
         return [Gap("Skipped: no win rates were measured; `prefopt eval compare` does.")]
     axis = f"win rate against {label(results.baseline)} (.5 = equal)"

@@ -21,7 +21,7 @@ from prefopt.evaluation.report.tables import (
     measured,
 )
 from prefopt.evaluation.results import BASELINE, find
-from prefopt.evaluation.sweep import REWARD, SHOWN, TAX, Finding, Point, gain, last_third, plain_ppo
+from prefopt.evaluation.sweep import CRITERION, REWARD, SHOWN, TAX, Finding, Point, gain, last_third, plain_ppo
 from prefopt.inference.jsonl import write_whole
 from prefopt.statistics.overoptimization import fit_rl, rl_design
 
@@ -34,17 +34,6 @@ AXES = {
     "pretraining_bits_per_byte": "bits per byte, SFT − run",
     "heldout_task_accuracy": "task accuracy, run − SFT",
 }
-CRITERION = (
-    "PPO loses by a measure if the 95 % interval of PPO − SFT lies wholly on its worse side. A run recovers if each of "
-    "these holds by its whole interval, and does not if one of them fails by its whole interval (else it is open): by "
-    "every measure that PPO loses by, it is better than PPO and what is left of the loss is less than half of PPO's; its "
-    "gold reward is above SFT's. Nor does it if its gold reward is below PPO's by the whole interval. Finding 1 holds if "
-    "some ptx_coef above 0 recovers, finding 2 if no larger kl_coef does. No correction for the number of coefficients "
-    "tried.",
-    "All intervals are of 95 %, of paired differences, over prompts (gold reward), documents (bits per byte) or tasks. "
-    "There is one training run per point: they hold for these runs, and say nothing of how another seed of training "
-    "would fare.",
-)
 
 
 def build_sweep_page(
@@ -66,23 +55,18 @@ def build_sweep_page(
         rollouts: a run's label -> its rollouts, from `rollout_gains`.
         settings: what is told at the end of the page.
     """
-    titles = [f"{i}. {finding.title}" for i, finding in enumerate(found, 1)]
-    verdict = [f"{title}: {VERDICT[f.holds]}." for title, f in zip(titles, found, strict=True)]
+    verdict: list[str] = []
     evidence: list[Block] = []
-    for title, finding in zip(titles, found, strict=True):
-        evidence += [Heading(title), Items([("", text) for text in finding.evidence])]
-    against_ptx = _curves(measures, ptx, "ptx_coef", f"ptx_coef (kl_coef {plain_ppo(ptx).kl_coef:g})")
-    against_kl = _curves(measures, kl, "kl_coef", "kl_coef (ptx_coef 0)")
+    for i, finding in enumerate(found, 1):
+        verdict.append(f"{i}. {finding.title}: {VERDICT[finding.holds]}.")
+        evidence += [Heading(f"{i}. {finding.title}"), Items([("", text) for text in finding.evidence])]
+    ptx_axis, kl_axis = f"ptx_coef (kl_coef {plain_ppo(ptx).kl_coef:g})", "kl_coef (ptx_coef 0)"
+    against_ptx = [*_curves(measures, ptx, "ptx_coef", ptx_axis), "As Fig. 33 of InstructGPT; up is better."]
+    against_kl = [*_curves(measures, kl, "kl_coef", kl_axis), "As Fig. 34 of InstructGPT; up is better."]
     sections = [
         Section("evidence", "Evidence", evidence),
-        Section(
-            "ptx",
-            "Reward and alignment tax against ptx_coef",
-            [*against_ptx, "As Fig. 33 of InstructGPT; up is better."],
-        ),
-        Section(
-            "kl", "Reward and alignment tax against kl_coef", [*against_kl, "As Fig. 34 of InstructGPT; up is better."]
-        ),
+        Section("ptx", "Reward and alignment tax against ptx_coef", against_ptx),
+        Section("kl", "Reward and alignment tax against kl_coef", against_kl),
         Section("frontier", "Reward against alignment tax", _frontier(measures, ptx, kl)),
         Section("rollouts", "Over-optimization along training", _rollouts(rollouts)),
         Section("numbers", "In numbers", _numbers(measures, list(dict.fromkeys([*ptx, *kl])), settings)),

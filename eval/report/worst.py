@@ -57,12 +57,12 @@ def pick_samples(
     if gain is not None:
         by = np.asarray(gain, dtype=float)
         order = sorted(shuffled, key=lambda i: by[i] if np.isfinite(by[i]) else -np.inf)
-        take(order, worst, lambda n, i: f"{n}. worst for {label(main)} against {label(baseline)} ({by[i]:+.2f})")
-        take(
-            [i for i in order[::-1] if by[i] > 0],
-            best,
-            lambda n, i: f"{n}. best for {label(main)} against {label(baseline)} ({by[i]:+.2f})",
-        )
+        against = f"for {label(main)} against {label(baseline)}"
+        for word, candidates, count in (
+            ("worst", order, worst),
+            ("best", [i for i in order[::-1] if by[i] > 0], best),
+        ):
+            take(candidates, count, lambda n, i, word=word: f"{n}. {word} {against} ({by[i]:+.2f})")
     apart = list(heldout) if heldout is not None else [False] * len(prompts)
     take([i for i in shuffled if not apart[i]], at_random, lambda n, i: "drawn at random")
     take([i for i in shuffled if apart[i]], 2, lambda n, i: "held-out use case, drawn at random")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from prefopt.errors import UserError
-from prefopt.evaluation.report.paper import paper_value
+from prefopt.evaluation.report.paper import FIG_3
 from prefopt.evaluation.report.plots import bars_plot
 from prefopt.evaluation.report.tables import (
     Ask,
@@ -410,7 +410,7 @@ def _strengths(results: Results, data: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-_PAPER = ", ".join(f"{label(m)} {number(paper_value('winrate', m)[0], 2)}" for m in ("ppo", "ppo_ptx"))
+_PAPER = ", ".join(f"{label(m)} {number(FIG_3[m], 2)}" for m in ("ppo", "ppo_ptx"))
 STAGE = Stage(
     "compare",
     "win rates and strengths from the judgements",

@@ -206,7 +206,7 @@ def section(results: Results) -> list[Block]:
         bars = [(name, _opposite(m) if is_opposite else m) for name, m in bars if m is not None]
         if any(m["value"] is not None for _, m in bars):
             panels.append((title, bars))
-    rating = " / ".join(number(FIG_5.get(m), 2) for m in _PAPER_MODELS)
+    rating = " / ".join(number(x, 2) for x in FIG_5)
     asks = [Ask("mean rating, 1 to 7", "rating", 2, count=True, paper=rating)]
     asks += [Ask(words, f"flag.{flag}", count=True, paper=_paper(flag)) for flag, words in data["flags"].items()]
     note = "Shares of labels with Wilson's 95 % interval; a model's mean rating with its interval over prompts."
@@ -220,15 +220,11 @@ def section(results: Results) -> list[Block]:
     ]
 
 
-_PAPER_MODELS = ("sft", "ppo", "ppo_ptx")
-
-
 def _paper(flag: str) -> str:
     if flag not in FIG4:
         return "–"
     _, bar, is_opposite = FIG4[flag]
-    shares = [FIG_4[bar][m][0] for m in _PAPER_MODELS]
-    return " / ".join(number(1 - share if is_opposite else share, 3) for share in shares)
+    return " / ".join(number(1 - share if is_opposite else share, 3) for share in FIG_4[bar])
 
 
 def _distribution(ratings: Mapping[str, Mapping[str, int]], models: Sequence[str]) -> list[Block]:

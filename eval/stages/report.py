@@ -92,26 +92,23 @@ def collect(
         UserError: a stage measured against another baseline.
     """
     every = (run.stage("all") or {"data": {}})["data"]
-    measures: list[dict[str, Any]] = []
-    stages: dict[str, Any] = {}
-    for stage in STAGES:
-        content = run.stage(stage.key)
-        if content is not None:
-            measures += content["measures"]
-            stages[stage.key] = content["data"]
+    found = {stage.key: content for stage in STAGES if (content := run.stage(stage.key)) is not None}
+    stages = {key: content["data"] for key, content in found.items()}
     check_baseline(stages, args)
-    completions = {model: _first_samples(run, model) for model in args.models}
+    completions = {model: run.first_samples(model) for model in args.models}
+    measures = [m for content in found.values() for m in content["measures"]]
     measures += [m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)]
+    tax = stages.get("tax") or {}
     judge = (stages.get("compare") or {}).get("main_judge")
     settings = {
         "judge": JUDGES.get(judge, judge),
         "baseline": args.baseline,
         "models": list(args.models),
         "heldout_use_case": args.heldout_use_case,
-        "prompts": max((len(rows) for rows in completions.values()), default=0),
+        "prompts": max(map(len, completions.values()), default=0),
         "max_new_tokens": (stages.get("generate") or {}).get("settings", {}).get("max_new_tokens"),
-        "documents": (stages.get("tax") or {}).get("documents"),
-        "tasks": (stages.get("tax") or {}).get("tasks"),
+        "documents": tax.get("documents"),
+        "tasks": tax.get("tasks"),
         "seed": args.seed,
         "load_in_4bit": args.load_in_4bit,
     }
@@ -126,28 +123,17 @@ def collect(
     )
 
 
-def _first_samples(run: EvaluationRun, model: str) -> list[dict[str, Any]]:
-    try:
-        return run.first_samples(model)
-    except FileNotFoundError:
-        return []
-
-
 def _lengths(model: str, rows: Sequence[Row], heldout: str | None) -> list[dict[str, Any]]:
     rows = [row for row in rows if heldout is None or row.get("use_case") != heldout]
-    columns = {
-        "completion_tokens": [float(len(row["ids"])) for row in rows],
-        "truncated": [float(row["truncated"]) for row in rows],
-    }
-    nothing = Skipped("nothing was generated; `prefopt eval generate` does")
-    found = []
-    for name, values in columns.items():
-        value = mean_estimate(values) if values else nothing
-        # even an empty completion has its end token
-        if name == "completion_tokens" and values and not all(values):
-            value = Skipped("its file of completions has no `ids`")
-        found.append(MEASURES.record(name, model, value))
-    return found
+    if not rows:
+        nothing = Skipped("nothing was generated; `prefopt eval generate` does")
+        return [MEASURES.record(name, model, nothing) for name in MEASURES]
+    tokens = mean_estimate([float(len(row["ids"])) for row in rows])
+    # even an empty completion has its end token
+    if not all(row["ids"] for row in rows):
+        tokens = Skipped("its file of completions has no `ids`")
+    truncated = mean_estimate([float(row["truncated"]) for row in rows])
+    return [MEASURES.record("completion_tokens", model, tokens), MEASURES.record("truncated", model, truncated)]
 
 
 def _samples(
@@ -159,7 +145,7 @@ def _samples(
 ) -> list[dict[str, Any]]:
     """The worst by the main judge, on the prompts that all models answered."""
     drawn = {model: {row["id"]: row for row in rows} for model, rows in completions.items() if rows}
-    ids = sorted(set.intersection(*(set(rows) for rows in drawn.values()))) if drawn else []
+    ids = sorted(set.intersection(*map(set, drawn.values()))) if drawn else []
     if not ids:
         return []
     shown: dict[str, dict[Any, dict[str, Any]]] = {
@@ -171,15 +157,14 @@ def _samples(
         for row in read_jsonl(path) if path.stem in shown else []:
             if row["decoding"] == "sampled" and row["id"] in shown[path.stem]:
                 shown[path.stem][row["id"]][path.parent.name] = row["score"]
-    rows = [drawn[next(iter(drawn))][i] for i in ids]
+    rows = [next(iter(drawn.values()))[i] for i in ids]
     main = main_model(list(drawn), args.baseline)
-    gain = _gain(run, judge, main, args.baseline, ids) if judged and judge and main else None
     use_cases = [str(row.get("use_case") or "") for row in rows]
     return pick_samples(
         [row["prompt"] for row in rows],
         use_cases,
         {model: [one[i] for i in ids] for model, one in shown.items()},
-        gain,
+        _gain(run, judge, main, args.baseline, ids) if judged and judge and main else None,
         main or "",
         baseline=args.baseline,
         heldout=[bool(u) and u == args.heldout_use_case for u in use_cases],
@@ -210,13 +195,9 @@ def _curves(args: EvaluationArguments, own: ReportArguments) -> dict[str, Any]:
         curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
     for name, folder in {**args.models, **own.rl_runs}.items():
         state = Path(folder) / "trainer_state.json"
-        if state.is_file():
-            history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-            log = [
-                {**entry, "gold": entry.get("rewards/gold/mean")} for entry in history if "objective/scores" in entry
-            ]
-            if log:
-                curves[name] = log
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+        log = [{**entry, "gold": entry.get("rewards/gold/mean")} for entry in history if "objective/scores" in entry]
+        curves |= {name: log} if log else {}
     return curves
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import gold_function
-from prefopt.evaluation.report.paper import MARK, paper_value
+from prefopt.evaluation.report.paper import MARK, REWARD_ACCURACY
 from prefopt.evaluation.report.plots import Series, curves_plot
 from prefopt.evaluation.report.tables import (
     Ask,
@@ -457,8 +457,8 @@ def _accuracies(results: Results, group: str, about: Mapping[str, int], scorers:
     ratio = "–"
     if first and ceiling and first["value"] is not None and ceiling["value"]:
         ratio = number(first["value"] / ceiling["value"], 2)
-    known = paper_value(f"rm.accuracy.{group}", "reward_model")
-    paper = Cell(f"{known[0]}", f"± {known[1]}", "paper") if known else Cell("–", tone="paper")
+    value, half = REWARD_ACCURACY.get(group, ("–", None))
+    paper = Cell(f"{value}", f"± {half}" if half else "", "paper")
     head = Cell(_group(group), f"{about['pairs']:,} pairs, {about['rows']:,} prompts")
     return Line(head, [*(measured(m, 3) for m in (*ranked, agreement, gold)), ratio, paper])
 
