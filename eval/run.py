@@ -148,6 +148,13 @@ def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, An
     return dict(value or {})
 
 
+def named_rows(key: str, path: str) -> list[dict[str, Any]]:
+    """Rows of the JSONL file that an argument names."""
+    if not Path(path).is_file():
+        raise UserError(f"{key}: no file {path!r}")
+    return read_jsonl(path)
+
+
 @dataclass(frozen=True)
 class EvaluationRun:
     """`completions/<model>.jsonl` from `generate`, `stages/<stage>.json` from every other stage.

@@ -271,20 +271,21 @@ class Results:
         return Missing(reasons[0] if reasons else otherwise)
 
     def table(
-        self, asks: Sequence[Ask | str], columns: Sequence[Column] | None = None, paper: Cell | None = None
+        self, asks: Sequence[Ask | str], columns: Sequence[Column | str] | None = None, paper: Cell | None = None
     ) -> list[Table]:
         """A table of measures, or none: rows and columns without any are left out.
 
         Args:
             asks: a text begins a group of rows, and is left out when the group is empty.
-            columns: default: one per model.
+            columns: or models, for one each; default: all.
             paper: heading of the column of `Ask.paper`, which no row has without it.
         """
 
         def line(ask: Ask) -> list[Measure | None]:
             return [self.find(ask.measure + c.suffix, c.model, ask.against) for c in columns]
 
-        columns = [Column(label(m), m) for m in self.models] if columns is None else columns
+        columns = self.models if columns is None else columns
+        columns = [Column(label(c), c) if isinstance(c, str) else c for c in columns]
         lines = [line(ask) for ask in asks if isinstance(ask, Ask)]
         columns = [c for i, c in enumerate(columns) if any(of_ask[i] for of_ask in lines)]
         rows, group = [], []

@@ -359,7 +359,7 @@ def section(results: Results) -> list[Block]:
     trusted = results.table(trust, [Column(CALLED["lm"], "lm")])
     note = f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
     return [
-        *results.table(asks, [Column(label(m), m) for m in results.others]),
+        *results.table(asks, results.others),
         note,
         *_strengths(results, data),
         *([Heading("How far to trust the language model")] if trusted else []),
@@ -371,7 +371,7 @@ def use_cases(results: Results) -> list[Block]:
     """Win rates by use case, the held-out one among them."""
     prefix = "winrate_use_case."
     asks = [Ask(name, prefix + name, 2, results.baseline, count=True) for name in results.names(prefix)]
-    table = results.table(asks, [Column(label(m), m) for m in results.others])
+    table = results.table(asks, results.others)
     if not table:
         raise Missing("no win rates by use case were measured; the prompts need a column `use_case`")
     return table

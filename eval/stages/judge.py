@@ -27,9 +27,9 @@ from prefopt.evaluation.judges.language_model import TEMPLATE, LanguageModelJudg
 from prefopt.evaluation.judges.people import Completions, HumanJudge, Row
 from prefopt.evaluation.judges.reward import RewardModel
 from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, named_rows
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
-from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import mean_estimate
 
@@ -79,6 +79,12 @@ class JudgeArguments:
         default=None, metadata={"help": "Reward model whose higher score wins: folder or Hub id."}
     )
 
+    def labels(self) -> tuple[Sequence[Row], str]:
+        """The labels by people, and where they stand."""
+        if not isinstance(self.human_judgements, str):
+            return self.human_judgements, "human_judgements"
+        return named_rows("human_judgements", self.human_judgements), self.human_judgements
+
 
 class Judge(Protocol):
     """Gives verdicts on pairs of completions."""
@@ -108,7 +114,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
         raise FileNotFoundError(f"no completions in {run.folder}; run `prefopt eval generate` first")
     makers: dict[str, tuple[Any, Callable[[], Judge]]] = {
         "gold": (own.gold_judge, lambda: ScoreJudge(gold_scores(gold_function(own.gold_judge)))),
-        "human": (own.human_judgements, lambda: _human_judge(own.human_judgements)),
+        "human": (own.human_judgements, lambda: HumanJudge(*own.labels())),
         "lm": (own.lm_judge, lambda: _lm_judge(run, args, own)),
         "reward": (own.reward_judge, lambda: _reward_judge(run, args, own.reward_judge)),
     }
@@ -153,14 +159,6 @@ def _consistency(judge: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         for name, key in (("judge_consistency", "consistent"), ("judge_prefers_first", "first"))
         if asked
     ]
-
-
-def _human_judge(labels: str | Sequence[Row]) -> Judge:
-    if not isinstance(labels, str):
-        return HumanJudge(labels)
-    if not Path(labels).is_file():
-        raise UserError(f"human_judgements: no file {labels!r}")
-    return HumanJudge(read_jsonl(labels), labels)
 
 
 def _lm_judge(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) -> Judge:

@@ -17,7 +17,7 @@ import numpy as np
 from prefopt.evaluation.judges.gold import gold_function, gold_scores
 from prefopt.evaluation.judges.reward import RewardModel
 from prefopt.evaluation.report.gains import NAMES, fit_data, gain_plot, where_it_turns
-from prefopt.evaluation.report.tables import Ask, Block, Column, Fold, Items, Results, label
+from prefopt.evaluation.report.tables import Ask, Block, Fold, Items, Results, label
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -268,8 +268,7 @@ def section(results: Results) -> list[Block]:
         for name, what in NAMES.items():
             for coefficient, sign in (("alpha", "α"), ("beta", "β")):
                 asks.append(Ask(f"{sign}, {what}", f"overopt.{kind}_fit.{name}.{coefficient}"))
-    columns = [Column(label(m), m) for m in dict.fromkeys([data["baseline"], *data["rollouts"]])]
-    coefficients = results.table(asks, columns)
+    coefficients = results.table(asks, list(dict.fromkeys([data["baseline"], *data["rollouts"]])))
     note = (
         "Gains over the baseline (over the first rollout) in standard deviations of its samples; intervals of 95 % over "
         "prompts (over the episodes of a rollout). After Gao et al. 2022 (arXiv:2210.10760): d = √KL, under best of n "

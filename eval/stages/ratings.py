@@ -13,11 +13,10 @@ from scipy.stats import norm
 from prefopt.evaluation.judges.people import check_labels
 from prefopt.evaluation.report.paper import FIG_4, FIG_5, MARK
 from prefopt.evaluation.report.plots import bars_plot
-from prefopt.evaluation.report.tables import Ask, Block, Cell, Column, Fold, Line, Results, Table, label, number
+from prefopt.evaluation.report.tables import Ask, Block, Cell, Fold, Line, Results, Table, label, number
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.evaluation.stages.judge import JudgeArguments
-from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics.intervals import Estimate, mean_estimate
 
 Row = Mapping[str, Any]
@@ -144,7 +143,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: MetadataArgument
     """
     none, singles, stale = NO_LABELS, [], 0
     if judges.human_judgements is not None:
-        found = attempt("metadata", partial(_labels, run, args, judges.human_judgements))
+        found = attempt("metadata", partial(_labels, run, args, judges))
         if isinstance(found, NoNumber):
             none = found
         else:
@@ -161,13 +160,10 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: MetadataArgument
     run.write_stage(STAGE, measures, {"ratings": distributions, "flags": words, "stale": stale})
 
 
-def _labels(
-    run: EvaluationRun, args: EvaluationArguments, labels: str | Sequence[Row]
-) -> tuple[list[dict[str, Any]], int]:
-    """Labels of single completions outside the held-out use case, from a file or its rows, and how many are stale."""
-    source = labels if isinstance(labels, str) else "human_judgements"
-    rows = read_jsonl(labels) if isinstance(labels, str) else labels
+def _labels(run: EvaluationRun, args: EvaluationArguments, judges: JudgeArguments) -> tuple[list[dict[str, Any]], int]:
+    """Labels of single completions outside the held-out use case, and how many are stale."""
     completions = {model: run.first_samples(model) for model in args.models}
+    rows, source = judges.labels()
     kept, stale = check_labels(rows, completions, source)
     singles = single_labels(kept, {row["id"]: row for one in completions.values() for row in one})
     heldout = args.heldout_use_case
@@ -214,7 +210,7 @@ def section(results: Results) -> list[Block]:
         note += f" {data['stale']} labels of other completions than the generated ones were left out."
     return [
         *([bars_plot(panels, "shares of completions by label")] if panels else []),
-        *results.table(asks, [Column(label(m), m) for m in models], Cell("SFT / PPO / PPO-ptx", MARK, "paper")),
+        *results.table(asks, models, Cell("SFT / PPO / PPO-ptx", MARK, "paper")),
         *_distribution(data["ratings"], models),
         note,
     ]

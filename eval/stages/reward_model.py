@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +31,9 @@ from prefopt.evaluation.report.tables import (
     number,
 )
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, parsed_mapping
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, named_rows, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
-from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows, score_texts
 from prefopt.models.checkpoints import load_classifier
@@ -242,9 +240,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
 
 def ranked_rows(group: str, path: str, heldout_use_case: str | None = None) -> list[dict[str, Any]]:
     """Ranked comparisons of a file, preference rows converted, those of the held-out use case left out."""
-    if not Path(path).is_file():
-        raise UserError(f"rankings: no file {path!r} for {group}")
-    rows = [from_preference(row) if "chosen" in row else row for row in read_jsonl(path)]
+    rows = [from_preference(row) if "chosen" in row else row for row in named_rows(f"rankings: {group}", path)]
     validate_comparisons(rows, source=str(path))
     return [row for row in rows if heldout_use_case is None or row.get("use_case") != heldout_use_case]
 
@@ -296,7 +292,7 @@ class Scorer:
 
     def mean_score(self, demonstrations: str) -> Estimate:
         """Of a file of demonstrations, by the reward model."""
-        rows = read_jsonl(demonstrations)
+        rows = named_rows("reward_demonstrations", demonstrations)
         texts = ([row[column] for row in rows] for column in ("prompt", "completion"))
         return mean_estimate(score_texts(*self.loaded[0], *texts, batch_size=self.args.batch_size))
 
@@ -481,7 +477,7 @@ def _parts(results: Results, groups: list[str], scorers: list[str]) -> list[Fold
         for group in groups:
             prefix = f"rm.accuracy_{kind}.{group}."
             asks = [Ask(name, prefix + name) for name in results.names(prefix)]
-            table = results.table(asks, [Column(label(s), s) for s in scorers])
+            table = results.table(asks, scorers)
             blocks += [Heading(_group(group)), *table] if table else []
         if blocks:
             folds.append(Fold(f"Accuracy by {title}", blocks))

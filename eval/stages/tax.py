@@ -7,16 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
-from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage
+from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, named_rows
 from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
-from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.likelihood import BitsPerByte, bits_per_byte, task_accuracy, validate_tasks
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference
@@ -114,11 +112,7 @@ def _bits_of(nats: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _rows(key: str, path: str | None) -> list[dict[str, Any]]:
-    if path is None:
-        return []
-    if not Path(path).is_file():
-        raise UserError(f"{key}: no file {path!r}")
-    rows = read_jsonl(path)
+    rows = [] if path is None else named_rows(key, path)
     for number, row in enumerate(rows):
         if key == "pretraining_text" and not isinstance(row.get("text"), str):
             raise UserError(f"{path} row {number}: field 'text': expected a text, got {row.get('text')!r:.80}")
