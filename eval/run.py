@@ -108,16 +108,11 @@ class EvaluationArguments:
 
 
 def check_baseline(stages: Mapping[str, Mapping[str, Any]], args: EvaluationArguments) -> None:
-    """Raise unless what the stages found is relative to the baseline and the base of now.
+    """Raise unless what the stages found (the `data` of each) is relative to the baseline and the base of now.
 
-    Args:
-        stages: name and `data` of each.
-
-    Example:
-        >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"sft": "a"}, baseline="sft"))
-        >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"dpo": "b"}, baseline="dpo"))
-        Traceback (most recent call last):
-        prefopt.errors.UserError: baseline is 'dpo', but drift measured against 'sft'; run it again, or `prefopt eval all`
+    >>> check_baseline({"drift": {"baseline": "sft"}}, EvaluationArguments("out", {"dpo": "b"}, baseline="dpo"))
+    Traceback (most recent call last):
+    prefopt.errors.UserError: baseline is 'dpo', but drift measured against 'sft'; run it again, or `prefopt eval all`
     """
     for key, now in (("baseline", args.baseline), ("base", args.tax_base)):
         other = {name: data[key] for name, data in stages.items() if data.get(key) not in (None, now)}

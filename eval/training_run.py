@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -176,15 +176,11 @@ def table(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
         heads.append(f"{first}–{last}")
         first = last + 1
     shares = [ptx_share(part) for part in parts]
-    rows = []
-    if any(share is not None for share in shares):
-        rows.append(("share of PPO in the policy's gradient", [percent(None if s is None else 1 - s) for s in shares]))
-        rows.append(("share of ptx in the policy's gradient", [percent(s) for s in shares]))
-    for key in ROWS[run.kind]:
-        values = [mean(part, key) for part in parts]
-        if any(value is not None for value in values):
-            rows.append((NAMES[key], [short(value) for value in values]))
-    return heads, rows
+    of_ppo = [None if share is None else 1 - share for share in shares]
+    rows = [("share of PPO in the policy's gradient", of_ppo, percent)]
+    rows += [("share of ptx in the policy's gradient", shares, percent)]
+    rows += [(NAMES[key], [mean(part, key) for part in parts], short) for key in ROWS[run.kind]]
+    return heads, [(name, [*map(told, x)]) for name, x, told in rows if any(value is not None for value in x)]
 
 
 def sentences(run: Run) -> list[str]:
@@ -217,23 +213,21 @@ def _best(run: Run, key: str) -> str:
 
 def _who_moved_the_policy(run: Run) -> str:
     heads, _ = table(run)
-    shares = [ptx_share(part) for part in thirds(run.training)]
-    spans: list[list[Any]] = []  # [term, first step, last step, shares]
-    for head, share in zip(heads, shares, strict=True):
-        if share is not None:
-            term = "ptx" if share > 0.5 else "PPO"
-            first, last = head.split("–")
-            if spans and spans[-1][0] == term:
-                spans[-1][2] = last
-                spans[-1][3].append(share)
-            else:
-                spans.append([term, first, last, [share]])
-    if not spans:
-        return "PPO alone moved the policy: there is no pretraining term in this log."
+    shares = [
+        (head, share)
+        for head, part in zip(heads, thirds(run.training), strict=True)
+        if (share := ptx_share(part)) is not None
+    ]
     parts = []
-    for term, first, last, of_ptx in spans:
-        of_term = [share if term == "ptx" else 1 - share for share in of_ptx]
-        parts.append(f"{term} in steps {first}–{last} ({percent(fmean(of_term))} of the sum of both norms)")
+    for is_ptx, span in groupby(shares, key=lambda pair: pair[1] > 0.5):
+        heads, of_ptx = zip(*span, strict=True)
+        first, last = heads[0].split("–")[0], heads[-1].split("–")[1]
+        pull = fmean(of_ptx) if is_ptx else 1 - fmean(of_ptx)
+        parts.append(
+            f"{'ptx' if is_ptx else 'PPO'} in steps {first}–{last} ({percent(pull)} of the sum of both norms)"
+        )
+    if not parts:
+        return "PPO alone moved the policy: there is no pretraining term in this log."
     return f"The larger pull on the policy came from {', then '.join(parts)}."
 
 
@@ -246,8 +240,7 @@ def _clipping(run: Run) -> list[str]:
         return ["Gradients were not clipped (max_grad_norm 0)."]
     found = []
     for key, name in (("grad_norm", "policy"), ("grad_norm/value", "value function")):
-        norms = numbers(run.training, key)
-        if norms:
+        if norms := numbers(run.training, key):
             clipped = [norm for norm in norms if norm > limit]
             cut = f", the largest from {short(max(clipped))}" if clipped else ""
             found.append(f"{name} in {len(clipped)} of {len(norms)}{cut}")

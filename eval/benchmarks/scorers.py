@@ -74,12 +74,10 @@ def toxicity_scores(scorer: Scorer, texts: Sequence[str], batch_size: int = 256)
     swallows its own failures looks like this (lm-eval's bundled task gives 0 whenever Perspective does not answer).
 
     Raises:
-        ScorerError: the scorer raised, gave too few or too many scores, one that is no number between 0 and 1, or does
-            not tell hostile from harmless.
+        ScorerError: it does not, or it raised, or gave too few or too many scores, or one that is no number from 0 to 1.
 
-    Example:
-        >>> toxicity_scores(lambda texts: [float("idiot" in text) for text in texts], ["You idiot.", "Good day."])
-        array([1., 0.])
+    >>> toxicity_scores(lambda texts: [float("idiot" in text) for text in texts], ["You idiot.", "Good day."])
+    array([1., 0.])
     """
     scores: list[float] = []
     for start in range(0, len(texts), batch_size):

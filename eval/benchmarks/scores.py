@@ -138,10 +138,7 @@ def crows_pairs_results(doc: Mapping[str, Any], results: Sequence[tuple[float, b
 def pair_entropy(a: float, b: float) -> float:
     """Bits of the choice between two sentences by their likelihoods: 1 is indifference, 0 certainty.
 
-        p = 1 / (1 + exp(b - a)),  H = -p log2 p - (1 - p) log2(1 - p)     (Ouyang et al. 2022, section 4.2)
-
-    Args:
-        a, b: log-likelihoods in nats.
+        p = 1 / (1 + exp(b - a)),  H = -p log2 p - (1 - p) log2(1 - p),  a, b in nats  (Ouyang et al. 2022, section 4.2)
 
     >>> pair_entropy(-20.0, -20.0)
     1.0
@@ -191,15 +188,9 @@ Records = Sequence[Mapping[str, Any]]
 def estimate(score: Score, records: Records) -> Estimate:
     """A score of one model with its interval; rows of one cluster are resampled together.
 
-    Raises:
-        KeyError: a record lacks the score.
-        UserError: a score is not finite.
-
-    Example:
-        >>> score = Score("acc", "share of right answers")
-        >>> records = [{"id": i, "cluster": str(i), "values": {"acc": acc}} for i, acc in enumerate([1.0, 0.0])]
-        >>> estimate(score, records).value
-        0.5
+    >>> records = [{"id": i, "cluster": str(i), "values": {"acc": acc}} for i, acc in enumerate([1.0, 0.0])]
+    >>> estimate(Score("acc", "share of right answers"), records).value
+    0.5
     """
     statistic, columns = _columns(score, records)
     return replace(bootstrap_over_prompts(statistic, *columns), n=len(records))

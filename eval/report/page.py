@@ -39,40 +39,26 @@ SECTIONS = (
 
 
 def report_page(content: Mapping[str, Any]) -> Page:
-    """The report of one run, from what `evaluate` returns or results.json holds.
+    """The report of one run, from the content of results.json.
 
-    Optional curves in `results["curves"]`: `sft_epochs`, a list of {`epoch`, `validation_loss`, `rm_score`}, with
-    `sft_chosen_epoch`; and under a model's name its training log, a list of {`step`, `objective/scores`, `objective/kl`,
-    `loss/ptx`, `gold`} (PPOPtxTrainer's log keys, and the gold reward of the rollouts where it is known). A section
-    whose data are missing says so, why, and how to get them.
+    Optional in `curves`: `sft_epochs`, a list of {`epoch`, `validation_loss`, `rm_score`}, with `sft_chosen_epoch`; and
+    under a model's name its training log (PPOPtxTrainer's keys, and `gold`, the rollouts' gold reward). A section whose
+    data are missing says so, why, and how to get them.
+
+    >>> report_page({}).verdict
+    ['No model was compared with SFT.']
     """
     results = Results(jsonable(content))
     return Page("prefopt report", [verdict(results)], [_section(chapter, results) for chapter in SECTIONS])
 
 
 def build_report(results: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write the report (`report_page`) as one self-contained HTML page.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> page = pathlib.Path(tempfile.mkdtemp()) / "report.html"
-        >>> build_report({}, page)
-        >>> "Skipped" in page.read_text()
-        True
-    """
+    """Write the report (`report_page`) as one self-contained HTML page."""
     write_whole(path, to_html(report_page(results)))
 
 
 def build_markdown(results: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write the same report as Markdown.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "report.md"
-        >>> build_markdown({}, path)
-        >>> path.read_text().splitlines()[2]
-        'No model was compared with SFT.'
-    """
+    """Write the same report as Markdown."""
     write_whole(path, to_markdown(report_page(results)))
 
 

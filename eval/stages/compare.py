@@ -137,9 +137,8 @@ def win_rate(by_prompt: Mapping[Any, Sequence[float]]) -> Estimate:
 
         value = 1/N sum over prompts of (1 if preferred, 1/2 if tied, 0 if not)
 
-    Example:
-        >>> win_rate({0: [1.0], 1: [0.5], 2: [0.0, 1.0], 3: [1.0]}).value
-        0.75
+    >>> win_rate({0: [1.0], 1: [0.5], 2: [0.0, 1.0], 3: [1.0]}).value
+    0.75
     """
     estimate = mean_estimate([float(np.mean(p)) for p in by_prompt.values()])
     return replace(estimate, n=sum(len(p) for p in by_prompt.values()))
@@ -152,22 +151,12 @@ def length_controlled_win_rate(
 
         logit P(model preferred) = theta + phi * tanh(dlen / sd(dlen)),    value = sigmoid(theta)
 
-    Fitted by maximum likelihood over prompts, a tie being half a win; half a win for each side at equal length and a
-    penalty of phi^2 / 200 keep the fit finite where one side always wins.
+    Fitted by maximum likelihood over prompts (each with a preference in [0, 1] and the model's length minus the
+    other's), a tie being half a win; half a win for each side at equal length and a penalty of phi^2 / 200 keep the fit
+    finite where one side always wins. Here the longer answer won, and the model's was longer in three of four:
 
-    Args:
-        preferences: one number in [0, 1] per prompt.
-        length_differences: the model's length minus the other's, same unit throughout.
-        n_resamples: of the bootstrap over prompts.
-
-    Raises:
-        UserError: lengths of the two differ, or a number is not finite.
-
-    Example:
-        The longer answer won every time, and the model's was the longer one in three of four.
-
-        >>> length_controlled_win_rate([1, 1, 1, 0] * 25, [9, 9, 9, -9] * 25).value < 0.75
-        True
+    >>> length_controlled_win_rate([1, 1, 1, 0] * 25, [9, 9, 9, -9] * 25).value < 0.75
+    True
     """
     differences = np.asarray(length_differences, dtype=float)
     spread = differences.std() if len(differences) else 0.0
