@@ -223,19 +223,20 @@ class EvaluationRun:
 
     def stage(self, stage: str) -> dict[str, Any] | None:
         """What `write_stage` kept, or None if the stage has not run, or not on the completions that are there now."""
-        path = self._stage_path(stage)
         if self.is_stale(stage):
+            path = self._stage_path(stage)
             logger.warning("%s is of other completions than those there now: run the stage again", path)
             return None
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return self._kept(stage)
 
     def is_stale(self, stage: str) -> bool:
         """Whether a stage has run on other completions than those there now."""
-        path = self._stage_path(stage)
-        if not path.is_file():
-            return False
-        known = json.loads(path.read_text(encoding="utf-8"))["completions"]
+        known = (self._kept(stage) or {"completions": None})["completions"]
         return known is not None and known != self._completions_state()
+
+    def _kept(self, stage: str) -> dict[str, Any] | None:
+        path = self._stage_path(stage)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""

@@ -20,6 +20,7 @@ from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio
 PER_COMPLETION = {"kl_to_sft": "kl", "k1_to_sft": "k1"}
 PER_TOKEN = {"kl_to_sft_per_token": "kl", "k1_to_sft_per_token": "k1", "token_entropy": "entropy"}
 QUANTITIES = ("kl", "k1", "entropy")
+Load = Callable[[], tuple[Any, Any]]  # gives (model, tokenizer)
 MEASURES = Measures(
     {
         "kl_to_sft": Definition(
@@ -114,13 +115,14 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
     data: dict[str, Any] = {"baseline": args.baseline, "by_position": {}, "samples": {}}
     sums: dict[str, DriftSums] = {}
 
-    @cache
-    def reference() -> tuple[Any, Any]:
-        return _load(run, args, args.baseline)
+    def load(name: str) -> tuple[Any, Any]:
+        run.progress(f"drift: loading {name}")
+        return load_language_model(args.models[name], **args.loading)
+
+    baseline = cache(partial(load, args.baseline))  # once, and only if something is to be computed
 
     def of_model(name: str) -> dict[str, Estimate]:
-        load = reference if name == args.baseline else partial(_load, run, args, name)
-        rows = _token_rows(run, args, own, name, load, reference)
+        rows = _token_rows(run, args, own, name, baseline, baseline if name == args.baseline else partial(load, name))
         sums[name] = drift_sums(rows)
         data["by_position"][name], data["samples"][name] = by_position(rows), len(rows)
         return drift_estimates(sums[name])
@@ -137,18 +139,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
     run.write_stage(STAGE, measures, data)
 
 
-def _load(run: EvaluationRun, args: EvaluationArguments, name: str) -> tuple[Any, Any]:
-    run.progress(f"drift: loading {name}")
-    return load_language_model(args.models[name], **args.loading)
-
-
 def _token_rows(
-    run: EvaluationRun,
-    args: EvaluationArguments,
-    own: DriftArguments,
-    name: str,
-    load: Callable[[], tuple[Any, Any]],
-    reference: Callable[[], tuple[Any, Any]],
+    run: EvaluationRun, args: EvaluationArguments, own: DriftArguments, name: str, baseline: Load, load: Load
 ) -> list[dict[str, Any]]:
     """`id`, `sample` and, per token, `kl`, `k1` and `entropy` of every sample of a model."""
     if args.baseline not in args.models:
@@ -158,18 +150,14 @@ def _token_rows(
         samples = [row for row in samples if row["id"] < own.drift_prompts]
 
     def compute() -> list[dict[str, Any]]:
-        baseline, _ = reference()
+        reference, _ = baseline()
         model, tokenizer = load()
         prompts, ids = ([row[column] for row in samples] for column in ("prompt", "ids"))
-        found = token_divergence(
-            model,
-            baseline,
-            tokenizer,
-            prompts,
-            ids,
-            args.batch_size,
-            lambda done, total: run.progress(f"drift: {name} {done}/{total}"),
-        )
+
+        def tell(done: int, total: int) -> None:
+            run.progress(f"drift: {name} {done}/{total}")
+
+        found = token_divergence(model, reference, tokenizer, prompts, ids, args.batch_size, tell)
         return [
             {"id": row["id"], "sample": row["sample"], **{k: v.tolist() for k, v in asdict(d).items()}}
             for row, d in zip(samples, found, strict=True)
