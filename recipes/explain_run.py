@@ -12,8 +12,7 @@ import os
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.evaluation.report.training_run import build_page
-from prefopt.evaluation.training_run import read_run, summary
+from prefopt.evaluation.training_run import build_page, read_run, summary
 from prefopt.recipes.common.errors import run_command
 
 

@@ -16,11 +16,10 @@ from typing import Any
 import yaml
 
 from prefopt.errors import UserError
-from prefopt.evaluation.report.sweep import VERDICT, build_sweep_page
 from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import compare, drift, generate, judge, report, tax
-from prefopt.evaluation.sweep import Finding, Point, contrasts, findings, plain_ppo
+from prefopt.evaluation.sweep import VERDICT, Finding, Point, build_sweep_page, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
 from prefopt.recipes.common.arguments import config_folder, parse, setting

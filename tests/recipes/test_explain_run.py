@@ -9,8 +9,7 @@ import pytest
 
 from prefopt import cli
 from prefopt.errors import UserError
-from prefopt.evaluation.report.training_run import build_page
-from prefopt.evaluation.training_run import ptx_share, read_run, sentences, summary, table, thirds
+from prefopt.evaluation.training_run import build_page, ptx_share, read_run, sentences, summary, table, thirds
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import explain_run, ppo_ptx
 

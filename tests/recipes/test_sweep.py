@@ -14,15 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from prefopt import cli
 from prefopt.errors import UserError
-from prefopt.evaluation.report.sweep import VERDICT
-from prefopt.evaluation.sweep import (
-    Gain,
-    Point,
-    contrasts,
-    findings,
-    gain,
-    last_third,
-)
+from prefopt.evaluation.sweep import VERDICT, Gain, Point, contrasts, findings, gain, last_third
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import sweep
 from prefopt.sandbox import World, build_tokenizer
