@@ -1,4 +1,4 @@
-"""Does it fit? How much GPU memory a step will take, told from the model's config.json before anything is downloaded.
+"""Does it fit? How much GPU memory a step will take, from the model's config.json, before anything is downloaded.
 
     prefopt plan --model Qwen/Qwen3-8B-Base --gpu 24GB                      # every step, with its default settings
     prefopt plan sft --config sft.yaml --gpu 24GB                           # one step, as it will be launched
@@ -11,8 +11,7 @@ checkpointing, `max_tokens_per_forward`, a smaller batch, a smaller rollout, sho
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -24,10 +23,20 @@ from trl import ModelConfig, get_peft_config
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_whole
-from prefopt.memory_plan.fitting import NESTED_NF4, NF4, Fit, fit, largest_batch
-from prefopt.memory_plan.models import Adapter, Architecture, Precision
-from prefopt.memory_plan.passes import Moment
-from prefopt.memory_plan.steps import CUDA_CONTEXT, FRAGMENTATION, STEPS, Settings, moments, peak
+from prefopt.memory import (
+    CUDA_CONTEXT,
+    FRAGMENTATION,
+    NESTED_NF4,
+    NF4,
+    STEPS,
+    Model,
+    Precision,
+    Settings,
+    fit,
+    largest_batch,
+    moments,
+    peak,
+)
 from prefopt.recipes.common.arguments import DataArguments, parse
 from prefopt.recipes.common.models import is_adapter
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
@@ -44,22 +53,22 @@ ARGUMENTS: dict[str, tuple[type, type]] = {
     "dpo": (DataArguments, RankedDPOConfig),
     "ppo-ptx": (PPOPtxArguments, PPOPtxConfig),
 }
-PARTS = {
-    "weights": "weights",
-    "adapters": "adapters",
+# Rows of the table, where they have another name than in `prefopt.memory`.
+LABELS = {
     "reference": "reference model",
-    "reward model": "reward model",
-    "value function": "value function",
     "optimizer": "optimizer state",
     "average": "averaged weights",
-    "gradients": "gradients",
-    "activations": "activations",
     "head": "logits, scores",
-    "KV cache": "KV cache",
     "batches": "token ids, rollout",
     "CUDA context": "CUDA context (assumed)",
     "fragmentation": "fragmentation (assumed)",
 }
+# tests/benchmarks/memory_plan_error.py draws the shapes.
+ASSUMPTIONS = (
+    "Measured on CPUs: within 13 % of the allocator's peak on 100 random small shapes, median 1 %. Not measured on a GPU: the "
+    f"CUDA context ({CUDA_CONTEXT / GIB:.2f} GiB) and fragmentation ({FRAGMENTATION:.0%} of what comes and goes) are "
+    "assumed. Rows are taken to be all as long as the longest; attention by PyTorch's kernels; one process."
+)
 
 
 @dataclass
@@ -137,18 +146,13 @@ def settings_of(
         raise UserError(
             f"plan has no arithmetic for attn_implementation={model_args.attn_implementation!r}: leave it out"
         )
-    try:
-        architecture = Architecture.of(config)
-    except ValueError as error:
-        raise UserError(error) from error
     lora, continues = lora_of(model_args, first)
     precision = precision_of(model_args, args.bf16)
-    adapter = adapter_of(config, lora, getattr(args, "disable_dropout", False)) if lora else None
+    # TRL's SFTTrainer rounds adapters on a quantized base to bf16; prefopt's trainers do not.
+    adapter_bytes = 2 if step == "sft" and precision.is_quantized else 4
     settings = Settings(
         step=step,
-        architecture=architecture,
-        precision=precision,
-        adapter=adapter,
+        model=Model(config.get_text_config(), precision, lora and for_step(lora, args), adapter_bytes),
         is_cuda=not args.is_for_cpu,
         checkpointing=bool(args.gradient_checkpointing),
         batch=args.per_device_train_batch_size,
@@ -158,8 +162,6 @@ def settings_of(
         completion=plan.completion_length,
         optimizer=optimizer_state(str(getattr(args.optim, "value", args.optim))),
         continues_adapter=continues,
-        # TRL's SFTTrainer rounds adapters on a quantized base to bf16; prefopt's trainers do not
-        adapter_bytes=2 if step == "sft" and precision.is_quantized else 4,
     )
     if step == "ppo-ptx":
         episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -174,7 +176,7 @@ def settings_of(
             has_average=args.ema_decay is not None,
         )
     if step == "sft" and args.packing:
-        return replace(settings, prompt=0, completion=args.max_length, labels_prompt=True, is_padded=False)
+        return replace(settings, prompt=0, completion=args.max_length, labels_prompt=True)
     if args.max_length is not None and settings.length > args.max_length:  # longer rows are dropped
         completion = min(settings.completion, args.max_length - 1)
         settings = replace(settings, prompt=args.max_length - completion, completion=completion)
@@ -201,21 +203,9 @@ def lora_of(model_args: ModelConfig, first: ModelConfig | None) -> tuple[LoraCon
     return get_peft_config(model_args), False
 
 
-def first_step(plan: PlanArguments) -> ModelConfig | None:
-    """The model of the step that `--after` names."""
-    if plan.after is None:
-        return None
-    classes = (SFTArguments, on_its_machine(SFTStepConfig), ModelConfig)
-    return parse(classes, ["--config", plan.after], "prefopt plan")[2]
-
-
-def adapter_of(config: PreTrainedConfig, lora: LoraConfig, disable_dropout: bool) -> Adapter:
-    """The adapter's size; ranked trainers and PPO switch its dropout off unless told otherwise."""
-    try:
-        adapter = Adapter.of(config, lora)
-    except ValueError as error:
-        raise UserError(f"lora_target_modules: {error}") from error
-    return replace(adapter, has_dropout=adapter.has_dropout and not disable_dropout)
+def for_step(lora: LoraConfig, args: Any) -> LoraConfig:
+    """The adapter as the step trains it: ranked trainers and PPO switch its dropout off unless told otherwise."""
+    return replace(lora, lora_dropout=0.0) if getattr(args, "disable_dropout", False) else lora
 
 
 def precision_of(model_args: ModelConfig, bf16: bool) -> Precision:
@@ -247,50 +237,15 @@ def optimizer_state(name: str) -> float:
 # ---- the command ----
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """A step as configured, and what becomes of it within the budget."""
-
-    settings: Settings
-    most: Moment
-    fit: Fit
-    largest_batch: int
-
-    def to_dict(self, budget: int) -> dict[str, Any]:
-        """Numbers in bytes."""
-        changed = peak(self.fit.settings)
-        return {
-            "fits": self.most.bytes <= budget,
-            "bytes": self.most.bytes,
-            "moment": self.most.name,
-            "parts": self.most.parts,
-            "moments": {moment.name: moment.bytes for moment in moments(self.settings)},
-            "largest_batch": self.largest_batch,
-            "changes": self.fit.changes,
-            "fits_changed": self.fit.fits,
-            "bytes_changed": changed.bytes,
-            "parts_changed": changed.parts,
-            "settings": asdict(replace(self.settings, adapter=None))
-            | {
-                "adapter": self.settings.adapter
-                and self.settings.adapter.parameters(self.settings.architecture.layers)
-            },
-        }
-
-
-def plan_step(settings: Settings, budget: int, qlora: Callable[[], Adapter]) -> StepPlan:
-    """The peak of a step, what would make it fit, and the largest batch that fits once it does."""
-    most = peak(settings)
-    found = fit(settings, budget, settings.adapter or qlora())
-    return StepPlan(settings, most, found, largest_batch(found.settings, budget) if found.fits else 0)
-
-
 def main(argv: list[str]) -> None:
     """Plan a step, or all of them."""
-    step, argv = _named_step(argv)
-    plans: dict[str, StepPlan] = {}
+    argv = [re.sub(r"^--model(?==|$)", "--model_name_or_path", argument) for argument in argv]
+    step = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    if step not in (None, *STEPS):
+        raise UserError(f"unknown step {step!r}; expected one of {', '.join(STEPS)}, or none to plan them all")
+    plans: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    name = budget = out = None
+    models: list[Model] = []
     for candidate in [step] if step else STEPS:
         data_class, config_class = ARGUMENTS[candidate]
         classes = (PlanArguments, data_class, on_its_machine(config_class), ModelConfig)
@@ -306,29 +261,56 @@ def main(argv: list[str]) -> None:
         for key in ("k", "prompt_length", "completion_length"):
             if getattr(plan, key) < 1:
                 raise UserError(f"{key} is {getattr(plan, key)}; expected at least 1")
-        first = first_step(plan)
-        origin = first or model_args
-        name, budget, out = origin.model_name_or_path, memory(plan.gpu), plan.out
-        config = load_config(origin)
-        settings = settings_of(candidate, config, plan, args, model_args, first)
-        lora = get_peft_config(replace(model_args, use_peft=True))
-        disable_dropout = getattr(args, "disable_dropout", False)
-        plans[candidate] = plan_step(settings, budget, lambda c=config, x=lora, d=disable_dropout: adapter_of(c, x, d))
+        first = None
+        if plan.after is not None:
+            classes = (SFTArguments, on_its_machine(SFTStepConfig), ModelConfig)
+            first = parse(classes, ["--config", plan.after], "prefopt plan")[2]
+        origin, budget = first or model_args, memory(plan.gpu)
+        settings = settings_of(candidate, load_config(origin), plan, args, model_args, first)
+        # What one step measures is measured for all that train the same model.
+        model = next((m for m in models if m == settings.model), settings.model)
+        models.append(model)
+        settings = replace(settings, model=model)
+        plans[candidate] = plan_step(
+            settings, budget, for_step(get_peft_config(replace(model_args, use_peft=True)), args)
+        )
     if not plans:
         raise UserError(next(iter(left_out.values())))
-    show(name, budget, plans, left_out)
-    if out:
-        steps = {step: plan.to_dict(budget) for step, plan in plans.items()}
-        write_whole(out, json.dumps({"model": name, "budget": budget, "steps": steps}, indent=1) + "\n")
+    show(origin.model_name_or_path, budget, plans, left_out)
+    if plan.out:
+        result = {"model": origin.model_name_or_path, "budget": budget, "steps": plans}
+        write_whole(plan.out, json.dumps(result, indent=1) + "\n")
 
 
-def _named_step(argv: list[str]) -> tuple[str | None, list[str]]:
-    argv = [re.sub(r"^--model(?==|$)", "--model_name_or_path", argument) for argument in argv]
-    if not argv or argv[0].startswith("-"):
-        return None, argv
-    if argv[0] not in STEPS:
-        raise UserError(f"unknown step {argv[0]!r}; expected one of {', '.join(STEPS)}, or none to plan them all")
-    return argv[0], argv[1:]
+def plan_step(s: Settings, budget: int, qlora: LoraConfig) -> dict[str, Any]:
+    """The peak of a step, what would make it fit, and the largest batch that fits once it does; numbers in bytes."""
+    most, (changes, fitted) = peak(s), fit(s, budget, qlora)
+    changed = peak(fitted)
+    m = s.model
+    return {
+        "fits": most.bytes <= budget,
+        "bytes": most.bytes,
+        "moment": most.name,
+        "parts": most.parts,
+        "moments": {moment.name: moment.bytes for moment in moments(s)},
+        "largest_batch": largest_batch(fitted, budget),
+        "changes": changes,
+        "fits_changed": changed.bytes <= budget,
+        "bytes_changed": changed.bytes,
+        "parts_changed": changed.parts,
+        "settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name != "model"}
+        | {
+            "architecture": {
+                "parameters": m.sizes.backbone + m.sizes.lm_head,
+                "layers": m.config.num_hidden_layers,
+                "hidden": m.config.hidden_size,
+                "vocab": m.config.vocab_size,
+            },
+            "precision": asdict(m.precision),
+            "adapter": m.lora and m.adapter,
+            "rank": m.lora and m.lora.r,
+        },
+    }
 
 
 def load_config(model_args: ModelConfig) -> PreTrainedConfig:
@@ -345,55 +327,47 @@ def load_config(model_args: ModelConfig) -> PreTrainedConfig:
         ) from error
 
 
-def show(name: str, budget: int, plans: dict[str, StepPlan], left_out: dict[str, str]) -> None:
+def show(name: str, budget: int, plans: dict[str, dict[str, Any]], left_out: dict[str, str]) -> None:
     """Print the parts of each step's peak, the sum, and what to change."""
-    console = Console()
-    architecture = next(iter(plans.values())).settings.architecture
+    console, steps = Console(), list(plans.values())
+    sizes = steps[0]["settings"]["architecture"]
     console.print(
-        f"{name}: {architecture.parameters / 1e9:.2f} billion parameters, {architecture.layers} layers, hidden "
-        f"{architecture.hidden}, vocabulary {architecture.vocab:,}; memory {budget / GIB:g} GiB",
+        f"{name}: {sizes['parameters'] / 1e9:.2f} billion parameters, {sizes['layers']} layers, hidden "
+        f"{sizes['hidden']}, vocabulary {sizes['vocab']:,}; memory {budget / GIB:g} GiB",
         highlight=False,
     )
     table = Table("GiB at the peak", box=None, padding=(0, 2, 0, 0))
     for step in plans:
         table.add_column(step, justify="right")
-    for part, label in PARTS.items():
-        values = [plan.most.parts.get(part, 0) for plan in plans.values()]
+    for part in dict.fromkeys(part for plan in reversed(steps) for part in plan["parts"]):
+        values = [plan["parts"].get(part, 0) / GIB for plan in steps]
         if any(values):
-            table.add_row(label, *(f"{value / GIB:.2f}" if value else "" for value in values))
-    table.add_row("sum", *(f"{plan.most.bytes / GIB:.2f}" for plan in plans.values()), style="bold")
-    table.add_row("fits", *("yes" if plan.most.bytes <= budget else "no" for plan in plans.values()), style="bold")
+            table.add_row(LABELS.get(part, part), *(f"{value:.2f}" if value else "" for value in values))
+    table.add_row("sum", *(f"{plan['bytes'] / GIB:.2f}" for plan in steps), style="bold")
+    table.add_row("fits", *("yes" if plan["fits"] else "no" for plan in steps), style="bold")
     console.print(table)
     for step, plan in plans.items():
-        console.print(f"{step}: {_told(plan)}", highlight=False)
+        console.print(f"{step}: {in_words(plan)}", highlight=False)
     for step, reason in left_out.items():
         console.print(f"{step}: not planned, {reason}", highlight=False)
     console.print(ASSUMPTIONS, highlight=False)
 
 
-def _told(plan: StepPlan) -> str:
+def in_words(plan: dict[str, Any]) -> str:
     """The settings that were planned, the moment of the peak and what to change, in a sentence or two."""
-    s = plan.settings
-    rows = f"K = {s.k} completions of {s.completion} tokens behind {s.prompt}"
-    if s.step in ("sft", "ppo-ptx"):
-        rows = f"rows of {s.prompt} + {s.completion} tokens"
-    trained = f"LoRA of rank {s.adapter.rank}" if s.adapter else "all weights trained"
+    s = plan["settings"]
+    rows = f"K = {s['k']} completions of {s['completion']} tokens after {s['prompt']}"
+    if s["step"] in ("sft", "ppo-ptx"):
+        rows = f"rows of {s['prompt']} + {s['completion']} tokens"
+    trained = f"LoRA of rank {s['rank']}" if s["rank"] else "all weights trained"
     text = (
-        f"batch {s.batch}, {rows}, {trained}, gradient checkpointing {'on' if s.checkpointing else 'off'}; the peak is at "
-        f"'{plan.most.name}'."
+        f"batch {s['batch']}, {rows}, {trained}, gradient checkpointing {'on' if s['checkpointing'] else 'off'}; the "
+        f"peak is at '{plan['moment']}'."
     )
-    changes = ", ".join(f"{key}: {str(value).lower()}" for key, value in plan.fit.changes.items())
-    if not plan.fit.changes:
-        return f"{text} The largest per_device_train_batch_size that fits is {plan.largest_batch}."
-    needed = f"{peak(plan.fit.settings).bytes / GIB:.2f} GiB"
-    if plan.fit.fits:
+    changes = ", ".join(f"{key}: {str(value).lower()}" for key, value in plan["changes"].items())
+    if not changes:
+        return f"{text} The largest per_device_train_batch_size that fits is {plan['largest_batch']}."
+    needed = f"{plan['bytes_changed'] / GIB:.2f} GiB"
+    if plan["fits_changed"]:
         return f"{text} It fits ({needed}) with {changes}."
     return f"{text} It does not fit: with all of {changes} it still needs {needed}."
-
-
-# tests/benchmarks/memory_plan_error.py draws the shapes.
-ASSUMPTIONS = (
-    "Measured on CPUs: within 7 % of the allocator's peak on 112 random small shapes, median 1 %. Not measured on a GPU: the "
-    f"CUDA context ({CUDA_CONTEXT / GIB:.2f} GiB) and fragmentation ({FRAGMENTATION:.0%} of what comes and goes) are "
-    "assumed. Rows are taken to be all as long as the longest; attention by PyTorch's kernels; one process."
-)

@@ -31,6 +31,21 @@ def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_sharing, "MIN_SAVED_TOKENS", 0)
 
 
+@pytest.fixture
+def plain_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of memory with activations that can be worked out by hand, in no time.
+
+    A KiB is kept per token and layer, a tenth of it with checkpointing, and two per token exist for a moment.
+    """
+
+    def activations(self, batch, *, is_trained=True, checkpointing=False, layers=None):
+        layers = layers or self.config.num_hidden_layers
+        kept = int(1024 * batch.tokens * layers * (0.1 if checkpointing else 1)) * is_trained
+        return kept, kept + 2048 * batch.tokens
+
+    monkeypatch.setattr("prefopt.memory.Model.activations", activations)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_source() -> Tokenizer:
     """A byte-level BPE of a few hundred tokens: lossless on any text."""

@@ -27,9 +27,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy"}),
     "labeling": ({"rankings", "statistics", "inference"}, {"numpy", "scipy", "markdown_it"}),
     "sandbox": ({"rankings", "labeling"}, MODELS | {"numpy"}),
-    "memory_plan": ({"models"}, MODELS),
+    "memory": ({"models"}, MODELS),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory_plan"}, None),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }

@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, T5Config
 from trl import ModelConfig
 
 from prefopt.cli import main
 from prefopt.errors import UserError
-from prefopt.memory_plan.steps import STEPS
+from prefopt.memory import STEPS
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
 
 SIZES = {
@@ -39,6 +39,7 @@ def plan(tmp_path, *argv):
     return json.loads(out.read_text(encoding="utf-8"))["steps"]
 
 
+@pytest.mark.usefixtures("plain_activations")
 def test_all_steps_of_an_8b_model_from_its_config_alone(model, tmp_path, capsys):
     keys = [
         "--load_in_4bit",
@@ -69,6 +70,25 @@ def test_all_steps_of_an_8b_model_from_its_config_alone(model, tmp_path, capsys)
         assert found["parts"]["weights"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_any_decoder_is_planned(tmp_path):
+    GPT2Config(n_layer=2, n_embd=64, n_head=4, n_positions=512).save_pretrained(tmp_path / "gpt2")
+    keys = [
+        "--gradient_checkpointing",
+        "false",
+        "--completion_length",
+        "64",
+        "--prompt_length",
+        "64",
+        "--k",
+        "3",
+    ]
+    found = plan(tmp_path, "dpo", "--model", str(tmp_path / "gpt2"), "--gpu", "2GB", *keys)["dpo"]
+    # 2 prompts of 64 + 3 x 64 tokens; a layer keeps at least the inputs of its maps: 3 x 64 and 4 x 64 numbers of 2 bytes.
+    assert found["moments"]["training: last layer"] - found["parts"]["weights"] > 2 * 2 * 256 * 2 * (3 + 4) * 64
+    assert found["fits"]
+
+
+@pytest.mark.usefixtures("plain_activations")
 def test_what_does_not_fit_is_told_with_what_to_change(model, tmp_path, capsys):
     steps = plan(tmp_path, "reward", "--model", model, "--gpu", "16GB", "--gradient_checkpointing", "false")
     assert not steps["reward"]["fits"]
@@ -80,6 +100,7 @@ def test_what_does_not_fit_is_told_with_what_to_change(model, tmp_path, capsys):
     assert list(steps["reward"]["changes"])[:3] == ["load_in_4bit", "dtype", "use_peft"]
 
 
+@pytest.mark.usefixtures("plain_activations")
 def test_the_plan_is_of_the_file_that_will_be_run(model, tmp_path):
     config = tmp_path / "reward.yaml"
     keys = {"model_name_or_path": model, "per_device_train_batch_size": 3, "max_length": 600, "bf16": False}
@@ -94,6 +115,7 @@ def test_the_plan_is_of_the_file_that_will_be_run(model, tmp_path):
     assert set(plan(tmp_path, *argv)) == {"reward", "dpo"}
 
 
+@pytest.mark.usefixtures("plain_activations")
 def test_bf16_is_what_a_gpu_has_by_default_and_a_cpu_has_not(model, tmp_path):
     on_gpu = plan(tmp_path, "sft", "--model", model, "--gpu", "80GB")["sft"]
     on_cpu = plan(tmp_path, "sft", "--model", model, "--gpu", "80GB", "--use_cpu", "true")["sft"]
@@ -140,6 +162,7 @@ def test_dpo_can_compute_its_reference_before(settings_from):
     assert settings_from("dpo", precompute_ref_log_probs=True).precomputes_reference
 
 
+@pytest.mark.usefixtures("plain_activations")
 def test_an_adapter_of_the_step_before_is_planned_as_it_is(tmp_path):
     config = Qwen3Config(**{**SIZES, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
                             "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2})  # fmt: skip
@@ -155,6 +178,7 @@ def test_an_adapter_of_the_step_before_is_planned_as_it_is(tmp_path):
     assert steps["ppo-ptx"]["parts"]["adapters"] == 4 * 4 * count
 
 
+@pytest.mark.usefixtures("plain_activations")
 def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, tmp_path):
     first, config = tmp_path / "sft.yaml", tmp_path / "dpo.yaml"
     quantized = {"load_in_4bit": True, "use_bnb_nested_quant": True, "dtype": "bfloat16"}
@@ -169,6 +193,7 @@ def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, t
         main(["plan", "sft", "--model", "runs/sft", "--gpu", "24GB"])
 
 
+@pytest.mark.usefixtures("plain_activations")
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -180,14 +205,14 @@ def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, t
         (["rewards", "--model", "{model}", "--gpu", "24GB"], "unknown step 'rewards'"),
         (["--model", "{model}", "--gpu", "24GB", "--load_in_4bit", "true"], "add use_peft"),
         (["--model", "nowhere/nothing", "--gpu", "24GB"], "cannot load the config.json of 'nowhere/nothing'"),
-        (["sft", "--model", "{gpt2}", "--gpu", "24GB"], "no memory arithmetic for the architecture 'gpt2'"),
+        (["sft", "--model", "{t5}", "--gpu", "24GB"], "no memory arithmetic for the architecture 't5'"),
         (["sft", "--model", "{model}", "--gpu", "24GB", "--optim", "lomo"], "no arithmetic for optim='lomo'"),
         (["sft", "--model", "{model}", "--gpu", "24GB", "--attn_implementation", "eager"], "attn_implementation"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_a_sentence(model, tmp_path, argv, message):
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
-    argv = [part.format(model=model, gpt2=tmp_path / "gpt2") for part in argv]
+    T5Config().save_pretrained(tmp_path / "t5")
+    argv = [part.format(model=model, t5=tmp_path / "t5") for part in argv]
     with pytest.raises(SystemExit, match=message):
         main(["plan", *argv])
 
