@@ -10,6 +10,7 @@ from typing import Any
 from weakref import finalize
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,26 +77,15 @@ def activation_bytes(
         is_quantized: frozen linear maps stand for those of bitsandbytes.
         autocast: to bfloat16.
         first: the position from which hidden states are read (`last_mlp_at`).
-
-    Example:
-        Two layers keep what one keeps, twice.
-
-        >>> from transformers import AutoModel, LlamaConfig
-        >>> ids = torch.ones(2, 5, dtype=torch.long)
-        >>> def kept(layers):
-        ...     config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=layers,
-        ...                          num_attention_heads=2, vocab_size=9)
-        ...     with torch.device("meta"):
-        ...         net = AutoModel.from_config(config)
-        ...     return activation_bytes(net, (ids, ids, torch.zeros(2)))[0]
-        >>> kept(3) - kept(2) == kept(2) - kept(1)
-        True
     """
     for module in net.modules():
         if isinstance(module, nn.Embedding):
             module.weight.requires_grad_(False)
         elif is_quantized and isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.forward = lambda x, m=module: _Unpacked.apply(x.to(m.weight.dtype), m.weight).to(x.dtype)
+        elif is_quantized and autocast and isinstance(module, LoraLayer):
+            # On bitsandbytes' maps peft leaves the input to CUDA's autocast, elsewhere it casts it to fp32 before.
+            module.cast_input_dtype_enabled = False
     has_adapter = any(".lora_" in name for name, _ in net.named_parameters())
     if is_trained and (checkpointing or not has_adapter):
         net.enable_input_require_grads()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config, Qwen3Config
 
@@ -134,25 +135,32 @@ def test_fake_tensors_take_what_real_ones_take(allocations, rows, name, options)
     if options.pop("lora", False):
         lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
     expected = measured(allocations, net_of(config, lora, device="cpu"), rows, **options)
-    found = activation_bytes(net_of(config, lora), rows, **options)
-    assert found == pytest.approx(expected, rel=0.01)
+    result = activation_bytes(net_of(config, lora), rows, **options)
+    assert result == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_quantized_maps_take_what_those_of_bitsandbytes_take(allocations, rows, checkpointing):
-    options, lora = (
-        {"checkpointing": checkpointing, "autocast": True},
-        LoraConfig(r=4, target_modules="all-linear"),
-    )
-    net = net_of(CONFIGS["llama"], lora, torch.bfloat16, "cpu")
-    for parameter in net.parameters():
-        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+@pytest.mark.parametrize(
+    "options",
+    [{"autocast": True}, {"autocast": True, "checkpointing": True}, {"autocast": True, "is_trained": False}, {}],
+    ids=" ".join,
+)
+def test_quantized_maps_take_what_those_of_bitsandbytes_take(allocations, rows, options):
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0)
+    net = net_of(CONFIGS["llama"], None, torch.bfloat16, "cpu")
     for name, module in list(net.named_modules()):
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear):
             packed = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16)
             packed.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             parent, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(parent), leaf, packed.to("cpu"))
+    net.is_loaded_in_4bit = True
+    net = inject_adapter_in_model(lora, net)
+    for module in net.modules():
+        if isinstance(module, LoraLayer):
+            assert "bnb" in type(module).__module__
+            module.cast_input_dtype_enabled = "autocast" not in options  # as under CUDA's autocast
+    for parameter in net.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     expected = measured(allocations, net, rows, **options)
-    found = activation_bytes(net_of(CONFIGS["llama"], lora, torch.bfloat16), rows, is_quantized=True, **options)
-    assert found == pytest.approx(expected, rel=0.02)
+    result = activation_bytes(net_of(CONFIGS["llama"], lora, torch.bfloat16), rows, is_quantized=True, **options)
+    assert result == pytest.approx(expected, rel=0.02)
