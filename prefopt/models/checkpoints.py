@@ -314,7 +314,7 @@ def reward_model_from_adapter(
         add_reward_token(base, tokenizer, reward_token)
         train_reward_token(config, base)
     model = get_peft_model(base, config)
-    init_score_head(model)
-    # The new head completes the SFT adapter's weights: PEFT wants every module of the config.
+    # What the SFT adapter lacks completes its weights: PEFT wants every module of the config.
     set_peft_model_state_dict(model, {**get_peft_model_state_dict(model), **load_peft_weights(path, **adapter_at)})
+    init_score_head(model)
     return model

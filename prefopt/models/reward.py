@@ -9,6 +9,7 @@ before it is scored.
 
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -205,17 +206,44 @@ def set_reward_bias(model: nn.Module, value: float) -> None:
     _classifier(model).config.reward_bias = float(value)
 
 
-def init_score_head(model: nn.Module) -> None:
-    """Draw a new head: normal with standard deviation 1 / sqrt(hidden + 1).
+# So many rows of so many random tokens show the scale of a model's hidden states.
+_PROBE = (8, 16)
 
-    Small, so that training starts from scores that differ little, yet not 0, so that the backbone gets gradients from
-    the first step. The scale is that of Stiennon et al. 2020 (arXiv:2009.01325), whose reward model InstructGPT continues (the paper
-    states no scale of its own): scores of order 1 for hidden states of order 1.
+
+@torch.no_grad()
+def hidden_scale(model: nn.Module) -> float:
+    """Root mean square of the last hidden state of a token: the median over rows of random tokens.
+
+    Of order 1 for some models, several times that for others (Gemma). A few tokens, the first one above all, have states
+    of another size, which the median does not see; the first is left out.
     """
-    head = _classifier(model).score
+    classifier = _classifier(model)
+    config, training = classifier.config.get_text_config(), classifier.training
+    ids = torch.randint(0, config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
+    if config.bos_token_id is not None and config.bos_token_id < config.vocab_size:
+        ids[:, 0] = config.bos_token_id
+    ids = ids.to(classifier.device)
+    classifier.eval()
+    try:
+        states = _hidden_states(model, **padded_inputs(model, ids, torch.ones_like(ids)))[:, 1:]
+    finally:
+        classifier.train(training)
+    scale = states.float().square().mean(-1).sqrt().median().item()
+    # Where only one process has loaded the weights, which it hands to the others later, these have anything.
+    return scale if math.isfinite(scale) and scale > 0 else 1.0
+
+
+def init_score_head(model: nn.Module) -> None:
+    """Draw a new head: normal with standard deviation 1 / (s * sqrt(hidden + 1)), s the scale of the hidden states.
+
+    Scores are then of order 1 and differ less within a prompt, so that training starts from a loss near log 2, yet not 0,
+    so that the backbone gets gradients from the first step. For s = 1 it is Stiennon et al. 2020 (arXiv:2009.01325), whose
+    reward model InstructGPT continues (the paper states no scale of its own); s is measured (`hidden_scale`).
+    """
+    head, scale = _classifier(model).score, hidden_scale(model)
     for module in head.modules():
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5)
+            nn.init.normal_(module.weight, std=(module.in_features + 1) ** -0.5 / scale)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     if isinstance(head, ModulesToSaveWrapper):  # both copies start equal, as PEFT makes them

@@ -22,6 +22,7 @@ from prefopt.inference.scoring import score_ids
 from prefopt.models.checkpoints import load_classifier, load_reward_model, merge_reward_model, save_reward_model
 from prefopt.models.reward import (
     get_reward_bias,
+    hidden_scale,
     init_score_head,
     keep_head_fp32,
     sequence_scores,
@@ -364,14 +365,30 @@ def test_value_model_is_an_independent_trainable_copy(kind, reward_model, lora_m
     assert not any(p.requires_grad for p in source.parameters())
 
 
-def test_new_head_scale(reward_model):
+@pytest.mark.parametrize("scale", [1.0, 25.0])
+def test_untrained_scores_are_of_order_one_whatever_the_scale_of_the_hidden_states(scale, reward_model):
+    """Gemma's last norm gives states of ten times the size of Llama's."""
     wide = LlamaForSequenceClassification(
-        copy.deepcopy(reward_model.config).from_dict({**reward_model.config.to_dict(), "hidden_size": 4096})
-    )
+        copy.deepcopy(reward_model.config).from_dict({**reward_model.config.to_dict(), "hidden_size": 1024})
+    ).train()
+    with torch.no_grad():
+        wide.model.norm.weight *= scale
+    # A root mean square norm gives states of size 1, times its weights.
+    assert hidden_scale(wide) == pytest.approx(scale, rel=1e-3)
+    assert wide.training
     torch.manual_seed(0)
     init_score_head(wide)
     std = wide.score.weight.std().item()
-    assert std == pytest.approx((4096 + 1) ** -0.5, rel=0.05)  # 4,096 draws: standard error 1.1 %
+    assert std == pytest.approx((1024 + 1) ** -0.5 / scale, rel=0.1)  # 1,024 draws: standard error 2.2 %
+    ids = torch.randint(0, 320, (64, 9))
+    scores = sequence_scores(wide, ids, torch.ones_like(ids))
+    assert scores.square().mean().sqrt().item() == pytest.approx(1, rel=0.5)
+
+
+def test_weights_that_are_not_there_yet_have_no_scale(reward_model):
+    with torch.no_grad():
+        reward_model.model.norm.weight.fill_(torch.nan)
+    assert hidden_scale(reward_model) == 1.0
 
 
 def test_new_head_of_an_adapter_is_one_head(lora_model):

@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -443,15 +444,22 @@ def test_bf16_training_keeps_an_fp32_head(base_path, tokenizer, tmp_path):
 
 
 def test_new_head_is_drawn_at_our_scale_and_an_old_one_is_kept(base_path, tokenizer, tmp_path):
+    unscaled = first_loss(trainer_on(base_path, PAIRS, tokenizer, tmp_path))
+    base = AutoModelForCausalLM.from_pretrained(base_path)
+    with torch.no_grad():
+        base.model.norm.weight *= 20
+    base.save_pretrained(base_path)
     fresh = trainer_on(base_path, PAIRS, tokenizer, tmp_path / "rm")
+    # The head of the same seed takes the scale out again.
+    torch.testing.assert_close(first_loss(fresh), unscaled, rtol=0, atol=1e-5)
     expected = AutoModelForSequenceClassification.from_pretrained(base_path, num_labels=1)
     stds = []
     for seed in range(40):
         torch.manual_seed(seed)
         init_score_head(expected)
         stds.append(expected.score.weight.square().mean().item())
-    assert math.sqrt(sum(stds) / len(stds)) == pytest.approx((16 + 1) ** -0.5, rel=0.1)
-    assert fresh.model.score.weight.std().item() == pytest.approx((16 + 1) ** -0.5, rel=0.6)
+    assert math.sqrt(sum(stds) / len(stds)) == pytest.approx((16 + 1) ** -0.5 / 20, rel=0.1)
+    assert fresh.model.score.weight.std().item() == pytest.approx((16 + 1) ** -0.5 / 20, rel=0.6)
     fresh.save_model()
     kept = trainer_on(str(tmp_path / "rm"), PAIRS, tokenizer, tmp_path)
     assert torch.equal(kept.model.score.weight, fresh.model.score.weight)
