@@ -40,7 +40,8 @@ class ConvertArguments:
     format: str | None = setting(None, f"One of {', '.join(FORMATS)}; default: by the columns.")
     rating: str | None = setting(None, "Which rating makes the ranks, for ultrafeedback and helpsteer.")
     keep_tied: bool = setting(False, "Keep rows in which all completions tie; `ties: half` learns from them.")
-    out: str | None = setting(None, "File for the ranked comparisons; default: rankings.jsonl, if it is new.")
+    out: str = setting("rankings.jsonl", "File for the ranked comparisons.")
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
 
 @dataclass
@@ -59,6 +60,7 @@ class StatsArguments:
     against_split: list[str] = setting(list, "Other splits of the same data, likewise.")
     tokenizer: str | None = setting(None, "Count tokens too, with this model's tokenizer.")
     out: str | None = setting(None, "JSON file for all numbers.")
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
 
 @dataclass
@@ -72,6 +74,7 @@ class SplitArguments:
     test: float = setting(0.05, "Share of the rows for testing; 0: none.")
     seed: int = setting(42, "Seed of what is drawn at random.")
     out: str = setting("split", "Folder for train.jsonl, validation.jsonl, test.jsonl.")
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,10 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
     """Write ranked comparisons of rows in a public format."""
-    out = Path(args.out or "rankings.jsonl")
+    out = Path(args.out)
     keep_inputs(out, [str(source.data)])
-    if args.out is None and out.exists():
-        raise UserError(f"{out} is there already, perhaps with the labels of people: name a file with --out")
     counts: Counter[str] = Counter()
     # One entry per row; only the first says the format, which all of them share.
     read: list[str | None] = []
@@ -102,7 +103,7 @@ def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
         if row is None:
             raise UserError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}")
 
-    written = write_jsonl(out, ranked())
+    written = write_jsonl(out, ranked(), replace=args.overwrite)
     print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
     if counts:
         print(f"left out: {_in_words(counts)}")
@@ -138,6 +139,8 @@ def validate(source: SourceArguments, args: ValidateArguments) -> None:
 
 def stats(source: SourceArguments, args: StatsArguments) -> None:
     """Print sizes, ties, lengths, repeats, agreement and what is shared with others."""
+    if args.out:
+        keep_inputs(Path(args.out), [str(source.data), *args.against])
     others = {name: SourceArguments(name) for name in args.against}
     others |= {f"split {name}": replace(source, split=name, max_rows=None) for name in args.against_split}
     against = {
@@ -163,7 +166,8 @@ def stats(source: SourceArguments, args: StatsArguments) -> None:
     _print(table)
     if args.out:
         numbers = {**result.to_dict(), "agreement": {name: value for name, (value, _) in agreement.items()}}
-        write_whole(args.out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
+        write_whole(args.out, text, replace=args.overwrite)
 
 
 def split(source: SourceArguments, args: SplitArguments) -> None:
@@ -194,7 +198,7 @@ def split(source: SourceArguments, args: SplitArguments) -> None:
         raise UserError(f"{source.data} {error}") from error
     prompts = {side: {prompt_key(rows[i]) for i in positions} for side, positions in sides.items()}
     for side, positions in sides.items():
-        write_jsonl(Path(args.out) / f"{side}.jsonl", (rows[i] for i in positions))
+        write_jsonl(Path(args.out) / f"{side}.jsonl", (rows[i] for i in positions), replace=args.overwrite)
         values = len({json.dumps(rows[i][args.by], sort_keys=True) for i in positions})
         shared = len(prompts[side] & prompts["train"]) if side != "train" else 0
         warned = f"; {shared:,} of its prompts are in train too, of another {args.by}" if shared else ""

@@ -77,6 +77,7 @@ class ImportArguments:
     characters_per_second: float = setting(
         CHARACTERS_PER_SECOND, "Reading pace above which an answer is reported as too fast."
     )
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
 
 @dataclass
@@ -88,6 +89,7 @@ class AgreementArguments:
         list, "Answers to screening tasks; default: NAME.screening.jsonl next to the rankings."
     )
     out: str | None = setting(None, "JSON file for all numbers.")
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
 
 @dataclass
@@ -98,6 +100,7 @@ class NextArguments:
     reward_model: list[str] = setting(list, "Reward models, e.g. checkpoints of one or of several seeds.")
     labeled: list[str] = setting(list, "Rankings whose prompts are not to be shown again.")
     out: str = setting("next.jsonl", "Rows for `prefopt label export`.")
+    overwrite: bool = setting(False, "Replace files that are there and hold something else.")
     n: int = setting(100, "Prompts to choose.")
     k: int = setting(4, "Most outputs per prompt (paper: 4 to 9).")
     by: Literal["margin", "disagreement"] = setting(
@@ -147,12 +150,12 @@ def _export_to_label_studio(key: Key, out: Path, instructions: str) -> tuple[lis
         raise UserError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
     key_path = out.with_suffix(".key.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_key(key, key_path)
     contents = {
         out: json.dumps(to_label_studio(key)),
         out.with_suffix(".xml"): labeling_config(key),
         out.with_suffix(".instructions.html"): render_instructions(instructions),
     }
+    write_key(key, key_path, contents)
     for path, content in contents.items():
         write_whole(path, content)
     return list(contents), key_path
@@ -174,13 +177,19 @@ def import_rankings(args: ImportArguments) -> None:
     )
     out = Path(args.out)
     keep_inputs(out, [*args.answers, *keys])
-    write_jsonl(out, imported.rows)
-    write_whole(out.with_suffix(".report.json"), json.dumps(imported.report.to_dict(), indent=1) + "\n")
+    screening = out.with_suffix(".screening.jsonl")
+    if screening.exists() and not imported.screening and not args.overwrite:
+        raise UserError(
+            f"{screening} is of an earlier import, and this one has no answers to screening tasks; name another file, or "
+            "replace it with --overwrite"
+        )
+    write_jsonl(out, imported.rows, replace=args.overwrite)
+    report = json.dumps(imported.report.to_dict(), indent=1) + "\n"
+    write_whole(out.with_suffix(".report.json"), report, replace=args.overwrite)
     print("\n".join(imported.report.lines()))
     print(f"ranked comparisons: {out} ({len(imported.rows)} rows)")
-    screening = out.with_suffix(".screening.jsonl")
     if imported.screening:
-        write_jsonl(screening, imported.screening)
+        write_jsonl(screening, imported.screening, replace=args.overwrite)
         print(f"answers to screening tasks: {screening} ({len(imported.screening)} rows)")
     else:
         # One of an earlier import into the same file would be taken for this one's.
@@ -192,6 +201,8 @@ def show_agreement(args: AgreementArguments) -> None:
     if not args.rankings:
         raise UserError("rankings is required: ranked comparisons with `labeler`")
     files = [Path(name) for name in args.rankings]
+    if args.out:
+        keep_inputs(Path(args.out), [*files, *args.screening])
     usual = [path.with_suffix(".screening.jsonl") for path in files]
     screening = [Path(name) for name in args.screening] or [path for path in usual if path.is_file()]
     skipped: dict[str, int] = {}
@@ -212,7 +223,8 @@ def show_agreement(args: AgreementArguments) -> None:
     )
     print("\n".join(result.lines()))
     if args.out:
-        write_whole(args.out, json.dumps(_finite(result.to_dict()), indent=1) + "\n")
+        text = json.dumps(_finite(result.to_dict()), indent=1) + "\n"
+        write_whole(args.out, text, replace=args.overwrite)
 
 
 def choose_tasks(args: NextArguments) -> None:
@@ -233,6 +245,8 @@ def choose_tasks(args: NextArguments) -> None:
     # Without rows it checks the arguments alone, before models are loaded.
     choose_next([], [], **options)
     keep_inputs(Path(args.out), [args.samples, *args.labeled])
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"{args.out} is there already; name another file, or replace it with --overwrite")
     if not left:
         raise UserError(f"{args.samples}: all {len(rows)} prompts are labeled already, or there are none")
     scores = []

@@ -1,8 +1,10 @@
 """JSONL files: read with errors that name the line, written whole or not at all. Light to import, without torch."""
 
+import filecmp
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -27,8 +29,9 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number}: not valid JSON ({error.msg})") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                raise UserError(f"{path} line {number}: not valid JSON ({reason}); mend or remove that line") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
             yield row
@@ -37,15 +40,21 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 def _utf8(lines: Iterable[str], path: str | os.PathLike) -> Iterator[str]:
     try:
         yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); compress or copy it again") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object per line, as the rows come; the file appears whole or not at all. Returns their number."""
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]], *, replace: bool = True) -> int:
+    """Write one JSON object per line, as the rows come; the file appears whole or not at all. Returns their number.
+
+    Args:
+        replace: whether a file of other content may be there; without, it stays and is an error.
+    """
     number = 0
-    with _whole(path) as file:
+    with _whole(path, replace) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
             number += 1
@@ -58,21 +67,28 @@ def _as_json(value: Any) -> str:
     raise UserTypeError(f"{type(value).__name__} has no form in JSON")
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Write to a temporary neighbor and rename it: readers never see half a file."""
-    with _whole(path) as file:
+def write_whole(path: str | os.PathLike, text: str, *, replace: bool = True) -> None:
+    """Write to a temporary neighbor and rename it: readers never see half a file. `replace` as for `write_jsonl`."""
+    with _whole(path, replace) as file:
         file.write(text)
 
 
 @contextmanager
-def _whole(path: str | os.PathLike) -> Iterator[TextIO]:
+def _whole(path: str | os.PathLike, replace: bool) -> Iterator[TextIO]:
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # A lone surrogate has no UTF-8 form: written as \udXXX, which JSON reads back as the same character.
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
+        if not replace and path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            raise UserError(
+                f"{path} is there already and holds something else, perhaps somebody's work; name another file, or "
+                "replace it with --overwrite"
+            )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

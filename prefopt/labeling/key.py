@@ -170,13 +170,21 @@ def _said(message: Mapping[str, Any]) -> str:
     )
 
 
-def write_key(key: Key, path: str | Path) -> None:
+def write_key(key: Key, path: str | Path, files: Iterable[Path] = ()) -> None:
     """One line about the sheet, then one per task; never over the key of another sheet, which may be out.
 
+    Args:
+        files: what will be written beside it; where there is no key, none of them may be there.
+
     Raises:
-        FileExistsError: the file exists and is not the key of this very sheet.
+        FileExistsError: the file exists and is not the key of this very sheet, or one of `files` is of something else.
     """
     path = Path(path)
+    in_the_way = [str(file) for file in files if file.exists() and not path.exists()]
+    if in_the_way:
+        raise FileExistsError(
+            f"{in_the_way[0]} is in the way, and no key to it is beside it; choose another name, or move it"
+        )
     if path.exists():
         try:
             same = read_key(path).sheet == key.sheet

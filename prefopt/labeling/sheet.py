@@ -68,7 +68,7 @@ def export_sheet(
     page = sheet_page(key, default_instructions() if instructions is None else instructions)
     key_path = path.with_suffix(".key.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_key(key, key_path)  # first: a sheet without its key would be labour lost
+    write_key(key, key_path, [path])  # first: a sheet without its key would be labour lost
     path.write_text(page, encoding="utf-8")
     known = sum(task.is_screening for task in key.tasks.values())
     return Export(path, key_path, len(key.tasks), known, left_out)

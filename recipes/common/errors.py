@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.recipes.common.lock import release
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -69,6 +70,8 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
             sentence += " (PREFOPT_TRACEBACK=1 shows where it happened)"
         process = int(os.environ.get("RANK", "0"))
         sys.exit(f"error: {sentence}" if process == 0 else f"process {process}: error: {sentence}")
+    finally:
+        release()
 
 
 def explain(error: BaseException, command: str = "") -> str | None:
@@ -81,7 +84,7 @@ def explain(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
-        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package):
+        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package, _weights):
             sentence = rule(cause, command)
             if sentence is not None:
                 return sentence
@@ -194,6 +197,14 @@ def _device(error: BaseException, command: str) -> str | None:
     no_gpu = ("Found no NVIDIA driver", "Torch not compiled with CUDA", "No CUDA GPUs are available")
     if any(words in text for words in (*no_gpu, "no GPUs found", "CUDA driver initialization failed")):
         return f"no usable GPU: {_first_line(text)}. `prefopt env` says what is there; to train on the CPU add use_cpu: true"
+    return None
+
+
+def _weights(error: BaseException, command: str) -> str | None:
+    if "probability tensor contains either `inf`, `nan`" in str(error):
+        return (
+            "the model's logits are not finite: its weights are broken (NaN), or temperature is too small to divide by"
+        )
     return None
 
 

@@ -23,8 +23,9 @@ from prefopt.recipes.common.errors import explain
 
 logger = logging.getLogger(__name__)
 
-# How transformers and peft call the weights of a saved model.
-WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+# Files that hold a model, whoever saved it; `save_model` writes Trainer's arguments beside it.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+NO_WEIGHTS = ("training_args.bin",)
 
 # report_to -> packages of which one is needed; transformers itself asks only after the model is loaded.
 LOGGERS = {
@@ -44,6 +45,8 @@ def is_finished(args: TrainingArguments) -> bool:
         UserError: training would overwrite a trained model or checkpoints, or go on from what is not there.
     """
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "").lower()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; name a folder")
     resumes = resume not in ("", "none", "false")
     if resumes and resume not in ("true", "latest"):
         if not Path(args.resume_from_checkpoint).is_dir():
@@ -53,6 +56,12 @@ def is_finished(args: TrainingArguments) -> bool:
             )
         return False
     state, checkpoints = _state(folder), sort_checkpoints(str(folder)) if folder.is_dir() else []
+    weights = _weights(folder)
+    if weights and state is None and not checkpoints:
+        raise UserError(
+            f"output_dir: {folder} holds a model ({weights[0].name}) that is of no run of this folder, and training would "
+            "overwrite it; choose another output_dir"
+        )
     if not resumes:
         if state is None and not checkpoints:
             return False
@@ -78,9 +87,13 @@ def is_finished(args: TrainingArguments) -> bool:
     return False
 
 
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix in WEIGHTS and path.name not in NO_WEIGHTS)
+
+
 def _state(folder: Path) -> dict[str, Any] | None:
     """The state that a step writes last of all; None where no step has ended, or its weights are missing."""
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+    if not _weights(folder):
         return None
     try:
         return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ Libraries that take seconds to import (datasets, transformers) are imported wher
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ _FORMATS = {str: "text", list: "messages", tuple: "messages"}
 def keep_inputs(out: Path, inputs: Sequence[str | Path], key: str = "out") -> None:
     """Data are people's work: what a command reads is never what it writes over."""
     for name in inputs:
-        if out.resolve() == Path(name).resolve():
+        # Not `resolve`, which a loop of links ends with an error.
+        is_same = os.path.realpath(out) == os.path.realpath(name)
+        if is_same or (out.exists() and os.path.exists(name) and os.path.samefile(out, name)):
             raise UserError(f"{key} {str(out)!r} is also read; choose another name")
 
 

@@ -15,14 +15,27 @@ from prefopt.inference.jsonl import write_whole
 
 
 class Steps:
-    """The steps of one run folder, each with a marker file written when it is done.
+    """The steps of one run folder, which is theirs alone, each with a marker file written when it is done.
 
     `run(name, title, settings, work)` calls `work()` unless the marker is there. The marker holds the seconds the
     step took and a fingerprint of its settings and of the steps before it: a step that ran with other settings, or
     on other inputs, is never silently reused nor overwritten.
+
+    Raises:
+        UserError: the folder holds what no steps have written, which they would overwrite.
     """
 
     def __init__(self, folder: Path, total: int, console: Console | None = None) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output_dir: {folder} is a file; name a folder")
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        if there and not (folder / "steps").is_dir():
+            raise UserError(
+                f"output_dir: {folder} is of no earlier run of this command and holds {there[0]}"
+                f"{f' and {len(there) - 1} more' if len(there) > 1 else ''}; choose another output_dir"
+            )
+        # Before anything else is written there, so that a run killed at once can go on.
+        (folder / "steps").mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.total = total
         self.console = console or Console()

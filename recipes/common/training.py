@@ -14,6 +14,7 @@ from trl import ModelConfig
 from prefopt.errors import UserError
 from prefopt.hub.push import HubError, create_repo, hub_errors
 from prefopt.recipes.common.arguments import DataArguments, parse
+from prefopt.recipes.common.lock import lock
 from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs, peft_config, quantization_for
 from prefopt.recipes.common.preflight import check_length, is_finished
 from prefopt.recipes.common.progress import show_progress
@@ -73,6 +74,8 @@ def begin(
     if is_finished(args):
         return None
     adapter = peft_config(model_args, task_type, modules_to_save)
+    if args.process_index == 0:
+        lock(args.output_dir)
     check_hub(args)
     return TrainingStep(data, args, model_args, init_kwargs, adapter)
 

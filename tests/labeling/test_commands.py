@@ -83,7 +83,7 @@ def test_next_takes_the_margins_of_the_reward_model(tmp_path, capsys, reward_mod
     assert row["uncertainty"] == pytest.approx(-(p * p.log2() + (1 - p) * (1 - p).log2()).item(), abs=1e-6)
     assert row["id"] == int(prompt[1])
 
-    both = ["--reward_model", *reward_models, "--out", out, "--k", 3, "--by", "disagreement"]
+    both = ["--reward_model", *reward_models, "--out", out, "--k", 3, "--by", "disagreement", "--overwrite"]
     said = said_by(capsys, "next", samples, *both, "--n", 4, "--random_share", 0.5)
     assert "chose 4: 2 by disagreement, 2 at random" in said
     said_by(capsys, "export", out, "--out", tmp_path / "sheet.html")
@@ -153,7 +153,11 @@ def test_no_command_writes_over_what_it_reads_nor_leaves_what_is_out_of_date(tmp
     said_by(capsys, "import", answers, "--out", rankings)
     assert "screening tasks, right on" in said_by(capsys, "agreement", rankings)
     write_jsonl(answers, [head, *(line for line in done if not key.tasks[line["task"]].is_screening)])
-    said_by(capsys, "import", answers, "--out", rankings)
+    imported = {path: path.read_bytes() for path in tmp_path.glob("rankings.*")}
+    with pytest.raises(SystemExit, match=r"rankings\.screening\.jsonl is of an earlier import.*--overwrite"):
+        cli.main(["label", "import", str(answers), "--out", str(rankings)])
+    assert {path: path.read_bytes() for path in tmp_path.glob("rankings.*")} == imported
+    said_by(capsys, "import", answers, "--out", rankings, "--overwrite")
     assert "screening" not in said_by(capsys, "agreement", rankings)
     with pytest.raises(SystemExit, match="all 4 prompts are labeled already"):
         cli.main(["label", "next", str(samples), "--reward_model", "rm", "--labeled", str(rankings)])

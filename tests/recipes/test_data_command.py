@@ -101,10 +101,13 @@ def test_the_default_name_does_not_write_over_labels(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     write_jsonl("hh.jsonl", HH)
     run(capsys, "convert", "hh.jsonl")
+    write_jsonl("rankings.jsonl", [{**row, "labeler": "ann"} for row in read_jsonl("rankings.jsonl")])
     before = (tmp_path / "rankings.jsonl").read_bytes()
     assert "is there already" in refused("convert", "hh.jsonl")
     assert (tmp_path / "rankings.jsonl").read_bytes() == before
-    run(capsys, "convert", "hh.jsonl", "--out", "rankings.jsonl")  # asked for by name
+    assert "--overwrite" in refused("convert", "hh.jsonl", "--out", "rankings.jsonl")
+    run(capsys, "convert", "hh.jsonl", "--overwrite")
+    assert (tmp_path / "rankings.jsonl").read_bytes() != before
 
 
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
@@ -193,7 +196,7 @@ def test_convert_by_another_rating_and_with_ties(tmp_path, capsys):
     assert "1 rows in which all completions tie" in refused("convert", source, "--out", out)
     run(capsys, "convert", source, "--out", out, "--rating", "overall_score")
     assert read_jsonl(out)[0]["ranks"] == [2, 1]
-    run(capsys, "convert", source, "--out", out, "--keep_tied", "true")
+    run(capsys, "convert", source, "--out", out, "--keep_tied", "true", "--overwrite")
     assert read_jsonl(out)[0]["ranks"] == [1, 1]
 
 
@@ -369,21 +372,8 @@ def test_split_keeps_each_user_on_one_side(tmp_path, capsys):
     again = tmp_path / "again"
     run(capsys, "split", source, "--by", "user", "--validation", 0.1, "--test", 0.2, "--out", again)
     assert read_jsonl(again / "test.jsonl") == sides["test"]
-    run(
-        capsys,
-        "split",
-        source,
-        "--by",
-        "user",
-        "--validation",
-        0.1,
-        "--test",
-        0.2,
-        "--out",
-        again,
-        "--seed",
-        1,
-    )
+    options = ["--by", "user", "--validation", 0.1, "--test", 0.2, "--out", again]
+    run(capsys, "split", source, *options, "--seed", 1, "--overwrite")
     assert read_jsonl(again / "test.jsonl") != sides["test"]
 
 
@@ -395,7 +385,9 @@ def test_split_by_prompt_without_validation(tmp_path, capsys):
     assert (len(train), len(test)) == (16, 4)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert not (out / "validation.jsonl").exists()
-    said = run(capsys, "split", source, "--by", "labeler", "--validation", 0, "--test", 0.2, "--out", out)
+    said = run(
+        capsys, "split", source, "--by", "labeler", "--validation", 0, "--test", 0.2, "--out", out, "--overwrite"
+    )
     assert "10 of its prompts are in train too, of another labeler" in said
 
 
@@ -427,7 +419,7 @@ def test_split_takes_one_of_prompts_that_begin_alike(tmp_path, capsys):
     short = [row([system, {"role": "user", "content": p}]) for p in alike]
     short.append(row([{"role": "system", "content": "Be rude."}, {"role": "user", "content": alike[2]}]))
     write_jsonl(source, short)
-    run(capsys, "split", source, "--dedupe_prefix", 15, "--validation", 0, "--test", 0.3, "--out", out)
+    run(capsys, "split", source, "--dedupe_prefix", 15, "--validation", 0, "--test", 0.3, "--out", out, "--overwrite")
     assert sum(len(read_jsonl(out / f"{name}.jsonl")) for name in ("train", "test")) == 4
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_utils import (
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from prefopt.errors import UserError
+from prefopt.trainers.shared.divergence import StopAtNonFinite
 
 logger = get_logger(__name__)
 
@@ -105,6 +106,9 @@ class CompleteCheckpointsMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._sealed_step = None
+        # Put last, after those that decide whether to save.
+        self.pop_callback(StopAtNonFinite)
+        self.add_callback(StopAtNonFinite)
         return super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:

@@ -83,6 +83,12 @@ def test_a_common_error_is_one_sentence_with_its_remedy(error, command, said, mo
     assert said in explain(error, command)
 
 
+def test_broken_logits_are_said_to_be_so():
+    with pytest.raises(RuntimeError) as raised:
+        torch.multinomial(torch.tensor([0.5, float("nan")]), 1)
+    assert "weights are broken" in explain(raised.value, "ppo-ptx")
+
+
 def test_the_allocators_own_error_is_known():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60)

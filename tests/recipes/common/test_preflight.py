@@ -1,6 +1,8 @@
 """What stops a step before any weights are loaded, and what a finished run is left with."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
@@ -215,3 +217,38 @@ def test_an_unknown_or_missing_logger_is_told_at_once(files, no_weights, monkeyp
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="report_to: wandb needs its package: pip install wandb"):
         sft.main(command("demos.jsonl", "--report_to", "wandb"))
+
+
+# ---- what is in output_dir already --------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", [sft, reward, dpo, ppo_ptx])
+@pytest.mark.parametrize("name", ["base", "rm"])
+@pytest.mark.parametrize("resume", [(), ("--resume_from_checkpoint", "true")])
+def test_a_model_of_no_run_is_not_overwritten(files, no_weights, recipe, name, resume):
+    before = {path: path.read_bytes() for path in (files / name).iterdir()}
+    rows = {sft: "demos.jsonl", ppo_ptx: "prompts.jsonl"}.get(recipe, "rankings.jsonl")
+    argv = command(rows, *resume, output=name)
+    if recipe is ppo_ptx:
+        argv += ["--reward_model_name_or_path", "rm"]
+    with pytest.raises(
+        UserError, match=rf"output_dir: {name} holds a model \(model.safetensors\) .* another output_dir"
+    ):
+        recipe.main(argv)
+    assert {path: path.read_bytes() for path in (files / name).iterdir()} == before
+
+
+def test_a_file_is_no_output_dir(files, no_weights):
+    with pytest.raises(UserError, match=r"output_dir: demos\.jsonl is a file; name a folder"):
+        sft.main(command("demos.jsonl", output="demos.jsonl"))
+
+
+def test_a_second_command_in_one_folder_is_refused_while_the_first_lives(files, no_weights):
+    """The first is another process; its death, however it comes, gives the folder free."""
+    code = "import sys; from prefopt.recipes.common.lock import lock; lock('out'); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"another command is writing into out .*choose another output_dir"):
+            sft.main(command("demos.jsonl"))
+        first.kill()
+        first.wait()
+        with pytest.raises(AssertionError, match="weights were loaded"):
+            sft.main(command("demos.jsonl"))

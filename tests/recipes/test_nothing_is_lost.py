@@ -1,0 +1,106 @@
+"""What a command writes goes neither over what it reads nor over what somebody else wrote, unless --overwrite says so."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from prefopt import cli
+from prefopt.inference.jsonl import write_jsonl
+
+ROWS = [
+    {"prompt": f"question {i}", "completions": ["a cat", "a dog"], "ranks": [1, 2], "labeler": name}
+    for i in range(4)
+    for name in ("ann", "bob")
+]
+OTHERS = "somebody's work\n"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("rows.jsonl", ROWS)
+    write_jsonl("pairs.jsonl", [{"prompt": "p", "chosen": "good", "rejected": "bad"}])
+    Path("run").mkdir()
+    log = [{"step": s, "loss": 0.7, "rewards/accuracies": 0.5, "rewards/margins": 0.1} for s in (10, 20)]
+    Path("run/trainer_state.json").write_text(json.dumps({"global_step": 20, "log_history": log}))
+    return tmp_path
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Command without its output, the key of the output, what it reads, and the files it writes for the name "out".
+COMMANDS = {
+    "data convert": ("data convert pairs.jsonl", "--out", "pairs.jsonl", ["out"]),
+    "data stats": ("data stats rows.jsonl", "--out", "rows.jsonl", ["out"]),
+    "data split": ("data split rows.jsonl --validation 0.3 --test 0", "--out", None, ["out/train.jsonl"]),
+    "label agreement": ("label agreement rows.jsonl", "--out", "rows.jsonl", ["out"]),
+    "explain-run": ("explain-run run", "--output", "run/trainer_state.json", ["out"]),
+}
+
+
+def run(command, *extra):
+    try:
+        return cli.main([*command.split(), *extra])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_there_stays_until_it_may_be_replaced(files, name):
+    command, key, _, (written,) = COMMANDS[name]
+    path = files / written
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OTHERS)
+    before = snapshot(files)
+    told = run(command, key, "out")
+    assert written in told
+    assert "--overwrite" in told
+    assert snapshot(files) == before
+    assert run(command, key, "out", "--overwrite") in (0, None)
+    assert path.read_text() != OTHERS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_same_command_again_is_no_loss(files, name):
+    command, key, _, (written,) = COMMANDS[name]
+    assert run(command, key, "out") in (0, None)
+    first = (files / written).read_bytes()
+    assert run(command, key, "out") in (0, None)
+    assert (files / written).read_bytes() == first
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link], ids=["itself", "symlink", "hard link"])
+@pytest.mark.parametrize("name", [name for name, (_, _, read, _) in COMMANDS.items() if read])
+def test_what_is_read_is_never_written_over(files, name, link):
+    command, key, read, _ = COMMANDS[name]
+    out = read
+    if link is not None:
+        out = "link"
+        link(files / read, files / out)
+    before = snapshot(files)
+    told = run(command, key, out)
+    assert "is also read" in told or "--overwrite" in told
+    assert snapshot(files) == before
+    if name != "explain-run":
+        run(command, key, out, "--overwrite")
+        assert snapshot(files) == before
+
+
+# ---- the pipeline ---------------------------------------------------------------------------------------------------
+def test_the_pipeline_leaves_a_folder_of_others_alone(files):
+    Path("mine/base").mkdir(parents=True)
+    Path("mine/base/model.safetensors").write_text(OTHERS)
+    Path("mine/data").mkdir()
+    Path("mine/data/prompts_rl.jsonl").write_text(OTHERS)
+    before = snapshot(files)
+    told = run("pipeline", "--output_dir", "mine")
+    assert "output_dir: mine is of no earlier run of this command and holds base and 1 more" in told
+    assert snapshot(files) == before
+    shutil.rmtree("mine")
+    Path("mine").write_text(OTHERS)
+    assert "mine is a file" in run("pipeline", "--output_dir", "mine")

@@ -1,0 +1,79 @@
+"""A run whose gradients or weights are no longer finite stops before they are saved."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prefopt.errors import UserError
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes import dpo, ppo_ptx, reward, sft
+
+PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
+COMMON = ["--report_to", "none", "--bf16", "false", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, causal_lm, reward_model, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("base", causal_lm), ("rm", reward_model)):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    write_jsonl("prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    write_jsonl("demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
+    rows = [{"prompt": p, "completions": [" sat", " ran"], "ranks": [1, 2]} for p in PROMPTS]
+    write_jsonl("rankings.jsonl", rows)
+    return tmp_path
+
+
+def command(rows, *extra):
+    return ["--model_name_or_path", "base", "--dataset_name", rows, "--output_dir", "out", *COMMON, *extra]
+
+
+RECIPES = {
+    "sft": (sft, "demos.jsonl", ()),
+    "reward": (reward, "rankings.jsonl", ()),
+    "dpo": (dpo, "rankings.jsonl", ()),
+    "ppo-ptx": (
+        ppo_ptx,
+        "prompts.jsonl",
+        ("--reward_model_name_or_path", "rm", "--ptx_coef", "0", "--max_completion_length", "4"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_first_step_of_nan_ends_the_run_and_saves_nothing(files, monkeypatch, name):
+    """A gradient of the third step is NaN; the checkpoint of the second is whole, and the only one."""
+    from transformers import Trainer
+
+    step = Trainer.training_step
+    calls = []
+
+    def broken(self, *args, **kwargs):
+        loss = step(self, *args, **kwargs)
+        calls.append(self.state.global_step)
+        if self.state.global_step == 2:
+            next(p for p in self.model.parameters() if p.grad is not None).grad[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    recipe, rows, extra = RECIPES[name]
+    told = r"step 3: the gradients are not finite .*learning rate .*newest checkpoint before is out/checkpoint-2\."
+    with pytest.raises(UserError, match=told):
+        recipe.main(command(rows, "--max_steps", "5", "--save_steps", "1", "--save_total_limit", "1", *extra))
+    assert max(calls) == 2
+    assert sorted(path.name for path in (files / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+    assert not list((files / "out").glob("*.safetensors"))
+    for path in (files / "out" / "checkpoint-2").glob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+
+
+def test_weights_that_a_step_has_broken_are_not_saved(files):
+    told = r"step 1: the weights are not finite .*learning rate inf.*no checkpoint was saved before"
+    with pytest.raises(UserError, match=told):
+        sft.main(
+            command("demos.jsonl", "--max_steps", "1", "--learning_rate", "inf", "--lr_scheduler_type", "constant")
+        )
+    assert not list((files / "out").glob("*.safetensors"))
