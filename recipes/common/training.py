@@ -47,6 +47,8 @@ class TrainingStep:
         self, kind: type[Trainer], model: str | PeftModel, *, loads_others: bool = False, **options: Any
     ) -> Trainer:
         """A trainer of `model`, which with `loads_others` loads references or reward models in the same way."""
+        if self.args.process_index == 0:
+            lock(self.args.output_dir)
         # TRL warns of options for a model that is loaded already.
         if loads_others or isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}
@@ -74,8 +76,6 @@ def begin(
     if is_finished(args):
         return None
     adapter = peft_config(model_args, task_type, modules_to_save)
-    if args.process_index == 0:
-        lock(args.output_dir)
     check_hub(args)
     return TrainingStep(data, args, model_args, init_kwargs, adapter)
 
