@@ -78,7 +78,10 @@ class EvaluationArguments:
         metadata={"help": "The model whose benchmark results the alignment tax is measured from; default: baseline."},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights of whole models to nf4."})
-    dtype: str | None = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    dtype: str | None = field(
+        default="auto",
+        metadata={"help": "auto (as saved; of a reward model, as trained), float32, bfloat16 or float16."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
 

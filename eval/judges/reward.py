@@ -28,7 +28,7 @@ class RewardModel:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         self.progress(f"loading reward model {self.source}")
-        return load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)
+        return load_classifier(self.source, **self.args.loading)
 
     def scores(self, model: str, rows: Sequence[Row]) -> list[float]:
         """One for each row of the completions of `model`."""

@@ -187,7 +187,7 @@ def _reward_judge(run: EvaluationRun, args: EvaluationArguments, source: str) ->
                 for row, value in zip(rows, reward_model.scores(model, rows), strict=True)
             ]
 
-        inputs = [source_state(source), args.load_in_4bit, fingerprint_of(list(rows))]
+        inputs = [source_state(source), args.load_in_4bit, args.dtype, fingerprint_of(list(rows))]
         return kept_rows(scores_path(run, "reward", model), inputs, compute)
 
     return ScoreJudge(score)

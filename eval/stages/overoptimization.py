@@ -234,6 +234,7 @@ def _rewards(
             source_state(judges.reward_judge),
             source_state(own.gold_reward_model) if own.gold_reward_model else function_state(judges.gold_judge),
             args.load_in_4bit,
+            args.dtype,
             fingerprint_of([[row["prompt"], row["completion"], row["ids"]] for row in rows]),
         ]
         found = kept_rows(run.folder / "overopt" / f"{model}.jsonl", inputs, compute)

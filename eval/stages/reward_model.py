@@ -258,7 +258,7 @@ class Scorer:
     def loaded(self) -> list[Any]:
         """(model, tokenizer) of the reward model, or of the policy and of the baseline."""
         if self.beta is None:
-            return [load_classifier(self.source, load_in_4bit=self.args.load_in_4bit)]
+            return [load_classifier(self.source, **self.args.loading)]
         return [load_language_model(source, **self.args.loading) for source in self._sources()]
 
     def _sources(self) -> list[str]:

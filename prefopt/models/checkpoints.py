@@ -82,7 +82,25 @@ def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLik
     keep_pad_from_eos(model)
     model.save_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
-        model.get_base_model().config.save_pretrained(path)
+        save_config_beside(model, path)
+
+
+def save_config_beside(model: PeftModel, path: str | os.PathLike) -> None:
+    """Write `config.json` beside a LoRA reward model: bias, reward token, and the dtype that its base was trained in."""
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings()
+    # Inside what PEFT may have put around it.
+    embeddings = getattr(embeddings, "original_module", getattr(embeddings, "base_layer", embeddings))
+    base.config.dtype = embeddings.weight.dtype
+    base.config.save_pretrained(path)
+
+
+def trained_dtype(path: str | os.PathLike, **hub_arguments: Any) -> torch.dtype:
+    """The dtype in which a reward model, or the base of a reward adapter, was trained, by the config saved with it."""
+    config = saved_config(path, **hub_arguments)
+    # Older versions of transformers wrote it under the second name; without any it is that of TRL's trainers.
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, str(name).removeprefix("torch."))
 
 
 def load_reward_model(
@@ -96,15 +114,15 @@ def load_reward_model(
         path: directory or Hub id of a checkpoint or of an adapter.
         base_model: for an adapter, the base to put it on (path, Hub id or one-label classifier) when it is not where
             the adapter's own `base_model_name_or_path` says.
-        **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to fp32, as in TRL's
-            trainers; whatever it is, the head is the one that was saved, bit for bit.
+        **kwargs: for `AutoModelForSequenceClassification.from_pretrained`. `dtype` defaults to the one that the model
+            was trained in; whatever it is, the head is the one that was saved, bit for bit.
 
     Raises:
         UserError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
     """
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    kwargs = {"dtype": trained_dtype(path, **hub_arguments), **kwargs, "num_labels": 1}
     if not is_adapter(path, **hub_arguments):
         if base_model is not None:
             raise UserError(f"{path} is a full checkpoint: `base_model` is for adapters")
@@ -126,10 +144,13 @@ def load_classifier(
     source: str | os.PathLike,
     *,
     load_in_4bit: bool = False,
-    dtype: str | None = "float32",
+    dtype: str | None = "auto",
     device: str | torch.device | None = None,
 ) -> Loaded:
     """A reward model (`prefopt.load_reward_model`: whole or LoRA adapter, head in fp32), with its tokenizer.
+
+    Args:
+        dtype: "auto" (as it was trained), "float32", "bfloat16" or "float16".
 
     Raises:
         UserError: the source has no trained head, or does not exist.
@@ -138,6 +159,8 @@ def load_classifier(
     kwargs = placement(load_in_4bit, dtype, device)
     if not load_in_4bit:
         kwargs.pop("quantization_config", None)  # an adapter's base stays quantized as in training
+    if kwargs["dtype"] == "auto":
+        del kwargs["dtype"]
     try:
         return load_reward_model(source, **kwargs), load_tokenizer(source)
     except OSError as error:
@@ -168,18 +191,25 @@ def merge_reward_model(
     `save_reward_model`, and the tokenizer beside it.
 
     Args:
-        path, base_model, **kwargs: as in `load_reward_model`. `dtype` (default fp32) is also that of the result; its
-            head is fp32 always.
+        path, base_model, **kwargs: as in `load_reward_model`, but `dtype` (default fp32) is that of the result, whose
+            head is fp32 always: the base is loaded, and quantized, in the one that the adapter was trained in.
 
     Raises:
         UserError: the adapter does not contain the head or names no base model, or `path` is no adapter.
     """
     path = os.fspath(path)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs = {"dtype": torch.float32, **kwargs, "num_labels": 1}
+    dtype = kwargs.get("dtype", torch.float32)
+    kwargs = {**kwargs, "dtype": trained_dtype(path, **hub_arguments), "num_labels": 1}
+    if isinstance(dtype, str):
+        dtype = kwargs["dtype"] if dtype == "auto" else getattr(torch, dtype)
     if not is_adapter(path, **hub_arguments):
         raise UserError(f"{path} is no adapter: there is nothing to merge")
-    base = dequantized(_adapter_base(path, base_model, hub_arguments, kwargs), kwargs["dtype"])
+    base = dequantized(_adapter_base(path, base_model, hub_arguments, kwargs), dtype)
+    if not isinstance(base_model, PreTrainedModel):
+        # Its weights alone: `to` would round the frequencies of rotary positions, which are loaded in fp32.
+        for weight in base.parameters():
+            weight.data = weight.data.to(dtype).contiguous()
     model = _on_base(path, base, hub_arguments).merge_and_unload()
     keep_head_fp32(model)
     return model.eval().requires_grad_(False)

@@ -180,7 +180,8 @@ def sequence_scores(
     row = torch.arange(len(last), device=last.device)
     if packed is None:
         hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))
-        return _apply_head(model, hidden_states[row, last])
+        device = hidden_states.device
+        return _apply_head(model, hidden_states[row.to(device), last.to(device)]).to(input_ids.device)
     if packed.index.shape != input_ids.shape:
         raise UserError(
             f"packed rows {tuple(packed.index.shape)} are not those of input_ids {tuple(input_ids.shape)}; append the "

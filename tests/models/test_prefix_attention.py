@@ -143,6 +143,31 @@ def test_a_model_scores_as_with_rows(kind, checkpointing, monkeypatch):
     assert torch.linalg.vector_norm(gradient - expected[1]) < 1e-5 * torch.linalg.vector_norm(expected[1])
 
 
+def test_the_first_forward_may_be_one_of_training_under_autocast(monkeypatch):
+    """Queries and keys reach the kernel in 16 bits, and its trial inside a checkpointed layer leaves the layer alone."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, num_labels=1, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).train()
+    checkpoint_activations(model, {"use_reentrant": False})
+    prefix_sharing.enable(model)
+    ids, mask, prompts = random_rows(random.Random(3))
+    dtypes = []
+
+    def on_the_cpu(query, key, value, dropout, window):
+        dtypes.extend(x.dtype for x in (query, key, value))
+        return varlen_kernel_works(query.device, query.dtype, (4, 2), 8, window is not None)
+
+    monkeypatch.setattr(prefix_attention, "has_varlen_kernel", on_the_cpu)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = sequence_scores(model, ids, mask, packed=pack(ids, mask, prompts))
+    scores.sum().backward()
+    assert set(dtypes) == {torch.bfloat16}
+    assert varlen_kernel_works.cache_info().misses == 1
+
+
 def test_the_cpu_has_no_kernel():
     assert not has_varlen_kernel(*torch.randn(3, 1, 2, 5, 8, dtype=torch.bfloat16))
 
@@ -170,6 +195,10 @@ def is_missing(*args, **kwargs):
     raise RuntimeError("no kernel image is available for execution on the device")
 
 
+def takes_other_heads(*args, **kwargs):
+    raise ValueError("number of heads in key must divide those in query")
+
+
 def has_other_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal):
     raise NotImplementedError
 
@@ -181,6 +210,7 @@ def has_other_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_
         (forgets_the_window, "off by"),
         (has_a_wrong_gradient, "off by"),
         (is_missing, "no kernel image"),
+        (takes_other_heads, "number of heads"),
         (has_other_arguments, "unexpected keyword"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -41,6 +42,11 @@ def prefix_sharing_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs
         )
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        # Rotating in fp32 leaves queries and keys in it. PyTorch's attention would round them just so; the kernel
+        # takes no others.
+        query, key, value = (x.to(torch.get_autocast_dtype(device_type)) for x in (query, key, value))
     dropout, scale = kwargs.get("dropout", 0.0), kwargs.get("scaling")
     if has_varlen_kernel(query, key, value, dropout, sliding_window):
         return varlen_attention(query, key, value, prefix_layout, scale, sliding_window), None
@@ -140,6 +146,15 @@ def varlen_kernel_works(
     device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, has_window: bool
 ) -> bool:
     """Try the kernel once, forward and backward, against `grouped_attention` in fp32 on a few ragged rows."""
+    # In a thread of its own, as autocast and the hooks of gradient checkpointing belong to a thread: inside a layer that
+    # is checkpointed, what the trial keeps for its backward pass would count as the layer's.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try_varlen_kernel, device, dtype, heads, head_dim, has_window).result()
+
+
+def _try_varlen_kernel(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, has_window: bool
+) -> bool:
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 0], [8, 9, 0, 0], [10, 11, 12, 13], [10, 11, 12, 14]])
     layout = pack(rows.to(device), (rows > 0).long().to(device), torch.tensor([0, 0, 1, 2, 2])).layout
     size = int(layout.prefixes.lengths.sum()) + layout.num_rest_tokens
@@ -160,7 +175,7 @@ def varlen_kernel_works(
         module.num_key_value_groups = heads[0] // heads[1]
         expected = both_ways(partial(grouped_attention, module), torch.float32)
         worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         logger.warning(f"Flash attention for sequences of any length is not used: {error}")
         return False
     if not worst < 0.05:  # bfloat16 is off by a percent

@@ -66,6 +66,11 @@ MIN_SAVED_TOKENS = 64
 
 # So many tokens of what two completions share, and of what they do not, show whether a model shares prefixes rightly.
 CHECKED_TOKENS = 32
+# Values that differ by so little are the same, whatever the model's noise. More than so many times the noise is none.
+SAME = 1e-3
+TIMES_NOISE = 4.0
+# A row is forwarded with so many columns of padding, too, to see what rounding alone changes.
+MORE_PADDING = 7
 
 AttentionInterface.register(ATTENTION, prefix_sharing_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -153,13 +158,12 @@ def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
 
 @dataclass
 class PrefixSharing:
-    """Prefix sharing of a trainer's models, as long as a first batch scores the same with and without it.
+    """Prefix sharing of a trainer's models, as long as the first batches score the same with and without it.
 
     Args:
-        is_on: whether it is wanted; False once a model cannot, or has scored differently.
+        is_on: whether it is wanted; False once a model cannot, or has scored differently twice.
         complete: ids and mask of rows as the model reads them, such as `append_reward_token`.
         read: values `[N]` of complete rows by name, from one forward; the first is compared.
-        is_half: whether the forward autocasts to a 16-bit type, though the weights are fp32.
         on_any_process: whether a condition holds on any process; `bool` where each forwards by itself.
         warn: takes the sentence that says why sharing is off.
     """
@@ -167,10 +171,10 @@ class PrefixSharing:
     is_on: bool
     complete: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
     read: Callable[[nn.Module, Rows], Mapping[str, Tensor]]
-    is_half: bool
     on_any_process: Callable[[bool], bool]
     warn: Callable[[str], None]
-    checked: set[int] = field(default_factory=set)
+    proved: set[int] = field(default_factory=set)
+    doubted: set[int] = field(default_factory=set)
 
     def stop(self, reason: str) -> None:
         """Forward whole rows from now on."""
@@ -187,22 +191,52 @@ class PrefixSharing:
         return self.is_on
 
     def packed(self, model: nn.Module, rows: Rows) -> Rows:
-        """Complete rows, packed where that is faster; the first that are packed are forwarded both ways first."""
+        """Complete rows, packed where that is faster; the first that are packed are forwarded both ways first.
+
+        If they differ, so are the next: by rounding alone two batches of the same model hardly ever do.
+        """
         if not self.can_share(model):
             return rows
         packed = plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
-        if id(model) not in self.checked and self.on_any_process(packed is not None):
-            self.checked.add(id(model))
+        if id(model) not in self.proved and self.on_any_process(packed is not None):
             if self.on_any_process(not self.is_equal(model, rows)):
-                self.stop("the first batch scored differently with it")
+                if id(model) in self.doubted:
+                    self.stop("two batches scored differently with it")
+                self.doubted.add(id(model))
                 return rows
+            self.proved.add(id(model))
         return replace(rows, packed=packed)
 
     def is_equal(self, model: nn.Module, rows: Rows) -> bool:
         """Forward two completions of one prompt both ways, the shortest such pair.
 
-        Of both no more than `CHECKED_TOKENS` of what they share and of what they do not: a layer that mixes tokens in
-        another way does so in any row. Only a sliding window shows in long rows alone.
+        Equal is what differs no more than the plain model does from itself by rounding: the rows are also forwarded each
+        alone, and with more padding. A token that sees what it must not moves values by far more.
+        """
+        pair = self._shortest_pair(model, rows)
+        wider = [nn.functional.pad(x, (0, MORE_PADDING)) for x in (pair.input_ids, pair.attention_mask)]
+        plain = [pair, replace(pair, input_ids=wider[0], attention_mask=wider[1])]
+        packed = replace(pair, packed=pack(pair.input_ids, pair.attention_mask, pair.prompts))
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                alone = torch.cat([self._values(model, row) for row in _each_alone(pair)])
+                others = torch.stack([self._values(model, some) for some in plain])
+                shared = self._values(model, packed)
+        finally:
+            model.train(was_training)
+        noise = (others - alone).abs().max()
+        difference = torch.minimum((shared - alone).abs(), (shared - others).abs().amin(0)).max()
+        return bool(difference <= torch.clamp(TIMES_NOISE * noise, min=SAME))
+
+    def _values(self, model: nn.Module, rows: Rows) -> Tensor:
+        return next(iter(self.read(model, rows).values())).float()
+
+    def _shortest_pair(self, model: nn.Module, rows: Rows) -> Rows:
+        """Complete rows of two completions of a prompt, of both no more than `CHECKED_TOKENS` of what they share and of
+        what they do not: a layer that mixes tokens in another way does so in any row. Only a sliding window shows in long
+        rows alone.
         """
         repeated = (rows.prompts[1:] == rows.prompts[:-1]).nonzero().squeeze(1)
         lengths = rows.attention_mask.sum(1)
@@ -219,24 +253,17 @@ class PrefixSharing:
             x[both][:, columns[columns < x.shape[1]]]
             for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
         )
-        pair = Rows(*self.complete(model, ids, mask), completion, rows.prompts[both])
-        packed = pack(pair.input_ids, pair.attention_mask, pair.prompts)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                plain, shared = (
-                    next(iter(self.read(model, replace(pair, packed=p)).values())).float() for p in (None, packed)
-                )
-        finally:
-            model.train(was_training)
-        # Autocast is inside the model's forward; bitsandbytes' layers compute in a dtype of their own.
-        dtypes = {p.dtype for p in model.parameters()}
-        dtypes |= {getattr(module, "compute_dtype", None) for module in model.modules()}
-        is_half = self.is_half or dtypes & {torch.float16, torch.bfloat16}
-        # A token that sees what it must not moves scores by far more.
-        tolerance = 0.05 if is_half else 1e-3
-        return bool(((plain - shared).abs() <= tolerance * plain.abs().clamp(min=1)).all())
+        return Rows(*self.complete(model, ids, mask), completion, rows.prompts[both])
+
+
+def _each_alone(rows: Rows) -> Iterator[Rows]:
+    for i, length in enumerate(rows.attention_mask.sum(1).tolist()):
+        yield Rows(
+            rows.input_ids[i : i + 1, :length],
+            rows.attention_mask[i : i + 1, :length],
+            rows.completion_mask[i : i + 1, :length],
+            rows.prompts[i : i + 1],
+        )
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -233,7 +233,6 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
             is_on=bool(self.args.prefix_sharing),
             complete=self._completed,
             read=self._read,
-            is_half=self.accelerator.mixed_precision in ("fp16", "bf16"),
             on_any_process=on_any_process if is_sharded else bool,
             warn=logger.warning,
         )
@@ -567,7 +566,8 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
                     }
                     for prompt, some in batch
                 ]
-                with torch.no_grad(), self.compute_loss_context_manager():
+                # Autocast, as a model that is not prepared yet lacks its own.
+                with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
                     values = self._measure(self.model, self._prepare_inputs(collate(rows)))["scores"]
                 for row, (_, some) in zip(values.tolist(), batch, strict=True):
                     for value, (i, _) in zip(row, some, strict=False):

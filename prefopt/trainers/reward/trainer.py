@@ -33,7 +33,7 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
-from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos
+from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos, save_config_beside
 from prefopt.models.loading import saved_config, saved_pad_token
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import (
@@ -297,7 +297,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             # The adapter's directory carries the bias.
-            self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+            save_config_beside(self.model, output_dir or self.args.output_dir)
 
 
 def _revision(args: RankedRewardConfig) -> dict[str, str | None]:
