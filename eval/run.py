@@ -101,7 +101,7 @@ class EvaluationArguments:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """How language models are loaded: arguments of `load_language_model`."""
+        """How models are loaded: arguments of `load_language_model` and `load_classifier`."""
         return {"load_in_4bit": self.load_in_4bit, "dtype": self.dtype}
 
     @property
