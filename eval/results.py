@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_whole
 from prefopt.statistics.intervals import Estimate
 
@@ -65,7 +66,7 @@ def no_number(text: str) -> NoNumber:
 def attempt(
     what: str, compute: Callable[[], T], skips: type[Exception] | tuple[type[Exception], ...] = ()
 ) -> T | NoNumber:
-    """What `compute` gives; an error costs this number (or this model's) and no other, and the log has its traceback.
+    """What `compute` gives; an error costs this number (or this model's) and no other, and the log has it.
 
     Args:
         what: names it in the log.
@@ -78,6 +79,9 @@ def attempt(
         return compute()
     except skips as error:
         return Skipped(str(error))
+    except UserError as error:
+        logger.error("%s failed: %s", what, error)
+        return Failed(str(error))
     except Exception as error:
         logger.exception("%s failed", what)
         return Failed(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import Gold
-from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt
+from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt, no_number
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.evaluation.stages import STAGES, benchmarks, generate, report
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -57,7 +57,7 @@ def main(
         elif name == "report":
             evaluation.report()
         else:
-            evaluation.measure(stages[name])
+            evaluation.one(stages[name])
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise UserError(error) from error
 
@@ -81,6 +81,22 @@ class Evaluation:
         if stage is generate.STAGE:
             own = replace(own, prompts=_prompts(own))
         stage.measure(self.run, self.args, own, *(self.given[arguments] for arguments in stage.reads))
+
+    def one(self, stage: Stage) -> None:
+        """A stage by itself.
+
+        Raises:
+            UserError: a part of it failed; what it found otherwise is kept.
+        """
+        self.measure(stage)
+        content = self.run.stage(stage.key)
+        found = [(f"{m['name']} of {m['model']}", m["reason"]) for m in content["measures"] if m["status"] == "failed"]
+        # "ok" or the reason for each model that is generated for, and for each judge.
+        statuses = content["data"].get({"generate": "models", "judge": "judges"}.get(stage.name, ""), {})
+        found += [(name, why.reason) for name, text in statuses.items() if isinstance(why := no_number(text), Failed)]
+        if found:
+            more = f" ({len(found) - 1} more failed)" if len(found) > 1 else ""
+            raise UserError(f"{stage.name}: {found[0][0]} failed: {found[0][1]}{more}; what else it found is kept")
 
     def report(self) -> None:
         own = self.given[report.ReportArguments]

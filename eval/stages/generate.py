@@ -10,7 +10,7 @@ from prefopt.evaluation.judges.people import prompt_key
 from prefopt.evaluation.results import NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.generate import Completion, derived_seed, generate
-from prefopt.inference.journal import Journal, continued_rows, source_state
+from prefopt.inference.journal import Journal, continued_rows, set_aside, source_state, take_back
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.models.loading import is_completions, load_language_model
 
@@ -77,9 +77,11 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
 
     done: dict[str, NoNumber | None] = {}
     for name, source in args.models.items():
+        take_back(run.completions_path(name))
         done[name] = attempt(f"generate: {name}", partial(complete, name, source))
         if done[name] is not None:
-            run.completions_path(name).unlink(missing_ok=True)  # of other settings
+            # Of other settings or another model, which may be the one that was meant.
+            set_aside(run.completions_path(name))
     status = {name: "ok" if why is None else str(why) for name, why in done.items()}
     run.write_stage(
         STAGE, [], {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models}

@@ -11,7 +11,6 @@ and a reward model.
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +27,7 @@ from prefopt.evaluation.judges.people import Completions, HumanJudge, Row
 from prefopt.evaluation.judges.reward import RewardModel
 from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, named_rows
-from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
+from prefopt.inference.journal import fingerprint_of, kept_rows, set_aside, source_state, take_back
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import mean_estimate
@@ -133,14 +132,17 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
 
     broken: dict[str, NoNumber | None] = {}
     for name, (wanted, make) in makers.items():
+        kept = (judgements_path(run, name), run.folder / "scores" / name)
         if wanted is None:
-            judgements_path(run, name).unlink(missing_ok=True)
-            shutil.rmtree(run.folder / "scores" / name, ignore_errors=True)
+            for path in kept:
+                set_aside(path)
             continue
+        for path in kept:
+            take_back(path)
         run.progress(f"judge {name}")
         broken[name] = attempt(f"judge {name}", partial(verdicts, name, make))
         if broken[name] is not None:
-            judgements_path(run, name).unlink(missing_ok=True)
+            set_aside(judgements_path(run, name))
     statuses = {name: "ok" if why is None else str(why) for name, why in broken.items()}
     run.write_stage(STAGE, measures, {"judges": statuses, "counts": counts})
     if broken and all(broken.values()):

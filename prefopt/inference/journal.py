@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,38 @@ def is_kept(path: Path, inputs: Any) -> bool:
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a file that `continued_rows` did not write: it has neither a fingerprint nor a journal beside it."""
     return path.is_file() and not _mark(path).is_file() and not _journal(path).is_file()
+
+
+def set_aside(path: Path) -> None:
+    """Put a file and its fingerprint, or a folder, out of the readers' sight: it no longer holds, and may hold again.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
+        >>> rows = kept_rows(path, "squares", lambda: [{"x": 1}])
+        >>> set_aside(path)
+        >>> path.exists(), is_kept(path, "squares")
+        (False, False)
+        >>> take_back(path)
+        >>> is_kept(path, "squares")
+        True
+    """
+    for shown in (path, _mark(path)):
+        if shown.exists():
+            if _aside(shown).is_dir():
+                shutil.rmtree(_aside(shown))
+            os.replace(shown, _aside(shown))
+
+
+def take_back(path: Path) -> None:
+    """Undo `set_aside`, unless something newer stands there."""
+    for shown in (path, _mark(path)):
+        if _aside(shown).exists() and not shown.exists():
+            os.replace(_aside(shown), shown)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.aside")
 
 
 def _mark(path: Path) -> Path:

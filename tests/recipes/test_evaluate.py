@@ -102,6 +102,29 @@ def test_all(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    ("stage", "keys", "told"),
+    [
+        ("generate", {"models": {"sft": "sft", "ppo": "no-such"}}, "generate: ppo failed: .*no-such"),
+        ("judge", {"reward_judge": "no-such"}, "judge: reward failed: .*no-such"),
+        ("tax", {"pretraining_text": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ("reward-model", {"reward_models": {"rm": "no-such"}}, r"reward-model: .* failed: .*no-such"),
+        ("diversity", {}, None),
+    ],
+)
+def test_a_stage_by_itself_ends_with_an_error_if_a_part_of_it_failed(folder, monkeypatch, stage, keys, told):
+    monkeypatch.chdir(folder)
+    evaluate.main(["generate", "--config", config(folder)])
+    if told is None:
+        evaluate.main([stage, "--config", config(folder, **keys)], gold=length)
+        return
+    with pytest.raises(UserError, match=told):
+        evaluate.main([stage, "--config", config(folder, **keys)], gold=length)
+    if stage in ("generate", "judge"):
+        kept = "completions/sft.jsonl" if stage == "generate" else "judgements/gold.jsonl"
+        assert (folder / "run" / kept).is_file()
+
+
+@pytest.mark.parametrize(
     ("argv", "told"),
     [
         ([], "expected a stage"),

@@ -127,7 +127,7 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
         assert (texts[0] == texts[1]) is alike
     status = run.stage("generate")["data"]["models"]
     assert (status["sft"], status["ppo"]) == ("ok", "ok")
-    assert status["lost"].startswith("failed: UserError: cannot load")
+    assert status["lost"].startswith("failed: cannot load")
 
     before = list(loaded)
     generation.measure(run, args, replace(own, prompts=prompts))
@@ -140,6 +140,20 @@ def test_the_stage_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPa
             EvaluationArguments(output_dir=args.output_dir, models={"x": "no-such"}),
             replace(own, prompts=prompts),
         )
+
+
+def test_completions_of_a_model_whose_name_is_mistyped_come_back_with_the_right_one(folder: Path, monkeypatch):
+    run = EvaluationRun(folder / "out")
+    own = GenerateArguments([{"prompt": "the cat"}], samples_per_prompt=2, max_new_tokens=4)
+    models = {"sft": str(folder / "whole"), "ppo": str(folder / "adapter")}
+    args = EvaluationArguments(output_dir=str(run.folder), models=models)
+    generation.measure(run, args, own)
+    drawn = run.completions_path("ppo").read_bytes()
+    generation.measure(run, replace(args, models={**models, "ppo": str(folder / "adaptor")}), own)
+    assert not run.has_completions("ppo")  # they are not of the model that was named
+    monkeypatch.setattr(generation, "load_language_model", None)
+    generation.measure(run, args, own)
+    assert run.completions_path("ppo").read_bytes() == drawn
 
 
 def test_a_model_that_breaks_midway_loses_nothing(folder: Path, monkeypatch):

@@ -1,5 +1,6 @@
 """Judges, labels by people, and the stage that runs them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,11 @@ def test_the_stage_runs_every_judge_and_one_that_breaks_costs_only_itself(evalua
     first = path.stat().st_mtime_ns
     judges.measure(run, args, own)
     assert path.stat().st_mtime_ns == first  # the same completions and reward model: not scored again
+    judges.measure(run, args, replace(own, reward_judge=None))
+    assert not path.exists()
+    assert not judges.judgements_path(run, "reward").exists()
+    judges.measure(run, args, own)
+    assert path.stat().st_mtime_ns == first  # nor when it was not asked in between
 
     metadata.measure(run, args, MetadataArguments(), JudgeArguments(human_judgements=str(labels)))
     measures = run.stage("metadata")["measures"]
