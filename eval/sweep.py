@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt.evaluation.report.gains import fit_data, gain_plot, where_it_turns
 from prefopt.evaluation.report.plots import Series, curves_plot
 from prefopt.evaluation.report.render import to_html
 from prefopt.evaluation.report.tables import Block, Figure, Gap, Heading, Items, Line, Page, Section, Table, measured
 from prefopt.evaluation.results import BASELINE, find
+from prefopt.evaluation.stages.overoptimization import fit_data, gain_plot, where_it_turns
 from prefopt.evaluation.training_run import thirds
 from prefopt.inference.jsonl import write_whole
 from prefopt.statistics.intervals import Z

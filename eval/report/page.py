@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from prefopt.evaluation.report import sections
 from prefopt.evaluation.report.render import to_html, to_markdown
 from prefopt.evaluation.report.tables import Block, Gap, Missing, Page, Results, Section
-from prefopt.evaluation.report.verdict import verdict
 from prefopt.evaluation.results import jsonable, no_number
 from prefopt.evaluation.stages import STAGES, compare
 from prefopt.inference.jsonl import write_whole
@@ -49,7 +48,7 @@ def report_page(content: Mapping[str, Any]) -> Page:
     ['No model was compared with SFT.']
     """
     results = Results(jsonable(content))
-    return Page("prefopt report", [verdict(results)], [_section(chapter, results) for chapter in SECTIONS])
+    return Page("prefopt report", [sections.verdict(results)], [_section(chapter, results) for chapter in SECTIONS])
 
 
 def build_report(results: Mapping[str, Any], path: str | os.PathLike) -> None:

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt.evaluation.report.page import SECTIONS, build_report
+from prefopt.evaluation.report.sections import lights, verdict
 from prefopt.evaluation.report.tables import Results
-from prefopt.evaluation.report.verdict import lights, verdict
 from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure

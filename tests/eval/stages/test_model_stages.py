@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefopt.evaluation.report.gains import fit_data
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -377,6 +376,6 @@ def test_a_stage_that_has_not_run_is_missing(stage):
 
 
 def test_estimates_of_a_fit_without_known_errors_have_no_interval():
-    fit = fit_data((Estimate(1.0, math.nan, math.nan, 3, 3), Estimate(0.5, 0.1, 0.9, 3, 3)), overopt.rl_design)
+    fit = overopt.fit_data((Estimate(1.0, math.nan, math.nan, 3, 3), Estimate(0.5, 0.1, 0.9, 3, 3)), overopt.rl_design)
     assert fit["peak"] == pytest.approx(math.e)
     assert fit["falls"]

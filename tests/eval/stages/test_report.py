@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 
-from prefopt.evaluation.report.worst import main_model, pick_samples
 from prefopt.evaluation.results import Failed, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import benchmarks as bench
@@ -18,6 +17,7 @@ from prefopt.evaluation.stages import judge as judges
 from prefopt.evaluation.stages import overoptimization as overopt
 from prefopt.evaluation.stages import ratings as metadata
 from prefopt.evaluation.stages import report as report_stage
+from prefopt.evaluation.stages.report import main_model, pick_samples
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes.evaluate import ALL
 
