@@ -16,7 +16,6 @@ from prefopt.evaluation.report.tables import (
     Column,
     Fold,
     Gap,
-    Heading,
     Items,
     Line,
     Measure,
@@ -25,6 +24,7 @@ from prefopt.evaluation.report.tables import (
     Samples,
     Table,
     better_or_worse,
+    headed,
     interval,
     label,
     number,
@@ -198,7 +198,7 @@ def models(results: Results) -> list[Block]:
         Ask("gold reward, T = 1", "gold_reward", 3, "ppo"),
         Ask("gold reward, greedy", "gold_reward_greedy", 3, "ppo"),
     ]
-    paired = results.table(against_ppo, [Column("difference", "ppo_ptx")])
+    paired = headed("PPO-ptx minus PPO, paired", results.table(against_ppo, [Column("difference", "ppo_ptx")]))
     apart = results.settings.get("heldout_use_case")
     note = (
         "Small print under a number: its 95 % interval (bootstrap over prompts, documents or tasks). ▲ better and ▼ worse "
@@ -206,7 +206,7 @@ def models(results: Results) -> list[Block]:
     )
     if apart:
         note += f" The use case “{apart}” was kept out of reward-model and RL training and is in no other row."
-    return [*table, *([Heading("PPO-ptx minus PPO, paired")] if paired else []), *paired, note]
+    return [*table, *paired, note]
 
 
 def _asks(results: Results) -> list[Ask | str]:
@@ -307,8 +307,7 @@ def numbers(results: Results) -> list[Block]:
     title = f"All {len(measures)} numbers with their definitions"
     missing = reasons(measures, lambda m: f"{m['name']} ({label(m['model'])})")
     items = [("", f"{reason} — {names}") for reason, names in missing]
-    folds = [Fold("Missing numbers and why", [Items(items)])] if items else []
-    return [settings, *folds, Fold(title, [Table(heads, rows, "every")])]
+    return [settings, Fold("Missing numbers and why", [Items(items)]), Fold(title, [Table(heads, rows, "every")])]
 
 
 def _row(m: Measure) -> Line:

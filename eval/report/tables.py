@@ -90,6 +90,10 @@ class Items:
 
     items: Sequence[tuple[str, str]]
 
+    @property
+    def is_empty(self) -> bool:
+        return not self.items
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -106,6 +110,10 @@ class Fold:
     title: str
     blocks: Sequence[Any]
 
+    @property
+    def is_empty(self) -> bool:
+        return all(isinstance(b, Items) and b.is_empty for b in self.blocks)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -118,11 +126,21 @@ class Samples:
 Block = str | Heading | Gap | Items | Table | Figure | Fold | Samples
 
 
-@dataclass(frozen=True)
+def headed(title: str, blocks: Sequence[Block]) -> list[Block]:
+    """The blocks under a heading, if there are any."""
+    return [Heading(title), *blocks] if blocks else []
+
+
+@dataclass
 class Section:
+    """Its blocks, but for lists and folds without anything in them."""
+
     id: str
     title: str
     blocks: Sequence[Block]
+
+    def __post_init__(self) -> None:
+        self.blocks = [b for b in self.blocks if not (isinstance(b, Items | Fold) and b.is_empty)]
 
 
 @dataclass(frozen=True)

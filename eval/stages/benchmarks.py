@@ -27,11 +27,11 @@ from prefopt.evaluation.report.tables import (
     Column,
     Figure,
     Fold,
-    Heading,
     Items,
     Line,
     Results,
     Table,
+    headed,
     label,
     number,
     reasons,
@@ -323,11 +323,10 @@ def section(results: Results) -> list[Block]:
     others = [name for name in asked if name in known and name not in nlp]
     blocks: list[Block] = [*_tax(nlp, results, data)]
     for title, names in (("Public NLP", nlp), ("Truthfulness, toxicity, bias, summaries", others)):
-        blocks += [Heading(title), *_table(names, results, data)] if names else []
+        blocks += headed(title, _table(names, results, data))
     none = reasons(measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title)
     items = [("", f"{titles}: {reason}") for reason, titles in none]
-    missing = [Fold("Not measured, and why", [Items(items)])] if items else []
-    return [*blocks, _note(data), *missing, _sources(asked)]
+    return [*blocks, _note(data), Fold("Not measured, and why", [Items(items)]), _sources(asked)]
 
 
 def _tax(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Figure]:

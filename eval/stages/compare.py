@@ -23,6 +23,7 @@ from prefopt.evaluation.report.tables import (
     Missing,
     Results,
     Table,
+    headed,
     label,
     measured,
     number,
@@ -345,15 +346,9 @@ def section(results: Results) -> list[Block]:
         Ask("same verdict in both orders", "judge_consistency"),
         Ask("verdicts for the first answer (.5: fair)", "judge_prefers_first"),
     ]
-    trusted = results.table(trust, [Column(CALLED["lm"], "lm")])
+    trusted = headed("How far to trust the language model", results.table(trust, [Column(CALLED["lm"], "lm")]))
     note = f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
-    return [
-        *results.table(asks, results.others),
-        note,
-        *_strengths(results, data),
-        *([Heading("How far to trust the language model")] if trusted else []),
-        *trusted,
-    ]
+    return [*results.table(asks, results.others), note, *_strengths(results, data), *trusted]
 
 
 def use_cases(results: Results) -> list[Block]:

@@ -95,17 +95,12 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
     no_gold = judges.gold_judge is None and own.gold_reward_model is None
     not_given = NO_PROXY if judges.reward_judge is None else NO_GOLD if no_gold else None
     reward_model = cache(lambda source: RewardModel(source, args, run.progress))
-    found = {
-        model: not_given
-        or attempt(
-            f"overopt: {model}",
-            partial(_rewards, run, args, own, judges, model, reward_model),
-            skips=FileNotFoundError,
-        )
-        for model in args.models
-    }
-    reasons = {model: why for model, why in found.items() if isinstance(why, NoNumber)}
-    rewards = {model: both for model, both in found.items() if model not in reasons}
+    rewards: dict[str, Rewards] = {}
+    reasons: dict[str, NoNumber] = {}
+    for model in args.models:
+        compute = partial(_rewards, run, args, own, judges, model, reward_model)
+        found = not_given or attempt(f"overopt: {model}", compute, skips=FileNotFoundError)
+        (reasons if isinstance(found, NoNumber) else rewards)[model] = found
     measures, best = best_of_n_measures(args.baseline, rewards, reasons)
     rollouts: dict[str, Any] = {}
     for model, source in args.models.items():
@@ -291,12 +286,7 @@ def section(results: Results) -> list[Block]:
         "√(log n − (n − 1)/n); gold gain d (α − β d) under best of n, d (α − β log d) under RL. A reward model's score "
         "that rises while the gold reward falls is over-optimization."
     )
-    return [
-        *figures,
-        *([Items(said)] if said else []),
-        *([Fold("Coefficients of the fits", coefficients)] if coefficients else []),
-        note,
-    ]
+    return [*figures, Items(said), Fold("Coefficients of the fits", coefficients), note]
 
 
 def gain_plot(points: Points, title: str, fit: Fit | None = None, design: Callable[..., Any] | None = None) -> Figure:

@@ -26,6 +26,7 @@ from prefopt.evaluation.report.tables import (
     Line,
     Results,
     Table,
+    headed,
     label,
     measured,
     number,
@@ -226,12 +227,12 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
     for group, rows in groups.items():
         here = {name: found for (name, of), found in scored.items() if of == group}
         measures += _of_labels(group, rows, next(iter(here.values()), None), gold, data)
+        pairs = Pairs.of([row["ranks"] for row in rows])
         scores = {name: [row["scores"] for row in found] for name, found in here.items()}
-        first = scorers[0] if scorers else None
-        for name in scores if first in scores else ():
-            if name != first:
-                difference = accuracy_difference(Pairs.of([row["ranks"] for row in rows]), scores[name], scores[first])
-                measures.append(MEASURES.record(f"rm.accuracy.{group}", name, difference, against=first))
+        first = scores.pop(scorers[0], None) if scorers else None
+        for name, theirs in scores.items() if first is not None else ():
+            difference = accuracy_difference(pairs, theirs, first)
+            measures.append(MEASURES.record(f"rm.accuracy.{group}", name, difference, against=scorers[0]))
     for (g, h), estimate in labeler_agreement(groups).items():
         name = f"rm.agreement.{g}" if g == h else f"rm.agreement_between.{g}.{h}"
         measures.append(MEASURES.record(name, "labelers", estimate))
@@ -477,10 +478,8 @@ def _parts(results: Results, groups: list[str], scorers: list[str]) -> list[Fold
         for group in groups:
             prefix = f"rm.accuracy_{kind}.{group}."
             asks = [Ask(name, prefix + name) for name in results.names(prefix)]
-            table = results.table(asks, scorers)
-            blocks += [Heading(_group(group)), *table] if table else []
-        if blocks:
-            folds.append(Fold(f"Accuracy by {title}", blocks))
+            blocks += headed(_group(group), results.table(asks, scorers))
+        folds.append(Fold(f"Accuracy by {title}", blocks))
     return folds
 
 
