@@ -88,6 +88,7 @@ class PlanArguments:
         metadata={"help": "File of the SFT step whose model, not trained yet, this step goes on with."},
     )
     out: str | None = field(default=None, metadata={"help": "Write the plan to this file, as JSON."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a file that is there and holds something else."})
 
 
 def memory(text: str) -> int:
@@ -279,7 +280,7 @@ def main(argv: list[str]) -> None:
     show(origin.model_name_or_path, budget, plans, left_out)
     if plan.out:
         result = {"model": origin.model_name_or_path, "budget": budget, "steps": plans}
-        write_whole(plan.out, json.dumps(result, indent=1) + "\n")
+        write_whole(plan.out, json.dumps(result, indent=1) + "\n", replace=plan.overwrite)
 
 
 def plan_step(s: Settings, budget: int, qlora: LoraConfig) -> dict[str, Any]:

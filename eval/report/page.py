@@ -1,8 +1,8 @@
 """report.html and report.md from results.json."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefopt.evaluation.report import sections
@@ -51,14 +51,11 @@ def report_page(content: Mapping[str, Any]) -> Page:
     return Page("prefopt report", [sections.verdict(results)], [_section(chapter, results) for chapter in SECTIONS])
 
 
-def build_report(results: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write the report (`report_page`) as one self-contained HTML page."""
-    write_whole(path, to_html(report_page(results)))
-
-
-def build_markdown(results: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write the same report as Markdown."""
-    write_whole(path, to_markdown(report_page(results)))
+def build_report(results: Mapping[str, Any], folder: Path) -> None:
+    """Write the report (`report_page`) as report.html, one self-contained page, and the same as report.md."""
+    page = report_page(results)
+    write_whole(folder / "report.html", to_html(page))
+    write_whole(folder / "report.md", to_markdown(page))
 
 
 def _section(chapter: Chapter, results: Results) -> Section:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefopt.evaluation.report.page import build_markdown, build_report
+from prefopt.evaluation.report.page import build_report
 from prefopt.evaluation.report.tables import label
 from prefopt.evaluation.results import Definition, Measures, Skipped, build_results, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
@@ -74,8 +74,7 @@ def measure(
     folder = Path(own.report_dir) if own.report_dir else run.folder
     results = collect(run, args, own, wall_seconds=wall_seconds)
     write_results(results, folder / "results.json")
-    build_report(results, folder / "report.html")
-    build_markdown(results, folder / "report.md")
+    build_report(results, folder)
     return folder
 
 

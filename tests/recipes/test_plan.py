@@ -35,7 +35,7 @@ def model(tmp_path):
 
 def plan(tmp_path, *argv):
     out = tmp_path / "plan.json"
-    main(["plan", *argv, "--out", str(out)])
+    main(["plan", *argv, "--out", str(out), "--overwrite", "true"])
     return json.loads(out.read_text(encoding="utf-8"))["steps"]
 
 

@@ -88,7 +88,7 @@ class Page(HTMLParser):
 
 
 def page_of(results, folder):
-    build_report(results, folder / "report.html")
+    build_report(results, folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
     return html, Page(html)
 
