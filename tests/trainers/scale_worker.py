@@ -58,7 +58,8 @@ class ScriptedPPO(PPOPtxTrainer):
 def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
     """The trainer of a kind: `reward`, `dpo` or `ppo`, then `-full`, `-lora`, `-shared` (all roles on one base).
 
-    `-resumed` at the end: trained, then trained again from the checkpoint of the second step.
+    `-resumed` at the end: trained, then trained again from the checkpoint of the second step. `-bf16` at the end: in bf16,
+    with gradient checkpointing, as on a GPU.
     """
     trainer, how, *_ = kind.split("-")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -67,14 +68,14 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
         "use_cpu": True,
         "report_to": "none",
         "disable_tqdm": True,
-        "bf16": False,
+        "bf16": kind.endswith("-bf16"),
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
         "save_strategy": "steps" if kind.endswith("-resumed") else "no",
         "save_steps": 2,
         "logging_steps": 1,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": kind.endswith("-bf16"),
         "warmup_steps": 0,
     }
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}

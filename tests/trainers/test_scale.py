@@ -128,6 +128,22 @@ def test_fsdp2_equals_one_process_and_saves_whole_models(models):
 
 
 @pytest.mark.timeout(900)
+def test_fsdp2_trains_adapters_in_bf16(models):
+    """As on a GPU. A reference that ran first would leave FSDP2 without a dtype for the gradients of the adapter."""
+    kinds = ["reward-lora-bf16", "dpo-lora-bf16"]
+    for kind, one, two in results(models, "fsdp2.yaml", kinds):
+        assert two["state"]["type"] == "FSDP"
+        assert len(one["logs"]) == len(two["logs"]) > 2
+        for expected, result in zip(one["logs"][:3], two["logs"][:3], strict=True):
+            assert result["loss"] == pytest.approx(expected["loss"], abs=0.02), kind
+            assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1), kind
+        for name, weight in one["weights"].items():
+            if "lora" in name:
+                assert two["weights"][name].dtype == torch.float32
+                assert (two["weights"][name] - weight).abs().max() < 0.01, (kind, name)
+
+
+@pytest.mark.timeout(900)
 def test_recipes_run_under_accelerate_launch(models):
     """As the README says it, on CPUs."""
     with open(models / "rows.jsonl", "w") as file:

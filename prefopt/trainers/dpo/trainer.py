@@ -261,11 +261,12 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
         `ref_logps`; of the policy `log_probs`, and for the log `entropy`, `mean_logits` (over the vocabulary) and
         `is_top1`. `aux_loss` of a mixture of experts is the batch's.
         """
-        # The reference first: it switches adapters, and the policy's must be active from its forward to its backward.
+        # The policy first: FSDP2 reads off its first forward which parameters train, and of an adapter none does while the
+        # reference runs. For the backward pass the policy's adapter is the active one again.
+        values = self._forward(model, inputs)
         ref_logps = inputs.get("ref_logps") if self.precompute_ref_logps else None
         if ref_logps is None:
             ref_logps = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        values = self._forward(model, inputs)
         scores = self.beta * (values["log_probs"] - ref_logps)
         return {**values, "ref_logps": ref_logps, "scores": scores}
 

@@ -1,7 +1,8 @@
 """The rollout of PPO-ptx: which prompts, and from scores, log-probabilities and values the advantage of each token."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerState
@@ -76,16 +78,39 @@ def check_vllm(
             "use_vllm with a 4-bit or 8-bit policy is not supported: TRL would send vLLM the packed weights; load "
             "the policy in 16 bit, or generate with transformers (use_vllm=False)"
         )
-    if isinstance(model, PeftModel) and any(c.modules_to_save for c in model.peft_config.values()):
-        raise UserError(
-            "use_vllm with modules_to_save is not supported: TRL would send vLLM the copies of every adapter; leave "
-            "modules_to_save out, or generate with transformers (use_vllm=False)"
-        )
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        if getattr(config, "modules_to_save", None):
+            raise UserError(
+                "use_vllm with modules_to_save is not supported: TRL would send vLLM the copies of every adapter; leave "
+                "modules_to_save out, or generate with transformers (use_vllm=False)"
+            )
+        if getattr(config, "trainable_token_indices", None):
+            raise UserError(
+                "use_vllm with trainable_token_indices is not supported: TRL would send vLLM the embeddings under a name "
+                "that it does not know; leave them out, or generate with transformers (use_vllm=False)"
+            )
     if suppressed_tokens:
         raise UserError(
             f"use_vllm cannot keep the policy from sampling the reward token {suppressed_tokens}: vLLM has no "
             "suppress_tokens; train the reward model without a reward token, or set use_vllm=False"
         )
+
+
+@contextmanager
+def base_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the base below a model's adapters is what it was, bit for bit.
+
+    TRL merges the policy's adapter into it for vLLM and takes it out again: W + BA - BA, which in 16 bit is not W, and
+    reference, value function and reward model may stand on that base. The copy is in the memory of the host.
+    """
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    copies = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, kept in zip(parameters, copies, strict=True):
+            parameter.data.copy_(kept)
 
 
 @dataclass

@@ -12,8 +12,8 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ from prefopt.trainers.ppo_ptx.rollout import (
     PromptOrder,
     Rollouts,
     Sampled,
+    base_kept,
     check_prompts,
     check_vllm,
     divided_anew,
@@ -348,8 +349,10 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
+        is_sent = self.use_vllm and self.state.global_step != self._last_loaded_step
+        kept = base_kept(self.model) if is_sent else nullcontext()
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
-        with plain_generation(self.model):
+        with plain_generation(self.model), kept:
             generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
         # TRL leaves the model in training mode after continuous batching.
         self.model.train(was_training)
@@ -550,7 +553,17 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         """
         if self.weight_average is None:
             raise UserError("there are no averaged weights: set ema_decay (InstructGPT: 0.992)")
-        return self.weight_average.swapped_in()
+        return self._averaged()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        try:
+            with self.weight_average.swapped_in():
+                # TRL sends vLLM the weights once for each step: these are others.
+                self._last_loaded_step = -1
+                yield
+        finally:
+            self._last_loaded_step = -1
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

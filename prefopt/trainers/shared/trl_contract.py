@@ -128,6 +128,7 @@ CLASSES: dict[str, dict[str, Seams]] = {
             attributes=(
                 "_buffered_inputs",
                 "_is_vlm",
+                "_last_loaded_step",
                 "_logs",
                 "_metrics",
                 "_name",

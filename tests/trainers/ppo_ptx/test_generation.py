@@ -209,6 +209,51 @@ def test_vllm_gets_the_policys_weights_and_no_others(kind, value_model, engine, 
         )
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_vllm_samples_from_the_averaged_weights_where_they_are_evaluated(kind, engine, make, causal_lm):
+    trainer = make(
+        lora(causal_lm) if kind == "lora" else causal_lm,
+        use_vllm=True,
+        max_steps=2,
+        ema_decay=0.9,
+        eval_dataset=PROMPTS.select(range(4)),
+    )
+    trainer.train()
+    generation, ids = trainer.vllm_generation, torch.randint(5, 300, (2, 7))
+
+    @torch.no_grad()
+    def engine_is_policy():
+        difference = generation.engine(ids).logits - trainer.model.eval()(ids).logits
+        return bool(difference.abs().max() < 1e-5)
+
+    with trainer.averaged_weights():
+        trainer.evaluate()
+        assert engine_is_policy()
+        averaged = trainer.model(ids).logits
+    assert not torch.allclose(trainer.model(ids).logits, averaged, atol=1e-3)
+    trainer.evaluate()
+    assert engine_is_policy()
+    syncs = generation.syncs
+    trainer.evaluate()
+    assert generation.syncs == syncs  # not without need
+
+
+def test_the_base_of_the_roles_is_the_same_after_all_merging(engine, make, causal_lm):
+    """In 16 bit, W + BA - BA is not W."""
+    model = lora(causal_lm.bfloat16(), std=0.05)
+    base = {name: p.detach().clone() for name, p in model.named_parameters() if "lora" not in name}
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    merged.unmerge_adapter()
+    drifted = dict(merged.named_parameters())
+    assert any(not torch.equal(drifted[name], weight) for name, weight in base.items())
+    trainer = make(model, use_vllm=True, max_steps=3)
+    trainer.train()
+    assert trainer.vllm_generation.syncs == 3
+    weights = dict(trainer.model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in base.items())
+
+
 @pytest.mark.parametrize("correction", [True, False])
 def test_importance_weights_multiply_the_policy_loss(correction, engine, make, causal_lm, monkeypatch):
     """The engine samples by probabilities of its own; ratio and KL are of the policy's."""
@@ -262,6 +307,8 @@ def test_policies_that_vllm_cannot_be_sent_are_refused(engine, make, causal_lm, 
     causal_lm.is_loaded_in_4bit = False
     with pytest.raises(ValueError, match="modules_to_save"):
         make(lora(causal_lm, modules_to_save=["embed_tokens"]), use_vllm=True)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        make(lora(copy.deepcopy(causal_lm), trainable_token_indices={"embed_tokens": [5]}), use_vllm=True)
     reward_model.config.reward_token_id = 7
     with pytest.raises(ValueError, match="reward token"):
         make(reward=reward_model, use_vllm=True)
