@@ -12,7 +12,7 @@ whose numbers come from runs of two and three layers on fake tensors (`models.ac
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,7 @@ from prefopt.models.prefix.sharing import is_faster
 
 STEPS = ("sft", "reward", "dpo", "ppo-ptx")
 # nf4: half a byte, and a scale in fp32 for 64 weights; nested, one of a byte and one in fp32 for 256 of those.
-NF4 = 0.5 + 4 / 64
-NESTED_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4, NESTED_NF4 = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 # Assumed, not measured: what a process takes on a GPU before its first tensor (kernels, cuBLAS workspaces), and what the
 # caching allocator cannot use of what comes and goes.
 CUDA_CONTEXT, FRAGMENTATION = 768 * 2**20, 0.08
@@ -43,26 +42,19 @@ MOST_ROWS = 1024
 Parts = dict[str, int]
 
 
+class Moment(NamedTuple):
+    """Bytes by what they are for, at a moment that has a name."""
+
+    name: str
+    parts: Parts
+
+    @property
+    def bytes(self) -> int:
+        """The sum."""
+        return sum(self.parts.values())
+
+
 # ---- models ----
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bytes of a weight, and of one of a linear map, which quantization packs; `autocast` to bf16."""
-
-    weights: int = 4
-    autocast: bool = False
-    linear: float = 4.0
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether linear maps are packed in 4 or 8 bit."""
-        return self.linear < 2
-
-    @property
-    def compute(self) -> int:
-        """Bytes of a number that comes out of a linear map; bitsandbytes' compute in the dtype of the weights."""
-        return 2 if self.autocast and not self.is_quantized else self.weights
 
 
 @dataclass(frozen=True)
@@ -108,17 +100,31 @@ class Model:
     """A decoder by its configuration, in one precision, trained as a whole or by an adapter.
 
     Attributes:
-        adapter_bytes: of an adapter's weight.
+        weights, linear, adapter_bytes: bytes of a weight; of one of a linear map, which quantization packs; of an
+            adapter's.
+        autocast: to bf16.
 
     Raises:
         UserError: on use, if transformers has no such decoder, or no module has a name in `target_modules` (peft).
     """
 
     config: PreTrainedConfig
-    precision: Precision = Precision()
+    weights: int = 4
+    autocast: bool = False
+    linear: float = 4.0
     lora: LoraConfig | None = None
     adapter_bytes: int = 4
-    _measured: dict[Any, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
+    _measured: dict[Any, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear maps are packed in 4 or 8 bit."""
+        return self.linear < 2
+
+    @property
+    def compute(self) -> int:
+        """Bytes of a number that comes out of a linear map; bitsandbytes' compute in the dtype of the weights."""
+        return 2 if self.autocast and not self.is_quantized else self.weights
 
     @cached_property
     def _whole(self) -> nn.Module:
@@ -132,6 +138,12 @@ class Model:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return UserError(f"no memory arithmetic for the architecture {self.config.model_type!r}: {reason}")
 
+    def _with_adapter(self, model: nn.Module) -> nn.Module:
+        try:
+            return inject_adapter_in_model(copy.deepcopy(self.lora), model, low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise UserError(f"lora_target_modules: {error}") from error
+
     @cached_property
     def sizes(self) -> Sizes:
         """Counted on the model."""
@@ -144,30 +156,24 @@ class Model:
     @cached_property
     def adapter(self) -> int:
         """Parameters of the adapter, and of the modules that are saved and trained with it."""
-        names = self.lora.modules_to_save or ()
-        saved = [module for name, module in self._whole.named_modules() if name.rpartition(".")[2] in names]
-        adapted = _with_adapter(copy.deepcopy(self._whole), self.lora)
-        lora = sum(p.numel() for name, p in adapted.named_parameters() if ".lora_" in name)
-        return lora + sum(p.numel() for module in saved for p in module.parameters())
+        adapted = self._with_adapter(copy.deepcopy(self._whole))
+        return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
     def bytes(self, head: int) -> int:
         """Weights, with `head` parameters above the backbone."""
         packed = self.sizes.linear
-        return round(self.precision.weights * (self.sizes.backbone - packed + head) + self.precision.linear * packed)
+        return round(self.weights * (self.sizes.backbone - packed + head) + self.linear * packed)
 
     def gradients(self, head: int) -> int:
         """Bytes of all gradients; the optimizer's state has a multiple."""
-        if self.lora:
-            return self.adapter * self.adapter_bytes
-        return (self.sizes.backbone + head) * self.precision.weights
+        return self.adapter * self.adapter_bytes if self.lora else (self.sizes.backbone + head) * self.weights
 
     @property
     def kv_bytes(self) -> int:
         """Of the keys and values of a token in a layer, as if no layer had a window."""
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        dim = getattr(self.config, "head_dim", None)
-        dim = dim or self.config.hidden_size // self.config.num_attention_heads
-        return 2 * heads * dim * self.precision.weights
+        dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return 2 * heads * dim * self.weights
 
     def activations(
         self, batch: Batch, *, is_trained: bool = True, checkpointing: bool = False, layers: int | None = None
@@ -195,21 +201,21 @@ class Model:
         return line(lambda n: line(lambda m: run(n, m), batch.prompts), layers)
 
     def _measure(self, layers: int, batch: Batch, is_trained: bool, checkpointing: bool) -> tuple[int, int]:
-        config, p = copy.deepcopy(self.config), self.precision
+        config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
         try:
             with torch.device("meta"):
-                net = AutoModel.from_config(config, dtype=torch.float32 if p.weights == 4 else torch.bfloat16)
+                net = AutoModel.from_config(config, dtype=torch.float32 if self.weights == 4 else torch.bfloat16)
             return activation_bytes(
-                _with_adapter(net, self.lora) if self.lora else net,
+                self._with_adapter(net) if self.lora else net,
                 batch.rows(),
                 is_trained=is_trained,
                 checkpointing=checkpointing,
                 shares_prefixes=batch.prefix > 0,
-                is_quantized=p.is_quantized,
-                autocast=p.autocast,
+                is_quantized=self.is_quantized,
+                autocast=self.autocast,
                 first=batch.first,
                 adapter_dtype=torch.float32 if self.adapter_bytes == 4 else torch.bfloat16,
             )
@@ -217,56 +223,29 @@ class Model:
             raise self._unknown(error) from error
 
 
-def _with_adapter(model: nn.Module, lora: LoraConfig) -> nn.Module:
-    try:
-        return inject_adapter_in_model(copy.deepcopy(lora), model, low_cpu_mem_usage=True)
-    except ValueError as error:
-        raise UserError(f"lora_target_modules: {error}") from error
-
-
-def head_bytes(
-    model: Model, positions: int, *, is_cuda: bool, copies: int = 1, is_fused: bool = False
-) -> tuple[int, int]:
+def head_bytes(m: Model, positions: int, *, is_cuda: bool, copies: int = 1, is_fused: bool = False) -> tuple[int, int]:
     """What the LM head holds at so many positions: in a forward pass that keeps nothing, and at most in training.
 
     Few logits (`DENSE_LOGITS`) are computed at once: `copies` of them exist while statistics are computed; their
     log-softmax is kept, with gradients of it and of the logits. More, or where `is_fused`, are computed in tiles, and
     again in the backward pass, with the gradients of hidden states and weight summed in fp32.
     """
-    p, hidden, vocab = model.precision, model.config.hidden_size, model.config.vocab_size
-    is_trained = model.lora is None
+    hidden, vocab, is_trained = m.config.hidden_size, m.config.vocab_size, m.lora is None
     if positions * vocab <= DENSE_LOGITS and not is_fused:
-        logits, kept = 4 * positions * vocab, positions * (hidden * p.compute + 4 * vocab)
-        weight = p.weights * vocab * hidden if is_trained else 0
+        logits, kept = 4 * positions * vocab, positions * (hidden * m.compute + 4 * vocab)
+        weight = m.weights * vocab * hidden * is_trained
         forward = kept + (copies - 1) * logits
-        return forward, max(forward, kept + 2 * logits, kept + logits * p.compute // 4 + weight)
+        return forward, max(forward, kept + 2 * logits, kept + logits * m.compute // 4 + weight)
     rows, words = min(positions, TILE_POSITIONS), min(vocab, TILE_WORDS)
     tile = 0 if is_cuda else 4 * rows * words
     # TRL's buffer is as wide as a tile however small the vocabulary
-    always = positions * hidden * p.weights + rows * TILE_WORDS * p.compute
-    always += 2 * words * hidden if p.compute < p.weights else 0
-    grads = 4 * positions * hidden + ((4 if p.weights == 4 else 6) * vocab * hidden if is_trained else 0)
+    always = positions * hidden * m.weights + rows * TILE_WORDS * m.compute
+    always += 2 * words * hidden * (m.compute < m.weights)
+    grads = 4 * positions * hidden + (4 if m.weights == 4 else 6) * vocab * hidden * is_trained
     return round(always + FORWARD_TILES * tile), round(always + BACKWARD_TILES * tile + grads)
 
 
 # ---- steps ----
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes by what they are for, at a moment that has a name."""
-
-    name: str
-    parts: Parts
-
-    @property
-    def bytes(self) -> int:
-        """The sum."""
-        return sum(self.parts.values())
-
-    def plus(self, parts: Parts) -> "Moment":
-        """With more of them."""
-        return Moment(self.name, parts | {name: parts.get(name, 0) + n for name, n in self.parts.items()})
 
 
 @dataclass(frozen=True)
@@ -332,28 +311,27 @@ def moments(s: Settings) -> list[Moment]:
     if s.step not in STEPS:
         raise ValueError(f"step {s.step!r}: expected one of {', '.join(STEPS)}")
     # The head that is trained; PPO's value function has a score head, as the reward model.
-    m, score = s.model, s.model.config.hidden_size
+    m, score, is_ppo = s.model, s.model.config.hidden_size, s.step == "ppo-ptx"
     head = score if s.step == "reward" else m.sizes.lm_head
-    trained = m.gradients(head) + (m.gradients(score) if s.step == "ppo-ptx" else 0)
+    trained = m.gradients(head) + m.gradients(score) * is_ppo
     resident = {"weights": m.bytes(head)}
     if m.lora:
         # PPO-ptx: policy, value function and reward model
-        adapters = 3 if s.step == "ppo-ptx" else 1
-        adapters += s.continues_adapter and s.step in ("dpo", "ppo-ptx")
+        adapters = (3 if is_ppo else 1) + (s.continues_adapter and s.step in ("dpo", "ppo-ptx"))
         resident["adapters"] = adapters * m.adapter * m.adapter_bytes
-    elif s.step == "ppo-ptx":
-        resident["reference"] = m.bytes(head)
-        resident["reward model"] = resident["value function"] = m.bytes(score)
-    elif s.step == "dpo" and not s.precomputes_reference:
-        resident["reference"] = m.bytes(head)
+    else:
+        if is_ppo or (s.step == "dpo" and not s.precomputes_reference):
+            resident["reference"] = m.bytes(head)
+        if is_ppo:
+            resident["reward model"] = resident["value function"] = m.bytes(score)
     resident["optimizer"] = round(s.optimizer * trained)
     if s.has_average:
         resident["average"] = 4 * (m.adapter if m.lora else m.sizes.backbone + head)
     rows = s.batch * s.accumulation * (s.k if s.step in ("reward", "dpo") else 1)
     # token ids and two masks of all micro-batches, of a rollout also what is computed per token
-    resident["batches"] = (100 * s.rollout if s.step == "ppo-ptx" else 24 * rows) * s.length
+    resident["batches"] = (100 * s.rollout if is_ppo else 24 * rows) * s.length
     passing = {"sft": _sft, "reward": _ranked, "dpo": _ranked, "ppo-ptx": _ppo}[s.step](s)
-    return [moment.plus(resident) for moment in [*passing, Moment("optimizer", {"gradients": trained})]]
+    return [Moment(name, resident | parts) for name, parts in [*passing, Moment("optimizer", {"gradients": trained})]]
 
 
 def _training(
@@ -369,10 +347,10 @@ def _training(
         others: bytes of another model's gradients.
     """
     m, every = s.model, s.model.gradients(head)
-    size = 0 if m.lora else m.precision.weights  # of a gradient outside the adapter
+    size = 0 if m.lora else m.weights  # of a gradient outside the adapter
     embedding, tied = m.sizes.embedding * size, m.sizes.embedding * size * (head == 0)
     kept, most = m.activations(batch, checkpointing=s.checkpointing)
-    stream = batch.tokens * m.config.hidden_size * m.precision.weights
+    stream = batch.tokens * m.config.hidden_size * m.weights
     if accumulates:
         ends = {"head": (every, kept, in_head), "last layer": (every, most, 0)}
         ends["embeddings"] = (every + embedding, stream, 0)
@@ -388,12 +366,13 @@ def _training(
     ]
 
 
-def _reading(s: Settings, name: str, batch: Batch, in_head: int, gradients: int = 0) -> list[Moment]:
+def _reading(s: Settings, name: str, batch: Batch, in_head: int, gradients: int = 0, cache: int = 0) -> list[Moment]:
     """The moments of a forward pass of which nothing is kept."""
     kept, most = s.model.activations(batch, is_trained=False)
+    always = {"gradients": gradients, "KV cache": cache}
     return [
-        Moment(f"{name}: layers", {"gradients": gradients, "activations": most}),
-        Moment(f"{name}: head", {"gradients": gradients, "activations": kept, "head": in_head}),
+        Moment(f"{name}: layers", always | {"activations": most}),
+        Moment(f"{name}: head", always | {"activations": kept, "head": in_head}),
     ]
 
 
@@ -417,7 +396,7 @@ def _ranked(s: Settings) -> list[Moment]:
         in_reading, in_training = head_bytes(m, rows * s.completion, is_cuda=s.is_cuda, copies=4)
     result = _training(s, "training", batch, head, in_training, accumulates)
     if is_divided or (s.step == "dpo" and not s.precomputes_reference):
-        result += _reading(s, others, batch, in_reading, m.gradients(head) if accumulates else 0)
+        result += _reading(s, others, batch, in_reading, m.gradients(head) * accumulates)
     return result
 
 
@@ -443,10 +422,8 @@ def _ppo(s: Settings) -> list[Moment]:
     # grows by being copied. Of the next token's logits there are four copies: as computed, in fp32, processed, and
     # their probabilities.
     logits, cache = 4 * 4 * s.rollout * vocab, m.kv_bytes * s.rollout
-    result = [
-        moment.plus({"KV cache": layers * cache * s.prompt})
-        for moment in _reading(s, "prompts of the rollout", Batch(s.rollout, 1, s.prompt), logits)
-    ]
+    prompts = Batch(s.rollout, 1, s.prompt)
+    result = _reading(s, "prompts of the rollout", prompts, logits, cache=layers * cache * s.prompt)
     growing = layers * cache * s.length + cache * s.length // 2
     result.append(Moment("last token of the rollout", {"KV cache": growing, "head": logits}))
 
@@ -459,12 +436,12 @@ def _ppo(s: Settings) -> list[Moment]:
     if s.has_full_kl:
         # Logits of two models, each as computed and then divided by the temperature; of few positions at a time also
         # the two log-softmaxes, their difference, its product with the probabilities, these, and where they are 0.
-        some, compute = min(max(1, KL_POSITIONS // s.completion), s.rollout), m.precision.compute
-        both, chunk = compute * some * s.completion * vocab, 4 * min(some * s.completion, KL_CHUNK) * vocab
-        in_kl = max(3 * both + compute * some * vocab, 2 * both + round(5.25 * chunk))
+        some = min(max(1, KL_POSITIONS // s.completion), s.rollout)
+        both, chunk = m.compute * some * s.completion * vocab, 4 * min(some * s.completion, KL_CHUNK) * vocab
+        in_kl = max(3 * both + m.compute * some * vocab, 2 * both + round(5.25 * chunk))
         result.append(Moment("exact KL", {"head": in_kl}))
     policy, value = m.gradients(head), m.gradients(score)
-    result += _training(s, "value function", rows, score, values, accumulates, policy if accumulates else 0)
+    result += _training(s, "value function", rows, score, values, accumulates, policy * accumulates)
     result += _training(s, "policy", rows, head, in_training, accumulates, value)
     if s.ptx_blocks:
         blocks = Batch(min(s.ptx_batch, s.ptx_blocks), 1, s.ptx_length)
@@ -489,13 +466,40 @@ def fit(s: Settings, budget: int, lora: LoraConfig) -> Change:
     number the largest value that fits is taken; where none does, the smallest of all.
     """
     changes: dict[str, Any] = {}
-    packed = partial(_four_bit, lora=lora)
-    for remedy in (packed, _checkpointing, _forward_tokens, _batches, _rollouts, _lengths):
-        if peak(s).bytes <= budget:
-            break
-        if options := remedy(s):
+
+    def attempt(options: Sequence[Change]) -> None:
+        nonlocal s
+        if options and peak(s).bytes > budget:
             keys, s = _largest(options, budget)
-            changes |= keys
+            changes.update(keys)
+
+    m, is_ppo = s.model, s.step == "ppo-ptx"
+    if not m.is_quantized:
+        keys = {"load_in_4bit": True, "dtype": "bfloat16"} | ({} if m.lora else {"use_peft": True})
+        packed = replace(m, weights=2, linear=NF4, lora=m.lora or lora, adapter_bytes=4)
+        attempt([(keys, replace(s, model=packed))])
+    if not s.checkpointing:
+        attempt([({"gradient_checkpointing": True}, replace(s, checkpointing=True))])
+    if s.step in ("reward", "dpo"):
+        sizes = range(s.length, max(forwards(s)[0].tokens, s.length + 1), 64)
+        attempt([({"max_tokens_per_forward": size}, replace(s, max_tokens=size)) for size in sizes])
+    # fewer rows at once and as many more micro-batches, so that an optimizer step sees as many
+    minibatch = s.batch * s.accumulation
+    splits = [(n, minibatch // n) for n in range(1, s.batch) if s.batch % n == 0]
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    attempt(
+        [(dict(zip(names, pair, strict=True)), replace(s, batch=pair[0], accumulation=pair[1])) for pair in splits]
+    )
+    if is_ppo:
+        rollouts = range(minibatch, s.rollout, minibatch)
+        attempt([({"generation_batch_size": size}, replace(s, rollout=size)) for size in rollouts])
+    shorter = []
+    for part in range(1, 16):
+        prompt, completion, ptx = (max(1, n * part // 16) for n in (s.prompt, s.completion, s.ptx_length))
+        keys = {"prompt_length": prompt, "max_completion_length": completion, "ptx_max_length": max(2, ptx)}
+        keys = keys if is_ppo else {"max_length": prompt + completion}
+        shorter.append((keys, replace(s, prompt=prompt, completion=completion, ptx_length=max(2, ptx))))
+    attempt(shorter)
     return changes, s
 
 
@@ -518,53 +522,3 @@ def _largest(options: Sequence[Change], budget: int) -> Change:
         middle = (low + high) // 2
         low, high = (middle, high) if peak(options[middle][1]).bytes <= budget else (low, middle)
     return options[low]
-
-
-def _four_bit(s: Settings, lora: LoraConfig) -> list[Change]:
-    m = s.model
-    if m.precision.is_quantized:
-        return []
-    precision = Precision(weights=2, autocast=m.precision.autocast, linear=NF4)
-    keys = {"load_in_4bit": True, "dtype": "bfloat16"} | ({} if m.lora else {"use_peft": True})
-    return [(keys, replace(s, model=Model(m.config, precision, m.lora or lora)))]
-
-
-def _checkpointing(s: Settings) -> list[Change]:
-    return [] if s.checkpointing else [({"gradient_checkpointing": True}, replace(s, checkpointing=True))]
-
-
-def _forward_tokens(s: Settings) -> list[Change]:
-    if s.step not in ("reward", "dpo"):
-        return []
-    sizes = range(s.length, max(forwards(s)[0].tokens, s.length + 1), 64)
-    return [({"max_tokens_per_forward": size}, replace(s, max_tokens=size)) for size in sizes]
-
-
-def _batches(s: Settings) -> list[Change]:
-    """Fewer rows at once and as many more micro-batches, so that an optimizer step sees as many."""
-    options = []
-    for size in (size for size in range(1, s.batch) if s.batch % size == 0):
-        steps = s.accumulation * s.batch // size
-        keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        options.append((keys, replace(s, batch=size, accumulation=steps)))
-    return options
-
-
-def _rollouts(s: Settings) -> list[Change]:
-    minibatch = s.batch * s.accumulation
-    sizes = range(minibatch, s.rollout, minibatch) if s.step == "ppo-ptx" else ()
-    return [({"generation_batch_size": size}, replace(s, rollout=size)) for size in sizes]
-
-
-def _lengths(s: Settings) -> list[Change]:
-    options = []
-    for sixteenths in range(1, 16):
-        prompt, completion, ptx = (
-            max(least, length * sixteenths // 16)
-            for length, least in ((s.prompt, 1), (s.completion, 1), (s.ptx_length, 2))
-        )
-        keys = {"max_length": prompt + completion}
-        if s.step == "ppo-ptx":
-            keys = {"prompt_length": prompt, "max_completion_length": completion, "ptx_max_length": ptx}
-        options.append((keys, replace(s, prompt=prompt, completion=completion, ptx_length=ptx)))
-    return options

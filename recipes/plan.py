@@ -11,7 +11,7 @@ checkpointing, `max_tokens_per_forward`, a smaller batch, a smaller rollout, sho
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,14 +30,13 @@ from prefopt.memory import (
     NF4,
     STEPS,
     Model,
-    Precision,
     Settings,
     fit,
     largest_batch,
     moments,
     peak,
 )
-from prefopt.recipes.common.arguments import DataArguments, parse
+from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.models import is_adapter
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
 from prefopt.recipes.reward import RewardArguments
@@ -53,16 +52,6 @@ ARGUMENTS: dict[str, tuple[type, type]] = {
     "dpo": (DataArguments, RankedDPOConfig),
     "ppo-ptx": (PPOPtxArguments, PPOPtxConfig),
 }
-# Rows of the table, where they have another name than in `prefopt.memory`.
-LABELS = {
-    "reference": "reference model",
-    "optimizer": "optimizer state",
-    "average": "averaged weights",
-    "head": "logits, scores",
-    "batches": "token ids, rollout",
-    "CUDA context": "CUDA context (assumed)",
-    "fragmentation": "fragmentation (assumed)",
-}
 # tests/benchmarks/memory_plan_error.py draws the shapes.
 ASSUMPTIONS = (
     "Measured on CPUs: within 13 % of the allocator's peak on 100 random small shapes, median 1 %. Not measured on a GPU: the "
@@ -75,31 +64,20 @@ ASSUMPTIONS = (
 class PlanArguments:
     """What a plan is made for, beside the settings of the step."""
 
-    gpu: str | None = field(
-        default=None, metadata={"help": "Memory of one GPU (with use_cpu, of the machine), such as 24GB."}
-    )
-    k: int = field(default=9, metadata={"help": "Completions of a prompt in the rankings."})
-    prompt_length: int = field(default=512, metadata={"help": "Tokens of the longest prompt."})
-    completion_length: int = field(
-        default=256, metadata={"help": "Tokens of the longest completion; ppo-ptx has max_completion_length."}
-    )
-    after: str | None = field(
-        default=None,
-        metadata={"help": "File of the SFT step whose model, not trained yet, this step goes on with."},
-    )
-    out: str | None = field(default=None, metadata={"help": "Write the plan to this file, as JSON."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a file that is there and holds something else."})
+    gpu: str | None = setting(None, "Memory of one GPU (with use_cpu, of the machine), such as 24GB.")
+    k: int = setting(9, "Completions of a prompt in the rankings.")
+    prompt_length: int = setting(512, "Tokens of the longest prompt.")
+    completion_length: int = setting(256, "Tokens of the longest completion; ppo-ptx has max_completion_length.")
+    after: str | None = setting(None, "File of the SFT step whose model, not trained yet, this step goes on with.")
+    out: str | None = setting(None, "Write the plan to this file, as JSON.")
+    overwrite: bool = setting(False, "Replace a file that is there and holds something else.")
 
 
 def memory(text: str) -> int:
-    """Bytes of what cards are sold by: 24GB, 24 or 24GiB are 24 * 2^30.
+    """Bytes of what cards are sold by: 24GB, 24 or 24GiB are 24 * 2^30; else a `UserError`.
 
-    Raises:
-        UserError: it is no such text.
-
-    Example:
-        >>> memory("24GB") == memory("24 gib") == 24 * 2**30
-        True
+    >>> memory("24GB") == memory("24 gib") == 24 * 2**30
+    True
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gi?b)?", text.strip().lower())
     if match is None or float(match[1]) == 0:
@@ -148,12 +126,14 @@ def settings_of(
             f"plan has no arithmetic for attn_implementation={model_args.attn_implementation!r}: leave it out"
         )
     lora, continues = lora_of(model_args, first)
-    precision = precision_of(model_args, args.bf16)
-    # TRL's SFTTrainer rounds adapters on a quantized base to bf16; prefopt's trainers do not.
-    adapter_bytes = 2 if step == "sft" and precision.is_quantized else 4
+    model = model_of(config.get_text_config(), model_args, args.bf16)
+    if lora:
+        # TRL's SFTTrainer rounds adapters on a quantized base to bf16; prefopt's trainers do not.
+        adapter_bytes = 2 if step == "sft" and model.is_quantized else 4
+        model = replace(model, lora=for_step(lora, args), adapter_bytes=adapter_bytes)
     settings = Settings(
         step=step,
-        model=Model(config.get_text_config(), precision, lora and for_step(lora, args), adapter_bytes),
+        model=model,
         is_cuda=not args.is_for_cpu,
         checkpointing=bool(args.gradient_checkpointing),
         batch=args.per_device_train_batch_size,
@@ -165,11 +145,11 @@ def settings_of(
         continues_adapter=continues,
     )
     if step == "ppo-ptx":
-        episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        episodes = settings.batch * settings.accumulation
         return replace(
             settings,
             completion=args.max_completion_length,
-            rollout=args.per_device_train_batch_size * args.steps_per_generation,
+            rollout=settings.batch * args.steps_per_generation,
             ptx_batch=args.ptx_per_device_batch_size,
             ptx_length=args.ptx_max_length,
             ptx_blocks=max(1, round(args.ptx_batch_ratio * episodes)) if args.ptx_coef > 0 else 0,
@@ -209,15 +189,15 @@ def for_step(lora: LoraConfig, args: Any) -> LoraConfig:
     return replace(lora, lora_dropout=0.0) if getattr(args, "disable_dropout", False) else lora
 
 
-def precision_of(model_args: ModelConfig, bf16: bool) -> Precision:
-    """Bytes of weights, from `dtype` and the quantization."""
+def model_of(config: PreTrainedConfig, model_args: ModelConfig, bf16: bool) -> Model:
+    """With the bytes of its weights, from `dtype` and the quantization."""
     weights = 4 if model_args.dtype in (None, "float32") else 2
     linear = float(weights)
     if model_args.load_in_4bit:
         linear = NESTED_NF4 if model_args.use_bnb_nested_quant else NF4
     elif model_args.load_in_8bit:
         linear = 1.0
-    return Precision(weights, bf16, linear)
+    return Model(config, weights, bf16, linear)
 
 
 def optimizer_state(name: str) -> float:
@@ -288,6 +268,8 @@ def plan_step(s: Settings, budget: int, qlora: LoraConfig) -> dict[str, Any]:
     most, (changes, fitted) = peak(s), fit(s, budget, qlora)
     changed = peak(fitted)
     m = s.model
+    sizes = {"parameters": m.sizes.backbone + m.sizes.lm_head, "layers": m.config.num_hidden_layers}
+    sizes |= {"hidden": m.config.hidden_size, "vocab": m.config.vocab_size}
     return {
         "fits": most.bytes <= budget,
         "bytes": most.bytes,
@@ -300,17 +282,8 @@ def plan_step(s: Settings, budget: int, qlora: LoraConfig) -> dict[str, Any]:
         "bytes_changed": changed.bytes,
         "parts_changed": changed.parts,
         "settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name != "model"}
-        | {
-            "architecture": {
-                "parameters": m.sizes.backbone + m.sizes.lm_head,
-                "layers": m.config.num_hidden_layers,
-                "hidden": m.config.hidden_size,
-                "vocab": m.config.vocab_size,
-            },
-            "precision": asdict(m.precision),
-            "adapter": m.lora and m.adapter,
-            "rank": m.lora and m.lora.r,
-        },
+        | {"architecture": sizes, "adapter": m.lora and m.adapter, "rank": m.lora and m.lora.r}
+        | {"precision": {"weights": m.weights, "autocast": m.autocast, "linear": m.linear}},
     }
 
 
@@ -343,7 +316,7 @@ def show(name: str, budget: int, plans: dict[str, dict[str, Any]], left_out: dic
     for part in dict.fromkeys(part for plan in reversed(steps) for part in plan["parts"]):
         values = [plan["parts"].get(part, 0) / GIB for plan in steps]
         if any(values):
-            table.add_row(LABELS.get(part, part), *(f"{value:.2f}" if value else "" for value in values))
+            table.add_row(part, *(f"{value:.2f}" if value else "" for value in values))
     table.add_row("sum", *(f"{plan['bytes'] / GIB:.2f}" for plan in steps), style="bold")
     table.add_row("fits", *("yes" if plan["fits"] else "no" for plan in steps), style="bold")
     console.print(table)

@@ -20,7 +20,6 @@ from prefopt.memory import (
     STEPS,
     Batch,
     Model,
-    Precision,
     Settings,
     fit,
     forwards,
@@ -61,7 +60,7 @@ def tiny(**overrides):
 
 def settings(config=None, step="reward", **options):
     lora = LORA if options.pop("lora", False) else None
-    return Settings(step, Model(config or tiny(), options.pop("precision", Precision()), lora), **options)
+    return Settings(step, Model(config or tiny(), *options.pop("precision", (4, False, 4.0)), lora), **options)
 
 
 def lora_parameters(config=None):
@@ -75,7 +74,7 @@ def test_qwen3_8b_has_the_parameters_that_its_shapes_say():
     h, f, q, kv, layers, vocab = 4096, 12_288, 32 * 128, 8 * 128, 36, 151_936
     linear = layers * (h * q + 2 * h * kv + q * h + 3 * h * f)
     norms = layers * (2 * h + 2 * 128) + h
-    model = Model(Qwen3Config(**QWEN3_8B), Precision(2, True, NF4))
+    model = Model(Qwen3Config(**QWEN3_8B), 2, True, NF4)
     assert model.sizes == (vocab * h, vocab * h, vocab * h + linear + norms, linear)
     assert model.sizes.backbone + model.sizes.lm_head == 8_190_735_360
     assert model.bytes(vocab * h) == 2 * (2 * vocab * h + norms) + linear * (0.5 + 4 / 64)
@@ -150,7 +149,7 @@ def test_shared_prefixes_run_once(monkeypatch):
 
 
 def test_a_fused_head_has_tiles_and_no_logits():
-    model = Model(Qwen3Config(**QWEN3_8B), Precision(2, True, NF4), LORA)
+    model = Model(Qwen3Config(**QWEN3_8B), 2, True, NF4, LORA)
     forward, training = head_bytes(model, 10_000, is_cuda=True)
     # the hidden states of all positions, and one tile in bf16; in the backward pass their gradients in fp32
     assert forward == 10_000 * 4096 * 2 + 4096 * 32_768 * 2
@@ -291,7 +290,7 @@ def test_an_unknown_step_is_refused():
 
 # ---- fitting ----
 
-LARGE = {"precision": Precision(4, True, 4.0), "is_cuda": True, "checkpointing": False, "batch": 8, "k": 9}
+LARGE = {"precision": (4, True, 4.0), "is_cuda": True, "checkpointing": False, "batch": 8, "k": 9}
 
 
 @pytest.mark.usefixtures("plain_activations")
