@@ -176,7 +176,7 @@ def lora_of(model_args: ModelConfig, first: ModelConfig | None) -> tuple[LoraCon
     if first is not None and first.use_peft:
         return get_peft_config(first), True
     if first is None and is_adapter(model_args.model_name_or_path):
-        return PeftConfig.from_pretrained(model_args.model_name_or_path), True
+        return replace(PeftConfig.from_pretrained(model_args.model_name_or_path), inference_mode=False), True
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise UserError(
             "quantized weights cannot be trained: add use_peft, or --after with the file of an SFT step with it"

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix.sharing import enable, plan, sharing, why_not
+from prefopt.models.reward import checkpoint_activations
 
 
 class Meter(TorchDispatchMode):
@@ -90,7 +91,7 @@ def activation_bytes(
     if is_trained and (checkpointing or not has_adapter):
         net.enable_input_require_grads()
     if is_trained and checkpointing:
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(net, {"use_reentrant": False})
     net.train(is_trained)
     if shares_prefixes and why_not(net) is None:
         enable(net)
