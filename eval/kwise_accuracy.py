@@ -34,10 +34,7 @@ Example:
 _CITATION = """\
 @article{ouyang2022training,
   title   = {Training language models to follow instructions with human feedback},
-  author  = {Long Ouyang and Jeff Wu and Xu Jiang and Diogo Almeida and Carroll L. Wainwright and Pamela Mishkin and
-             Chong Zhang and Sandhini Agarwal and Katarina Slama and Alex Ray and John Schulman and Jacob Hilton and
-             Fraser Kelton and Luke Miller and Maddie Simens and Amanda Askell and Peter Welinder and Paul Christiano
-             and Jan Leike and Ryan Lowe},
+  author  = {Ouyang, Long and Wu, Jeff and Jiang, Xu and others},
   journal = {arXiv preprint arXiv:2203.02155},
   year    = {2022}
 }

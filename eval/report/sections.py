@@ -16,7 +16,6 @@ from prefopt.evaluation.report.tables import (
     Column,
     Fold,
     Gap,
-    Items,
     Line,
     Measure,
     Missing,
@@ -27,8 +26,8 @@ from prefopt.evaluation.report.tables import (
     headed,
     interval,
     label,
+    missing_numbers,
     number,
-    reasons,
 )
 from prefopt.evaluation.results import MODELS, families, no_number
 from prefopt.evaluation.run import Question, Stage
@@ -305,9 +304,9 @@ def numbers(results: Results) -> list[Block]:
     heads = ["name", "model", "value", "95 % interval", Cell("n", "prompts"), "status"]
     settings = ", ".join(f"{k} = {v}" for k, v in results.settings.items())
     title = f"All {len(measures)} numbers with their definitions"
-    missing = reasons(measures, lambda m: f"{m['name']} ({label(m['model'])})")
-    items = [("", f"{reason} — {names}") for reason, names in missing]
-    return [settings, Fold("Missing numbers and why", [Items(items)]), Fold(title, [Table(heads, rows, "every")])]
+    why, line = "Missing numbers and why", "{reason} — {names}"
+    missing = missing_numbers(why, measures, lambda m: f"{m['name']} ({label(m['model'])})", line)
+    return [settings, *missing, Fold(title, [Table(heads, rows, "every")])]
 
 
 def _row(m: Measure) -> Line:

@@ -90,10 +90,6 @@ class Items:
 
     items: Sequence[tuple[str, str]]
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.items
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -109,10 +105,6 @@ class Fold:
 
     title: str
     blocks: Sequence[Any]
-
-    @property
-    def is_empty(self) -> bool:
-        return all(isinstance(b, Items) and b.is_empty for b in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -131,16 +123,11 @@ def headed(title: str, blocks: Sequence[Block]) -> list[Block]:
     return [Heading(title), *blocks] if blocks else []
 
 
-@dataclass
+@dataclass(frozen=True)
 class Section:
-    """Its blocks, but for lists and folds without anything in them."""
-
     id: str
     title: str
     blocks: Sequence[Block]
-
-    def __post_init__(self) -> None:
-        self.blocks = [b for b in self.blocks if not (isinstance(b, Items | Fold) and b.is_empty)]
 
 
 @dataclass(frozen=True)
@@ -217,13 +204,16 @@ def measured(m: Measure | None, decimals: int, *, difference: bool = False) -> C
     return Cell(text, interval(m, decimals), tone)
 
 
-def reasons(measures: Sequence[Measure], called: Callable[[Measure], str]) -> list[tuple[str, str]]:
-    """Each reason why numbers are missing, once, and what it is the reason of."""
+def missing_numbers(
+    title: str, measures: Sequence[Measure], called: Callable[[Measure], str], line: str
+) -> list[Fold]:
+    """Each reason why numbers are missing, once, in a `line` with the {names} that it is the {reason} of."""
     names: dict[str, dict[str, None]] = {}
     for m in measures:
         if m["status"] != "ok":
             names.setdefault(f"{m['status']}: {m['reason']}", {})[called(m)] = None
-    return [(reason, ", ".join(of)) for reason, of in names.items()]
+    items = [("", line.format(names=", ".join(of), reason=reason)) for reason, of in names.items()]
+    return [Fold(title, [Items(items)])] if items else []
 
 
 # ---- what the sections ask ----------------------------------------------------------------------------------------------

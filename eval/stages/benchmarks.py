@@ -27,14 +27,13 @@ from prefopt.evaluation.report.tables import (
     Column,
     Figure,
     Fold,
-    Items,
     Line,
     Results,
     Table,
     headed,
     label,
+    missing_numbers,
     number,
-    reasons,
 )
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
@@ -324,9 +323,9 @@ def section(results: Results) -> list[Block]:
     blocks: list[Block] = [*_tax(nlp, results, data)]
     for title, names in (("Public NLP", nlp), ("Truthfulness, toxicity, bias, summaries", others)):
         blocks += headed(title, _table(names, results, data))
-    none = reasons(measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title)
-    items = [("", f"{titles}: {reason}") for reason, titles in none]
-    return [*blocks, _note(data), Fold("Not measured, and why", [Items(items)]), _sources(asked)]
+    why, line = "Not measured, and why", "{names}: {reason}"
+    missing = missing_numbers(why, measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title, line)
+    return [*blocks, _note(data), *missing, _sources(asked)]
 
 
 def _tax(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Figure]:

@@ -286,7 +286,9 @@ def section(results: Results) -> list[Block]:
         "√(log n − (n − 1)/n); gold gain d (α − β d) under best of n, d (α − β log d) under RL. A reward model's score "
         "that rises while the gold reward falls is over-optimization."
     )
-    return [*figures, Items(said), Fold("Coefficients of the fits", coefficients), note]
+    items = [Items(said)] if said else []
+    folds = [Fold("Coefficients of the fits", coefficients)] if coefficients else []
+    return [*figures, *items, *folds, note]
 
 
 def gain_plot(points: Points, title: str, fit: Fit | None = None, design: Callable[..., Any] | None = None) -> Figure:

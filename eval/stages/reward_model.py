@@ -479,7 +479,7 @@ def _parts(results: Results, groups: list[str], scorers: list[str]) -> list[Fold
             prefix = f"rm.accuracy_{kind}.{group}."
             asks = [Ask(name, prefix + name) for name in results.names(prefix)]
             blocks += headed(_group(group), results.table(asks, scorers))
-        folds.append(Fold(f"Accuracy by {title}", blocks))
+        folds += [Fold(f"Accuracy by {title}", blocks)] if blocks else []
     return folds
 
 
