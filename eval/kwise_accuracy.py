@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 from prefopt.errors import UserError
-from prefopt.statistics.intervals import pair_accuracy
+from prefopt.statistics.rankings import pair_accuracy
 
 _DESCRIPTION = """\
 K-wise accuracy: the share of strictly ranked pairs among the K completions of a prompt that the scores order as the

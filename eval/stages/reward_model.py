@@ -42,7 +42,8 @@ from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import build_ids
-from prefopt.statistics.intervals import Estimate, mean_estimate, pair_accuracy
+from prefopt.statistics.intervals import Estimate, mean_estimate
+from prefopt.statistics.rankings import pair_accuracy
 from prefopt.statistics.reward_models import (
     Pairs,
     accuracy_difference,

@@ -7,9 +7,10 @@ A row is one labeler's ranking: `prompt`, `completions`, `ranks`, `labeler`, and
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem
 from prefopt.statistics.agreement import ALPHA_RESAMPLES, alpha, kendall_w
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
+from prefopt.statistics.reward_models import same_and_untied
 
 NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0)
 
@@ -47,6 +49,15 @@ class LabelerStatistics:
     screening_tasks: int = 0
     screening: Estimate = NOTHING
 
+    def line(self, name: str) -> str:
+        parts = [f"{name}{f' ({self.group})' if self.group else ''}: {self.tasks} tasks"]
+        parts += [f"{self.skipped} skipped"] if self.skipped else []
+        parts += [f"median {self.seconds:.0f} s"] if self.seconds is not None else []
+        parts += [f"ties {_said(self.tied_pairs)}", f"agreement with the others {_said(self.agreement)}"]
+        if self.screening_tasks:
+            parts.append(f"{self.screening_tasks} screening tasks, right on {_said(self.screening)}")
+        return "; ".join(parts)
+
 
 @dataclass
 class Agreement:
@@ -64,9 +75,6 @@ class Agreement:
     alpha_ratings: Estimate = NOTHING
     labelers: dict[str, LabelerStatistics] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """The findings in words, one a line."""
         found = [
@@ -76,24 +84,11 @@ class Agreement:
         if self.repeated:
             found.append(f"{self.repeated} older rows of one labeler about the same: the last one counts")
         found.append(f"agreement on pairs that neither ties: {_said(self.all_pairs)}")
-        found += [f"  {name}: {_said(estimate)}" for name, estimate in self.by_groups.items()]
-        found += [f"  {name}: {_said(estimate)}" for name, estimate in self.by_labelers.items()]
+        found += [f"  {name}: {_said(one)}" for name, one in (*self.by_groups.items(), *self.by_labelers.items())]
         found.append(f"Kendall's W: {_said(self.kendall_w, 'prompts')}")
         found.append(f"Krippendorff's alpha of ranks: {_said(self.alpha_ranks, 'prompts')}")
         found.append(f"Krippendorff's alpha of ratings: {_said(self.alpha_ratings, 'prompts')}")
-        for name, one in self.labelers.items():
-            parts = [f"{one.tasks} tasks"]
-            if one.skipped:
-                parts.append(f"{one.skipped} skipped")
-            if one.seconds is not None:
-                parts.append(f"median {one.seconds:.0f} s")
-            parts.append(f"ties {_said(one.tied_pairs)}")
-            parts.append(f"agreement with the others {_said(one.agreement)}")
-            if one.screening_tasks:
-                parts.append(f"{one.screening_tasks} screening tasks, right on {_said(one.screening)}")
-            group = f" ({one.group})" if one.group else ""
-            found.append(f"{name}{group}: {'; '.join(parts)}")
-        return found
+        return [*found, *(one.line(name) for name, one in self.labelers.items())]
 
 
 def agreement(
@@ -114,30 +109,30 @@ def agreement(
     | `kendall_w` | prompts | mean of `kendall_w` |
     | `alpha_ranks`, `alpha_ratings` | prompts | `alpha` of mean ranks within the prompt, and of ratings |
 
-    Args:
-        rows: one row per labeler and task, e.g. of `prefopt label import`; the last of one labeler about one item counts.
-        screening: rows with `expected_ranks` too.
-        skipped: how many tasks each labeler skipped.
+    Of several rows of one labeler about one item the last counts. Rows of `screening` have `expected_ranks`, too; `skipped`
+    says how many tasks each labeler skipped.
 
     Raises:
         UserError: "SOURCE row 12: field 'labeler': expected ..., got ...; remedy".
 
-    Example:
-        >>> rows = [{"prompt": "p", "completions": list("abc"), "labeler": name, "ranks": ranks}
-        ...         for name, ranks in (("ann", [1, 2, 3]), ("bob", [2, 1, 2]))]
-        >>> found = agreement(rows)
-        >>> found.all_pairs.value, found.all_pairs.n  # a against b differs, b > c agrees, a against c is tied by bob
-        (0.5, 2)
+    >>> rows = [{"prompt": "p", "completions": list("abc"), "labeler": name, "ranks": ranks}
+    ...         for name, ranks in (("ann", [1, 2, 3]), ("bob", [2, 1, 2]))]
+    >>> found = agreement(rows)
+    >>> found.all_pairs.value, found.all_pairs.n  # a against b differs, b > c agrees, a against c is tied by bob
+    (0.5, 2)
     """
     items, repeated = _items(rows, source)
+    known: dict[str, list[NDArray]] = defaultdict(list)
     for number, row in enumerate(screening):
-        _check(row, f"{screening_source} row {number}", ("prompt", "completions", "ranks"))
+        where = f"{screening_source} row {number}"
+        _check(row, where)
+        known[row["labeler"]].append(_right_and_strict(row, where))
     shared = [item for item in items if len(item.ranks) > 1]
     groups = _groups([*rows, *screening])
     by_labelers: dict[tuple[str, str], list[tuple[int, NDArray]]] = defaultdict(list)
     for number, item in enumerate(shared):
         for a, b in combinations(sorted(item.ranks), 2):
-            by_labelers[a, b].append((number, _same_and_untied(item.ranks[a], item.ranks[b])))
+            by_labelers[a, b].append((number, same_and_untied(item.ranks[a], item.ranks[b])))
 
     def over(chosen: Callable[[str, str], bool]) -> Estimate:
         sums = np.zeros((len(shared), 2))
@@ -147,12 +142,14 @@ def agreement(
                     sums[number] += counts
         return ratio_of_sums(sums[:, 0], sums[:, 1], n_resamples=n_resamples)
 
-    between = sorted(
-        {tuple(sorted((groups[a], groups[b]))) for a, b in by_labelers if groups.get(a) and groups.get(b)}
-    )
+    def groups_of(a: str, b: str) -> tuple[str, ...]:
+        return tuple(sorted((groups.get(a, ""), groups.get(b, ""))))
+
+    between = sorted({pair for names in by_labelers if all(pair := groups_of(*names))})
     alpha_resamples = min(n_resamples, ALPHA_RESAMPLES)
     ratings = [[r for r in item.ratings.values() if r is not None] for item in shared]
-    names = sorted({row["labeler"] for row in [*rows, *screening]} | set(skipped or {}))
+    skipped = skipped or {}
+    names = sorted({row["labeler"] for row in [*rows, *screening]} | set(skipped))
     return Agreement(
         rows=len(rows),
         items=len(items),
@@ -161,9 +158,7 @@ def agreement(
         all_pairs=over(lambda a, b: True),
         by_labelers={f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in sorted(by_labelers)},
         by_groups={
-            (f"within {a}" if a == b else f"{a} & {b}"): over(
-                lambda x, y, ab=(a, b): tuple(sorted((groups.get(x) or "", groups.get(y) or ""))) == ab
-            )
+            (f"within {a}" if a == b else f"{a} & {b}"): over(lambda *names, ab=(a, b): groups_of(*names) == ab)
             for a, b in between
         },
         kendall_w=_mean_w(shared, n_resamples),
@@ -172,7 +167,15 @@ def agreement(
         ),
         alpha_ratings=alpha([rated for rated in ratings if len(rated) > 1], n_resamples=alpha_resamples),
         labelers={
-            name: _statistics(name, rows, items, screening, screening_source, over, groups, skipped or {}, n_resamples)
+            name: _statistics(
+                [item.ranks[name] for item in items if name in item.ranks],
+                [row["seconds"] for row in rows if row["labeler"] == name and row.get("seconds") is not None],
+                known[name],
+                n_resamples,
+                group=groups.get(name),
+                skipped=skipped.get(name, 0),
+                agreement=over(lambda a, b, name=name: name in (a, b)),
+            )
             for name in names
         },
     )
@@ -183,19 +186,12 @@ def _mean_w(shared: Sequence[Item], n_resamples: int) -> Estimate:
     return bootstrap_over_prompts(np.mean, found[~np.isnan(found)], n_resamples=n_resamples)
 
 
-def _same_and_untied(a: Sequence[int], b: Sequence[int]) -> NDArray:
-    """Pairs that two rankings order the same way, and pairs that neither ties."""
-    a, b = np.asarray(a), np.asarray(b)
-    products = (np.sign(a[:, None] - a) * np.sign(b[:, None] - b))[np.triu_indices(len(a), 1)]
-    return np.array([(products > 0).sum(), (products != 0).sum()])
-
-
 def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], int]:
     """Rows by what they are about; completions of one item stand in the order of their texts."""
     found: dict[str, Item] = {}
     repeated = 0
     for number, row in enumerate(rows):
-        _check(row, f"{source} row {number}", ("prompt", "completions", "ranks"))
+        _check(row, f"{source} row {number}")
         texts = [json.dumps(completion, sort_keys=True) for completion in row["completions"]]
         # A text that stands there twice counts once: sheets show it once, and it agrees with itself whatever is said.
         order = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values(), key=lambda i: texts[i])
@@ -208,8 +204,8 @@ def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], 
     return list(found.values()), repeated
 
 
-def _check(row: Mapping[str, Any], where: str, names: tuple[str, ...]) -> None:
-    if problem := row_problem(row, names):
+def _check(row: Mapping[str, Any], where: str) -> None:
+    if problem := row_problem(row, ("prompt", "completions", "ranks")):
         raise UserError(f"{where}: {problem}")
     if not row.get("labeler"):
         raise UserError(
@@ -232,34 +228,17 @@ def _groups(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _statistics(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    items: Sequence[Item],
-    screening: Sequence[Mapping[str, Any]],
-    screening_source: str,
-    over: Callable[[Callable[[str, str], bool]], Estimate],
-    groups: Mapping[str, str],
-    skipped: Mapping[str, int],
-    n_resamples: int,
+    rankings: Sequence[list[int]], seconds: Sequence[float], known: Sequence[NDArray], n_resamples: int, **others: Any
 ) -> LabelerStatistics:
-    own = [item.ranks[name] for item in items if name in item.ranks]
-    tied = [sum(n * (n - 1) // 2 for n in Counter(ranks).values()) for ranks in own]
-    pairs = [len(ranks) * (len(ranks) - 1) // 2 for ranks in own]
-    times = [row["seconds"] for row in rows if row["labeler"] == name and row.get("seconds") is not None]
-    known = []
-    for number, row in enumerate(screening):
-        if row["labeler"] == name:
-            known.append(_right_and_strict(row, f"{screening_source} row {number}"))
-    known = np.array(known).reshape(-1, 2)
+    """Of one labeler: rankings and seconds of the tasks, right and strict pairs of each screening task."""
+    tied = [sum(math.comb(n, 2) for n in Counter(ranks).values()) for ranks in rankings]
     return LabelerStatistics(
-        tasks=len(own),
-        group=groups.get(name),
-        skipped=skipped.get(name, 0),
-        seconds=float(median(times)) if times else None,
-        tied_pairs=ratio_of_sums(tied, pairs, n_resamples=n_resamples),
-        agreement=over(lambda a, b: name in (a, b)),
+        tasks=len(rankings),
+        seconds=float(median(seconds)) if seconds else None,
+        tied_pairs=ratio_of_sums(tied, [math.comb(len(ranks), 2) for ranks in rankings], n_resamples=n_resamples),
         screening_tasks=len(known),
-        screening=ratio_of_sums(known[:, 0], known[:, 1], n_resamples=n_resamples),
+        screening=ratio_of_sums(*np.array(known).reshape(-1, 2).T, n_resamples=n_resamples),
+        **others,
     )
 
 
@@ -268,11 +247,7 @@ def _right_and_strict(row: Mapping[str, Any], where: str) -> NDArray:
     expected = row.get("expected_ranks")
     if problem := row_problem({**row, "ranks": expected}, ("prompt", "completions", "ranks")):
         raise UserError(f"{where}: {problem.replace('ranks', 'expected_ranks', 1)}")
-    said, known = np.asarray(row["ranks"]), np.asarray(expected)
-    orders = np.sign(known[:, None] - known)
-    pairs = np.triu_indices(len(known), 1)
-    products = (orders * np.sign(said[:, None] - said))[pairs]
-    return np.array([(products > 0).sum(), (orders[pairs] != 0).sum()])
+    return np.array([same_and_untied(row["ranks"], expected)[0], same_and_untied(expected, expected)[0]])
 
 
 def _said(estimate: Estimate, things: str = "pairs") -> str:

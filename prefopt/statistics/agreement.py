@@ -17,17 +17,11 @@ def kendall_w(ranks: ArrayLike) -> float:
 
         W = (12 sum_i (R_i - mean R)^2) / (m^2 (n^3 - n) - m sum_j T_j),  T_j = sum over tied groups of (t^3 - t)
 
-    R_i is the sum of mid-ranks of completion i: 1 where all give the same ranking, 0 where rank sums are equal.
+    R_i is the sum of mid-ranks of completion i, from ranks `[m, n]`, 1 = best, equal = tie. W is 1 where all give the same
+    ranking, 0 where rank sums are equal, NaN where every labeler ties everything.
 
-    Args:
-        ranks: `[m, n]`, 1 = best, equal = tie.
-
-    Returns:
-        W in [0, 1], NaN where every labeler ties everything.
-
-    Example:
-        >>> kendall_w([[1, 2, 3], [1, 2, 3]]), kendall_w([[1, 2, 3], [3, 2, 1]])
-        (1.0, 0.0)
+    >>> kendall_w([[1, 2, 3], [1, 2, 3]]), kendall_w([[1, 2, 3], [3, 2, 1]])
+    (1.0, 0.0)
     """
     mid = np.array([rankdata(row) for row in np.asarray(ranks, dtype=float)])
     m, n = mid.shape
@@ -42,15 +36,11 @@ def alpha(prompts: Sequence[Sequence[Sequence[float]]], *, n_resamples: int = AL
 
         alpha = 1 - observed / expected disagreement: 1 is perfect, 0 is chance, below 0 is worse than chance
 
-    Args:
-        prompts: per prompt, a list of K numbers from each of its labelers. A unit is one completion.
+    Per prompt, a list of K numbers from each of its labelers; a unit is one completion. The interval resamples prompts,
+    and n and n_clusters count them.
 
-    Returns:
-        An `Estimate` whose interval resamples prompts; n and n_clusters count prompts.
-
-    Example:
-        >>> alpha([[[1, 2, 3], [1, 2, 3]], [[3, 1, 2], [3, 1, 2]]]).value
-        1.0
+    >>> alpha([[[1, 2, 3], [1, 2, 3]], [[3, 1, 2], [3, 1, 2]]]).value
+    1.0
     """
     domain = sorted({float(value) for labelers in prompts for values in labelers for value in values})
     if len(domain) < 2:

@@ -30,12 +30,11 @@ def strengths(
         chain of judgements joins to the baseline is left out.
 
     Raises:
-        ValueError: the baseline is in no judgement.
+        UserError: the baseline is in no judgement.
 
-    Example:
-        >>> rows = [{"id": i, "a": "ppo", "b": "sft", "preference": 1.0 if i < 30 else 0.0} for i in range(40)]
-        >>> round(strengths(rows, "sft")["ppo"].value, 3) == round(float(np.log(30.5 / 10.5)), 3)
-        True
+    >>> rows = [{"id": i, "a": "ppo", "b": "sft", "preference": 1.0 if i < 30 else 0.0} for i in range(40)]
+    >>> round(strengths(rows, "sft")["ppo"].value, 3) == round(float(np.log(30.5 / 10.5)), 3)
+    True
     """
     names = sorted({row[side] for row in judgements for side in "ab"} - {baseline})
     if not any(baseline in (row["a"], row["b"]) for row in judgements):
@@ -67,13 +66,12 @@ def strengths(
 
 
 def fit(wins: NDArray) -> NDArray:
-    """Maximum-likelihood strengths `[..., M]` for win counts `[..., M, M]` (row beat column); the first one is 0.
+    """Strengths `[..., M]` at the maximum of sum_ij wins_ij * log sigmoid(s_i - s_j); the first one is 0.
 
-    The maximum of sum_ij wins_ij * log sigmoid(s_i - s_j).
+    The wins `[..., M, M]` count how often the row beat the column.
 
-    Example:
-        >>> fit(np.array([[0.0, 1.0], [3.0, 0.0]])).round(6).tolist() == [0.0, round(float(np.log(3)), 6)]
-        True
+    >>> fit(np.array([[0.0, 1.0], [3.0, 0.0]])).round(6).tolist() == [0.0, round(float(np.log(3)), 6)]
+    True
     """
     one, other = np.triu_indices(wins.shape[-1], k=1)
     every = np.eye(wins.shape[-1])

@@ -3,7 +3,7 @@
 Pairs and tokens of one prompt are correlated, so intervals always resample whole prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,12 +19,11 @@ Z = 1.96  # half the width of a 95 % interval of a normal statistic, in its stan
 class Estimate:
     """A value with its 95 % interval.
 
-    `n` counts what the value averages over (pairs, prompts), `n_clusters` the prompts that were resampled. The
-    value is NaN when there is nothing to average, the interval when there are fewer than two prompts.
+    `n` counts what the value averages over (pairs, prompts), `n_clusters` the prompts that were resampled. The value is
+    NaN when there is nothing to average, the interval when there are fewer than two prompts.
 
-    Example:
-        >>> print(Estimate(0.724, 0.70, 0.75, n=2500, n_clusters=400))
-        0.724 [0.700, 0.750]
+    >>> print(Estimate(0.724, 0.70, 0.75, n=2500, n_clusters=400))
+    0.724 [0.700, 0.750]
     """
 
     value: float
@@ -48,24 +47,18 @@ def bootstrap_over_prompts(
 
     Args:
         statistic: called as `statistic(*arrays, axis=axis)` on arrays whose `axis` runs over prompts; reduces it.
-        per_prompt_arrays: one or more sequences of N numbers, resampled together.
-        seed: the same seed gives the same interval.
-        n_resamples: number of resamples.
-
-    Returns:
-        An `Estimate` with n = n_clusters = N.
+        per_prompt_arrays: one or more sequences of N numbers, resampled together; n = n_clusters = N.
 
     Raises:
-        ValueError: if the arrays are not of one length, or a number in them is not finite.
+        UserError: the arrays are not of one length, or a number in them is not finite.
 
-    Example:
-        Bits per byte is a ratio of sums: resample documents, then divide.
+    Bits per byte is a ratio of sums: resample documents, then divide.
 
-        >>> bits, num_bytes = [8.0, 30.0, 20.0, 2.0], [4, 10, 10, 1]
-        >>> ratio = lambda bits, num_bytes, axis: bits.sum(axis) / num_bytes.sum(axis)
-        >>> estimate = bootstrap_over_prompts(ratio, bits, num_bytes)
-        >>> estimate.value, estimate.ci_low >= 2.0, estimate.ci_high <= 3.0
-        (2.4, True, True)
+    >>> bits, num_bytes = [8.0, 30.0, 20.0, 2.0], [4, 10, 10, 1]
+    >>> ratio = lambda bits, num_bytes, axis: bits.sum(axis) / num_bytes.sum(axis)
+    >>> estimate = bootstrap_over_prompts(ratio, bits, num_bytes)
+    >>> estimate.value, estimate.ci_low >= 2.0, estimate.ci_high <= 3.0
+    (2.4, True, True)
     """
     arrays = [np.asarray(a, dtype=float) for a in per_prompt_arrays]
     if not arrays or any(a.ndim != 1 or a.shape != arrays[0].shape for a in arrays):
@@ -94,25 +87,14 @@ def bootstrap_over_prompts(
 
 
 def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, *, n_resamples: int = 2000) -> Estimate:
-    """Micro average: the same weight for every pair (or token), whichever prompt it belongs to.
+    """Micro average sum(numerators) / sum(denominators): every pair (or token) weighs the same, whichever prompt's it is.
 
-        value = sum(numerators) / sum(denominators)
+    Both are N numbers, sums and counts over the pairs of each prompt; prompts without a pair are not resampled. `n` is the
+    sum of the counts, `n_clusters` counts prompts that have any. Raises as `bootstrap_over_prompts`.
 
-    Args:
-        numerators: N numbers, one per prompt: a sum over the pairs of the prompt.
-        denominators: N counts: its pairs. Prompts that have none are not resampled.
-        n_resamples: number of resamples.
-
-    Returns:
-        An `Estimate` whose n is the sum of the counts and whose n_clusters counts prompts that have any.
-
-    Raises:
-        ValueError: if the lengths differ or a number is not finite.
-
-    Example:
-        >>> estimate = ratio_of_sums([1, 0, 5], [1, 0, 9])
-        >>> estimate.value, estimate.n, estimate.n_clusters
-        (0.6, 10, 2)
+    >>> estimate = ratio_of_sums([1, 0, 5], [1, 0, 9])
+    >>> estimate.value, estimate.n, estimate.n_clusters
+    (0.6, 10, 2)
     """
     numerators, denominators = _paired(numerators, denominators)
     counted = denominators != 0
@@ -126,31 +108,19 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, *, n_resamples
 
 
 def mean_estimate(x: ArrayLike) -> Estimate:
-    """Mean of one number per prompt.
+    """Mean of one number per prompt, sum(x) / N. Raises as `bootstrap_over_prompts`.
 
-        value = sum(x) / N
-
-    Raises:
-        ValueError: if a number is not finite.
-
-    Example:
-        >>> mean_estimate([1.0, 1.0, 4.0]).value
-        2.0
+    >>> mean_estimate([1.0, 1.0, 4.0]).value
+    2.0
     """
     return bootstrap_over_prompts(np.mean, x)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
-    """Mean of a - b over the same prompts; the interval is that of the difference.
+    """Mean of a - b over the same prompts; the interval is that of the difference. Raises as `bootstrap_over_prompts`.
 
-        value = sum(a - b) / N
-
-    Raises:
-        ValueError: if the lengths differ or a number is not finite.
-
-    Example:
-        >>> print(paired_difference([5.0, 2.0, 9.0], [4.0, 1.0, 8.0]))  # always better by one
-        1.000 [1.000, 1.000]
+    >>> print(paired_difference([5.0, 2.0, 9.0], [4.0, 1.0, 8.0]))  # always better by one
+    1.000 [1.000, 1.000]
     """
     a, b = _paired(a, b)
     return mean_estimate(a - b)
@@ -161,58 +131,13 @@ def win_rate(a: ArrayLike, b: ArrayLike) -> Estimate:
 
         value = sum over prompts of (1 if a > b, 0.5 if a = b, 0 if a < b) / N
 
-    Args:
-        a: N scores under the judge, one sample per prompt.
-        b: N scores of the model compared with, on the same prompts.
+    Both are N scores under one judge, on the same prompts. Raises as `bootstrap_over_prompts`.
 
-    Raises:
-        ValueError: if the lengths differ or a score is not finite.
-
-    Example:
-        >>> win_rate([2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0]).value  # won, tied, lost, won
-        0.625
+    >>> win_rate([2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, 1.0]).value  # won, tied, lost, won
+    0.625
     """
     a, b = _paired(a, b)
     return mean_estimate((1 + np.sign(a - b)) / 2)
-
-
-def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> Estimate:
-    """Share of the strictly ranked pairs that the scores order as the labeler did (InstructGPT section 3.5, C.2).
-
-        value = sum over prompts and strict pairs (w, l) of (1 if s_w > s_l, 0.5 if equal, 0 otherwise) / n
-
-    Args:
-        scores: per prompt, K scores (K may differ from prompt to prompt).
-        ranks: per prompt, K integers, 1 = best, equal = tie, 0 = absent.
-
-    Returns:
-        An `Estimate` whose n counts pairs (each weighs the same) and whose n_clusters counts prompts that have one.
-
-    Raises:
-        ValueError: if lengths differ or the score of a ranked completion is not finite, naming the prompt.
-
-    Example:
-        >>> estimate = pair_accuracy([[3.0, 2.0, 1.0], [0.0, 5.0]], [[1, 2, 2], [1, 2]])
-        >>> estimate.value == (2 + 0) / (2 + 1), estimate.n, estimate.n_clusters
-        (True, 3, 2)
-    """
-    _require_same_lengths(scores, ranks)
-    right, pairs = [], []
-    for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
-        s, r = np.asarray(s, dtype=float), np.asarray(r)
-        if not np.isfinite(s[r > 0]).all():
-            raise UserError(f"prompt {prompt}: scores must be finite, got {s.tolist()}")
-        s = np.where(r > 0, s, 0.0)
-        strict = _order(r) > 0
-        right.append(((1 + np.sign(s[:, None] - s[None, :])) / 2)[strict].sum())
-        pairs.append(strict.sum())
-    return ratio_of_sums(right, pairs)
-
-
-def _order(ranks: NDArray) -> NDArray:
-    """`[K, K]`: 1 where the row is better than the column, -1 where worse, 0 for ties and absent completions."""
-    present = ranks > 0
-    return np.sign(ranks[None, :] - ranks[:, None]) * (present[:, None] & present[None, :])
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
@@ -220,11 +145,3 @@ def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray, NDArray]:
     if a.ndim != 1 or a.shape != b.shape:
         raise UserError(f"expected one number per prompt from both, got shapes {a.shape} and {b.shape}")
     return a, b
-
-
-def _require_same_lengths(a: Sequence[Sequence], b: Sequence[Sequence]) -> None:
-    if len(a) != len(b):
-        raise UserError(f"expected the same prompts in both, got {len(a)} and {len(b)}")
-    for prompt, (x, y) in enumerate(zip(a, b, strict=True)):
-        if len(x) != len(y):
-            raise UserError(f"prompt {prompt}: expected the same completions in both, got {len(x)} and {len(y)}")

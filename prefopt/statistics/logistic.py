@@ -15,10 +15,9 @@ def logistic_fit(x: ArrayLike, wins: ArrayLike, games: ArrayLike, ridge: ArrayLi
         wins: `[..., N]`, out of `games` each; fractions are fine.
         ridge: of each coefficient.
 
-    Example:
-        >>> beta = logistic_fit([[1.0]], [3.0], [4.0])
-        >>> round(float(beta[0]), 6) == round(float(np.log(3)), 6)
-        True
+    >>> beta = logistic_fit([[1.0]], [3.0], [4.0])
+    >>> round(float(beta[0]), 6) == round(float(np.log(3)), 6)
+    True
     """
     x, wins, games = (np.asarray(array, dtype=float) for array in (x, wins, games))
     shape = np.broadcast_shapes(x.shape[:-2], wins.shape[:-1])

@@ -26,9 +26,8 @@ def best_of_n_distance(n: ArrayLike) -> NDArray:
     (Stiennon et al. 2020, arXiv:2009.01325, appendix G.3): exact where no two samples are alike, else an upper bound
     (Beirami et al. 2024, arXiv:2401.01879).
 
-    Example:
-        >>> best_of_n_distance([1, 2, 64]).round(3).tolist()
-        [0.0, 0.439, 1.782]
+    >>> best_of_n_distance([1, 2, 64]).round(3).tolist()
+    [0.0, 0.439, 1.782]
     """
     n = np.asarray(n, dtype=float)
     return np.sqrt(np.log(n) - (n - 1) / n)
@@ -45,16 +44,12 @@ def best_of_n(proxy: ArrayLike, values: ArrayLike, ns: Sequence[int]) -> NDArray
     Args:
         proxy: `[P, N]` proxy scores of N samples of each of P prompts.
         values: `[P, N]`, what is wanted of the chosen sample (its gold reward, or the proxy itself).
-        ns: numbers from 1 to N.
+        ns: numbers from 1 to N; the result is `[P, len(ns)]`.
 
-    Returns:
-        `[P, len(ns)]`.
+    Of three samples, best of 2: the subsets {1, 2}, {1, 3}, {2, 3} choose samples 2, 3, 3.
 
-    Example:
-        Of three samples, best of 2: the subsets {1, 2}, {1, 3}, {2, 3} choose samples 2, 3, 3.
-
-        >>> best_of_n([[1.0, 2.0, 3.0]], [[10.0, 20.0, 60.0]], [1, 2, 3]).round(6).tolist()
-        [[30.0, 46.666667, 60.0]]
+    >>> best_of_n([[1.0, 2.0, 3.0]], [[10.0, 20.0, 60.0]], [1, 2, 3]).round(6).tolist()
+    [[30.0, 46.666667, 60.0]]
     """
     proxy, values = np.asarray(proxy, dtype=float), np.asarray(values, dtype=float)
     if proxy.shape != values.shape or proxy.ndim != 2:
@@ -90,18 +85,13 @@ def rl_design(distances: ArrayLike) -> NDArray:
 def fit_best_of_n(gains: ArrayLike, ns: Sequence[int]) -> tuple[Estimate, Estimate] | None:
     """alpha and beta of gain(d) = d * (alpha - beta * d), least squares over the n; None below two n above 1.
 
-    The fit is linear in the gains, so that of the mean over prompts is the mean of the prompts' own fits, and its
-    interval resamples prompts.
+    The fit is linear in the gains `[P, len(ns)]` (`best_of_n` minus its value at n = 1), so that of their mean over prompts
+    is the mean of the prompts' own fits, and its interval resamples prompts.
 
-    Args:
-        gains: `[P, len(ns)]`, `best_of_n` minus its value at n = 1.
-        ns: the numbers; n = 1 has no distance and says nothing.
-
-    Example:
-        >>> d = best_of_n_distance([1, 2, 4, 8])
-        >>> alpha, beta = fit_best_of_n([d * (2 - 0.5 * d), d * (4 - 0.5 * d)], [1, 2, 4, 8])
-        >>> round(alpha.value, 6), round(beta.value, 6), alpha.n
-        (3.0, 0.5, 2)
+    >>> d = best_of_n_distance([1, 2, 4, 8])
+    >>> alpha, beta = fit_best_of_n([d * (2 - 0.5 * d), d * (4 - 0.5 * d)], [1, 2, 4, 8])
+    >>> round(alpha.value, 6), round(beta.value, 6), alpha.n
+    (3.0, 0.5, 2)
     """
     if len({n for n in ns if n > 1}) < 2:
         return None
@@ -113,17 +103,13 @@ def fit_best_of_n(gains: ArrayLike, ns: Sequence[int]) -> tuple[Estimate, Estima
 def fit_rl(points: Sequence[Mapping[str, float]], name: str = "gold") -> tuple[Estimate, Estimate] | None:
     """alpha and beta of gain(d) = d * (alpha - beta * log d), least squares over rollouts; None below three of d > 0.
 
-    The intervals carry the errors of the rollouts' means over, that of the first one, which all gains share, included;
-    the distances count as known.
+    The points are those of `rollout_gains`, the first of which is the start; `name` is `gold` or `proxy`. The intervals
+    carry the errors of the rollouts' means over, that of the start, which all gains share, included; the distances count
+    as known.
 
-    Args:
-        points: from `rollout_gains`; the first is the start.
-        name: `gold` or `proxy`.
-
-    Example:
-        >>> line = [{"distance": d, "gold": d * (2 - 0.5 * math.log(d))} for d in (0.5, 1.0, 2.0, 3.0)]
-        >>> [round(coefficient.value, 6) for coefficient in fit_rl(line)]
-        [2.0, 0.5]
+    >>> line = [{"distance": d, "gold": d * (2 - 0.5 * math.log(d))} for d in (0.5, 1.0, 2.0, 3.0)]
+    >>> [round(coefficient.value, 6) for coefficient in fit_rl(line)]
+    [2.0, 0.5]
     """
     used = [p for p in points if p["distance"] > 0]
     if len(used) < 3:
@@ -148,9 +134,8 @@ def _error(point: Mapping[str, float], name: str) -> float:
 def peak(alpha: float, beta: float, of: Callable[[ArrayLike], NDArray]) -> float | None:
     """The distance at which the fitted gold reward is highest; None where it never falls (beta <= 0).
 
-    Example:
-        >>> peak(2.0, 0.5, best_of_n_design), round(peak(2.0, 1.0, rl_design), 6) == round(math.e, 6)
-        (2.0, True)
+    >>> peak(2.0, 0.5, best_of_n_design), round(peak(2.0, 1.0, rl_design), 6) == round(math.e, 6)
+    (2.0, True)
     """
     if beta <= 0:
         return None
@@ -163,21 +148,19 @@ def rollout_gains(log: Sequence[Mapping[str, Any]], episodes: float) -> list[dic
         distance = sqrt(KL(policy || SFT)), gain = (mean reward of the rollout - that of the first) / sd of the first
 
     Args:
-        log: entries with `objective/kl`, `rewards/{reward_model, gold}/{mean, std}`; others are passed over. The first
-            is that of the SFT model.
+        log: entries with `objective/kl`, `rewards/{reward_model, gold}/{mean, std}`, the first one of the SFT model; others
+            are passed over. An estimate of KL below 0 counts as 0.
         episodes: of one rollout; the standard error of a mean is sd / sqrt(episodes).
 
     Returns:
-        `distance` and, of `proxy` and `gold`, the gain with `_low` and `_high`, the ends of its 95 % interval. An
-        estimate of KL below 0 counts as 0.
+        `distance` and, of `proxy` and `gold`, the gain with `_low` and `_high`, the ends of its 95 % interval.
 
-    Example:
-        >>> entry = {"objective/kl": 0.0} | {f"rewards/{r}/{k}": v for r in ("reward_model", "gold")
-        ...                                  for k, v in (("mean", 1.0), ("std", 2.0))}
-        >>> later = entry | {"objective/kl": 4.0, "rewards/gold/mean": 3.0}
-        >>> point = rollout_gains([entry, later], episodes=100)[1]
-        >>> point["distance"], point["gold"], point["gold_low"]
-        (2.0, 1.0, 0.804)
+    >>> entry = {"objective/kl": 0.0} | {f"rewards/{r}/{k}": v for r in ("reward_model", "gold")
+    ...                                  for k, v in (("mean", 1.0), ("std", 2.0))}
+    >>> later = entry | {"objective/kl": 4.0, "rewards/gold/mean": 3.0}
+    >>> point = rollout_gains([entry, later], episodes=100)[1]
+    >>> point["distance"], point["gold"], point["gold_low"]
+    (2.0, 1.0, 0.804)
     """
     needed = ["objective/kl", *(f"{key}/{part}" for key in KEYS.values() for part in ("mean", "std"))]
     entries = [e for e in log if all(isinstance(e.get(k), float) and math.isfinite(e[k]) for k in needed)]

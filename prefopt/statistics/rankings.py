@@ -7,7 +7,8 @@ All pairs are found once; every measure is a sum over them or a number per promp
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,87 +44,147 @@ def ranking_metrics(
     | `accuracy_labeler_NAME` | pairs | accuracy on the prompts of one labeler group (InstructGPT, appendix E.2) |
     | `accuracy_longer_wins` | pairs | accuracy of preferring the longer completion (arXiv:2310.03716) |
 
-    Prompts without a strict pair count in none of them.
+    `n` of an estimate counts what the table says, `n_clusters` prompts; those without a strict pair count in none.
 
     Args:
         scores: per prompt, K scores (K may differ from prompt to prompt).
         ranks: per prompt, K whole numbers, 1 = best, equal = tie, below 1 = absent.
         lengths: per prompt, K lengths; adds `accuracy_longer_wins`.
         labelers: per prompt, the labeler (or the group); adds `accuracy_labeler_NAME`. None belongs to no group.
-        n_resamples: number of bootstrap resamples.
-
-    Returns:
-        One `Estimate` per name. Its n counts pairs or prompts as in the table, its n_clusters prompts.
 
     Raises:
-        ValueError: if lengths differ, the score or length of a ranked completion is not finite, or a rank is not a
-            whole number; the message names the prompt.
+        UserError: lengths differ, the score or length of a ranked completion is not finite, or a rank is not a whole
+            number; the message names the prompt.
 
-    Example:
-        >>> scores, ranks = [[3.0, 2.0, 1.0], [0.0, 5.0]], [[1, 2, 2], [1, 2]]
-        >>> found = ranking_metrics(scores, ranks, lengths=[[9, 9, 4], [2, 7]], labelers=["ann", "bob"])
-        >>> {name: round(estimate.value, 3) for name, estimate in found.items() if name.startswith("accuracy")}
-        ... # doctest: +NORMALIZE_WHITESPACE
-        {'accuracy': 0.667, 'accuracy_per_prompt': 0.5, 'accuracy_gap_1': 0.667, 'accuracy_labeler_ann': 1.0,
-         'accuracy_labeler_bob': 0.0, 'accuracy_longer_wins': 0.5}
-        >>> found["accuracy"].n, found["accuracy"].n_clusters, found["top1"].value
-        (3, 2, 0.5)
+    >>> scores, ranks = [[3.0, 2.0, 1.0], [0.0, 5.0]], [[1, 2, 2], [1, 2]]
+    >>> found = ranking_metrics(scores, ranks, lengths=[[9, 9, 4], [2, 7]], labelers=["ann", "bob"])
+    >>> {name: round(estimate.value, 3) for name, estimate in found.items() if name.startswith("accuracy")}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'accuracy': 0.667, 'accuracy_per_prompt': 0.5, 'accuracy_gap_1': 0.667, 'accuracy_labeler_ann': 1.0,
+     'accuracy_labeler_bob': 0.0, 'accuracy_longer_wins': 0.5}
+    >>> found["accuracy"].n, found["accuracy"].n_clusters, found["top1"].value
+    (3, 2, 0.5)
     """
-    widths = [len(row) for row in ranks]
-    ranks = _whole(_padded(ranks, widths, "ranks"))
-    scores = _finite_where_ranked(_padded(scores, widths, "scores"), ranks, "scores")
-    prompt, better, worse = _strict_pairs(ranks)
-    leads = scores[prompt, better] - scores[prompt, worse]
+    pairs = Pairs.of(ranks)
+    ranks, scores = pairs.ranks, pairs.table(scores, "scores")
+    strict, prompt, leads = pairs.strict, pairs.prompt[pairs.strict], pairs.differences(scores)
     right = pairs_right(leads)
-
-    def per_prompt(values: NDArray) -> NDArray:
-        return np.bincount(prompt, values, minlength=len(ranks))
-
-    num_pairs = per_prompt(np.ones(len(prompt)))
+    num_pairs = pairs.per_prompt(strict)
     ranked = num_pairs > 0
 
-    def over_pairs(values: NDArray) -> Estimate:
-        return ratio_of_sums(per_prompt(values), num_pairs, n_resamples=n_resamples)
+    def over_pairs(values: NDArray, chosen: NDArray = strict) -> Estimate:
+        return pairs.mean(values, chosen, n_resamples)
 
     def over_prompts(values: NDArray) -> Estimate:
         return bootstrap_over_prompts(np.mean, values, n_resamples=n_resamples)
 
-    def accuracy_among(chosen: NDArray) -> Estimate:
-        return ratio_of_sums(per_prompt(right * chosen), per_prompt(chosen), n_resamples=n_resamples)
-
     tau = kendall_tau(scores[ranked], ranks[ranked])
-    bins, gaps = calibration_gaps(leads)
-    gap_sums = [per_prompt(gaps * (bins == b))[ranked] for b in np.unique(bins)]
+    bins, gaps = calibration_gaps(leads[strict])
+    gap_sums = [np.bincount(prompt, gaps * (bins == b), minlength=len(ranks))[ranked] for b in np.unique(bins)]
     ece = bootstrap_over_prompts(_expected_calibration_error, num_pairs[ranked], *gap_sums, n_resamples=n_resamples)
 
     estimates = {
         "accuracy": over_pairs(right),
-        "accuracy_per_prompt": over_prompts(per_prompt(right)[ranked] / num_pairs[ranked]),
+        "accuracy_per_prompt": over_prompts(pairs.per_prompt(right * strict)[ranked] / num_pairs[ranked]),
         "top1": over_prompts(top1(scores[ranked], ranks[ranked])),
         "kendall_tau": over_prompts(tau[~np.isnan(tau)]),
         "brier": over_pairs(brier_scores(leads)),
         "nll": over_pairs(negative_log_likelihoods(leads)),
         "ece": replace(ece, n=len(prompt)),
     }
-    rank_gaps = ranks[prompt, worse] - ranks[prompt, better]
-    for gap in np.unique(rank_gaps):
-        estimates[f"accuracy_gap_{gap}"] = accuracy_among(rank_gaps == gap)
+    rank_gaps = -pairs.differences(ranks)
+    for gap in np.unique(rank_gaps[strict]):
+        estimates[f"accuracy_gap_{gap}"] = over_pairs(right, rank_gaps == gap)
     for name, members in _groups(labelers, len(ranks)).items():
-        estimates[f"accuracy_labeler_{name}"] = accuracy_among(np.isin(prompt, members))
+        estimates[f"accuracy_labeler_{name}"] = over_pairs(right, strict & np.isin(pairs.prompt, members))
     if lengths is not None:
-        lengths = _finite_where_ranked(_padded(lengths, widths, "lengths"), ranks, "lengths")
-        estimates["accuracy_longer_wins"] = over_pairs(pairs_right(lengths[prompt, better] - lengths[prompt, worse]))
+        estimates["accuracy_longer_wins"] = over_pairs(pairs_right(pairs.leads(lengths, "lengths")))
     return estimates
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of completions of the same prompt: the prompt and the places in its row, `[P]` each.
+
+    `better` is the one ranked above `worse`; of a tied pair, the one that comes first in its row. `ranks` is `[N, K]`,
+    below 1 = absent.
+
+    >>> pairs = Pairs.of([[1, 2, 2], [2, 1]])
+    >>> [*zip(pairs.prompt.tolist(), pairs.better.tolist(), pairs.worse.tolist(), pairs.tied.tolist())]
+    [(0, 0, 1, False), (0, 0, 2, False), (0, 1, 2, True), (1, 1, 0, False)]
+    """
+
+    ranks: NDArray
+    widths: Sequence[int]
+    prompt: NDArray
+    better: NDArray
+    worse: NDArray
+
+    @classmethod
+    def of(cls, ranks: Sequence[ArrayLike]) -> "Pairs":
+        """The pairs in rows of ranks (1 = best, equal = tie, below 1 = absent)."""
+        widths = [len(row) for row in ranks]
+        table = _whole(_padded(ranks, widths, "ranks"))
+        first, second = np.triu_indices(table.shape[1], k=1)
+        a, b = table[:, first], table[:, second]
+        prompt, pair = np.nonzero((a >= 1) & (b >= 1))
+        first, second, in_order = first[pair], second[pair], (a <= b)[prompt, pair]
+        return cls(table, widths, prompt, np.where(in_order, first, second), np.where(in_order, second, first))
+
+    @cached_property
+    def tied(self) -> NDArray:
+        return self.differences(self.ranks) == 0
+
+    @cached_property
+    def strict(self) -> NDArray:
+        return ~self.tied
+
+    def table(self, rows: Sequence[ArrayLike], name: str) -> NDArray:
+        """`[N, K]` from a value for each completion, 0 at absent ones, whose own may be anything."""
+        values = np.where(self.ranks >= 1, _padded(rows, self.widths, name), 0.0)
+        for prompt in np.flatnonzero(~np.isfinite(values).all(axis=1)):
+            got = values[prompt].tolist()
+            raise UserError(f"prompt {prompt}: {name} of ranked completions must be finite, got {got}")
+        return values
+
+    def differences(self, table: NDArray) -> NDArray:
+        """`[P]`: value of the better completion minus that of the worse."""
+        return table[self.prompt, self.better] - table[self.prompt, self.worse]
+
+    def leads(self, values: Sequence[ArrayLike], name: str = "values") -> NDArray:
+        """The `differences` of rows of values."""
+        return self.differences(self.table(values, name))
+
+    def per_prompt(self, values: NDArray) -> NDArray:
+        return np.bincount(self.prompt, values, minlength=len(self.ranks))
+
+    def mean(self, values: NDArray, chosen: NDArray, n_resamples: int = 2000) -> Estimate:
+        """Mean over the chosen pairs, every pair weighing the same."""
+        return ratio_of_sums(self.per_prompt(values * chosen), self.per_prompt(chosen), n_resamples=n_resamples)
+
+
+def pair_accuracy(scores: Sequence[ArrayLike], ranks: Sequence[ArrayLike]) -> Estimate:
+    """Share of the strictly ranked pairs that the scores order as the labeler did (InstructGPT section 3.5, C.2).
+
+        value = sum over prompts and strict pairs (w, l) of (1 if s_w > s_l, 0.5 if equal, 0 otherwise) / n
+
+    The `accuracy` of `ranking_metrics`: n counts pairs (each weighs the same), n_clusters prompts that have one.
+
+    >>> estimate = pair_accuracy([[3.0, 2.0, 1.0], [0.0, 5.0]], [[1, 2, 2], [1, 2]])
+    >>> estimate.value == (2 + 0) / (2 + 1), estimate.n, estimate.n_clusters
+    (True, 3, 2)
+    """
+    pairs = Pairs.of(ranks)
+    return pairs.mean(pairs_right(pairs.leads(scores, "scores")), pairs.strict)
 
 
 def flatten(estimates: Mapping[str, Estimate], prefix: str = "") -> dict[str, float]:
     """Plain numbers for a log: NAME, NAME_ci_low and NAME_ci_high, those that are NaN left out.
 
-    Example:
-        >>> flatten({"top1": Estimate(0.5, 0.25, 0.75, n=4, n_clusters=4)}, prefix="eval_")
-        {'eval_top1': 0.5, 'eval_top1_ci_low': 0.25, 'eval_top1_ci_high': 0.75}
-        >>> flatten({"top1": Estimate(0.5, np.nan, np.nan, n=1, n_clusters=1)})
-        {'top1': 0.5}
+    >>> flatten({"top1": Estimate(0.5, 0.25, 0.75, n=4, n_clusters=4)}, prefix="eval_")
+    {'eval_top1': 0.5, 'eval_top1_ci_low': 0.25, 'eval_top1_ci_high': 0.75}
+    >>> flatten({"top1": Estimate(0.5, np.nan, np.nan, n=1, n_clusters=1)})
+    {'top1': 0.5}
     """
     numbers = {}
     for name, estimate in estimates.items():
@@ -138,9 +199,8 @@ def pairs_right(leads: NDArray) -> NDArray:
 
         1 if s_w > s_l, 0.5 if s_w = s_l, 0 otherwise
 
-    Example:
-        >>> pairs_right(np.array([2.0, 0.0, -1.0])).tolist()
-        [1.0, 0.5, 0.0]
+    >>> pairs_right(np.array([2.0, 0.0, -1.0])).tolist()
+    [1.0, 0.5, 0.0]
     """
     return (1 + np.sign(leads)) / 2
 
@@ -148,13 +208,10 @@ def pairs_right(leads: NDArray) -> NDArray:
 def brier_scores(leads: NDArray) -> NDArray:
     """Squared error of the probability that the better completion wins (Brier 1950, for one of two outcomes).
 
-        (1 - sigmoid(s_w - s_l))^2, 0.25 for a model that knows nothing
+        (1 - sigmoid(s_w - s_l))^2, 0.25 for a model that knows nothing, whichever completion comes first
 
-    It is the same whichever completion of the pair comes first.
-
-    Example:
-        >>> brier_scores(np.array([0.0, np.log(4)])).round(6).tolist()  # probabilities 1/2 and 4/5
-        [0.25, 0.04]
+    >>> brier_scores(np.array([0.0, np.log(4)])).round(6).tolist()  # probabilities 1/2 and 4/5
+    [0.25, 0.04]
     """
     return expit(-leads) ** 2
 
@@ -164,9 +221,8 @@ def negative_log_likelihoods(leads: NDArray) -> NDArray:
 
         -log sigmoid(s_w - s_l), log 2 for a model that knows nothing
 
-    Example:
-        >>> negative_log_likelihoods(np.array([0.0, -800.0])).round(6).tolist()
-        [0.693147, 800.0]
+    >>> negative_log_likelihoods(np.array([0.0, -800.0])).round(6).tolist()
+    [0.693147, 800.0]
     """
     return -log_expit(leads)
 
@@ -178,10 +234,8 @@ def calibration_gaps(leads: NDArray) -> tuple[NDArray, NDArray]:
         (Guo et al. 2017, arXiv:1706.04599, Eq. 3), confidence = sigmoid(|s_w - s_l|)
 
     The prediction of a pair is the completion with the higher score, so its confidence lies in [1/2, 1]: ten bins of
-    equal mass, which hold as many pairs each (equal confidences stay together). With bins of equal width most pairs of
-    an unsure model would fall into the first one, whose mean hides their errors. Oriented by the labels instead, every
-    outcome would be "w won" and every doubt an error, even a justified one; oriented by the order in the row, the value
-    would change with that order.
+    equal mass, as of equal width most pairs of an unsure model would fall into the first one, whose mean hides their
+    errors. Oriented by the labels instead, every doubt would be an error; by the order in the row, chance.
 
     With finite data the ECE of a perfectly calibrated model is above 0, and resampling adds to that: its interval holds
     the truth in 95 of 100 cases where the error is clear, and lies too high where it is close to 0.
@@ -189,10 +243,9 @@ def calibration_gaps(leads: NDArray) -> tuple[NDArray, NDArray]:
     Returns:
         bins: `[P]` in 0..9.  gaps: `[P]`, 1 - confidence if right, -confidence if wrong, 0 for equal scores.
 
-    Example:
-        >>> bins, gaps = calibration_gaps(np.log([4.0, 0.25, 1.0]))  # sure by 4 to 1, rightly and wrongly; undecided
-        >>> bins.tolist(), gaps.round(6).tolist()
-        ([9, 9, 3], [0.2, -0.8, 0.0])
+    >>> bins, gaps = calibration_gaps(np.log([4.0, 0.25, 1.0]))  # sure by 4 to 1, rightly and wrongly; undecided
+    >>> bins.tolist(), gaps.round(6).tolist()
+    ([9, 9, 3], [0.2, -0.8, 0.0])
     """
     confidences = expit(np.abs(leads))
     if not len(confidences):
@@ -211,16 +264,10 @@ def top1(scores: NDArray, ranks: NDArray) -> NDArray:
 
         |argmax s and best ranked| / |argmax s|: a draw between equal scores (cf. RewardBench 2, arXiv:2506.01937)
 
-    Args:
-        scores: `[N, K]`.
-        ranks: `[N, K]`, below 1 = absent; every prompt has a completion.
+    `[N]` from scores `[N, K]` and ranks `[N, K]`, below 1 = absent; every prompt has a completion.
 
-    Returns:
-        `[N]`.
-
-    Example:
-        >>> top1(np.array([[2.0, 2.0, 1.0]]), np.array([[1, 2, 3]])).tolist()
-        [0.5]
+    >>> top1(np.array([[2.0, 2.0, 1.0]]), np.array([[1, 2, 3]])).tolist()
+    [0.5]
     """
     present = ranks >= 1
     scores = np.where(present, scores, -np.inf)
@@ -234,16 +281,10 @@ def kendall_tau(scores: NDArray, ranks: NDArray) -> NDArray:
 
         tau_b = (concordant - discordant pairs) / sqrt(pairs untied in scores * pairs untied in ranks)
 
-    Args:
-        scores: `[N, K]`.
-        ranks: `[N, K]`, below 1 = absent.
+    `[N]` in [-1, 1] from scores `[N, K]` and ranks `[N, K]`, below 1 = absent; NaN where all scores or all ranks are equal.
 
-    Returns:
-        `[N]` in [-1, 1], NaN where all scores or all ranks are equal.
-
-    Example:
-        >>> kendall_tau(np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[1, 3, 2], [1, 2, 3]])).round(6)
-        array([0.333333,      nan])
+    >>> kendall_tau(np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[1, 3, 2], [1, 2, 3]])).round(6)
+    array([0.333333,      nan])
     """
     tau = np.full(len(ranks), np.nan)
     for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
@@ -251,16 +292,6 @@ def kendall_tau(scores: NDArray, ranks: NDArray) -> NDArray:
         if len(np.unique(s)) > 1 and len(np.unique(r)) > 1:
             tau[prompt] = kendalltau(s, -r).statistic
     return tau
-
-
-def _strict_pairs(ranks: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """Prompt, better and worse completion of all strict pairs: three arrays `[P]` of indices into `[N, K]`."""
-    first, second = np.triu_indices(ranks.shape[1], k=1)
-    a, b = ranks[:, first], ranks[:, second]
-    prompt, pair = np.nonzero((a >= 1) & (b >= 1) & (a != b))
-    first_is_better = (a < b)[prompt, pair]
-    first, second = first[pair], second[pair]
-    return prompt, np.where(first_is_better, first, second), np.where(first_is_better, second, first)
 
 
 def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str, list[int]]:
@@ -294,11 +325,3 @@ def _whole(ranks: NDArray) -> NDArray:
     for prompt in np.flatnonzero(~(np.isfinite(ranks) & (ranks == np.round(ranks))).all(axis=1)):
         raise UserError(f"prompt {prompt}: ranks must be whole numbers, got {ranks[prompt].tolist()}")
     return ranks.astype(np.int64)
-
-
-def _finite_where_ranked(values: NDArray, ranks: NDArray, name: str) -> NDArray:
-    """The values, 0 at absent completions, whose own may be anything."""
-    values = np.where(ranks >= 1, values, 0.0)
-    for prompt in np.flatnonzero(~np.isfinite(values).all(axis=1)):
-        raise UserError(f"prompt {prompt}: {name} of ranked completions must be finite, got {values[prompt].tolist()}")
-    return values

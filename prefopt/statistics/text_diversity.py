@@ -40,10 +40,9 @@ class Distinct:
 def distinct(documents: Sequence[Sequence[object]]) -> Distinct | None:
     """Different items / items over all documents; None where there is none, NaN without a document that has them all.
 
-    Example:
-        >>> found = distinct([["a", "b"], ["b"], ["c"]])
-        >>> found.value, found.without.tolist()  # 3 of 4; without a document: 2 of 2, 3 of 3, 2 of 3
-        (0.75, [1.0, 1.0, 0.6666666666666666])
+    >>> found = distinct([["a", "b"], ["b"], ["c"]])
+    >>> found.value, found.without.tolist()  # 3 of 4; without a document: 2 of 2, 3 of 3, 2 of 3
+    (0.75, [1.0, 1.0, 0.6666666666666666])
     """
     counts = [Counter(document) for document in documents]
     total = sum(counts, Counter())
@@ -96,15 +95,11 @@ def unique_share(texts: Sequence[str]) -> Distinct | None:
 def self_bleu(bleu: Callable[[str, list[str]], float], texts: Sequence[str]) -> float:
     """Mean BLEU of each text with the others as its references (Zhu et al. 2018, arXiv:1802.01886): 100 = all alike.
 
-    A text without words is like another without words (100), and unlike any other (0).
+    A text without words is like another without words (100), and unlike any other (0). `bleu` gives a hypothesis and its
+    references a score in [0, 100], as that of `sentence_bleu` does.
 
-    Args:
-        bleu: (hypothesis, references) -> score in [0, 100]; see `sentence_bleu`.
-        texts: two or more.
-
-    Example:
-        >>> self_bleu(lambda text, others: 100.0 * (text in others), ["a", "a", "b"])
-        66.66666666666667
+    >>> self_bleu(lambda text, others: 100.0 * (text in others), ["a", "a", "b"])
+    66.66666666666667
     """
     found = []
     for i, text in enumerate(texts):
@@ -117,11 +112,7 @@ def self_bleu(bleu: Callable[[str, list[str]], float], texts: Sequence[str]) -> 
 
 
 def sentence_bleu() -> Callable[[str, list[str]], float]:
-    """sacrebleu's sentence BLEU over up to four n-gram orders, those that a short text lacks left out.
-
-    Raises:
-        ImportError: sacrebleu is not installed.
-    """
+    """sacrebleu's sentence BLEU over up to four n-gram orders, those that a short text lacks left out."""
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(effective_order=True)

@@ -12,8 +12,7 @@ import torch
 
 from prefopt.evaluation import kwise_accuracy
 from prefopt.evaluation.kwise_accuracy import KwiseAccuracy
-from prefopt.statistics.intervals import pair_accuracy
-from prefopt.statistics.rankings import ranking_metrics
+from prefopt.statistics.rankings import pair_accuracy, ranking_metrics
 
 # A > B = C ordered right twice; B > A ordered wrong; equal scores; a tied pair; C absent
 SCORES = [[3.0, 2.0, 1.0], [5.0, 0.0], [1.0, 1.0], [2.0, 7.0], [2.0, 1.0, 9.0]]
@@ -65,9 +64,9 @@ def test_one_prompt_has_no_interval_and_no_pairs_no_accuracy(metric):
 
 
 def test_bad_input_names_the_prompt_and_leaves_the_metric_usable(metric):
-    with pytest.raises(ValueError, match="prompt 1: expected the same completions"):
+    with pytest.raises(ValueError, match="prompt 1: expected 3 scores, one for each rank"):
         metric.compute(predictions=[[1.0, 2.0], [1.0, 2.0]], references=[[1, 2], [1, 2, 3]])
-    with pytest.raises(ValueError, match="prompt 0: scores must be finite"):
+    with pytest.raises(ValueError, match="prompt 0: scores of ranked completions must be finite"):
         metric.compute(predictions=[[1.0, math.nan]], references=[[1, 2]])
     assert metric.compute(predictions=SCORES, references=RANKS)["accuracy"] == ACCURACY
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import asdict
 from itertools import combinations
 
 import numpy as np
@@ -199,7 +200,7 @@ def test_statistics_of_each_labeler():
         "bob: 1 tasks; 4 skipped",
     ):
         assert words in said
-    assert found.to_dict()["labelers"]["ann"]["tied_pairs"]["n"] == 4
+    assert asdict(found)["labelers"]["ann"]["tied_pairs"]["n"] == 4
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 
 from prefopt.statistics import intervals as metrics
-from prefopt.statistics.intervals import (
-    Estimate,
-    bootstrap_over_prompts,
-    mean_estimate,
-    pair_accuracy,
-    paired_difference,
-    win_rate,
-)
+from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate, paired_difference, win_rate
+from prefopt.statistics.rankings import pair_accuracy
 
 
 def random_prompts(rng: np.random.Generator, prompts: int = 40) -> tuple[list, list]:
@@ -183,9 +177,9 @@ def test_bad_input_is_refused_with_the_prompt():
         paired_difference([[1.0]], [[1.0]])
     with pytest.raises(ValueError, match="one length"):
         bootstrap_over_prompts(np.mean, [1.0], [1.0, 2.0])
-    with pytest.raises(ValueError, match="prompt 1: scores must be finite"):
+    with pytest.raises(ValueError, match="prompt 1: scores of ranked completions must be finite"):
         pair_accuracy([[1.0, 2.0], [math.nan, 1.0]], [[1, 2], [1, 2]])
-    with pytest.raises(ValueError, match="prompt 1: expected the same completions"):
+    with pytest.raises(ValueError, match="prompt 1: expected 2 scores"):
         pair_accuracy([[1.0, 2.0], [1.0]], [[1, 2], [1, 2]])
     with pytest.raises(ValueError, match="same prompts"):
         pair_accuracy([[1, 2]], [])
@@ -203,5 +197,5 @@ def test_every_public_function_has_an_example():
         for name, x in vars(metrics).items()
         if getattr(x, "__module__", "") == metrics.__name__ and callable(x) and not name.startswith("_")
     ]
-    assert pair_accuracy in public
+    assert win_rate in public
     assert all(">>>" in inspect.getdoc(x) for x in public)

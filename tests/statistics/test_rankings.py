@@ -11,8 +11,8 @@ from scipy.special import expit
 from sklearn.metrics import brier_score_loss, log_loss
 
 from prefopt.statistics import rankings as module
-from prefopt.statistics.intervals import Estimate, pair_accuracy
-from prefopt.statistics.rankings import calibration_gaps, flatten, kendall_tau, ranking_metrics, top1
+from prefopt.statistics.intervals import Estimate
+from prefopt.statistics.rankings import calibration_gaps, flatten, kendall_tau, pair_accuracy, ranking_metrics, top1
 
 
 def random_rows(seed: int, prompts: int = 60) -> tuple[list, list, list, list]:

@@ -7,8 +7,8 @@ import pytest
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from prefopt.statistics.intervals import pair_accuracy, ratio_of_sums
-from prefopt.statistics.rankings import ranking_metrics
+from prefopt.statistics.intervals import ratio_of_sums
+from prefopt.statistics.rankings import pair_accuracy, ranking_metrics
 from prefopt.statistics.reward_models import (
     Pairs,
     accuracy_difference,

@@ -23,7 +23,7 @@ from trl import RewardConfig, RewardTrainer
 from prefopt.models.checkpoints import load_reward_model, reward_model_from_adapter, save_reward_model
 from prefopt.models.reward import get_reward_bias, init_score_head, sequence_scores, set_reward_bias
 from prefopt.rankings.tokens import build_ids
-from prefopt.statistics.intervals import pair_accuracy
+from prefopt.statistics.rankings import pair_accuracy
 from prefopt.trainers.reward.config import HONORED, REFUSED, RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
 from tests.trainers import conftest
