@@ -36,7 +36,11 @@ def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: st
         )
     if len(rows) == 0:
         raise UserError(f"{source}: expected at least one row, got none")
-    for _ in checked_comparisons(_iterate(rows), _required_columns(rows, source), source):
+    if _is_dataset(rows):
+        columns = set(rows.column_names)
+    else:
+        columns = {key for row in rows if isinstance(row, Mapping) for key in row}
+    for _ in checked_comparisons(_iterate(rows), required_columns(columns, source), source):
         pass
 
 
@@ -74,11 +78,7 @@ def checked_comparisons(
 
 
 def validate_tokenized(rows: Dataset, source: str = "dataset") -> None:
-    """Check the ranks of rows that have token ids already: as many as `completion_ids`, dense, from 1.
-
-    Raises:
-        UserError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
-    """
+    """Check the ranks of rows that have token ids already, as `validate_comparisons`: as many as `completion_ids`, dense, from 1."""
     names = ["prompt_ids", "completion_ids", "ranks"]
     for index, row in enumerate(rows.with_format(None).select_columns(names)):  # one at a time: ids are many
         if problem := tokenized_problem(row):
@@ -94,16 +94,12 @@ def tokenized_problem(row: Mapping[str, Any]) -> str | None:
         expected = "at least one token in each completion"
         return _problem("completion_ids", expected, completion_ids, "drop the empty completion")
     if len(completion_ids) < 2:
-        remedy = "one alone carries no comparison: drop the row"
-        return _problem("completion_ids", "at least 2 completions", len(completion_ids), remedy)
+        return _too_few_problem("completion_ids", completion_ids)
     return ranks_problem(row["ranks"], len(completion_ids), "completions")
 
 
 def validate_demonstrations(rows: Sequence[Mapping[str, Any]], source: str = "dataset") -> None:
     """Check rows of `prompt` and `completion`, texts or chat messages, as `validate_comparisons` checks rankings.
-
-    Raises:
-        UserError: naming the source, the row (counted from 0), the field, what was expected, and the remedy.
 
     >>> validate_demonstrations([{"prompt": "2 + 2 =", "completion": None}])
     Traceback (most recent call last):
@@ -132,13 +128,10 @@ def _demonstration_problem(row: Any) -> str | None:
 
 
 def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
-    """Check that the ratings of ranked rows can serve as margins, and count the rows without.
+    """Check that the ratings of ranked rows can serve as margins; the number of rows without, whose pairs have the margin 0.
 
     A labeler may rate a completion higher than another and still rank it below. As data that is harmless, but as a
     margin it would pull against the ranks. Completions that tie have no margin, whatever their ratings.
-
-    Returns:
-        The number of rows without ratings; their pairs have the margin 0.
 
     Raises:
         UserError: no row has ratings, or naming the first row (counted from 0) in which they contradict the ranks.
@@ -160,19 +153,8 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
     return missing
 
 
-def _required_columns(rows: Dataset | Sequence[Mapping[str, Any]], source: str) -> tuple[str, ...]:
-    if _is_dataset(rows):
-        columns = set(rows.column_names)
-    else:
-        columns = {key for row in rows if isinstance(row, Mapping) for key in row}
-    return required_columns(columns, source)
-
-
 def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
-    """The columns that rows of this kind, ranked or TRL preference, must have.
-
-    Raises:
-        UserError: one is missing.
+    """The columns that rows of this kind, ranked or TRL preference, must have; a UserError if one is missing.
 
     >>> required_columns({"prompt", "completions", "ranks", "labeler"}, "train")
     ('prompt', 'completions', 'ranks')
@@ -226,10 +208,8 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
     else:
         if not isinstance(row["completions"], list | tuple):
             return _problem("completions", "a list of completions", row["completions"], "write one list entry each")
-        if (k := len(row["completions"])) < 2:
-            return _problem(
-                "completions", "at least 2 completions", k, "one alone carries no comparison: drop the row"
-            )
+        if len(row["completions"]) < 2:
+            return _too_few_problem("completions", row["completions"])
         completions = {f"completions[{i}]": completion for i, completion in enumerate(row["completions"])}
     first = _kind(next(iter(completions.values())))
     for name, completion in completions.items():
@@ -243,7 +223,7 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
             return _problem(name, f"{first} like the other completions", completion, "give all in one format")
     k = len(completions)
     if "chosen" in required and "margin" in row:
-        if row["margin"] is not None and not _is_finite_number(row["margin"]):
+        if row["margin"] is not None and not is_finite_number(row["margin"]):
             return _problem("margin", "a finite number", row["margin"], "convert, empty or rename the field")
         if row.get("ratings") is not None:
             return _problem("ratings", "none next to 'margin'", row["ratings"], "remove one of the two")
@@ -256,22 +236,24 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
     for name in ("flags", "truncated"):
         value = row.get(name)
         if value is not None and not (isinstance(value, list | tuple) and len(value) == k):
-            return _problem(
-                name, f"a list with one entry for each of the {k} completions", value, "align it or drop it"
-            )
+            expected = f"a list with one entry for each of the {k} completions"
+            return _problem(name, expected, value, "align it or drop it")
     if not all(isinstance(cut, bool) for cut in row.get("truncated") or ()):
         return _problem("truncated", "true or false for each completion", row["truncated"], "fill the gaps")
     return None
 
 
+def _too_few_problem(name: str, completions: Sequence[Any]) -> str:
+    remedy = "one alone carries no comparison: drop the row"
+    return _problem(name, "at least 2 completions", len(completions), remedy)
+
+
 def _text_problem(value: Any, name: str) -> str | None:
     if isinstance(value, str):
-        if value == "":
-            remedy = (
-                "drop it" if name == "prompt" else "drop it, or write the EOS token for an answer that ends at once"
-            )
-            return _problem(name, "a non-empty string", value, remedy)
-        return None
+        if value:
+            return None
+        remedy = "drop it" + (", or write the EOS token for an answer that ends at once" if name != "prompt" else "")
+        return _problem(name, "a non-empty string", value, remedy)
     if not isinstance(value, list | tuple):
         return _problem(name, "a string or a list of chat messages", value, "convert it or drop the row")
     if not value:
@@ -298,7 +280,7 @@ def ranks_problem(ranks: Any, k: int, things: str) -> str | None:
         return _problem("ranks", f"{k} ranks", f"{len(ranks)}: {shorten(ranks)}", remedy, as_is=True)
     expected = "integers from 1 (1 = best, equal = tie)"
     for rank in ranks:
-        if not _is_finite_number(rank):
+        if not is_finite_number(rank):
             if rank is None or isinstance(rank, float):
                 remedy = f"rank every one of the {things}, or drop the unranked ones"
             else:
@@ -316,7 +298,7 @@ def ratings_problem(ratings: Any, k: int) -> str | None:
     if not isinstance(ratings, list | tuple) or len(ratings) != k:
         return _problem("ratings", f"a list with a number for each of the {k} completions", ratings, "align it")
     for rating in ratings:
-        if not _is_finite_number(rating):
+        if not is_finite_number(rating):
             got = f"{rating!r} in {shorten(ratings)}"
             remedy = "rate every completion or drop the field"
             return _problem("ratings", "finite numbers", got, remedy, as_is=True)
@@ -344,7 +326,7 @@ def margin_problem(margin: float | None) -> str | None:
     return _problem("margin", expected, margin, "swap chosen and rejected, empty the field, or train without margins")
 
 
-def _is_finite_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

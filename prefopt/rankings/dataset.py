@@ -1,7 +1,6 @@
 """Ranked comparisons as token ids in batches `[B, K, T]`: checked rows, nothing dropped without a count."""
 
 import itertools
-import json
 import logging
 import math
 from collections import Counter
@@ -28,12 +27,14 @@ from prefopt.rankings.checks import (
     validate_tokenized,
 )
 from prefopt.rankings.row import from_preference
-from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids
+from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids, template_kwargs
 
 logger = logging.getLogger(__name__)
 # Every process reads a whole stream; one of them says what it has dropped.
 main_process_logger = get_logger(__name__)
 
+NO_RATINGS = "have no ratings: the margin of their pairs is 0"
+UNREAD_MARGINS = "have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
 _TIES = ("drop", "half")
 _TOKENIZED = {"prompt_ids", "completion_ids", "ranks"}
 
@@ -46,8 +47,8 @@ def prepare_comparisons(
     """A validated dataset of ranked rows, from ranked or TRL preference rows.
 
     Rows in which all completions tie have no gradient under `ties="drop"`: they are dropped and counted in the log.
-    Of a dataset that already has token ids, lengths and ranks are checked. With `margins`, the ratings will make margins: they are
-    checked by `validate_ratings` and rows without are counted in the log.
+    Of a dataset that already has token ids, lengths and ranks are checked. With `margins`, the ratings will make margins:
+    they are checked by `validate_ratings` and rows without are counted in the log.
 
     Raises:
         UserError: as `validate_comparisons` and `validate_ratings`, and when no row is left.
@@ -59,24 +60,23 @@ def prepare_comparisons(
     check_ties(ties)
     if isinstance(dataset, Dataset) and _is_tokenized(dataset):
         validate_tokenized(dataset, source)
-        if dataset.features["ranks"] != List(Value("int64")):
-            dataset = dataset.cast_column("ranks", List(Value("int64")))
-        if margins:
-            _check_margins(dataset, source)
-        return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+    else:
+        dataset = _from_texts(dataset, source, margins)
+    if dataset.features["ranks"] != List(Value("int64")):  # e.g. 1.0, which some writers make of 1
+        dataset = dataset.cast_column("ranks", List(Value("int64")))
+    if margins and (missing := validate_ratings(dataset, source)):
+        logger.warning(f"{source}: {missing} of {len(dataset)} rows {NO_RATINGS}")
+    return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+
+
+def _from_texts(dataset: Dataset | Sequence[Mapping[str, Any]], source: str, margins: bool) -> Dataset:
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # rows as Python objects, not tensors
     validate_comparisons(dataset, source)
     if not isinstance(dataset, Dataset):
         columns = dict.fromkeys(key for row in dataset for key in row)
         dataset = Dataset.from_dict({name: [row.get(name) for row in dataset] for name in columns})
-    if "completions" not in dataset.column_names:
-        dataset = _from_preferences(dataset, source, margins)
-    if dataset.features["ranks"] != List(Value("int64")):  # e.g. 1.0, which some writers make of 1
-        dataset = dataset.cast_column("ranks", List(Value("int64")))
-    if margins:
-        _check_margins(dataset, source)
-    return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+    return dataset if "completions" in dataset.column_names else _from_preferences(dataset, source, margins)
 
 
 def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
@@ -87,19 +87,12 @@ def _from_preferences(dataset: Dataset, source: str, margins: bool) -> Dataset:
         if margins and (problem := margin_problem(margin)):
             raise UserError(f"{source} row {index}: {problem}")
     if (count := sum(margin is not None for margin in given)) and not margins:
-        logger.warning(
-            f"{source}: {count} rows have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
-        )
+        logger.warning(f"{source}: {count} rows {UNREAD_MARGINS}")
     # Not by `map`, which cannot tell the type of a column whose first rows are empty.
     rest = [name for name in dataset.column_names if name not in ("margin", "ratings")]
     dataset = dataset.select_columns(rest).map(from_preference, remove_columns=["chosen", "rejected"])
     ratings = [None if margin is None else [margin, 0.0] for margin in given]
     return dataset.add_column("ratings", ratings, feature=List(Value("float64")))
-
-
-def _check_margins(dataset: Dataset, source: str) -> None:
-    if missing := validate_ratings(dataset, source):
-        logger.warning(f"{source}: {missing} of {len(dataset)} rows have no ratings: the margin of their pairs is 0")
 
 
 def tokenize_comparisons(
@@ -148,12 +141,9 @@ def tokenize_row(
     row: Mapping[str, Any], index: int, tokenizer: Any, source: str, of: str = " of the prepared rows"
 ) -> dict[str, Any]:
     """`prompt_ids` and `completion_ids` of one checked row; a ValueError names `source` and the row's number."""
-    template_kwargs = dict(row.get("chat_template_kwargs") or {})
-    if tools := row.get("tools"):
-        template_kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
     cuts = row.get("truncated") or [False] * len(row["completions"])
     try:
-        prompt_ids, completion_ids = row_ids(tokenizer, row["prompt"], row["completions"], cuts, template_kwargs)
+        prompt_ids, completion_ids = row_ids(tokenizer, row["prompt"], row["completions"], cuts, template_kwargs(row))
         if not prompt_ids:
             raise UserError("field 'prompt': expected at least one token, got none; drop the row")
     except Exception as error:  # a chat template may raise anything; say for which row
@@ -173,21 +163,36 @@ def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
 def _keep_rows_with_a_comparison(before: Dataset, after: Dataset, ties: str, source: str, why: str) -> Dataset:
     """Drop rows of `after` that compare nothing, and log what is gone since `before`."""
     ranks = after["ranks"][:]
-    few = sum(len(r) < 2 for r in ranks)
-    tied = sum(len(r) >= 2 and len(set(r)) < 2 for r in ranks) if ties == "drop" else 0
-    dropped_completions = sum(map(len, before["ranks"][:])) - sum(map(len, ranks))
-    if not (few or tied or dropped_completions):
+    reasons = [_why_dropped(r, ties) for r in ranks]
+    kept = [i for i, reason in enumerate(reasons) if reason is None]
+    counts = Counter(filter(None, reasons))
+    counts["completions"] = sum(map(len, before["ranks"][:])) - sum(map(len, ranks))
+    if not counts.total():
         return after
-    kept = [i for i, r in enumerate(ranks) if len(r) >= 2 and (ties != "drop" or len(set(r)) > 1)]
-    counts = [f"{dropped_completions} completions{why}"] if dropped_completions else []
-    counts += [f"{few} rows with fewer than two completions left"] if few else []
-    counts += [f"{tied} rows in which all completions tie"] if tied else []
-    message = f"{source}: dropped {', '.join(counts)}; {len(kept)} of {len(ranks)} rows remain"
+    message = f"{source}: {_in_words(counts, why, len(kept), len(ranks))}"
     if not kept:
-        remedy = "raise max_length" if few or dropped_completions else "add rows with a preference"
+        remedy = "raise max_length" if counts["few"] or counts["completions"] else "add rows with a preference"
         raise UserError(f"{message}; {remedy}")
     logger.warning(message)
     return after.select(kept) if len(kept) < len(ranks) else after
+
+
+def _why_dropped(ranks: Sequence[int], ties: str) -> str | None:
+    """Why a row compares nothing; None if it does."""
+    if len(ranks) < 2:
+        return "few"
+    return "tied" if ties == "drop" and len(set(ranks)) < 2 else None
+
+
+def _in_words(counts: Mapping[str, int], why: str, kept: int, read: int) -> str:
+    """What is dropped; `why` it is of completions."""
+    names = {
+        "completions": f"completions{why}",
+        "few": "rows with fewer than two completions left",
+        "tied": "rows in which all completions tie",
+    }
+    dropped = ", ".join(f"{counts[key]} {name}" for key, name in names.items() if counts[key])
+    return f"dropped {dropped}; {kept} of {read} rows remain"
 
 
 def _is_tokenized(dataset: Dataset) -> bool:
@@ -206,25 +211,16 @@ class ComparisonStream(torch.utils.data.IterableDataset):
     The stream has no end: after its last row it begins again, and its own shuffling, if it has one, draws another
     order. So every optimizer step has its full number of prompts, and Trainer, which goes on from a checkpoint by
     passing over the batches that were trained on, finds the place also after the first pass. Each process reads every
-    row and keeps its share of each batch.
+    row and keeps its share of each batch. What is dropped is counted and logged at the end of each pass, and by `report`.
 
-    What is dropped is counted and logged at the end of each pass, and by `report`.
+    Rows, tokenizer and options are as for these two functions. A UserError comes while iterating, at the first bad row,
+    and when a whole pass leaves no row.
 
-    Args:
-        rows: ranked rows, TRL preference rows, or rows that have token ids.
-        tokenizer: as in `tokenize_comparisons`, and so are `max_length` and `ties`.
-        margins: the ratings will make margins, and are checked for it.
-        source: names the rows in errors and in the log.
-
-    Raises:
-        UserError: while iterating, at the first bad row; when a whole pass leaves no row.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> ids = {"prompt_ids": [[5], [6]], "completion_ids": [[[7], [8]], [[7], [9]]], "ranks": [[1, 2], [1, 1]]}
-        >>> stream = ComparisonStream(Dataset.from_dict(ids).to_iterable_dataset(), tokenizer=None)
-        >>> next(iter(stream))
-        {'prompt_ids': [5], 'completion_ids': [[7], [8]], 'ranks': [1, 2]}
+    >>> from datasets import Dataset
+    >>> ids = {"prompt_ids": [[5], [6]], "completion_ids": [[[7], [8]], [[7], [9]]], "ranks": [[1, 2], [1, 1]]}
+    >>> stream = ComparisonStream(Dataset.from_dict(ids).to_iterable_dataset(), tokenizer=None)
+    >>> next(iter(stream))
+    {'prompt_ids': [5], 'completion_ids': [[7], [8]], 'ranks': [1, 2]}
     """
 
     def __init__(
@@ -302,25 +298,19 @@ class ComparisonStream(torch.utils.data.IterableDataset):
 
     def _fitting(self, row: dict[str, Any], number: int) -> dict[str, Any] | None:
         """The row without completions that are too long; None, counted, if it then compares nothing."""
-        if self.ties == "drop" and len(set(row["ranks"])) < 2:
-            self.counts["tied"] += 1
-            return None
-        if self.max_length is not None:
+        reason = _why_dropped(row["ranks"], self.ties)
+        if not reason and self.max_length is not None:
             completions = len(row["ranks"])
             row = {**row, **fit_row(row, self.max_length)}
             self.counts["completions"] += completions - len(row["ranks"])
-            if len(row["ranks"]) < 2:
-                self.counts["few"] += 1
-                return None
-            if self.ties == "drop" and len(set(row["ranks"])) < 2:
-                self.counts["tied"] += 1
-                return None
+            reason = _why_dropped(row["ranks"], self.ties)
+        if reason:
+            self.counts[reason] += 1
+            return None
         for check in self.checks:
             if problem := check(row):
                 raise UserError(f"{self.source} row {number}: {problem}")
         return row
-
-    # ---- counts ----
 
     def report(self) -> None:
         """Log what the current pass has dropped; a warning on the first one, which the others repeat."""
@@ -328,24 +318,13 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         if self.counts["kept"] < self.counts["read"] or self.counts["completions"]:
             log(f"{self.source}, pass {self._pass + 1} over the stream: {self._summary()}")
         if self.counts["unrated"]:
-            log(
-                f"{self.source}: {self.counts['unrated']} of {self.counts['read']} rows have no ratings: the margin of "
-                "their pairs is 0"
-            )
+            log(f"{self.source}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")
         if self.counts["margin"] and not self.margins:
-            log(
-                f"{self.source}: {self.counts['margin']} rows have a margin, kept as ratings; the loss reads it if "
-                "margin_coef > 0 (1 as in TRL)"
-            )
+            log(f"{self.source}: {self.counts['margin']} rows {UNREAD_MARGINS}")
 
     def _summary(self) -> str:
-        names = {
-            "completions": f"completions longer than max_length={self.max_length} tokens",
-            "few": "rows with fewer than two completions left",
-            "tied": "rows in which all completions tie",
-        }
-        dropped = [f"{self.counts[key]} {name}" for key, name in names.items() if self.counts[key]]
-        return f"dropped {', '.join(dropped)}; {self.counts['kept']} of {self.counts['read']} rows remain"
+        why = f" longer than max_length={self.max_length} tokens"
+        return _in_words(self.counts, why, self.counts["kept"], self.counts["read"])
 
 
 @dataclass

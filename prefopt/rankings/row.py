@@ -17,14 +17,7 @@ from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem,
 
 
 def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
-    """Ranks of a ranking written with `>` (better than) and `=` (as good as), in the order of `labels`.
-
-    Args:
-        text: every label exactly once, e.g. `"D > C > A = B"`.
-        labels: names of the completions in row order; default the letters A, B, C, ...
-
-    Returns:
-        Dense ranks, 1 = best, one per label.
+    """Ranks of a ranking written with `>` (better than) and `=` (as good as), in the order of `labels` (default: A, B, C, ...).
 
     Raises:
         UserError: an unknown, repeated (which a cycle needs) or missing label, or fewer than two.
@@ -80,8 +73,7 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
 def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
     """Dense ranks from ratings such as a 1-7 Likert scale: a higher rating is better, equal ratings tie.
 
-    Raises:
-        UserError: a rating that is not a finite number.
+    A rating that is not a finite number is a UserError.
 
     >>> ranks_from_ratings([6, 2, 7, 6])
     [2, 3, 1, 2]
@@ -94,10 +86,7 @@ def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
 def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     """A TRL preference row (`prompt`, `chosen`, `rejected`) as a ranked row with K = 2; other fields are kept.
 
-    A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1.
-
-    Raises:
-        UserError: a field that is missing or not as described at the top of this module.
+    A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1. Raises as `row_problem` finds.
 
     >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'ranks': [1, 2]}
@@ -115,9 +104,6 @@ def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_preferences(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All strict pairs of a ranked row as TRL preference rows; ties give none, so the list may be empty.
-
-    Raises:
-        UserError: a field that is missing or not as described at the top of this module.
 
     >>> pairs = to_preferences({"prompt": "2 + 2 =", "completions": [" 5", " 4", " four"], "ranks": [2, 1, 1]})
     >>> [(pair["chosen"], pair["rejected"]) for pair in pairs]

@@ -17,9 +17,8 @@ Row = Mapping[str, Any]
 def one_per_prefix(rows: Sequence[Row], length: int) -> list[int]:
     """Positions of the rows whose prompt is the first with its first `length` characters, or is shorter than that.
 
-    Two prompts share a prefix of `length` characters exactly if they are the same up to there, so one look at each is
-    enough. Rows of one prompt stay together. Of messages the texts count, without the system message, which may be the
-    same everywhere.
+    Rows of one prompt stay together. Of messages the texts count, without the system message, which may be the same
+    everywhere.
 
     >>> one_per_prefix([{"prompt": p} for p in ("Write a poem", "Write a play", "Sing", "Write a poem")], 8)
     [0, 2, 3]
@@ -37,9 +36,6 @@ def one_per_prefix(rows: Sequence[Row], length: int) -> list[int]:
 def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int]:
     """Positions of the rows of at most `most` prompts of each value of the field `by`, drawn at random.
 
-    Raises:
-        UserError: a row without a value of `by`.
-
     >>> rows = [{"prompt": p, "user": "ann"} for p in "aabc"]
     >>> {rows[i]["prompt"] for i in most_per_key(rows, "user", 3, seed=0)} == {"a", "b", "c"}
     True
@@ -50,23 +46,18 @@ def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int
     names = [(_key(row, by, position), json.dumps(row["prompt"], sort_keys=True)) for position, row in enumerate(rows)]
     for key, prompt in names:
         prompts[key][prompt] = None
-    kept = {}
-    for key, own in prompts.items():
-        drawn = list(own) if len(own) <= most else random.Random(f"{seed} {key}").sample(list(own), most)
-        kept[key] = set(drawn)
+    kept = {
+        key: set(random.Random(f"{seed} {key}").sample([*own], min(most, len(own)))) for key, own in prompts.items()
+    }
     return [position for position, (key, prompt) in enumerate(names) if prompt in kept[key]]
 
 
 def split_by_key(rows: Sequence[Row], by: str, shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
-    """Positions of the rows of each side, such that rows with one value of `by` are all on one side.
+    """Positions of the rows of each side, such that rows with one value of the field `by` are all on one side.
 
     Values go in random order to the side that lacks most rows of its share, so that a side has users with many rows as
     well as with few. Those with more rows than half the smallest share go first, those with most rows before others:
     drawn late, they would spoil the shares. No side stays empty.
-
-    Args:
-        by: a field, or `prompt`.
-        shares: of the rows, by side.
 
     Raises:
         UserError: a row without a value of `by`, or fewer values than sides.

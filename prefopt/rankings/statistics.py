@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -61,13 +61,8 @@ class Statistics:
     ratings: tuple[float, float] | None = None  # lowest and highest
     labelers: dict[str, int] = field(default_factory=dict)  # labeler: rows
     prompts_of_several_labelers: int = 0
-    shared: dict[str, dict[str, int]] = field(
-        default_factory=dict
-    )  # other data: prompts, and rows here that have them
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    # Other data: prompts, and rows here that have them.
+    shared: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Names and values to read, without those that say nothing about rows of this kind."""
@@ -83,24 +78,19 @@ class Statistics:
             won = "-" if self.longer_wins is None else f"{self.longer_wins:.1%}"
             yield "the longer completion wins", f"{won} of {self.longer_wins_pairs:,} pairs"
         for name, spread in self.lengths.items():
-            told = (
-                f"mean {spread.mean:,.0f}, median {spread.median:,.0f}, 95 % {spread.p95:,.0f}, most {spread.max:,.0f}"
-            )
-            yield name, told
+            middle = f"mean {spread.mean:,.0f}, median {spread.median:,.0f}"
+            yield name, f"{middle}, 95 % {spread.p95:,.0f}, most {spread.max:,.0f}"
         for name, n in self.rows_with.items():
-            between = (
-                f", from {self.ratings[0]:g} to {self.ratings[1]:g}" if name == "ratings" and self.ratings else ""
-            )
+            has_range = name == "ratings" and self.ratings
+            between = f", from {self.ratings[0]:g} to {self.ratings[1]:g}" if has_range else ""
             yield f"rows with {name}", _share(n, self.rows) + between
         if self.labelers:
             most = ", ".join(f"{name} {n:,}" for name, n in list(self.labelers.items())[:5])
             yield ("labelers (rows)", f"{len(self.labelers):,}: {most}{', ...' if len(self.labelers) > 5 else ''}")
             yield "prompts of several labelers", f"{self.prompts_of_several_labelers:,}"
         for name, shared in self.shared.items():
-            yield (
-                f"shared with {name}",
-                f"{shared['prompts']:,} prompts, in {_share(shared['rows'], self.rows)} of the rows",
-            )
+            in_rows = f"in {_share(shared['rows'], self.rows)} of the rows"
+            yield f"shared with {name}", f"{shared['prompts']:,} prompts, {in_rows}"
 
 
 def _share(n: int, of: int) -> str:

@@ -4,6 +4,7 @@ Reward-model training, scoring, centering, PPO rewards and DPO all take their id
 asked about a sequence that is spelled differently from its training data.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -40,15 +41,7 @@ def build_ids(
       Completions of several messages or with tool calls continue instead from where the two renderings part.
     - `truncated`: the completion was cut at a length limit, so no closing token is invented.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        prompt: text, or chat messages.
-        completion: text, or chat messages; text after a chat prompt is an assistant message.
-        truncated: the completion was cut at a length limit.
-        chat_template_kwargs: passed to the chat template, e.g. `tools` or `enable_thinking`.
-
-    Returns:
-        `(prompt_ids, completion_ids)`, two lists of int.
+    Text after a chat prompt is an assistant message; `chat_template_kwargs` (`tools`, `enable_thinking`) go to the template.
 
     Raises:
         UserError: the tokenizer lacks the EOS token or the chat template that the row needs.
@@ -68,7 +61,7 @@ def build_ids(
 
 
 def row_ids(
-    tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], template_kwargs: dict
+    tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], chat_template_kwargs: dict
 ) -> tuple[list[int], list[list[int]]]:
     """`build_ids` for all completions of a prompt."""
     if isinstance(prompt, str):
@@ -81,9 +74,9 @@ def row_ids(
                 "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
             )
         prompt = without_nulls_in_calls(prompt)
-        render = partial(tokenizer.apply_chat_template, tokenize=False, **template_kwargs)
+        render = partial(tokenizer.apply_chat_template, tokenize=False, **chat_template_kwargs)
         generation = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template_kwargs
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )
         prompt_ids = generation["input_ids"]
     tail, closing = _answer_tail(tokenizer, render) if render else ("", "")
@@ -125,6 +118,18 @@ def row_ids(
                 ids = [*ids, tokenizer.eos_token_id]
         completion_ids.append(ids)
     return prompt_ids, completion_ids
+
+
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives the chat template along with its messages, as in TRL: `tools` and `chat_template_kwargs`.
+
+    >>> template_kwargs({"tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False, "x": None}})
+    {'enable_thinking': False, 'tools': [{'name': 'search'}]}
+    """
+    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    if tools := row.get("tools"):
+        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    return kwargs
 
 
 def without_nulls_in_calls(prompt: str | list[dict]) -> str | list[dict]:

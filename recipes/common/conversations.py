@@ -3,7 +3,6 @@
 Every function leaves rows alone that are in its step's own format already, so that a recipe can apply it to all rows.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,24 +37,8 @@ def answers(messages: Messages) -> list[int]:
     return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
 
 
-def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives the chat template along with its messages, as in TRL: `tools` and `chat_template_kwargs`.
-
-    >>> template_kwargs({"messages": [], "tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False}})
-    {'enable_thinking': False, 'tools': [{'name': 'search'}]}
-    """
-    kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
-    if tools := row.get("tools"):
-        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return kwargs
-
-
 def check_conversations(rows: Rows, source: str) -> None:
-    """Every row has `messages` with an assistant's answer to a user.
-
-    Raises:
-        ValueError: naming the source, the row (counted from 0), what was expected, and the remedy.
-    """
+    """Every row has `messages` with an assistant's answer to a user; a UserError names the first that has not."""
     if len(rows) == 0:
         raise UserError(f"{source}: no rows")
     for number, row in enumerate(_messages(rows)):
@@ -72,9 +55,6 @@ def prompts_from_messages(rows: Rows, source: str) -> Rows:
 
     A `prompt` that is a list of messages stays; one that is text gives way to `messages`, whose first user turn it is
     in the data sets that have both.
-
-    Raises:
-        ValueError: naming the first row that is no conversation or has no user turn.
 
     >>> chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     >>> prompts_from_messages([{"messages": chat, "id": 7}], "chats.jsonl")
@@ -106,9 +86,6 @@ def prompts_from_messages(rows: Rows, source: str) -> Rows:
 def demonstrations_from_messages(rows: Rows, source: str) -> Rows:
     """Conversations as demonstrations: the last answer is the `completion`, what stands before it the `prompt`.
 
-    Raises:
-        ValueError: as `check_conversations`.
-
     >>> chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     >>> demonstrations_from_messages([{"messages": chat}], "chats.jsonl")[0]["completion"]
     [{'role': 'assistant', 'content': 'hello'}]
@@ -130,9 +107,6 @@ def split_implicit_prompts(rows: Rows, source: str) -> Rows:
 
     So does TRL (`trl.extract_prompt`), also where `prompt` is text and both answers are whole conversations. Texts are not
     split: there the prompt would end at the first letter that differs, inside a word.
-
-    Raises:
-        ValueError: naming the first row whose answers do not begin with the same turn.
 
     >>> hi = {"role": "user", "content": "hi"}
     >>> yes, no = ([hi, {"role": "assistant", "content": text}] for text in ("yes", "no"))

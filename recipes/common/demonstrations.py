@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.rankings.tokens import build_ids
-from prefopt.recipes.common.conversations import answers, check_conversations, template_kwargs
+from prefopt.rankings.tokens import build_ids, template_kwargs
+from prefopt.recipes.common.conversations import answers, check_conversations
 from prefopt.recipes.common.rows import Rows, check_fields
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,6 @@ def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Datas
     """The outputs of ranked comparisons that were rated `min_rating` or more, as demonstrations.
 
     A text that several labelers rated so is one demonstration. What is left out is counted in the log.
-
-    Raises:
-        ValueError: no output is rated so.
     """
     demonstrations: dict[str, dict] = {}
     rated = good = without = 0

@@ -1,8 +1,9 @@
 """Public preference formats as ranked comparisons: `convert` reads any of `FORMATS`, and `detect` tells which it is."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from prefopt.errors import UserError
@@ -20,69 +21,57 @@ class Format:
     """A format: its data sets, the columns that tell it, what reads it, and the ratings it can be ranked by."""
 
     datasets: str
-    columns: frozenset[str]
+    columns: Set[str]
     read: Callable[..., Iterator[dict]]
     fits: Callable[[Row], bool] = lambda row: True
     ratings: tuple[str, ...] = ()
 
 
 FORMATS = {
-    "nectar": Format("berkeley-nest/Nectar", frozenset({"prompt", "answers"}), dialogues.nectar, dialogues.is_nectar),
-    "hh-rlhf": Format("Anthropic/hh-rlhf", frozenset({"chosen", "rejected"}), dialogues.hh_rlhf, dialogues.is_hh_rlhf),
+    "nectar": Format("berkeley-nest/Nectar", {"prompt", "answers"}, dialogues.nectar, dialogues.is_nectar),
+    "hh-rlhf": Format("Anthropic/hh-rlhf", {"chosen", "rejected"}, dialogues.hh_rlhf, dialogues.is_hh_rlhf),
     "ultrafeedback": Format(
         "openbmb/UltraFeedback",
-        frozenset({"instruction", "completions"}),
+        {"instruction", "completions"},
         rated.ultrafeedback,
         ratings=rated.ULTRAFEEDBACK_RATINGS,
     ),
     "helpsteer": Format(
         "nvidia/HelpSteer, HelpSteer2",
-        frozenset({"prompt", "response", *rated.HELPSTEER_RATINGS}),
+        {"prompt", "response", *rated.HELPSTEER_RATINGS},
         rated.helpsteer,
         ratings=rated.HELPSTEER_RATINGS,
     ),
     "helpsteer2-preference": Format(
         "nvidia/HelpSteer2, its preference data",
-        frozenset({"prompt", "response_1", "response_2", "preference_strength"}),
+        {"prompt", "response_1", "response_2", "preference_strength"},
         pairs.helpsteer2_preference,
     ),
     "helpsteer3": Format(
         "nvidia/HelpSteer3, its preference data",
-        frozenset({"context", "response1", "response2", "overall_preference"}),
+        {"context", "response1", "response2", "overall_preference"},
         pairs.helpsteer3,
     ),
-    "oasst": Format("OpenAssistant/oasst1, oasst2", frozenset({"message_id", "text", "role"}), openassistant.messages),
+    "oasst": Format("OpenAssistant/oasst1, oasst2", {"message_id", "text", "role"}, openassistant.messages),
     "oasst-trees": Format(
-        "OpenAssistant's exported trees",
-        frozenset({"message_tree_id", "prompt"}),
-        openassistant.trees,
-        openassistant.is_tree,
+        "OpenAssistant's exported trees", {"message_tree_id", "prompt"}, openassistant.trees, openassistant.is_tree
     ),
     "shp": Format(
-        "stanfordnlp/SHP, SHP-2",
-        frozenset({"history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"}),
-        shp.shp,
+        "stanfordnlp/SHP, SHP-2", {"history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"}, shp.shp
     ),
     "summarize": Format(
-        "openai/summarize_from_feedback, its comparisons",
-        frozenset({"info", "summaries", "choice", "worker"}),
-        pairs.summarize,
+        "openai/summarize_from_feedback, its comparisons", {"info", "summaries", "choice", "worker"}, pairs.summarize
     ),
     "webgpt": Format(
-        "openai/webgpt_comparisons",
-        frozenset({"question", "answer_0", "answer_1", "score_0", "score_1"}),
-        pairs.webgpt,
+        "openai/webgpt_comparisons", {"question", "answer_0", "answer_1", "score_0", "score_1"}, pairs.webgpt
     ),
     "pairs": Format(
         "any with chosen and rejected, as HuggingFaceH4/ultrafeedback_binarized",
-        frozenset({"chosen", "rejected"}),
+        {"chosen", "rejected"},
         pairs.chosen_rejected,
     ),
     "table": Format(
-        "any with a ranking, ranks or ratings next to the completions",
-        frozenset({"prompt"}),
-        tables.table,
-        tables.is_table,
+        "any with a ranking, ranks or ratings next to the completions", {"prompt"}, tables.table, tables.is_table
     ),
 }
 
@@ -133,15 +122,13 @@ def convert(
         counts: is filled with how many of what were dropped, by reason.
         rating: which of the format's ratings makes the ranks.
         keep_tied: keep rows in which all completions tie, for losses with `ties="half"`.
-        source: what errors call the rows.
 
     Yields:
         Rows that `validate_comparisons` accepts: `prompt`, `completions`, `ranks`, where there are any `ratings` and
         `labeler`, and fields named in the docstring of the format's reader.
 
     Raises:
-        UserError: a format that is unknown or not recognized, a rating it does not have, or a row that is not in it,
-            naming the row (counted from 0), the field, what was expected and the remedy.
+        UserError: a format that is unknown or not recognized, a rating it does not have, or a row that is not in it.
 
     >>> counts = Counter()
     >>> rows = [{"prompt": "2 + 2 =", "completions": [" 5", " 4", ""], "ratings": [1, 7, 1]}]
@@ -166,20 +153,12 @@ def convert(
     cleaner = Cleaner(counts, keep_tied)
     options = {"rating": rating} if rating else {}
     try:
-        for row in known.read(_rejoined(first, feed), counts, **options):
-            cleaned = cleaner(row)
-            if cleaned is None:
-                continue
-            if problem := row_problem(cleaned, ("prompt", "completions", "ranks")):
+        for row in filter(None, map(cleaner, known.read(chain([first], feed), counts, **options))):
+            if problem := row_problem(row, ("prompt", "completions", "ranks")):
                 raise UserError(problem)
-            yield cleaned
+            yield row
     except ValueError as error:
         raise UserError(f"{source} row {at}: {error}") from error
-
-
-def _rejoined(first: Row, rest: Iterable[Row]) -> Iterator[Row]:
-    yield first
-    yield from rest
 
 
 def _chosen(format: str | None, first: Row, rating: str | None, source: str) -> Format:

@@ -13,9 +13,6 @@ _KINDS = {str: "a text", list: "a list", Mapping: "an object", int: "a whole num
 def field(row: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
     """The value of a field that must be there and of the kind given; whole floats pass as int.
 
-    Raises:
-        UserError: it is not.
-
     >>> field({"choice": 1.0}, "choice", int)
     1
     >>> field({"summaries": "one"}, "summaries", list)
@@ -41,9 +38,6 @@ def answer(row: Mapping[str, Any], name: str, where: str = "") -> str:
 def entries(row: Mapping[str, Any], name: str, text: str) -> list[Mapping[str, Any]]:
     """A list of objects with a `text` each; null in place of an object is one with the text null.
 
-    Raises:
-        UserError: it is no list, or has an entry that is no object.
-
     >>> entries({"answers": [{"answer": "Plum."}, None]}, "answers", "answer")
     [{'answer': 'Plum.'}, {'answer': None}]
     """
@@ -55,9 +49,6 @@ def entries(row: Mapping[str, Any], name: str, text: str) -> list[Mapping[str, A
 
 def number(value: Any, name: str) -> float | None:
     """A finite number, also one written as text; None for what stands for no value (None, NaN, "", "N/A").
-
-    Raises:
-        UserError: anything else.
 
     >>> number("4", "Rating"), number(float("nan"), "Rating"), number("N/A", "Rating")
     (4, None, None)
