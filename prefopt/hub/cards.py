@@ -45,13 +45,10 @@ def write_card(
     location: str | None = None,
     saved_in: str | os.PathLike | None = None,
 ) -> None:
-    """Write `model_card.json` and, unless somebody has edited it, README.md.
+    """Write `model_card.json` (`facts`, as of `read_facts`) and, unless somebody has edited it, README.md.
 
-    Args:
-        folder: where to.
-        facts: as in `read_facts`.
-        location: where the code in the card loads the model from: a Hub id; default: the folder.
-        saved_in: folder of the model, full or LoRA adapter; default: `folder`.
+    The code in the card loads the model from `location`, a Hub id; default: the folder. The model itself, full or LoRA
+    adapter, is `saved_in` a folder; default: `folder`.
     """
     folder = Path(folder)
     if is_handwritten(folder):
@@ -96,14 +93,7 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
         eval_results=[_eval_result(row, task) for row in facts.get("results", [])] or None,
     )
     content = {
-        "summary": "",
-        "method": "",
-        "paper": {},
-        "builds_on": None,
-        "data": {},
-        "hyperparameters": {},
-        "links": {},
-        "versions": {},
+        **{name: {} for name in ("paper", "data", "hyperparameters", "links", "versions")},
         **facts,
         **model,
         "title": title,
@@ -139,21 +129,19 @@ def is_hub_id(name: str | None) -> bool:
 def _describe(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the files of a saved model say about how to load and use it."""
     adapter, config = _read_json(folder / ADAPTER_CONFIG), _read_json(folder / CONFIG_NAME)
-    is_adapter = bool(adapter)
-    names = config.get("architectures") or []
-    if is_adapter:
-        is_reward = adapter.get("task_type") == "SEQ_CLS"
-    else:
-        is_reward = any(name.endswith("ForSequenceClassification") for name in names)
+    is_adapter, kinds = bool(adapter), config.get("architectures") or []
+    is_reward = adapter.get("task_type") == "SEQ_CLS"
+    is_reward |= not is_adapter and any(kind.endswith("ForSequenceClassification") for kind in kinds)
     quantization = config.get("quantization_config") or facts.get("quantization")
     has_bias = is_reward and bool(config.get("reward_bias"))
     has_generation_config = (folder / GENERATION_CONFIG_NAME).is_file()
     auto_model = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
-    imports = {auto_model, "AutoTokenizer"}
-    if is_adapter:
-        imports |= {"AutoConfig"} if has_bias else set()
-        imports |= {"BitsAndBytesConfig"} if quantization else set()
-        imports |= {"GenerationConfig"} if has_generation_config and not is_reward else set()
+    of_adapters = {
+        "AutoConfig": has_bias,
+        "BitsAndBytesConfig": quantization,
+        "GenerationConfig": has_generation_config and not is_reward,
+    }
+    imports = {auto_model, "AutoTokenizer", *(name for name, used in of_adapters.items() if is_adapter and used)}
     return {
         "is_adapter": is_adapter,
         "is_reward": is_reward,
@@ -180,12 +168,12 @@ def _quantization_code(quantization: Mapping[str, Any]) -> str:
 
 
 def _eval_result(row: Mapping[str, Any], task: str) -> EvalResult:
-    interval = _interval(row)
-    dataset = row["dataset"]
+    interval, dataset = _interval(row), row["dataset"]
+    is_public = is_hub_id(dataset)
     return EvalResult(
         task_type=task,
-        dataset_type=dataset if is_hub_id(dataset) else "local",
-        dataset_name=dataset if is_hub_id(dataset) else Path(dataset).name,
+        dataset_type=dataset if is_public else "local",
+        dataset_name=dataset if is_public else Path(dataset).name,
         dataset_split=row.get("split"),
         metric_type=row["metric"],
         metric_name=row["title"] + (f" (95 % interval {interval})" if interval else ""),

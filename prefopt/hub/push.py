@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
@@ -55,12 +56,8 @@ class HubError(RuntimeError):
 def files_to_publish(folder: str | os.PathLike, roles: bool = False) -> list[str]:
     """Paths in `folder` that belong on the Hub: the model itself, its tokenizer, card and TensorBoard logs.
 
-    Args:
-        folder: a saved model.
-        roles: also what PPO-ptx and DPO keep beside the policy: value function, reference, reward model, averages.
-
-    Raises:
-        UserError: the folder holds no model.
+    With `roles` also what PPO-ptx and DPO keep beside the policy: value function, reference, reward model, averages.
+    A folder that holds no model is a UserError.
     """
     folder = Path(folder)
     if not holds_model(folder):
@@ -103,12 +100,10 @@ def push_folder(
         folder: reward model or policy, full or LoRA adapter.
         repo_id: `owner/name`, or a name of one's own.
         private: make the repository private if it is new.
-        revision: branch to commit to; default: main.
         token: default: HF_TOKEN or that of `hf auth login`.
         roles: as in `files_to_publish`.
         run_as_future: upload in the background; an error is then raised by `.result()`, as it came.
-        saved_in, retry: the folder and the command that the message of a failure names; default: `folder`, and
-            `prefopt push ...`.
+        saved_in, retry: the folder and the command that the message of a failure names.
 
     Raises:
         UserError: the folder holds no model, or `private` is asked for a repository that is public.
@@ -145,9 +140,6 @@ def save_merged(folder: str | os.PathLike, out: str | os.PathLike) -> None:
     """Merge a LoRA adapter into its base and save the whole model, with tokenizer and card, in the dtype of the base.
 
     A base that was quantized in training is dequantized first, as in `merge_reward_model`.
-
-    Raises:
-        UserError: the folder holds no adapter.
     """
     folder, out = Path(folder), Path(out)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -179,30 +171,12 @@ def create_repo(api: HfApi, repo_id: str, *, private: bool | None = None, revisi
     return repo_id
 
 
-def push_command(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    roles: bool = False,
-    merge: bool = False,
-    results: str | None = None,
-    results_name: str | None = None,
-) -> str:
-    """The command line of `push_folder`.
+def push_command(folder: str | os.PathLike, repo_id: str, **options: Any) -> str:
+    """The command line that publishes a folder; options that are not set are left out.
 
     >>> push_command("my runs/rm", "me/rm", private=True)
     "prefopt push 'my runs/rm' me/rm --private true"
     """
-    options = {
-        "merge": merge,
-        "private": private,
-        "revision": revision,
-        "roles": roles,
-        "results": results,
-        "results_name": results_name,
-    }
     words = ["prefopt", "push", os.fspath(folder), repo_id]
     for name, value in options.items():
         if value:
@@ -260,17 +234,10 @@ def _is_card_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 
 def _warn_of_local_base(folder: Path) -> None:
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path if (folder / ADAPTER_CONFIG).is_file() else None
     if base and os.path.isdir(base):
-        logger.warning(
-            "%s is an adapter on %s, a folder that others do not have: publish that too and name it in %s, or add "
-            "--merge true",
-            folder,
-            base,
-            ADAPTER_CONFIG,
-        )
+        remedy = f"publish that too and name it in {ADAPTER_CONFIG}, or add --merge true"
+        logger.warning("%s is an adapter on %s, a folder that others do not have: %s", folder, base, remedy)
 
 
 def _literal(name: str) -> str:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
@@ -36,7 +37,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     journal: Journal | None = None,
 ) -> list[list[Completion]]:
-    """Draw `num_return` completions of every prompt from the model's own distribution.
+    """Draw `num_return` completions of every prompt from the model's own distribution, one list per prompt in their order.
 
     y ~ pi(. | x)^(1 / temperature), with no top-k, top-p, penalty or other change, whatever the model's
     `generation_config` says (InstructGPT, appendix C.4: temperature 1); temperature 0 is greedy decoding. A
@@ -53,17 +54,13 @@ def generate(
         progress: called with (prompts done, prompts in all) after every batch.
         journal: has an entry for every batch; those that are there are not drawn again.
 
-    Returns:
-        One list of `num_return` completions per prompt, in the order of the prompts.
-
     Raises:
         UserError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
             model whose logits are NaN.
 
-    Example:
-        >>> completions = generate(model, tokenizer, ["Name a fruit:"], max_new_tokens=8)  # doctest: +SKIP
-        >>> completions[0][0].text  # doctest: +SKIP
-        ' an apple .'
+    >>> completions = generate(model, tokenizer, ["Name a fruit:"], max_new_tokens=8)  # doctest: +SKIP
+    >>> completions[0][0].text  # doctest: +SKIP
+    ' an apple .'
     """
     if temperature < 0:
         raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature}")
@@ -158,14 +155,11 @@ def pad(
     >>> pad([[5, 6, 7], [8]], pad_id=0, device="cpu", left=True)[0].tolist()
     [[5, 6, 7], [0, 0, 8]]
     """
-    width = max(len(row) for row in rows)
-
-    def filled(row: list[int], filler: list[int]) -> list[int]:
-        return filler + row if left else row + filler
-
-    ids = [filled(list(row), [pad_id] * (width - len(row))) for row in rows]
-    mask = [filled([1] * len(row), [0] * (width - len(row))) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    how = {"batch_first": True, "padding_side": "left" if left else "right"}
+    ids = pad_sequence(tensors, padding_value=pad_id, **how)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], **how)
+    return ids.to(device), mask.to(device)
 
 
 @contextmanager

@@ -22,13 +22,12 @@ def kept_rows(path: Path, inputs: Any, compute: Callable[[], Rows]) -> list[dict
     `path` + ".inputs" holds the fingerprint and appears behind the rows, so that an interrupted run leaves nothing
     that looks finished. Rows of other inputs stay until those in their place are computed.
 
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
-        >>> kept_rows(path, {"up to": 2}, lambda: [{"x": x * x} for x in range(2)])
-        [{'x': 0}, {'x': 1}]
-        >>> kept_rows(path, {"up to": 2}, lambda: 1 / 0)  # not computed again
-        [{'x': 0}, {'x': 1}]
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
+    >>> kept_rows(path, {"up to": 2}, lambda: [{"x": x * x} for x in range(2)])
+    [{'x': 0}, {'x': 1}]
+    >>> kept_rows(path, {"up to": 2}, lambda: 1 / 0)  # not computed again
+    [{'x': 0}, {'x': 1}]
     """
     if not is_kept(path, inputs):
         rows = [dict(row) for row in compute()]
@@ -93,16 +92,15 @@ def _journal(path: Path) -> Path:
 def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]) -> list[dict[str, Any]]:
     """`kept_rows` of a long computation: what it writes into the journal, a hidden file beside `path`, outlives a kill.
 
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
-        >>> def squares(journal, numbers):
-        ...     return [{"x": journal.entry(lambda: next(numbers) ** 2)} for _ in range(3)]
-        >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([0, 1])))
-        Traceback (most recent call last):
-        StopIteration
-        >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([2])))  # the first two are read
-        [{'x': 0}, {'x': 1}, {'x': 4}]
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
+    >>> def squares(journal, numbers):
+    ...     return [{"x": journal.entry(lambda: next(numbers) ** 2)} for _ in range(3)]
+    >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([0, 1])))
+    Traceback (most recent call last):
+    StopIteration
+    >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([2])))  # the first two are read
+    [{'x': 0}, {'x': 1}, {'x': 4}]
     """
     if not is_kept(path, inputs):
         journal = Journal(_journal(path), inputs)
@@ -181,9 +179,8 @@ def source_state(source: str) -> list[Any]:
     files = sorted(f for f in folder.glob("*") if f.suffix in suffixes and f.name != "trainer_state.json")
     state = [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
     adapter = folder / "adapter_config.json"
-    base = (
-        json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter.is_file() else None
-    )
+    config = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+    base = config.get("base_model_name_or_path")
     return state if base is None else [*state, source_state(base)]
 
 

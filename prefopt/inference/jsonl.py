@@ -3,6 +3,7 @@
 import filecmp
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -30,8 +31,9 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise UserError(f"{path} line {number}: not valid JSON ({reason}); mend or remove that line") from None
+                what = f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
+                remedy = "the file was cut off or edited: mend or remove that line"
+                raise UserError(f"{path} line {number}: {what}; {remedy}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
             yield row
@@ -71,6 +73,19 @@ def write_whole(path: str | os.PathLike, text: str, *, replace: bool = True) -> 
     """Write to a temporary neighbor and rename it: readers never see half a file. `replace` as for `write_jsonl`."""
     with _whole(path, replace) as file:
         file.write(text)
+
+
+def write_json(path: str | os.PathLike, value: Any, *, replace: bool = True) -> None:
+    """Write indented JSON as `write_whole`; numbers that it does not have (an interval of one prompt) are null."""
+    write_whole(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n", replace=replace)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -38,9 +38,8 @@ def bits_per_byte(
     Raises:
         UserError: on an empty text, or one that the tokenizer does not give back unchanged.
 
-    Example:
-        >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).nats  # doctest: +SKIP
-        array([35.2])
+    >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).nats  # doctest: +SKIP
+    array([35.2])
     """
     max_length = max_length or _positions(model)
     start = _start_id(tokenizer)
@@ -63,19 +62,12 @@ def task_accuracy(
     """Right or wrong `[N]` (1.0 / 0.0) on multiple-choice tasks, answered by likelihood.
 
     answer = argmax_c sum_t log pi(c_t | BOS, context, c_<t), not divided by length. Between choices of exactly equal
-    likelihood the point is shared.
+    likelihood the point is shared. A task is `{"context": str, "choices": [str, ...], "answer": str}`; a choice is appended
+    to the context as it stands (write its leading space). Raises as `validate_tasks`.
 
-    Args:
-        tasks: `{"context": str, "choices": [str, ...], "answer": str}`, the answer being one of the choices; a
-            choice is appended to the context as it stands (write its leading space).
-
-    Raises:
-        UserError: on a task with a missing field, fewer than two or repeated choices, or an answer that is none of them.
-
-    Example:
-        >>> tasks = [{"context": "the cat sat on the", "choices": [" mat", " dog"], "answer": " mat"}]
-        >>> task_accuracy(model, tokenizer, tasks)  # doctest: +SKIP
-        array([1.])
+    >>> tasks = [{"context": "the cat sat on the", "choices": [" mat", " dog"], "answer": " mat"}]
+    >>> task_accuracy(model, tokenizer, tasks)  # doctest: +SKIP
+    array([1.])
     """
     validate_tasks(tasks)
     longest = _positions(model)
@@ -141,9 +133,8 @@ def token_divergence(
     over the whole vocabulary, end token included: its sum over t is an unbiased estimate of the KL of the two
     distributions over completions, with much less variance than log pi(y) - log ref(y), the sum of k1.
 
-    Args:
-        completion_ids: a temperature-1 sample of `model` for each of the prompts, as it was sampled.
-        progress: called with (completions done, completions in all) after every batch.
+    `completion_ids` are a temperature-1 sample of `model` for each of the prompts, as it was sampled; `progress` is called
+    with (completions done, completions in all) after every batch.
     """
     rows = [(prompt_ids(tokenizer, prompt), list(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
     results: list[TokenDivergence | None] = [None] * len(rows)

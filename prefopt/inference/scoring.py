@@ -32,10 +32,8 @@ def score_rows(
     ids, numbers = [], []
     for number, row in enumerate(rows):
         cuts = row.get("truncated") or [False] * len(row["completions"])
-        for completion, cut in zip(row["completions"], cuts, strict=True):
-            x, y = build_ids(tokenizer, row["prompt"], completion, truncated=cut)
-            ids.append(x + y)
-            numbers.append(number)
+        ids += [_joint_ids(tokenizer, row["prompt"], *both) for both in zip(row["completions"], cuts, strict=True)]
+        numbers += [number] * len(row["completions"])
     scores = iter(_checked_scores(reward_model, ids, batch_size, numbers))
     return [[next(scores) for _ in row["completions"]] for row in rows]
 
@@ -53,11 +51,13 @@ def score_texts(
     A completion that is `truncated` (cut at a length limit) gets no end token.
     """
     truncated = [False] * len(completions) if truncated is None else truncated
-    ids = []
-    for prompt, completion, cut in zip(prompts, completions, truncated, strict=True):
-        x, y = build_ids(tokenizer, prompt, completion, truncated=cut)
-        ids.append(x + y)
+    ids = [_joint_ids(tokenizer, *row) for row in zip(prompts, completions, truncated, strict=True)]
     return _checked_scores(reward_model, ids, batch_size)
+
+
+def _joint_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, truncated: bool) -> list[int]:
+    prompt_part, completion_part = build_ids(tokenizer, prompt, completion, truncated=truncated)
+    return prompt_part + completion_part
 
 
 def score_completions(
@@ -109,11 +109,9 @@ def _checked_scores(
     config = reward_model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None)
     extra = int(getattr(reward_model.config, "reward_token_id", None) is not None)
-    for number, row in enumerate(ids):
-        if longest is not None and len(row) + extra > longest:
-            raise UserError(
-                f"completion {number}: {len(row) + extra} tokens, the reward model has {longest} positions"
-            )
+    for number, length in enumerate(len(row) + extra for row in ids):
+        if longest is not None and length > longest:
+            raise UserError(f"completion {number}: {length} tokens, the reward model has {longest} positions")
     scores = score_ids(reward_model, ids, batch_size, prompts)
     for number, score in enumerate(scores):
         if not math.isfinite(score):
