@@ -22,18 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.inference.jsonl import iter_jsonl
 from prefopt.labeling.flags import FLAGS
-from prefopt.labeling.key import Key, Shown, Task, read_lines
-from prefopt.rankings.checks import dense_ranks, shorten
+from prefopt.labeling.key import Key, Shown, Task
+from prefopt.rankings.checks import dense_ranks, is_finite_number, shorten
 
 ANSWERS_FORMAT = "prefopt-answers"
 STATUSES = ("done", "skipped", "started")
+REMEDY = "give the file that the sheet's download wrote"
 MIN_RATING, MAX_RATING = 1, 7
 
 # Brysbaert (2019, doi:10.1016/j.jml.2019.104047): adults read 238 words of English a minute in silence, about 24
 # characters a second. Three times that is skimming at best; East Asian characters carry more, so the bound is mild.
 CHARACTERS_PER_SECOND = 72.0
 
+_OF_A_LINE = ("task", "ranks", "ratings", "flags", "seconds", "started", "finished", "saved", "skipped")
 # Fields of a sample's row that speak of an earlier labeling.
 _OF_EARLIER_LABELS = {"ranks", "ratings", "flags", "labeler", "group", "seconds", "notes", "sheet", "task"}
 
@@ -87,38 +90,30 @@ class ImportReport:
     def lines(self) -> list[str]:
         """The report in words, one finding a line."""
         per_labeler = ", ".join(f"{name} {n}" for name, n in sorted(self.labelers.items()))
-        found = [f"{self.answers} answers: {self.done} done, of them {self.rows} rows to train on and "
-                 f"{self.screening} to screening tasks ({per_labeler or 'no labeler'})"]  # fmt: skip
-        if self.skipped:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.skip_reasons.items()))
-            found.append(f"{self.skipped} skipped ({reasons})")
-        for n, words in (
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(self.skip_reasons.items()))
+        revised, too_fast, contradictory = map(
+            _some, (self.revised_answers, self.too_fast_answers, self.contradictory_answers)
+        )
+        against = f"{self.contradictory_pairs} of {self.pairs} pairs"
+        findings = [
+            (self.skipped, f"skipped ({reasons})"),
             (self.unfinished, "unfinished: no row"),
             (self.repeated, "the same again: counted once"),
             (self.all_tied, "with all outputs tied: kept, but no pair to learn from"),
-        ):
-            if n:
-                found.append(f"{n} {words}")
-        if self.revised:
-            found.append(
-                f"{self.revised} more to a task that its labeler answered again, the newest finished one counts: "
-                f"{_some(self.revised_answers)}"
-            )
-        if self.too_fast:
-            found.append(f"{self.too_fast} faster than one can read, kept: {_some(self.too_fast_answers)}")
-        if self.contradictory:
-            found.append(
-                f"{self.contradictory} rank against their own ratings ({self.contradictory_pairs} of {self.pairs} "
-                f"pairs), kept: {_some(self.contradictory_answers)}"
-            )
-        for name, n in sorted(self.unanswered.items()):
-            found.append(f"{n} tasks not done: {name}")
+            (
+                self.revised,
+                f"more to a task that its labeler answered again, the newest finished one counts: {revised}",
+            ),
+            (self.too_fast, f"faster than one can read, kept: {too_fast}"),
+            (self.contradictory, f"rank against their own ratings ({against}), kept: {contradictory}"),
+            *((n, f"tasks not done: {name}") for name, n in sorted(self.unanswered.items())),
+        ]
+        done = f"{self.done} done, of them {self.rows} rows to train on and {self.screening} to screening tasks"
+        lines = [f"{self.answers} answers: {done} ({per_labeler or 'no labeler'})"]
+        lines += [f"{n} {words}" for n, words in findings if n]
         if self.similar_names:
-            found.append(f"counted as different labelers, one person? {', '.join(self.similar_names)}")
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+            lines.append(f"counted as different labelers, one person? {', '.join(self.similar_names)}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -137,44 +132,27 @@ def read_answers(path: str | Path) -> list[Answer]:
         UserError: "FILE line 3: field 'ranks': expected ..., got ...; remedy".
     """
     parts: list[tuple[dict[str, Any], list[Answer]]] = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(iter_jsonl(path), start=1):
         where = f"{path} line {number}"
         if "format" in line:
             if line["format"] != ANSWERS_FORMAT or line.get("version") != 1:
-                raise UserError(
-                    f"{where}: expected format {ANSWERS_FORMAT!r}, version 1, got {shorten(line['format'])}, "
-                    f"version {line.get('version')!r}; give the file that the sheet's download wrote"
-                )
+                got = f"{shorten(line['format'])}, version {line.get('version')!r}"
+                raise UserError(f"{where}: expected format {ANSWERS_FORMAT!r}, version 1, got {got}; {REMEDY}")
             for name in ("sheet", "labeler"):
                 if not isinstance(line.get(name), str) or not line[name].strip():
                     raise UserError(f"{where}: field {name!r}: expected a name, got {shorten(line.get(name))}")
             parts.append((line, []))
             continue
         if not parts:
-            raise UserError(
-                f"{where}: expected a first line with 'format', 'sheet' and 'labeler'; give the file that the "
-                "sheet's download wrote, whole"
-            )
+            raise UserError(f"{where}: expected a first line with 'format', 'sheet' and 'labeler'; {REMEDY}, whole")
         if not isinstance(line.get("task"), str):
             raise UserError(f"{where}: field 'task': expected its number, got {shorten(line.get('task'))}")
         head, found = parts[-1]
-        found.append(
-            Answer(
-                sheet=head["sheet"],
-                labeler=head["labeler"].strip(),
-                source=where,
-                status=line.get("status", ""),
-                **{
-                    name: line.get(name)
-                    for name in (
-                        "task", "ranks", "ratings", "flags", "seconds", "started", "finished", "saved", "skipped",
-                    )
-                },
-                notes=line.get("notes") or "",
-            )
-        )  # fmt: skip
+        said = {name: line.get(name) for name in _OF_A_LINE}
+        said |= {"status": line.get("status", ""), "notes": line.get("notes") or ""}
+        found.append(Answer(sheet=head["sheet"], labeler=head["labeler"].strip(), source=where, **said))
     if not parts:
-        raise UserError(f"{path}: no answers; give the file that the sheet's download wrote")
+        raise UserError(f"{path}: no answers; {REMEDY}")
     for head, found in parts:
         if head.get("answers") not in (None, len(found)):
             raise UserError(
@@ -192,12 +170,7 @@ def import_answers(
     A row has every field of its sample, and `ranks`, `labeler`, `group`, `ratings`, `flags` (one {name: bool} per
     completion), `seconds`, `notes`, `sheet` and `task`. Only answers that are not done give no row, and of several by one
     labeler to one task all but the newest, a finished one before one that was begun again; the report counts these and
-    what looks doubtful.
-
-    Args:
-        answers: from `read_answers`, of any number of labelers and sheets.
-        keys: of their sheets.
-        characters_per_second: an answer given in less time than prompt and outputs take at this pace is too fast.
+    what looks doubtful, such as an answer in less time than its texts take at `characters_per_second`.
 
     Raises:
         UserError: an answer to a sheet without a key or that does not fit its task, naming the line.
@@ -222,28 +195,26 @@ def import_answers(
             if _content(newest[name]) == _content(answer):
                 report.repeated += 1
                 continue
-            report.revised += 1
             report.revised_answers.append(f"{answer.labeler} task {answer.task}")
             if _age(answer) < _age(newest[name]):
                 continue
         newest[name] = answer
+    done, skipped, started = ([a for a in newest.values() if a.status == status] for status in STATUSES)
     rows, screening = [], []
-    for answer in newest.values():
+    for answer in done:
         key = by_sheet[answer.sheet]
         task = key.tasks[answer.task]
-        if answer.status == "skipped":
-            report.skipped += 1
-            _count(report.skipped_by, answer.labeler)
-            _count(report.skip_reasons, (answer.skipped or {}).get("reason") or "no reason")
-        elif answer.status == "started":
-            report.unfinished += 1
-        else:
-            _inspect(answer, task, characters_per_second, report)
-            (screening if task.is_screening else rows).append(_row(answer, task, key.group))
-    report.rows, report.screening = len(rows), len(screening)
-    done = Counter((a.labeler, a.sheet) for a in newest.values() if a.status != "started")
+        _inspect(answer, task, characters_per_second, report)
+        (screening if task.is_screening else rows).append(_row(answer, task, key.group))
+    report.done, report.skipped, report.unfinished = len(done), len(skipped), len(started)
+    report.rows, report.screening, report.revised = len(rows), len(screening), len(report.revised_answers)
+    report.too_fast, report.contradictory = len(report.too_fast_answers), len(report.contradictory_answers)
+    report.labelers = dict(Counter(a.labeler for a in done))
+    report.skipped_by = dict(Counter(a.labeler for a in skipped))
+    report.skip_reasons = dict(Counter((a.skipped or {}).get("reason") or "no reason" for a in skipped))
+    finished = Counter((a.labeler, a.sheet) for a in [*done, *skipped])
     for labeler, sheet in sorted({(a.labeler, a.sheet) for a in newest.values()}):
-        if missing := len(by_sheet[sheet].tasks) - done[labeler, sheet]:
+        if missing := len(by_sheet[sheet].tasks) - finished[labeler, sheet]:
             report.unanswered[f"{labeler} (sheet {sheet})"] = missing
     names: dict[str, list[str]] = {}
     for labeler in sorted({a.labeler for a in newest.values()}):
@@ -253,39 +224,33 @@ def import_answers(
 
 
 def _row(answer: Answer, task: Task, group: str | None) -> dict[str, Any]:
-    row = {name: value for name, value in task.row.items() if name not in _OF_EARLIER_LABELS}
-    row["ranks"] = dense_ranks(task.per_completion(answer.ranks))
-    row["labeler"] = answer.labeler
-    row["group"] = group
-    row["ratings"] = None if answer.ratings is None else task.per_completion(answer.ratings)
-    row["flags"] = None
+    flags = None
     if answer.flags is not None:
-        row["flags"] = [{flag: flag in said for flag in FLAGS} for said in task.per_completion(answer.flags)]
-    row |= {"seconds": answer.seconds, "notes": answer.notes, "sheet": answer.sheet, "task": answer.task}
-    if task.is_screening:
-        row["expected_ranks"] = list(task.expected)
-    return row
+        flags = [{flag: flag in said for flag in FLAGS} for said in task.per_completion(answer.flags)]
+    row = {name: value for name, value in task.row.items() if name not in _OF_EARLIER_LABELS} | {
+        "ranks": dense_ranks(task.per_completion(answer.ranks)),
+        "labeler": answer.labeler,
+        "group": group,
+        "ratings": None if answer.ratings is None else task.per_completion(answer.ratings),
+        "flags": flags,
+        **{name: getattr(answer, name) for name in ("seconds", "notes", "sheet", "task")},
+    }
+    return row | {"expected_ranks": list(task.expected)} if task.is_screening else row
 
 
 def _inspect(answer: Answer, task: Task, characters_per_second: float, report: ImportReport) -> None:
     name = f"{answer.labeler} task {answer.task}"
-    report.done += 1
-    _count(report.labelers, answer.labeler)
     report.all_tied += len(set(answer.ranks)) == 1
     if answer.seconds is not None and answer.seconds < characters(task) / characters_per_second:
-        report.too_fast += 1
         report.too_fast_answers.append(name)
     if answer.ratings is not None:
-        strict = [
-            (a[1] - b[1]) * (a[0] - b[0])  # > 0: the one with the larger (worse) rank has the higher rating
-            for a, b in combinations(zip(answer.ranks, answer.ratings, strict=True), 2)
-            if a[0] != b[0]
-        ]
-        against = sum(product > 0 for product in strict)
+        both = combinations(zip(answer.ranks, answer.ratings, strict=True), 2)
+        strict = [(a, b) for a, b in both if a[0] != b[0]]
+        # The one with the larger (worse) rank has the higher rating.
+        against = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in strict)
         report.pairs += len(strict)
         report.contradictory_pairs += against
         if against:
-            report.contradictory += 1
             report.contradictory_answers.append(name)
 
 
@@ -325,11 +290,7 @@ def _problem_of(answer: Answer, k: int) -> str | None:
         return wrong("notes", "a text")
     if answer.skipped is not None and not isinstance(answer.skipped, Mapping):
         return wrong("skipped", "an object with 'reason'")
-    if answer.seconds is not None and not (
-        isinstance(answer.seconds, int | float)
-        and not isinstance(answer.seconds, bool)
-        and 0 <= answer.seconds < float("inf")
-    ):
+    if answer.seconds is not None and not (is_finite_number(answer.seconds) and answer.seconds >= 0):
         return wrong("seconds", "a number from 0 on")
     for name in ("started", "finished", "saved"):
         if not isinstance(getattr(answer, name), str | None):
@@ -346,9 +307,5 @@ def _age(answer: Answer) -> tuple[bool, str]:
     return answer.status != "started", answer.saved or answer.finished or answer.started or ""
 
 
-def _count(counts: dict[str, int], name: str) -> None:
-    counts[name] = counts.get(name, 0) + 1
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

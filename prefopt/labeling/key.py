@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
 from prefopt.rankings.checks import ranks_problem, row_problem, shorten
 
 KEY_FORMAT = "prefopt-label-key"
@@ -78,17 +79,14 @@ def blind(
     source: str = "samples",
     screening_source: str = "screening",
 ) -> tuple[Key, int]:
-    """Tasks from rows of `prompt` and `completions`: tasks in the order of the rows, outputs shuffled.
+    """Tasks in the order of the rows, outputs shuffled; and how many rows were left out, as their completions are one text.
 
     Args:
-        rows: rows as `prefopt sample` writes them; other fields go into the key and come back with the labels.
+        rows: `prompt` and `completions`; other fields go into the key and come back with the labels.
         seed: of the shuffling. None draws one, which goes into the key: a seed that a labeler can guess together with
             samples in a telling order would undo the blinding.
         screening: ranked rows with a known answer, spread among the others at random.
         group: name of the labelers' group, e.g. "train" or "heldout".
-
-    Returns:
-        The key, and how many rows were left out because all their completions are one text.
 
     Raises:
         UserError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy".
@@ -185,33 +183,36 @@ def write_key(key: Key, path: str | Path, files: Iterable[Path] = ()) -> None:
         raise FileExistsError(
             f"{in_the_way[0]} is in the way, and no key to it is beside it; choose another name, or move it"
         )
-    if path.exists():
-        try:
-            same = read_key(path).sheet == key.sheet
-        except ValueError:
-            same = False
-        if not same:
-            raise FileExistsError(
-                f"{path} is in the way: it may be the key of a sheet whose answers are still to come; "
-                "choose another name, or move it"
-            )
-    lines = [
-        {"format": KEY_FORMAT, "version": 1, "sheet": key.sheet, "seed": key.seed, "group": key.group},
-        *(
-            {"task": task.id, "shows": task.shows, "expected": task.expected, "row": task.row}
-            for task in key.tasks.values()
-        ),
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if path.exists() and _sheet_of(path) != key.sheet:
+        raise FileExistsError(
+            f"{path} is in the way: it may be the key of a sheet whose answers are still to come; "
+            "choose another name, or move it"
+        )
+    head = {"format": KEY_FORMAT, "version": 1, "sheet": key.sheet, "seed": key.seed, "group": key.group}
+    tasks = key.tasks.values()
+    lines = [{"task": t.id, "shows": t.shows, "expected": t.expected, "row": t.row} for t in tasks]
+    write_jsonl(path, [head, *lines])
+
+
+def write_with_key(key: Key, contents: Mapping[Path, str]) -> Path:
+    """Write the files that labelers get, before them `NAME.key.jsonl`, named as the first; without it labor is lost."""
+    path = next(iter(contents)).with_suffix(".key.jsonl")
+    write_key(key, path, contents)
+    for name, text in contents.items():
+        write_whole(name, text)
+    return path
+
+
+def _sheet_of(path: Path) -> str | None:
+    try:
+        return read_key(path).sheet
+    except ValueError:
+        return None
 
 
 def read_key(path: str | Path) -> Key:
-    """The key that `write_key` wrote.
-
-    Raises:
-        UserError: the file is not one, naming the line.
-    """
-    lines = read_lines(path)
+    """The key that `write_key` wrote. A UserError names the line that is none of it."""
+    lines = read_jsonl(path)
     head = lines[0] if lines else {}
     if head.get("format") != KEY_FORMAT or head.get("version") != 1:
         raise UserError(f"{path}: expected a key of a sheet (format {KEY_FORMAT!r}, version 1)")
@@ -230,28 +231,3 @@ def read_key(path: str | Path) -> Key:
             raise UserError(f"{path} line {number}: does not fit its {k} completions; restore the file")
         tasks[task.id] = task
     return Key(head["sheet"], tasks, head["seed"], head["group"])
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line.
-
-    Raises:
-        UserError: the file is not UTF-8, or a line is no object, by its number.
-    """
-    found = []
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); give the file as it was written") from None
-    # Not splitlines(): it would also cut at U+2028 and the like, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number}: not valid JSON ({error.msg}); the file was cut off or edited, or is another"
-                ) from None
-            if not isinstance(found[-1], dict):
-                raise UserError(f"{path} line {number}: expected a JSON object, got {shorten(found[-1])}")
-    return found

@@ -26,27 +26,21 @@ _BUCKET = "rank_"
 def to_label_studio(key: Key) -> list[dict[str, Any]]:
     """Tasks for Label Studio's import, one for each task of the key.
 
-    Example:
-        >>> from prefopt.labeling.key import blind
-        >>> key, _ = blind([{"prompt": "2 + 2?", "completions": ["4", "5"]}], seed=0)
-        >>> (task,) = to_label_studio(key)
-        >>> task["data"]["prompt"], sorted(item["body"] for item in task["data"]["outputs"])
-        ('2 + 2?', ['4', '5'])
+    >>> from prefopt.labeling.key import blind
+    >>> key, _ = blind([{"prompt": "2 + 2?", "completions": ["4", "5"]}], seed=0)
+    >>> (task,) = to_label_studio(key)
+    >>> task["data"]["prompt"], sorted(item["body"] for item in task["data"]["outputs"])
+    ('2 + 2?', ['4', '5'])
     """
-    return [
-        {
-            "data": {
-                "sheet": key.sheet,
-                "task": task.id,
-                "prompt": as_text(task.prompt),
-                "outputs": [
-                    {"id": str(place), "title": f"Output {place}", "body": as_text(output)}
-                    for place, output in enumerate(task.outputs, start=1)
-                ],
-            }
-        }
-        for task in key.tasks.values()
-    ]
+    tasks = []
+    for task in key.tasks.values():
+        outputs = [
+            {"id": str(place), "title": f"Output {place}", "body": as_text(output)}
+            for place, output in enumerate(task.outputs, start=1)
+        ]
+        data = {"sheet": key.sheet, "task": task.id, "prompt": as_text(task.prompt), "outputs": outputs}
+        tasks.append({"data": data})
+    return tasks
 
 
 def labeling_config(key: Key) -> str:
@@ -73,10 +67,8 @@ def labeling_config(key: Key) -> str:
 def read_label_studio(path: str | Path) -> list[Answer]:
     """Answers from Label Studio's JSON export (not JSON-MIN), for `import_answers`.
 
-    Cancelled annotations are skips; an annotation that leaves outputs in the list is unfinished.
-
-    Raises:
-        UserError: "FILE task 12: ...", what is not as described above.
+    Cancelled annotations are skips; an annotation that leaves outputs in the list is unfinished. A UserError names the task
+    that is not as described above.
     """
     try:
         tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -86,20 +78,14 @@ def read_label_studio(path: str | Path) -> list[Answer]:
         raise UserError(
             f"{path}: expected a list of tasks with 'annotations'; export in the format JSON, not JSON-MIN"
         )
-    return [
-        answer
-        for number, task in enumerate(tasks)
-        for answer in _answers(task, f"{path} task {task.get('id', number)}")
-    ]
+    named = [(f"{path} task {task.get('id', number)}", task) for number, task in enumerate(tasks)]
+    return [answer for where, task in named for answer in _answers(task, where)]
 
 
 def _answers(task: Mapping[str, Any], where: str) -> Iterator[Answer]:
     data = task.get("data")
-    if (
-        not isinstance(data, Mapping)
-        or not isinstance(data.get("sheet"), str)
-        or not isinstance(data.get("outputs"), list)
-    ):
+    kinds = {"sheet": str, "outputs": list}
+    if not isinstance(data, Mapping) or not all(isinstance(data.get(name), kind) for name, kind in kinds.items()):
         raise UserError(
             f"{where}: expected 'data' with 'sheet', 'task' and 'outputs', got {shorten(data)}; import tasks that "
             "`prefopt label export --format label-studio` wrote"

@@ -30,19 +30,14 @@ def pair_uncertainty(scores: ArrayLike, by: By = "margin") -> NDArray:
         disagreement:  H(P) - mean of H(p_m), 0 where all checkpoints say the same, also where all are unsure
                        (Houlsby et al. 2011, arXiv:1112.5745, Eq. 1)
 
-    Args:
-        scores: `[M, K]`, of M checkpoints; one is a list of one.
+    From scores `[M, K]` of M checkpoints; `[K, K]`, symmetric; what stands on the diagonal means nothing.
 
-    Returns:
-        `[K, K]`, symmetric; what stands on the diagonal means nothing.
-
-    Example:
-        >>> pair_uncertainty([[0.0, 0.0, 50.0]]).round(3)[0].tolist()  # equal scores: 1 bit; far apart: nothing
-        [1.0, 1.0, 0.0]
-        >>> float(pair_uncertainty([[50.0, 0.0], [0.0, 50.0]], by="disagreement")[0, 1].round(3))
-        1.0
-        >>> float(pair_uncertainty([[0.0, 0.0], [0.0, 0.0]], by="disagreement")[0, 1])
-        0.0
+    >>> pair_uncertainty([[0.0, 0.0, 50.0]]).round(3)[0].tolist()  # equal scores: 1 bit; far apart: nothing
+    [1.0, 1.0, 0.0]
+    >>> float(pair_uncertainty([[50.0, 0.0], [0.0, 50.0]], by="disagreement")[0, 1].round(3))
+    1.0
+    >>> float(pair_uncertainty([[0.0, 0.0], [0.0, 0.0]], by="disagreement")[0, 1])
+    0.0
     """
     scores = np.asarray(scores, dtype=float)
     p = expit(scores[:, :, None] - scores[:, None, :])
@@ -51,16 +46,12 @@ def pair_uncertainty(scores: ArrayLike, by: By = "margin") -> NDArray:
 
 
 def choose_outputs(uncertainty: NDArray, k: int) -> tuple[list[int], float]:
-    """The k outputs with (nearly) the largest mean uncertainty of their pairs.
+    """The k outputs with (nearly) the largest mean uncertainty of their pairs, sorted, and that mean.
 
     The best set is a clique problem: this is the best of those that grow greedily from each output.
 
-    Returns:
-        Their numbers, sorted, and that mean.
-
-    Example:
-        >>> choose_outputs(np.array([[0, 1, 0.9, 0], [1, 0, 0.8, 0], [0.9, 0.8, 0, 0.1], [0, 0, 0.1, 0]]), 3)
-        ([0, 1, 2], 0.9)
+    >>> choose_outputs(np.array([[0, 1, 0.9, 0], [1, 0, 0.8, 0], [0.9, 0.8, 0, 0.1], [0, 0, 0.1, 0]]), 3)
+    ([0, 1, 2], 0.9)
     """
     k = min(k, len(uncertainty))
     sets = []
@@ -90,10 +81,10 @@ def choose_next(
     """n of the rows, each with at most k of its completions, in random order.
 
     round(n * random_share) rows and their outputs are drawn at random; the others are those whose `choose_outputs` are
-    most uncertain. Outputs with one text are one output: between them there is nothing to choose.
+    most uncertain. Outputs with one text are one output; rows with a single text are never chosen.
 
     Args:
-        rows: `prompt` and `completions`, as `prefopt sample` writes them.
+        rows: `prompt` and `completions`.
         scores: per row `[M, K]`, the scores of M checkpoints.
         k: most outputs to show, at least 2.
         random_share: between 0 and 1.
@@ -101,7 +92,7 @@ def choose_next(
     Returns:
         Rows with `completions` and the fields that go with them cut to those chosen, and `outputs` (their numbers in
         the row given), `chosen` ("random" or the value of `by`) and `uncertainty` (mean over the pairs shown, bits).
-        `ranks` are left out: those of a subset would not be dense. Rows with a single text are never chosen.
+        `ranks` are left out: those of a subset would not be dense.
 
     Raises:
         UserError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy", or an argument out of range.

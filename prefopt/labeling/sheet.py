@@ -9,69 +9,16 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
 
-from prefopt.errors import UserError
 from prefopt.labeling.flags import FLAG_WORDS
-from prefopt.labeling.key import Key, blind, write_key
+from prefopt.labeling.key import Key
 
 # "<" could end the data's element; the others are invisible, reorder what an editor shows, or have no UTF-8 form.
 _ESCAPED = re.compile("[<>&\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\uffff\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Export:
-    """What `export_sheet` wrote; `left_out` rows had one text only."""
-
-    sheet: Path
-    key: Path
-    tasks: int
-    screening: int
-    left_out: int
-
-
-def export_sheet(
-    rows: Iterable[Mapping[str, Any]],
-    path: str | Path,
-    *,
-    seed: int | None = None,
-    instructions: str | None = None,
-    screening: Iterable[Mapping[str, Any]] = (),
-    group: str | None = None,
-    source: str = "samples",
-    screening_source: str = "screening",
-) -> Export:
-    """Write a sheet for labelers, and beside it `NAME.key.jsonl`, which undoes its blinding and stays at home.
-
-    Args:
-        rows: `prompt` and `completions` (2 to 9 different ones), and any other fields.
-        path: the .html file.
-        instructions: Markdown shown first; default: `default_instructions()`.
-        seed, screening, group: as for `prefopt.labeling.key.blind`.
-
-    Raises:
-        UserError: a row that does not fit, by its number.
-        FileExistsError: the key of another sheet is in the way.
-    """
-    path = Path(path)
-    if path.suffix != ".html":
-        raise UserError(f"{path}: expected a name ending in .html, as browsers open it by its name")
-    key, left_out = blind(
-        rows, seed=seed, screening=screening, group=group, source=source, screening_source=screening_source
-    )
-    page = sheet_page(key, default_instructions() if instructions is None else instructions)
-    key_path = path.with_suffix(".key.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_key(key, key_path, [path])  # first: a sheet without its key would be labour lost
-    path.write_text(page, encoding="utf-8")
-    known = sum(task.is_screening for task in key.tasks.values())
-    return Export(path, key_path, len(key.tasks), known, left_out)
 
 
 def default_instructions() -> str:
@@ -91,13 +38,8 @@ def sheet_page(key: Key, instructions: str) -> str:
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    parts = {
-        "policy": policy,
-        "style": style,
-        "script": script,
-        "instructions": render_instructions(instructions),
-        "sheet": _as_data(shown),
-    }
+    parts = {"policy": policy, "style": style, "script": script, "sheet": _as_data(shown)}
+    parts["instructions"] = render_instructions(instructions)
     # In one pass: what is put in is not looked at again.
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("sheet.html"))
 

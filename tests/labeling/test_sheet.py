@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt.labeling.flags import FLAG_WORDS
-from prefopt.labeling.key import blind, shown
-from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions, sheet_page
+from prefopt.labeling.key import Key, blind, read_key, shown, write_with_key
+from prefopt.labeling.sheet import default_instructions, render_instructions, sheet_page
 
 HOSTILE = "</script><!--<script>\u2028\u202e\ud800\ufeff&amp;{{script}}]]>"
 ROWS = [
@@ -146,9 +146,10 @@ def test_messages_are_shown_by_role_and_parts_as_text():
     assert json.loads(assistant[1]) == {"name": "f"}
 
 
-def test_export_needs_a_name_that_browsers_know(tmp_path):
-    with pytest.raises(ValueError, match=r"ending in \.html"):
-        export_sheet(ROWS, tmp_path / "sheet.txt")
-    written = export_sheet(ROWS, tmp_path / "new" / "sheet.html")
-    assert (written.tasks, written.screening, written.left_out) == (20, 0, 0)
+def test_the_key_is_written_next_to_the_sheet(tmp_path):
+    key, left_out = blind(ROWS)
+    path = write_with_key(key, {tmp_path / "new" / "sheet.html": sheet_page(key, default_instructions())})
+    assert path == tmp_path / "new" / "sheet.key.jsonl"
+    assert read_key(path) == Key(key.sheet, key.tasks, key.seed)
+    assert (len(key.tasks), sum(task.is_screening for task in key.tasks.values()), left_out) == (20, 0, 0)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sheet.html", "sheet.key.jsonl"]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prefopt.labeling.sheet import export_sheet
+from prefopt.labeling.key import blind
+from prefopt.labeling.sheet import default_instructions, sheet_page
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -18,9 +19,10 @@ NAMED = {"article", "button", "checkbox", "combobox", "dialog", "link", "navigat
 
 
 def open_sheet(context, tmp_path):
-    export = export_sheet(ROWS, tmp_path / "sheet.html", seed=0)
+    path = tmp_path / "sheet.html"
+    path.write_text(sheet_page(blind(ROWS, seed=0)[0], default_instructions()), encoding="utf-8")
     page = context.new_page()
-    page.goto(export.sheet.as_uri())
+    page.goto(path.as_uri())
     return page
 
 

@@ -6,13 +6,14 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from prefopt.labeling.answers import import_answers, read_answers
 from prefopt.labeling.flags import FLAGS
-from prefopt.labeling.key import read_key
-from prefopt.labeling.sheet import export_sheet
+from prefopt.labeling.key import blind, read_key, write_with_key
+from prefopt.labeling.sheet import default_instructions, sheet_page
 
 pytestmark = pytest.mark.timeout(600)
 HOSTILE = [
@@ -24,6 +25,12 @@ HOSTILE = [
     "x" * 100_000,
     "line\u2028line\u2029\nמה שלומך? 猫はよく眠る 👩‍👩‍👧",
 ]
+
+
+def export_sheet(rows, path, instructions=None, group=None):
+    key, _ = blind(rows, group=group)
+    page = sheet_page(key, instructions or default_instructions())
+    return SimpleNamespace(sheet=path, key=write_with_key(key, {path: page}))
 
 
 def open_sheet(context, path, name="ann"):
