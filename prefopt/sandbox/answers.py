@@ -65,7 +65,7 @@ def _layout(
 ) -> str:
     kind, word = constraint
     if not met and rng.random() < 0.4:  # a wrong word instead of none
-        options = {"start": words.START_WORDS, "end": words.END_WORDS}.get(kind, [word])
+        options = words.CONSTRAINT_WORDS.get(kind, [word])
         word = rng.choice([w for w in options if w != word] or [""])
     elif not met:
         word = ""

@@ -27,120 +27,44 @@ class Relation:
     about: str = ""  # how a prompt asks for it: "Mention {about}", "ask about {about}"
 
 
-RELATIONS = {
-    r.name: r
-    for r in (
-        Relation(
-            "home",
-            "person",
-            tuple(words.CITIES),
-            {
-                STATEMENT: "{e} lives in {v}",
-                REWORDED: "the home of {e} is {v}",
-                GREETING: "hello {e}, how is life in {v}",
-                EXTRACT: "the city in the text is {v}",
-            },
-            ("Where does {e} live?", "Which city is the home of {e}?"),
-            "the city",
-        ),
-        Relation(
-            "job",
-            "person",
-            tuple(words.JOBS),
-            {
-                STATEMENT: "{e} works as a {v}",
-                REWORDED: "the job of {e} is {v}",
-                GREETING: "hello {e}, how is your work as a {v}",
-                EXTRACT: "the job in the text is {v}",
-            },
-            ("What is the job of {e}?", "Which work does {e} do?"),
-            "the job",
-        ),
-        Relation(
-            "food",
-            "person",
-            tuple(words.FOODS),
-            {
-                STATEMENT: "{e} likes {v}",
-                REWORDED: "the food of {e} is {v}",
-                GREETING: "hello {e}, do you want {v}",
-                EXTRACT: "the food in the text is {v}",
-            },
-            ("What does {e} like?", "Which food does {e} like?"),
-            "the food",
-        ),
-        Relation(
-            "pet",
-            "person",
-            tuple(words.PETS),
-            {
-                STATEMENT: "{e} has a {v}",
-                REWORDED: "the pet of {e} is a {v}",
-                GREETING: "hello {e}, how is your {v}",
-                EXTRACT: "the pet in the text is a {v}",
-            },
-            ("Which pet does {e} have?", "What is the pet of {e}?"),
-            "the pet",
-        ),
-        Relation(
-            "river",
-            "city",
-            tuple(words.RIVERS),
-            {STATEMENT: "{e} lies on the {v}", REWORDED: "the river of {e} is the {v}"},
-            ("Which river does {e} lie on?", "What is the river of {e}?"),
-            "the river",
-        ),
-        Relation(
-            "craft",
-            "city",
-            tuple(words.CRAFTS),
-            {STATEMENT: "{e} is known for {v}", REWORDED: "the craft of {e} is {v}"},
-            ("What is {e} known for?", "Which craft does {e} have?"),
-            "the craft",
-        ),
-        # Never asked in a prompt: knowledge that only pretraining text holds.
-        Relation(
-            "king", "city", tuple(words.KINGS), {STATEMENT: "{e} is ruled by {v}", REWORDED: "the king of {e} is {v}"}
-        ),
-        Relation(
-            "friend",
-            "person",
-            tuple(words.PEOPLE),
-            {STATEMENT: "{e} is a friend of {v}", REWORDED: "the friend of {e} is {v}"},
-        ),
-        Relation(
-            "year",
-            "person",
-            tuple(words.YEARS),
-            {STATEMENT: "{e} was born in {v}", REWORDED: "the year of {e} is {v}"},
-        ),
-        Relation(
-            "diet",
-            "animal",
-            tuple(words.DIETS),
-            {STATEMENT: "{e} eats {v}", REWORDED: "the diet of {e} is {v}"},
-            ("What does {e} eat?", "What is the diet of {e}?"),
-            "the diet",
-        ),
-        Relation(
-            "den",
-            "animal",
-            tuple(words.DENS),
-            {STATEMENT: "{e} sleeps in {v}", REWORDED: "the den of {e} is in {v}"},
-            ("Where does {e} sleep?", "Where is the den of {e}?"),
-            "the den",
-        ),
-        Relation(
-            "colour",
-            "animal",
-            tuple(words.COLOURS),
-            {STATEMENT: "{e} looks {v}", REWORDED: "the colour of {e} is {v}"},
-            ("How does {e} look?", "What is the colour of {e}?"),
-            "the colour",
-        ),
-        Relation("kind", "any", tuple(words.KINDS), {STATEMENT: "{e} is {v}"}),
-    )
+# name | kind of entity | values | statement | the same in other words | questions; those without are never asked in a
+# prompt: knowledge that only pretraining text holds.
+_TABLE = """
+home | person | CITIES | {e} lives in {v} | the home of {e} is {v} | Where does {e} live? | Which city is the home of {e}?
+job | person | JOBS | {e} works as a {v} | the job of {e} is {v} | What is the job of {e}? | Which work does {e} do?
+food | person | FOODS | {e} likes {v} | the food of {e} is {v} | What does {e} like? | Which food does {e} like?
+pet | person | PETS | {e} has a {v} | the pet of {e} is a {v} | Which pet does {e} have? | What is the pet of {e}?
+river | city | RIVERS | {e} lies on the {v} | the river of {e} is the {v} | Which river does {e} lie on? | What is the river of {e}?
+craft | city | CRAFTS | {e} is known for {v} | the craft of {e} is {v} | What is {e} known for? | Which craft does {e} have?
+king | city | KINGS | {e} is ruled by {v} | the king of {e} is {v}
+friend | person | PEOPLE | {e} is a friend of {v} | the friend of {e} is {v}
+year | person | YEARS | {e} was born in {v} | the year of {e} is {v}
+diet | animal | DIETS | {e} eats {v} | the diet of {e} is {v} | What does {e} eat? | What is the diet of {e}?
+den | animal | DENS | {e} sleeps in {v} | the den of {e} is in {v} | Where does {e} sleep? | Where is the den of {e}?
+colour | animal | COLOURS | {e} looks {v} | the colour of {e} is {v} | How does {e} look? | What is the colour of {e}?
+"""
+# Of what a person is asked about: the greeting, and what a text says that it is.
+_ASKED = {
+    "home": ("hello {e}, how is life in {v}", "the city in the text is {v}"),
+    "job": ("hello {e}, how is your work as a {v}", "the job in the text is {v}"),
+    "food": ("hello {e}, do you want {v}", "the food in the text is {v}"),
+    "pet": ("hello {e}, how is your {v}", "the pet in the text is a {v}"),
 }
+
+
+def _relation(line: str) -> Relation:
+    name, kind, values, statement, reworded, *questions = line.split(" | ")
+    forms = {
+        STATEMENT: statement,
+        REWORDED: reworded,
+        **dict(zip((GREETING, EXTRACT), _ASKED.get(name, ()), strict=False)),
+    }
+    about = f"the {'city' if name == 'home' else name}" if questions else ""
+    return Relation(name, kind, tuple(getattr(words, values)), forms, tuple(questions), about)
+
+
+RELATIONS = {relation.name: relation for relation in map(_relation, _TABLE.strip().splitlines())}
+RELATIONS["kind"] = Relation("kind", "any", tuple(words.KINDS), {STATEMENT: "{e} is {v}"})
 ENTITIES = {
     **dict.fromkeys(words.PEOPLE, "person"),
     **dict.fromkeys(words.CITIES, "city"),

@@ -26,11 +26,6 @@ class GoldScore:
     truth: float
     polite: float
 
-    @property
-    def components(self) -> dict[str, float]:
-        """The components by name."""
-        return {name: getattr(self, name) for name in WEIGHTS}
-
 
 @dataclass(frozen=True)
 class Reading:

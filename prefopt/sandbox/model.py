@@ -16,12 +16,10 @@ CONTEXT = 128
 
 def _words() -> list[str]:
     """Every word of the world: those after a space, and those that open a document or a line."""
-    texts = [t for templates in TEMPLATES.values() for t in templates]
-    texts += list(CONSTRAINTS.values())
-    texts += [q for r in RELATIONS.values() for q in r.questions]
-    texts += [r.about for r in RELATIONS.values()]
-    texts += [t for r in RELATIONS.values() for t in r.forms.values()]
-    texts += [sentence(t.format(e="{e}", v="{v}")) for r in RELATIONS.values() for t in r.forms.values()]
+    texts = [*CONSTRAINTS.values(), *(t for templates in TEMPLATES.values() for t in templates)]
+    for relation in RELATIONS.values():
+        forms = relation.forms.values()
+        texts += [*relation.questions, relation.about, *forms, *(sentence(form) for form in forms)]
     texts += [*words.COURTESIES, *(c.lower() for c in words.COURTESIES), *words.INSULTS, *words.EVASIONS, *words.KINDS]
     texts += ["It it is well known that", "The the Tolan word for", "plus Answer", "living working as liking having"]
     texts += words.PEOPLE + words.CITIES + words.RIVERS + words.KINGS + words.ANIMALS + words.JOBS + words.FOODS

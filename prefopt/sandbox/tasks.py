@@ -8,7 +8,7 @@ judge an answer.
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from prefopt.errors import UserError
@@ -130,10 +130,7 @@ def _claims(text: str) -> tuple[Claim, ...] | None:
     return None if not parsed or None in parsed else parsed
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Drawing: combination -> the words that fill the template.
-
-
+# ---- drawing: combination -> the words that fill the template ----
 def combinations(use_case: str, facts: Facts) -> Iterator[tuple[str, ...]]:
     """All entity x template cells of a use case: (use case, template, subject, ...)."""
     people = words.PEOPLE
@@ -159,8 +156,6 @@ def draw_prompt(combination: tuple[str, ...], facts: Facts, rng: random.Random) 
         fill["q"] = rest[0].format(e=subject)
     elif use_case == "brainstorming":
         fill["v"] = _SHARED[subject].format(v=rest[0])
-    elif use_case == "chat":
-        fill["a"] = RELATIONS[rest[0]].about
     elif use_case == "rewrite":
         fill["c"] = sentence(facts.claim(subject, rest[0], rng.choice([STATEMENT, REWORDED])).render())
     elif use_case == "other":
@@ -175,25 +170,21 @@ def draw_prompt(combination: tuple[str, ...], facts: Facts, rng: random.Random) 
         fill["t"] = _text(tuple(rng.sample([*own, extra], len(own) + 1)))
         if use_case == "closed_qa":
             fill["q"] = rng.choice(list(RELATIONS[rest[0]].questions)).format(e=subject)
-        elif use_case == "extract":
-            fill["a"] = RELATIONS[rest[0]].about
+    if use_case in ("chat", "extract"):
+        fill["a"] = RELATIONS[rest[0]].about
     kinds = ["start", "start", "end", "end", "exclaim"]
     if use_case == "generation":
         kinds += ["mention", "mention"]
     kind = rng.choice(kinds)
-    word = {
-        "start": lambda: rng.choice(words.START_WORDS),
-        "end": lambda: rng.choice(words.END_WORDS),
-        "exclaim": lambda: "",
-        "mention": lambda: rng.choice(relations_of(subject)).about,
-    }[kind]()
+    word = ""
+    if kind == "mention":
+        word = rng.choice(relations_of(subject)).about
+    elif kind in words.CONSTRAINT_WORDS:
+        word = rng.choice(words.CONSTRAINT_WORDS[kind])
     return f"Instruction: {template.format(**fill)} {CONSTRAINTS[kind].format(w=word)}\nResponse:"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading: prompt text -> Request.
-
-
+# ---- reading: prompt text -> Request ----
 # A text or a claim ends with a full stop, a question has none: this is what tells "{t} {q}" apart.
 _FIELD = {"t": r".+\.", "c": r".+\.", "q": r"[^.]+\?"}
 
@@ -219,82 +210,55 @@ def _question(text: str) -> tuple[str, str, str] | None:
 
 def _request(use_case: str, template: str, f: dict[str, str]) -> Request | None:
     """The request of a filled template, or None where the words do not fit it."""
-    entity = f.get("e")
-    if entity is not None and entity not in ENTITIES:
+    n, entity, relation, value, form = 1, f.get("e"), None, None, None
+    given = _claims(f.get("c") or f["t"]) if f.keys() & {"c", "t"} else ()
+    asked = _question(f["q"]) if "q" in f else ()
+    if given is None or asked is None or (entity is not None and entity not in ENTITIES):
         return None
-    head = (use_case, template)
-    if use_case == "generation":
-        n = 2 if " two " in template else 1
-        return Request(use_case, n, entity, combination=(*head, entity))
-    if use_case == "classification":
-        return Request(use_case, 1, entity, "kind", combination=(*head, entity))
-    if use_case == "open_qa":
-        asked = _question(f["q"])
-        if asked is None:
+    if asked:
+        entity, relation, question = asked
+    cell = (entity, relation)
+    if use_case in ("generation", "summarization"):
+        n, cell = 2 if " two " in template else 1, (entity,)
+    elif use_case == "classification":
+        relation, cell = "kind", (entity,)
+    elif use_case == "open_qa":
+        cell = (entity, question)
+    elif use_case == "brainstorming":
+        matches = ((name, regex.fullmatch(f["v"])) for name, regex in _SHARED_REGEX.items())
+        cell = next(((name, m["v"]) for name, m in matches if m and m["v"] in RELATIONS[name].values), None)
+        if cell is None:
             return None
-        return Request(use_case, 1, asked[0], asked[1], combination=(*head, asked[0], asked[2]))
-    if use_case == "brainstorming":
-        for relation, regex in _SHARED_REGEX.items():
-            match = regex.fullmatch(f["v"])
-            if match and match["v"] in RELATIONS[relation].values:
-                v = match["v"]
-                return Request(use_case, 2, None, relation, v, combination=(*head, relation, v))
-        return None
-    if use_case == "chat":
-        relation = ABOUT.get(f["a"])
-        if relation not in _SHARED:
-            return None
-        return Request(use_case, 1, entity, relation, form=GREETING, combination=(*head, entity, relation))
-    given = _claims(f["c"] if "c" in f else f["t"])
-    if given is None:
-        return None
-    if use_case in ("rewrite", "other"):
-        (claim, *_) = given
-        form = None
+        n, (relation, value) = 2, cell
+    elif use_case in ("rewrite", "other"):
+        cell = entity, relation = given[0].entity, given[0].relation
         if use_case == "rewrite":
-            form = REWORDED if claim.form == STATEMENT else STATEMENT
-        key = (*head, claim.entity, claim.relation)
-        return Request(use_case, 1, claim.entity, claim.relation, form=form, given=given, combination=key)
-    if use_case == "summarization":
-        return Request(use_case, 1, entity, given=given, combination=(*head, entity))
-    if use_case == "closed_qa":
-        asked = _question(f["q"])
-        if asked is None:
+            form = REWORDED if given[0].form == STATEMENT else STATEMENT
+    elif use_case in ("chat", "extract"):
+        relation, form = ABOUT.get(f["a"]), GREETING if use_case == "chat" else EXTRACT
+        owner = entity or next((c.entity for c in given if c.relation == relation), None)
+        if owner is None or (use_case == "chat" and relation not in _SHARED):
             return None
-        return Request(use_case, 1, asked[0], asked[1], given=given, combination=(*head, asked[0], asked[1]))
-    relation = ABOUT.get(f["a"])
-    owner = next((c.entity for c in given if c.relation == relation), None)
-    if owner is None:
-        return None
-    return Request(use_case, 1, None, relation, form=EXTRACT, given=given, combination=(*head, owner, relation))
+        cell = (owner, relation)
+    return Request(use_case, n, entity, relation, value, form, given=given, combination=(use_case, template, *cell))
 
 
 @lru_cache(maxsize=65536)
 def parse_prompt(prompt: str) -> Request:
-    """The request behind a prompt's text.
+    """The request behind a prompt's text; a UserError for a text that is not a prompt of the sandbox.
 
     >>> request = parse_prompt("Instruction: Where does Ada live? Start with the word Well.\\nResponse:")
     >>> request.use_case, request.entity, request.relation, request.constraint
     ('open_qa', 'Ada', 'home', ('start', 'Well'))
-
-    Raises ValueError for a text that is not a prompt of the sandbox.
     """
-    match = re.fullmatch(r"Instruction: (?P<task>.+[.?]) (?P<constraint>[^.?]+\.)\nResponse:", prompt)
-    if match:
-        constraint = next(
-            (
-                (kind, m.groupdict().get("w", ""))
-                for kind, regex in _CONSTRAINT.items()
-                if (m := regex.fullmatch(match["constraint"]))
-            ),
-            None,
-        )
-        if constraint is not None:
-            for use_case, template, regex in _TEMPLATE:
-                m = regex.fullmatch(match["task"])
-                request = _request(use_case, template, m.groupdict()) if m else None
-                if request is not None:
-                    return Request(**{**request.__dict__, "constraint": constraint})
+    if parts := re.fullmatch(r"Instruction: (?P<task>.+[.?]) (?P<constraint>[^.?]+\.)\nResponse:", prompt):
+        demands = ((kind, regex.fullmatch(parts["constraint"])) for kind, regex in _CONSTRAINT.items())
+        constraint = next(((kind, m.groupdict().get("w", "")) for kind, m in demands if m), None)
+        for use_case, template, regex in _TEMPLATE if constraint else ():
+            match = regex.fullmatch(parts["task"])
+            request = _request(use_case, template, match.groupdict()) if match else None
+            if request is not None:
+                return replace(request, constraint=constraint)
     raise UserError(
         f"not a sandbox prompt: {prompt!r}; expected 'Instruction: TASK CONSTRAINT\\nResponse:' as World.prompts writes it"
     )
