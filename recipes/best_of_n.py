@@ -25,17 +25,14 @@ from prefopt.inference.journal import Journal, continued_rows, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
 from prefopt.recipes.common.arguments import parse, setting
-from prefopt.recipes.common.errors import run_command
-from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
-from prefopt.recipes.common.preflight import check_prompts, check_reward_models
+from prefopt.recipes.common.models import load_policy, model_init_kwargs
 from prefopt.recipes.common.progress import counting
-from prefopt.recipes.common.rows import require_chat_template
 from prefopt.recipes.sample import (
-    OF_OTHER_COMPLETIONS,
     SamplingArguments,
     check_sampling,
     load_prompts,
     sampling_inputs,
+    without_completions,
 )
 from prefopt.statistics.intervals import mean_estimate
 from prefopt.statistics.overoptimization import best_of_n_distance
@@ -68,27 +65,19 @@ def best_rows(
 ) -> list[dict[str, Any]]:
     """The rows with the completion of the highest score, the first of several.
 
-    Args:
-        batches: numbers of the rows that are drawn together; each batch is an entry of the journal.
-        draw: (prompts, seed) -> completions and scores of each prompt.
+    `draw(prompts, seed)` gives completions and scores of each prompt; those of a batch of rows are an entry of the journal.
     """
 
     def best(number: int, batch: Sequence[int]) -> list[dict[str, Any]]:
-        samples, scores = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
-        return [
-            _best(completions, their_scores, keep_samples)
-            for completions, their_scores in zip(samples, scores, strict=True)
-        ]
+        drawn = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
+        return [_best(*of_prompt, keep_samples) for of_prompt in zip(*drawn, strict=True)]
 
     chosen: dict[int, dict[str, Any]] = {}
     for number, batch in enumerate(batches):
         entry = journal.entry(lambda n=number, b=batch: best(n, b))
         chosen |= zip(batch, entry, strict=True)
         progress(len(chosen), len(rows))
-    return [
-        {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS} | chosen[i]
-        for i, row in enumerate(rows)
-    ]
+    return [without_completions(row) | chosen[i] for i, row in enumerate(rows)]
 
 
 def _best(samples: Sequence[Completion], scores: Sequence[float], keep_samples: bool) -> dict[str, Any]:
@@ -114,13 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"n is {args.n} at temperature {args.temperature:g}; expected 1 or more, and 1 if greedy")
     if not args.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
-    rows = load_prompts(args)
-    tokenizer = load_tokenizer(model_args)
-    require_chat_template(tokenizer, rows)
-    check_reward_models(reward_model_name_or_path=args.reward_model_name_or_path)
-    models = [str(model_args.model_name_or_path), args.reward_model_name_or_path]
-    check_prompts(rows, str(args.dataset_name), tokenizer, models, ("max_new_tokens", args.max_new_tokens))
-
+    rows, tokenizer = load_prompts(args, model_args, args.reward_model_name_or_path)
     inputs = sampling_inputs(args, model_args, rows) | {
         "reward_model": source_state(args.reward_model_name_or_path),
         "n": [args.n, args.keep_samples],
@@ -139,18 +122,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:
-    """Draws from the policy and asks the reward model; both are loaded when the first is asked for."""
-    loaded: list[Any] = []
+    """Draws from the policy and asks the reward model."""
+    policy = load_policy(model_args, init_kwargs, is_trainable=False)
+    reward_model, reward_tokenizer = load_classifier(
+        args.reward_model_name_or_path, load_in_4bit=model_args.load_in_4bit, dtype=model_args.dtype
+    )
 
     def draw(prompts: list[Any], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
-        if not loaded:
-            loaded.append(load_policy(model_args, init_kwargs, is_trainable=False))
-            loaded.extend(
-                load_classifier(
-                    args.reward_model_name_or_path, load_in_4bit=model_args.load_in_4bit, dtype=model_args.dtype
-                )
-            )
-        policy, reward_model, reward_tokenizer = loaded
         samples = generate(
             policy,
             tokenizer,
@@ -181,7 +159,3 @@ def _report(rows: list[dict[str, Any]], n: int) -> None:
         f"{len(rows)} prompts: score {best.value:.3f} [{best.ci_low:.3f}, {best.ci_high:.3f}] of the best of {n}, "
         f"{mean.value:.3f} on average; KL to the policy at most {float(best_of_n_distance(n)) ** 2:.3f} nats"
     )
-
-
-if __name__ == "__main__":
-    run_command(main, "best-of-n")

@@ -9,11 +9,12 @@ Data is a .jsonl (also .jsonl.gz), .json, .csv or .parquet file, a folder writte
 """
 
 import json
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import write_jsonl, write_whole
+from prefopt.inference.jsonl import write_json, write_jsonl
 from prefopt.rankings.formats import FORMATS, convert, detect
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
-from prefopt.recipes.common.arguments import Command, dispatch, setting
-from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.arguments import dispatch, setting
 from prefopt.recipes.common.sources import Kind, SourceArguments, checked_rows, good_rows, keep_inputs, read_rows
 
 Row = Mapping[str, Any]
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
-    """Write ranked comparisons of rows in a public format."""
+    """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns."""
     out = Path(args.out)
     keep_inputs(out, [str(source.data)])
     counts: Counter[str] = Counter()
@@ -111,34 +111,32 @@ def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
 
 
 def validate(source: SourceArguments, args: ValidateArguments) -> None:
-    """Stop at the first row that a trainer would refuse, or count the problems."""
+    """rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind."""
     # Kind of problem: how many rows have it, and the first.
     problems: dict[str, tuple[int, str]] = {}
-    checked = bad = 0
-    kinds: set[Kind] = set()
-    for number, (kind, _, problem) in enumerate(checked_rows(read_rows(source), str(source.data), args.kind)):
-        checked += 1
-        kinds.add(kind)
+    number, kind = -1, None
+    for number, checked in enumerate(checked_rows(read_rows(source), str(source.data), args.kind)):
+        kind, _, problem = checked
         if problem is None:
             continue
-        bad += 1
         if not args.all:
             raise UserError(f"{source.data} row {number}: {problem}")
         name = re.sub(r"\[\d+\]", "[...]", problem.partition(", got")[0])
         count, first = problems.get(name, (0, f"row {number}: {problem}"))
         problems[name] = (count + 1, first)
-    if not checked:
+    if kind is None:
         raise UserError(f"{source.data}: no rows")
     if not problems:
-        print(f"{source.data}: {checked:,} rows of {kinds.pop()}, all as they should be")
+        print(f"{source.data}: {number + 1:,} rows of {kind}, all as they should be")
         return
     for name, (count, first) in sorted(problems.items(), key=lambda item: -item[1][0]):
         print(f"{count:,} rows: {name}; the first is {first}")
-    raise UserError(f"{source.data}: {bad:,} of {checked:,} rows of {kinds.pop()} are not as they should be")
+    bad = sum(count for count, _ in problems.values())
+    raise UserError(f"{source.data}: {bad:,} of {number + 1:,} rows of {kind} are not as they should be")
 
 
 def stats(source: SourceArguments, args: StatsArguments) -> None:
-    """Print sizes, ties, lengths, repeats, agreement and what is shared with others."""
+    """rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others."""
     if args.out:
         keep_inputs(Path(args.out), [str(source.data), *args.against])
     others = {name: SourceArguments(name) for name in args.against}
@@ -163,15 +161,15 @@ def stats(source: SourceArguments, args: StatsArguments) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in [*result.lines(), *((name, text) for name, (_, text) in agreement.items())]:
         table.add_row(name, value)
-    _print(table)
+    # As wide as the terminal; into a file, wide enough for all but long lines.
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
     if args.out:
-        numbers = {**result.to_dict(), "agreement": {name: value for name, (value, _) in agreement.items()}}
-        text = json.dumps(numbers, indent=1, ensure_ascii=False) + "\n"
-        write_whole(args.out, text, replace=args.overwrite)
+        numbers = {**asdict(result), "agreement": {name: value for name, (value, _) in agreement.items()}}
+        write_json(args.out, numbers, replace=args.overwrite)
 
 
 def split(source: SourceArguments, args: SplitArguments) -> None:
-    """Write the sides, with no value of `by` on two of them."""
+    """rankings.jsonl --by user --out split: train, validation and test rows with no user on two sides."""
     shares = {"validation": args.validation, "test": args.test}
     if min(shares.values()) < 0 or sum(shares.values()) >= 1:
         raise UserError(
@@ -205,11 +203,6 @@ def split(source: SourceArguments, args: SplitArguments) -> None:
         print(f"{Path(args.out) / side}.jsonl: {len(positions):,} rows ({args.by}: {values:,} different){warned}")
 
 
-def _print(table: Table) -> None:
-    """As wide as the terminal; into a file, wide enough for all but long lines."""
-    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
-
-
 def _kept(rows: list[Row], kept: list[int], text: str) -> list[Row]:
     if len(kept) < len(rows):
         print(f"left out: {len(rows) - len(kept):,} of {len(rows):,} rows, which {text}")
@@ -230,18 +223,12 @@ def _agreement(judged: list[Row], result: Statistics, source: str) -> dict[str, 
     if not of.shared_items:
         return {}
     measures = {}
-    for name, estimate in {
-        "agreement of labelers on untied pairs": of.all_pairs,
-        "Kendall's W of labelers": of.kendall_w,
-    }.items():
-        numbers = {
-            key: None if value != value else value
-            for key, value in (("value", estimate.value), ("ci_low", estimate.ci_low), ("ci_high", estimate.ci_high))
-        }
-        if numbers["value"] is None:
-            continue
-        interval = "" if numbers["ci_low"] is None else f" [{estimate.ci_low:.3f}, {estimate.ci_high:.3f}]"
-        measures[name] = ({**numbers, "n": estimate.n}, f"{estimate.value:.3f}{interval} (n = {estimate.n:,})")
+    estimates = {"agreement of labelers on untied pairs": of.all_pairs, "Kendall's W of labelers": of.kendall_w}
+    for name, estimate in estimates.items():
+        if not math.isnan(estimate.value):
+            shown = f"{estimate.value:.3f}" if math.isnan(estimate.ci_low) else str(estimate)
+            numbers = {key: getattr(estimate, key) for key in ("value", "ci_low", "ci_high", "n")}
+            measures[name] = (numbers, f"{shown} (n = {estimate.n:,})")
     return measures
 
 
@@ -267,33 +254,4 @@ def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
     return count
 
 
-COMMANDS = {
-    "convert": Command(
-        convert_rows,
-        (SourceArguments, ConvertArguments),
-        "data",
-        "nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns",
-    ),
-    "validate": Command(
-        validate,
-        (SourceArguments, ValidateArguments),
-        "data",
-        "rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind",
-    ),
-    "stats": Command(
-        stats,
-        (SourceArguments, StatsArguments),
-        "data",
-        "rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others",
-    ),
-    "split": Command(
-        split,
-        (SourceArguments, SplitArguments),
-        "data",
-        "rankings.jsonl --by user --out split: train, validation and test rows with no user on two sides",
-    ),
-}
-
-
-if __name__ == "__main__":
-    run_command(main, "data")
+COMMANDS = {"convert": convert_rows, "validate": validate, "stats": stats, "split": split}

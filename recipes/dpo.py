@@ -23,14 +23,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     train, evaluation = load_comparisons(step.data, step.args)
     tokenizer = step.tokenizer(train, evaluation)
-    trainer = step.trainer(
-        RankedDPOTrainer,
-        load_policy(step.model_args, step.init_kwargs),
-        loads_others=True,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-    )
+    policy = load_policy(step.model_args, step.init_kwargs)
+    trainer = step.trainer(RankedDPOTrainer, policy, tokenizer, train, evaluation, loads_others=True)
     train_and_save(trainer, step.data)
 
 

@@ -8,8 +8,6 @@ import os
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-from prefopt.recipes.common.errors import run_command
-
 # Settings that change what these libraries do; of a name that speaks of a secret only that it is set is shown.
 PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "ACCELERATE_", "PREFOPT_", "CUDA_VISIBLE", "PYTORCH_")
 PREFIXES += ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "BNB_", "NCCL_")
@@ -89,7 +87,3 @@ def main(argv: list[str] | None = None) -> None:
     for part in (packages, seams, settings, hardware):  # the last one takes seconds
         for name, value in part().items():
             print(f"- {name}: {value}", flush=True)
-
-
-if __name__ == "__main__":
-    run_command(main, "env")

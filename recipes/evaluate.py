@@ -23,7 +23,6 @@ from prefopt.evaluation.stages import STAGES, benchmarks, generate, report
 from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.recipes.common.arguments import choose, parse
 from prefopt.recipes.common.conversations import prompts_from_messages
-from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.rows import check_fields, load_rows
 
 # Every stage's keys may stand in the one file, whichever stage is run.
@@ -146,7 +145,3 @@ def _prompts(own: generate.GenerateArguments) -> list[dict[str, Any]]:
         key="prompts",
     )
     return list(rows)
-
-
-if __name__ == "__main__":
-    run_command(main, "eval")

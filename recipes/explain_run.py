@@ -13,7 +13,6 @@ from pathlib import Path
 
 from prefopt.errors import UserError
 from prefopt.evaluation.training_run import build_page, read_run, summary
-from prefopt.recipes.common.errors import run_command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +40,3 @@ def main(argv: list[str] | None = None) -> None:
 def _is_explanation(path: Path) -> bool:
     with path.open("rb") as file:
         return b'<meta name="generator" content="prefopt">' in file.read(500)
-
-
-if __name__ == "__main__":
-    run_command(main, "explain-run")

@@ -11,27 +11,26 @@ The sheet is one file that opens from disk, also on a phone and offline. Labeler
 
 import json
 import logging
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.progress import track
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.jsonl import read_jsonl, write_json, write_jsonl
 from prefopt.inference.scoring import score_rows
 from prefopt.labeling.agreement import agreement
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
-from prefopt.labeling.key import Key, blind, read_key, write_key
+from prefopt.labeling.key import blind, read_key, write_with_key
 from prefopt.labeling.label_studio import labeling_config, read_label_studio, to_label_studio
 from prefopt.labeling.next_tasks import choose_next
-from prefopt.labeling.sheet import default_instructions, export_sheet, render_instructions
+from prefopt.labeling.sheet import default_instructions, render_instructions, sheet_page
 from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
-from prefopt.recipes.common.arguments import Command, dispatch, setting
-from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.arguments import dispatch, setting
 from prefopt.recipes.common.rows import check_fields, load_rows
 from prefopt.recipes.common.sources import keep_inputs
 
@@ -41,7 +40,11 @@ Format = Literal["sheet", "label-studio"]
 READERS = {"sheet": read_answers, "label-studio": read_label_studio}
 # Between two steps of the progress bar.
 ROWS_AT_ONCE = 200
-OUTPUTS = {"sheet": "sheet.html", "label-studio": "label-studio.json"}
+# What is written, under which name, and who needs its suffix.
+OUTPUTS = {
+    "sheet": ("sheet for labelers", "sheet.html", "browsers open"),
+    "label-studio": ("for Label Studio", "label-studio.json", "Label Studio imports"),
+}
 
 
 @dataclass
@@ -117,52 +120,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export(args: ExportArguments) -> None:
-    """Write the sheet, or the tasks of another tool, and the key to its answers."""
+    """samples.jsonl --out sheet.html: one HTML file for labelers, and the key to its answers."""
     rows = _rows(args.samples, "samples")
     known = _rows(args.screening, "screening") if args.screening else []
     try:
         text = Path(args.instructions).read_text(encoding="utf-8-sig") if args.instructions else None
     except UnicodeDecodeError as error:
         raise UserError(f"instructions {args.instructions}: not UTF-8 text ({error})") from error
-    named_rows = {"source": str(args.samples), "screening_source": str(args.screening)}
-    out = Path(args.out or OUTPUTS[args.format])
-    options = {"seed": args.seed, "screening": known, "group": args.group, **named_rows}
+    text = default_instructions() if text is None else text
+    what, usual, use = OUTPUTS[args.format]
+    out = Path(args.out or usual)
+    if out.suffix != Path(usual).suffix:
+        raise UserError(f"{out}: expected a name ending in {Path(usual).suffix}, as {use} it by its name")
+    options = {"seed": args.seed, "group": args.group, "screening": known, "screening_source": str(args.screening)}
+    key, left_out = blind(rows, source=str(args.samples), **options)
     if args.format == "sheet":
-        written = export_sheet(rows, out, instructions=text, **options)
-        left_out, tasks, screening = written.left_out, written.tasks, written.screening
-        files, key_path = [written.sheet], written.key
+        contents = {out: sheet_page(key, text)}
     else:
-        key, left_out = blind(rows, **options)
-        tasks, screening = len(key.tasks), sum(task.is_screening for task in key.tasks.values())
-        files, key_path = _export_to_label_studio(key, out, text or default_instructions())
+        contents = {
+            out: json.dumps(to_label_studio(key)),
+            out.with_suffix(".xml"): labeling_config(key),
+            out.with_suffix(".instructions.html"): render_instructions(text),
+        }
+    key_path = write_with_key(key, contents)
     if left_out:
         logger.warning(
             "left out %d of %d rows, whose completions are all one text: nothing to rank", left_out, len(rows)
         )
-    what = {"sheet": "sheet for labelers", "label-studio": "for Label Studio"}
-    print(f"{what[args.format]}: {', '.join(map(str, files))} ({tasks} tasks, {screening} of them screening)")
+    screening = sum(task.is_screening for task in key.tasks.values())
+    print(f"{what}: {', '.join(map(str, contents))} ({len(key.tasks)} tasks, {screening} of them screening)")
     print(f"key, to keep: {key_path}")
 
 
-def _export_to_label_studio(key: Key, out: Path, instructions: str) -> tuple[list[Path], Path]:
-    """The key first, as for a sheet: tasks without it would be labor lost."""
-    if out.suffix != ".json":
-        raise UserError(f"{out}: expected a name ending in .json, as Label Studio imports it by its name")
-    key_path = out.with_suffix(".key.jsonl")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    contents = {
-        out: json.dumps(to_label_studio(key)),
-        out.with_suffix(".xml"): labeling_config(key),
-        out.with_suffix(".instructions.html"): render_instructions(instructions),
-    }
-    write_key(key, key_path, contents)
-    for path, content in contents.items():
-        write_whole(path, content)
-    return list(contents), key_path
-
-
 def import_rankings(args: ImportArguments) -> None:
-    """Write the rankings that labelers sent back, and a report of them."""
+    """answers*.jsonl --out rankings.jsonl: ranked comparisons from what labelers sent back, with a report."""
     if not args.answers:
         raise UserError("answers is required: the files that labelers sent back")
     if args.characters_per_second <= 0:
@@ -171,10 +162,8 @@ def import_rankings(args: ImportArguments) -> None:
     keys = args.key or sorted({path.resolve() for folder in folders for path in folder.glob("*.key.jsonl")})
     if not keys:
         raise UserError("no .key.jsonl next to the answers or in this folder; name it with --key")
-    answers = [answer for name in args.answers for answer in READERS[args.format](name)]
-    imported = import_answers(
-        answers, [read_key(path) for path in keys], characters_per_second=args.characters_per_second
-    )
+    answers = (answer for name in args.answers for answer in READERS[args.format](name))
+    imported = import_answers(answers, map(read_key, keys), characters_per_second=args.characters_per_second)
     out = Path(args.out)
     keep_inputs(out, [*args.answers, *keys])
     screening = out.with_suffix(".screening.jsonl")
@@ -184,8 +173,7 @@ def import_rankings(args: ImportArguments) -> None:
             "replace it with --overwrite"
         )
     write_jsonl(out, imported.rows, replace=args.overwrite)
-    report = json.dumps(imported.report.to_dict(), indent=1) + "\n"
-    write_whole(out.with_suffix(".report.json"), report, replace=args.overwrite)
+    write_json(out.with_suffix(".report.json"), asdict(imported.report), replace=args.overwrite)
     print("\n".join(imported.report.lines()))
     print(f"ranked comparisons: {out} ({len(imported.rows)} rows)")
     if imported.screening:
@@ -197,7 +185,7 @@ def import_rankings(args: ImportArguments) -> None:
 
 
 def show_agreement(args: AgreementArguments) -> None:
-    """Print how far labelers agree with each other and with known answers."""
+    """rankings.jsonl: how far labelers agree with each other, and each with known answers."""
     if not args.rankings:
         raise UserError("rankings is required: ranked comparisons with `labeler`")
     files = [Path(name) for name in args.rankings]
@@ -205,30 +193,22 @@ def show_agreement(args: AgreementArguments) -> None:
         keep_inputs(Path(args.out), [*files, *args.screening])
     usual = [path.with_suffix(".screening.jsonl") for path in files]
     screening = [Path(name) for name in args.screening] or [path for path in usual if path.is_file()]
-    skipped: dict[str, int] = {}
-    for path in files:
-        report = path.with_suffix(".report.json")
-        if report.is_file():
-            for name, n in _skips(report).items():
-                skipped[name] = skipped.get(name, 0) + n
+    skipped: Counter[str] = Counter()
+    for report in (path.with_suffix(".report.json") for path in files):
+        skipped.update(_skips(report) if report.is_file() else {})
     rows = [row for path in files for row in read_jsonl(path)]
     if not rows:
         raise UserError(f"{' + '.join(map(str, files))}: no rows to compare")
-    result = agreement(
-        rows,
-        screening=[row for path in screening for row in read_jsonl(path)],
-        skipped=skipped,
-        source=" + ".join(map(str, files)),
-        screening_source=" + ".join(map(str, screening)),
-    )
+    known = [row for path in screening for row in read_jsonl(path)]
+    sources = {"source": " + ".join(map(str, files)), "screening_source": " + ".join(map(str, screening))}
+    result = agreement(rows, screening=known, skipped=skipped, **sources)
     print("\n".join(result.lines()))
     if args.out:
-        text = json.dumps(_finite(result.to_dict()), indent=1) + "\n"
-        write_whole(args.out, text, replace=args.overwrite)
+        write_json(args.out, asdict(result), replace=args.overwrite)
 
 
 def choose_tasks(args: NextArguments) -> None:
-    """Write the prompts and outputs of which the reward models are least sure."""
+    """samples.jsonl --reward_model rm: which prompts and outputs to show next, by the reward model's doubt."""
     if not args.reward_model:
         raise UserError("reward_model is required: what `prefopt reward` saved, once or several times")
     if args.by == "disagreement" and len(args.reward_model) < 2:
@@ -275,13 +255,6 @@ def _skips(report: Path) -> dict[str, int]:
         raise UserError(f"{report}: not the report of `prefopt label import`; import again, or move it") from None
 
 
-def _finite(value: Any) -> Any:
-    """Numbers that JSON does not have (an interval of one prompt) as null."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     """As written where that is JSON lines: a table would give every row the fields of all. Checked when blinded."""
     if name and name.endswith(".jsonl") and Path(name).is_file():
@@ -289,33 +262,4 @@ def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     return load_rows(name, key=key, check=check_fields("prompt"))
 
 
-COMMANDS = {
-    "export": Command(
-        export,
-        (ExportArguments,),
-        "samples",
-        "samples.jsonl --out sheet.html: one HTML file for labelers, and the key to its answers",
-    ),
-    "import": Command(
-        import_rankings,
-        (ImportArguments,),
-        "answers",
-        "answers*.jsonl --out rankings.jsonl: ranked comparisons from what labelers sent back, with a report",
-    ),
-    "agreement": Command(
-        show_agreement,
-        (AgreementArguments,),
-        "rankings",
-        "rankings.jsonl: how far labelers agree with each other, and each with known answers",
-    ),
-    "next": Command(
-        choose_tasks,
-        (NextArguments,),
-        "samples",
-        "samples.jsonl --reward_model rm: which prompts and outputs to show next, by the reward model's doubt",
-    ),
-}
-
-
-if __name__ == "__main__":
-    run_command(main, "label")
+COMMANDS = {"export": export, "import": import_rankings, "agreement": show_agreement, "next": choose_tasks}

@@ -19,13 +19,12 @@ import yaml
 from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationRun
 from prefopt.inference.generate import generate
-from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.jsonl import read_jsonl, write_json, write_jsonl
 from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.arguments import config_folder, parse, setting
-from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
@@ -51,6 +50,11 @@ class PipelineArguments:
     tuning_prompts: int = setting(200, "Validation prompts; they choose the SFT epoch.")
     test_prompts: int = setting(450, "Held-out prompts of the evaluation.")
     max_new_tokens: int = setting(24, "Length limit of a completion, in tokens.")
+
+
+def command_line(config: Path | str, **keys: object) -> list[str]:
+    """`--config FILE --key value ...`, as for a command."""
+    return ["--config", str(config), *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
 
 
 class Pipeline:
@@ -85,17 +89,15 @@ class Pipeline:
             config = self.configs / f"{name}.yaml"
             settings = yaml.safe_load(config.read_text()) if config.is_file() else None
             steps.run(name, title, {"pipeline": sizes, "step": settings}, work)
-        self.report(steps.seconds)
+        # On every run, so that the wall time of the evaluation itself is in it.
+        self.evaluation("report", steps.seconds)
         steps.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
 
     def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
         """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""
         if "output_dir" in keys and name != "evaluate":  # what a try of this step left that did not end
             shutil.rmtree(str(keys["output_dir"]), ignore_errors=True)
-        argv = ["--config", str(self.configs / f"{name}.yaml"), "--seed", str(self.args.seed)]
-        for key, value in keys.items():
-            argv += [f"--{key}", str(value)]
-        main(argv)
+        main(command_line(self.configs / f"{name}.yaml", seed=self.args.seed, **keys))
 
     # ---- the three steps ----------------------------------------------------------------------------------------
     def write_data(self) -> None:
@@ -170,7 +172,7 @@ class Pipeline:
                 }
             )
         best = max(epochs, key=lambda entry: entry["rm_score"])
-        write_whole(self.root / "sft_selection.json", json.dumps({"epochs": epochs, "chosen": best}, indent=1))
+        write_json(self.root / "sft_selection.json", {"epochs": epochs, "chosen": best})
 
     def ppo_start(self) -> None:
         """Appendix C.3: the pretrained model, two epochs of demonstrations with 10 % pretraining text mixed in.
@@ -182,15 +184,20 @@ class Pipeline:
                   pretrain_dataset_name=self.data / "corpus_train.jsonl", output_dir=self.root / "sft")  # fmt: skip
 
     def ppo(self) -> None:
-        self.step(self.train_ppo, "ppo", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo",
-                  dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
-                  max_completion_length=self.args.max_new_tokens)  # fmt: skip
+        self.step(self.train_ppo, "ppo", output_dir=self.root / "ppo", **self.ppo_inputs())
 
     def ppo_ptx(self) -> None:
-        self.step(self.train_ppo, "ppo_ptx", model_name_or_path=self.root / "sft", output_dir=self.root / "ppo_ptx",
-                  dataset_name=self.data / "prompts_rl.jsonl", reward_model_name_or_path=self.root / "reward",
-                  pretrain_dataset_name=self.data / "corpus_train.jsonl",
-                  max_completion_length=self.args.max_new_tokens)  # fmt: skip
+        text = self.data / "corpus_train.jsonl"
+        keys = {"output_dir": self.root / "ppo_ptx", "pretrain_dataset_name": text, **self.ppo_inputs()}
+        self.step(self.train_ppo, "ppo_ptx", **keys)
+
+    def ppo_inputs(self) -> dict[str, object]:
+        return {
+            "model_name_or_path": self.root / "sft",
+            "reward_model_name_or_path": self.root / "reward",
+            "dataset_name": self.data / "prompts_rl.jsonl",
+            "max_completion_length": self.args.max_new_tokens,
+        }
 
     def dpo(self) -> None:
         self.step(dpo.main, "dpo", model_name_or_path=self.root / "sft", output_dir=self.root / "dpo",
@@ -254,10 +261,6 @@ class Pipeline:
                 rows.append({"id": answers[0]["id"], "models": list(drawn), **label})
         write_jsonl(run.folder / "labels.jsonl", rows)
 
-    def report(self, wall_seconds: dict[str, float]) -> None:
-        """Written on every run, so that the wall time of the evaluation itself is in it."""
-        self.evaluation("report", wall_seconds)
-
 
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
@@ -270,7 +273,3 @@ def main(argv: list[str] | None = None) -> None:
             "that has all"
         )
     Pipeline(args).run()
-
-
-if __name__ == "__main__":
-    run_command(main, "pipeline")

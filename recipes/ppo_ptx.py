@@ -19,7 +19,7 @@ from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
-from prefopt.recipes.common.rows import check_fields, load_rows, load_train_and_eval, stream_rows
+from prefopt.recipes.common.rows import check_fields, load_pretraining, load_train_and_eval
 from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
@@ -58,9 +58,7 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     )
     pretraining = None
     if data.pretrain_dataset_name:
-        load = stream_rows if data.pretrain_streaming else load_rows
-        pretraining = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
-
+        pretraining = load_pretraining(data.pretrain_dataset_name, data.pretrain_streaming)
     gold = [] if data.gold_reward is None else [_gold_reward(data.gold_reward)]
     monitors = [*gold, *monitors]
     if data.overoptimization_patience is not None and (not monitors or args.eval_strategy == "no"):
@@ -75,18 +73,10 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     check_reward_models(reward_model_name_or_path=data.reward_model_name_or_path)
     models = [step.model_args.model_name_or_path, data.reward_model_name_or_path]
     limit = ("max_completion_length", args.max_completion_length)
-    template = args.chat_template_kwargs or {}
-    check_prompts(train, str(data.dataset_name), tokenizer, models, limit, **template)
-    trainer = step.trainer(
-        PPOPtxTrainer,
-        load_policy(step.model_args, step.init_kwargs),
-        loads_others=True,
-        reward_funcs=[data.reward_model_name_or_path, *monitors],
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        pretrain_dataset=pretraining,
-    )
+    check_prompts(train, str(data.dataset_name), tokenizer, models, limit, **args.chat_template_kwargs or {})
+    policy = load_policy(step.model_args, step.init_kwargs)
+    others = {"reward_funcs": [data.reward_model_name_or_path, *monitors], "pretrain_dataset": pretraining}
+    trainer = step.trainer(PPOPtxTrainer, policy, tokenizer, train, evaluation, loads_others=True, **others)
     if data.overoptimization_patience is not None:
         proxy, held_out = (f"eval_rewards/{name}/mean" for name in trainer.reward_func_names[:2])
         trainer.add_callback(OveroptimizationStop(held_out, proxy, data.overoptimization_patience))

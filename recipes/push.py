@@ -18,7 +18,6 @@ from prefopt.errors import UserError
 from prefopt.hub.cards import is_handwritten, read_facts, write_card
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
 from prefopt.recipes.common.arguments import parse, setting
-from prefopt.recipes.common.errors import run_command
 
 # Measures of results.json that a card shows, with what follows a dot, and what the card calls them.
 SHOWN = {
@@ -132,7 +131,3 @@ def _title(measure: str) -> str | None:
         if measure == name or measure.startswith(name + "."):
             return f"{title} {measure[len(name) + 1 :]}".replace("_", " ").strip()
     return None
-
-
-if __name__ == "__main__":
-    run_command(main, "push")

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.recipes.common.errors import run_command
 
 HOME = Path(__file__).parent
 
@@ -28,11 +27,7 @@ def recipe_folders() -> dict[str, str]:
 
 
 def copy(name: str, target: Path, *, force: bool = False) -> list[Path]:
-    """Copy a recipe folder to `target`; the files written. A file that is there stops it unless `force`.
-
-    Raises:
-        UserError: there is no such recipe, or a file would be overwritten.
-    """
+    """Copy a recipe folder to `target`; the files written. A file that is there stops it unless `force`."""
     folders = recipe_folders()
     if name not in folders:
         raise UserError(f"there is no recipe {name!r}; there are {', '.join(folders)}")
@@ -71,7 +66,3 @@ def main(argv: list[str] | None = None) -> None:
     target = arguments.folder or Path(arguments.name)
     files = copy(arguments.name, target, force=arguments.force)
     print(f"{len(files)} files in {target}; begin with {target / 'README.md'}")
-
-
-if __name__ == "__main__":
-    run_command(main, "recipes")

@@ -39,20 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     train, evaluation = load_comparisons(step.data, step.args)
     demonstrations = None
     if step.data.center_on:
-        demonstrations = load_rows(
-            step.data.center_on,
-            check=check_fields("prompt", "completion"),
-            convert=demonstrations_from_messages,
-            key="center_on",
-        )
+        how = {"check": check_fields("prompt", "completion"), "convert": demonstrations_from_messages}
+        demonstrations = load_rows(step.data.center_on, key="center_on", **how)
     tokenizer = step.tokenizer(train, evaluation, demonstrations)
-    trainer = step.trainer(
-        RankedRewardTrainer,
-        load_reward_start(step.model_args, step.init_kwargs, tokenizer, step.args.reward_token),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-    )
+    start = load_reward_start(step.model_args, step.init_kwargs, tokenizer, step.args.reward_token)
+    trainer = step.trainer(RankedRewardTrainer, start, tokenizer, train, evaluation)
     center = partial(trainer.center_on, demonstrations) if demonstrations is not None else None
     train_and_save(trainer, step.data, then=center)
 

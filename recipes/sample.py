@@ -10,7 +10,9 @@ it was; a finished file is drawn anew only if the rows, the model or a setting c
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,8 @@ from prefopt.inference.generate import Completion, generate
 from prefopt.inference.journal import Journal, continued_rows, fingerprint_of, is_foreign, is_kept, source_state
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
-from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
-from prefopt.recipes.common.preflight import check_prompts
+from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import check_fields, load_rows, require_chat_template
 from prefopt.recipes.common.sources import keep_inputs
@@ -33,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 # Fields of an input row that speak of completions other than the ones drawn here.
 OF_OTHER_COMPLETIONS = {"completion", "chosen", "rejected", "ranks", "ratings", "flags", "labeler", "truncated"}
+
+
+def without_completions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's fields but for those about completions other than the ones drawn here."""
+    return {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
+
 
 # Of ModelConfig, what changes the weights or their arithmetic.
 OF_LOADING = (
@@ -87,9 +94,9 @@ def check_sampling(args: SamplingArguments) -> None:
             raise UserError(f"{name} is {getattr(args, name)}; expected at least {least}")
 
 
-def load_prompts(args: SamplingArguments) -> Dataset:
-    """The rows to sample for: `prompt`, or `messages` up to the last user turn."""
-    return load_rows(
+def load_prompts(args: SamplingArguments, model_args: ModelConfig, *scorers: str) -> tuple[Dataset, Any]:
+    """The rows to sample for, `prompt` or `messages` up to the last user turn, that all models have room for; the tokenizer."""
+    rows = load_rows(
         args.dataset_name,
         split=args.dataset_train_split,
         config=args.dataset_config,
@@ -97,6 +104,13 @@ def load_prompts(args: SamplingArguments) -> Dataset:
         convert=prompts_from_messages,
         key="dataset_name",
     )
+    tokenizer = load_tokenizer(model_args)
+    require_chat_template(tokenizer, rows)
+    for scorer in scorers:
+        check_reward_models(reward_model_name_or_path=scorer)
+    models = [str(model_args.model_name_or_path), *scorers]
+    check_prompts(rows, str(args.dataset_name), tokenizer, models, ("max_new_tokens", args.max_new_tokens))
+    return rows, tokenizer
 
 
 def sampling_inputs(args: SamplingArguments, model_args: ModelConfig, rows: Dataset) -> dict[str, Any]:
@@ -118,11 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.temperature == 0 and args.k_max > 1:
         raise UserError("temperature 0 draws the same completion every time; set k_min and k_max to 1, or sample")
     check_sampling(args)
-    rows = load_prompts(args)
-    tokenizer = load_tokenizer(model_args)
-    require_chat_template(tokenizer, rows)
-    limit = ("max_new_tokens", args.max_new_tokens)
-    check_prompts(rows, str(args.dataset_name), tokenizer, [model_args.model_name_or_path], limit)
+    rows, tokenizer = load_prompts(args, model_args)
     output = Path(args.output)
     inputs = sampling_inputs(args, model_args, rows) | {"k": [args.k_min, args.k_max]}
     if is_kept(output, inputs):
@@ -155,17 +165,12 @@ def _rankable(rows: Dataset, counts: list[int], drawn: list[Completion], least: 
     flat = iter(drawn)
     found, empty = [], 0
     for row, count in zip(rows, counts, strict=True):
-        said = [c for c in (next(flat) for _ in range(count)) if c.text.strip()]
+        said = [c for c in islice(flat, count) if c.text.strip()]
         empty += count - len(said)
         if len(said) >= least:
-            kept = {name: value for name, value in row.items() if name not in OF_OTHER_COMPLETIONS}
             texts, truncated = [c.text for c in said], [c.truncated for c in said]
-            found.append({**kept, "completions": texts, "truncated": truncated})
+            found.append({**without_completions(row), "completions": texts, "truncated": truncated})
     if empty:
         logger.warning("dropped %d of %d completions that say nothing, and %d of %d prompts left with too few to rank",
                        empty, len(drawn), len(rows) - len(found), len(rows))  # fmt: skip
     return found
-
-
-if __name__ == "__main__":
-    run_command(main, "sample")

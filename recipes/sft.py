@@ -30,7 +30,7 @@ from prefopt.recipes.common.demonstrations import (
 )
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
-from prefopt.recipes.common.rows import check_fields, load_rows, load_train_and_eval, stream_rows
+from prefopt.recipes.common.rows import load_evaluation, load_pretraining, load_rows, load_train_and_eval
 from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.ppo_ptx.pretraining import StreamedText, labels_of, pack_documents, unscored_token
 from prefopt.trainers.ranked.options import bf16_by_default
@@ -106,11 +106,7 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
     if rated is not None and data.dataset_name is None:
         if wants_eval and not data.eval_dataset_name:
             raise UserError("eval_strategy is on: set eval_dataset_name (the rated outputs have no test split)")
-        evaluation = None
-        if wants_eval:
-            evaluation = load_rows(
-                data.eval_dataset_name, split=data.dataset_test_split, check=check_sft_rows, key="eval_dataset_name"
-            )
+        evaluation = load_evaluation(data, wants_eval, check=check_sft_rows)
         train, rated = rated, None
     else:
         train, evaluation = load_train_and_eval(data, wants_eval, check_sft_rows)
@@ -151,16 +147,10 @@ def main(argv: list[str] | None = None) -> None:
     if data.pretrain_mix:
         if "labels" not in train.column_names:
             raise UserError("pretrain_mix needs demonstrations: rows with prompt and completion, or messages")
-        load = stream_rows if data.pretrain_streaming else load_rows
-        texts = load(data.pretrain_dataset_name, check=check_fields("text"), key="pretrain_dataset_name")
+        texts = load_pretraining(data.pretrain_dataset_name, data.pretrain_streaming)
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
-    trainer = step.trainer(
-        SFTStepTrainer,
-        load_policy(step.model_args, step.init_kwargs),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-    )
+    policy = load_policy(step.model_args, step.init_kwargs)
+    trainer = step.trainer(SFTStepTrainer, policy, tokenizer, train, evaluation)
     keep_4bit_gradients(trainer.model)
     train_and_save(trainer, data)
 

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prefopt.errors import UserError
 from prefopt.evaluation.results import BASELINE, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -22,10 +20,9 @@ from prefopt.evaluation.stages import compare, drift, generate, judge, report, t
 from prefopt.evaluation.sweep import VERDICT, Finding, Point, build_sweep_page, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_jsonl, write_whole
-from prefopt.recipes.common.arguments import config_folder, parse, setting
-from prefopt.recipes.common.errors import run_command
+from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
 from prefopt.recipes.common.steps import Steps
-from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments
+from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, command_line
 from prefopt.statistics.overoptimization import rollout_gains
 
 INPUTS = ("data", "reward", "ppo_start")  # steps of the pipeline whose results the sweep uses
@@ -94,13 +91,9 @@ class Sweep:
             )
         write_whole(known, settings)
         pipeline = self.pipeline
-        keys = {
-            "model_name_or_path": pipeline.root / "sft",
-            "reward_model_name_or_path": pipeline.root / "reward",
-            "dataset_name": pipeline.data / "prompts_rl.jsonl",
+        keys = pipeline.ppo_inputs() | {
             "output_dir": folder,
             "seed": pipeline.args.seed,
-            "max_completion_length": pipeline.args.max_new_tokens,
             "ptx_coef": point.ptx_coef,
             "kl_coef": point.kl_coef,
             "save_strategy": "steps",
@@ -110,10 +103,7 @@ class Sweep:
         }
         if point.ptx_coef > 0:
             keys["pretrain_dataset_name"] = pipeline.data / "corpus_train.jsonl"
-        argv = ["--config", self.args.ppo_config]
-        for key, value in keys.items():
-            argv += [f"--{key}", str(value)]
-        pipeline.train_ppo(argv)
+        pipeline.train_ppo(command_line(self.args.ppo_config, **keys))
 
     def evaluate(self) -> None:
         """The pipeline's prompts, text, tasks and judges, with every paired difference that the findings need."""
@@ -192,11 +182,10 @@ def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:
 
 
 def _ppo_config(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UserError(f"ppo_config: {path!r} does not exist")
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise UserError(f"ppo_config: {path} has no lines `key: value`")
+    try:
+        config = read_config(path)
+    except UserError as error:
+        raise UserError(f"ppo_config: {error}") from error
     if config.get("kl_target") is not None:
         raise UserError(f"ppo_config: kl_target of {path} adapts kl_coef, which the sweep holds fixed; drop it")
     return config
@@ -207,7 +196,3 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse((SweepArguments,), argv, "prefopt sweep", __doc__)
     args.ppo_config = args.ppo_config or str((config_folder(argv) or TINY) / "ppo_ptx.yaml")
     Sweep(args).run()
-
-
-if __name__ == "__main__":
-    run_command(main, "sweep")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -90,7 +90,7 @@ def parse(
         position = argv.index("--config") + 1
         if position == len(argv):
             raise UserError("--config needs a YAML file")
-        keys = _read_config(argv[position])
+        keys = read_config(argv[position])
         _refuse_unknown(set(keys) - {"env"}, set(known), argv[position])
         template = Path(argv[position]).parent / str(keys.get("chat_template_path"))
         if template.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
@@ -168,7 +168,8 @@ def _with_underscores(argument: str) -> str:
     return "--" + "=".join([key.replace("-", "_"), *value])
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_config(path: str) -> dict[str, Any]:
+    """The keys of a YAML file, each with a value."""
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist")
     try:
@@ -194,26 +195,18 @@ def _refuse_unknown(keys: set[str], known: set[str], where: str) -> None:
 
 
 # ---- commands of a command --------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Command:
-    """One of the commands of `prefopt data` or `prefopt label`."""
+def dispatch(prog: str, commands: Mapping[str, Callable[..., None]], argv: list[str] | None, values: str) -> None:
+    """Run the command that the first argument names, with the others; `values` stands for those in the usage.
 
-    # Called with one object of each of `arguments`.
-    run: Callable[..., None]
-    arguments: tuple[type, ...]
-    # The key of the arguments before the first option.
-    positional: str
-    # Its line in the help: an example, and what it does.
-    text: str
-
-
-def dispatch(prog: str, commands: Mapping[str, Command], argv: list[str] | None, values: str) -> None:
-    """Run the command that the first argument names, with the others; `values` stands for those in the usage."""
+    A command is a function of dataclasses of keys, the first of which is that of the arguments before the first option.
+    Its docstring is its line in the help.
+    """
     usage = f"{prog} <command> {values}"
-    name, rest = choose("command", {name: one.text for name, one in commands.items()}, argv, usage)
-    command = commands[name]
+    name, rest = choose("command", {name: str(run.__doc__).rstrip(".") for name, run in commands.items()}, argv, usage)
+    run = commands[name]
+    kinds = [kind for argument, kind in get_type_hints(run).items() if argument != "return"]
     try:
-        command.run(*parse(command.arguments, rest, f"{prog} {name}", positional=(command.positional,)))
+        run(*parse(kinds, rest, f"{prog} {name}", positional=(fields(kinds[0])[0].name,)))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {error.filename}") from error
     except OSError as error:
@@ -221,11 +214,7 @@ def dispatch(prog: str, commands: Mapping[str, Command], argv: list[str] | None,
 
 
 def choose(kind: str, texts: Mapping[str, str], argv: list[str] | None, usage: str) -> tuple[str, list[str]]:
-    """The first argument, which is one of the names of `texts`, and the others; `--help` shows name and text of each.
-
-    Raises:
-        UserError: there is none, or it is another.
-    """
+    """The first argument, which is one of the names of `texts`, and the others; `--help` shows name and text of each."""
     argv = sys.argv[1:] if argv is None else argv
     width = max(map(len, texts)) + 2
     shown = "\n".join([usage, *(f"  {name:<{width}}{text}" for name, text in texts.items())])

@@ -32,6 +32,10 @@ TO_LOWER = {
 # Of these `prefopt plan` knows the memory.
 PLANNED = ("sft", "reward", "dpo", "ppo-ptx")
 
+RESUMES = (
+    ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir"
+)
+
 # Packages that no training step needs -> the extra that brings them.
 EXTRAS = {
     "evaluate": "eval",
@@ -58,7 +62,7 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
     except KeyboardInterrupt:
         if _wants_traceback():
             raise
-        print(_interrupted(command), file=sys.stderr)
+        print(f"interrupted{RESUMES if command in PLANNED else ''}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sentence = explain(error, command)
@@ -101,15 +105,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _wants_traceback() -> bool:
     return os.environ.get("PREFOPT_TRACEBACK", "").lower() not in ("", "0", "false")
-
-
-def _interrupted(command: str) -> str:
-    if command in PLANNED:
-        return (
-            "interrupted. With `resume_from_checkpoint: true` the same command resumes from the newest complete "
-            "checkpoint of output_dir"
-        )
-    return "interrupted"
 
 
 # ---- the rules: (error, command) -> sentence or None ------------------------------------------------------------

@@ -41,8 +41,7 @@ LOGGERS = {
 def is_finished(args: TrainingArguments) -> bool:
     """Whether `output_dir` holds this run, finished, and the command asks to go on with it: nothing is left to do.
 
-    Raises:
-        UserError: training would overwrite a trained model or checkpoints, or go on from what is not there.
+    A UserError if training would overwrite a trained model or checkpoints, or go on from what is not there.
     """
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "").lower()
     if folder.exists() and not folder.is_dir():
@@ -119,11 +118,7 @@ def positions(path: str, revision: str | None = None) -> int | None:
 
 
 def check_length(args: TrainingArguments, name: str, path: str, revision: str | None = None) -> None:
-    """Refuse a length that the model cannot read; a default one is lowered, with a warning.
-
-    Raises:
-        UserError: the length was asked for and is beyond the model's positions.
-    """
+    """Refuse a length that is beyond the model's positions; a default one is lowered, with a warning."""
     length, limit = getattr(args, name), positions(path, revision)
     if length is None or limit is None or length <= limit:
         return
@@ -145,11 +140,7 @@ def check_prompts(
     completion: tuple[str, int],
     **chat_template_kwargs: Any,
 ) -> None:
-    """Refuse prompts that leave the models at `paths` no room for a completion of `(key, tokens)`.
-
-    Raises:
-        UserError: the longest prompt and a completion are beyond a model's positions; the row and both lengths are named.
-    """
+    """Refuse prompts that leave the models at `paths` no room for a completion of `(key, tokens)`, naming row and lengths."""
     limits = {path: limit for path in paths if (limit := positions(path)) is not None}
     if not limits:
         return
@@ -181,11 +172,7 @@ def check_reward_models(**paths: str) -> None:
 
 # ---- logging ----------------------------------------------------------------------------------------------------
 def check_reporting(report_to: str | Sequence[str]) -> None:
-    """Every name of `report_to` is one that transformers knows, and its package is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Every name of `report_to` is one that transformers knows, and its package is installed."""
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     try:
         get_reporting_integration_callbacks(names)

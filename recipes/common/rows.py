@@ -123,10 +123,11 @@ def load_train_and_eval(
     how: dict[str, Any] = {"check": check, "convert": convert}
     named: dict[str, Any] = {"config": data.dataset_config, "key": "dataset_name", **how}
     train = load_rows(data.dataset_name, split=data.dataset_train_split, **named)
-    return train, _load_evaluation(data, wants_eval, **how)
+    return train, load_evaluation(data, wants_eval, **how)
 
 
-def _load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Dataset | None:
+def load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Dataset | None:
+    """The evaluation rows, if evaluation is on."""
     if not wants_eval:
         if data.eval_dataset_name:
             raise UserError("eval_dataset_name is given but eval_strategy is 'no': set it to 'epoch' or 'steps'")
@@ -148,8 +149,11 @@ def load_comparisons(
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
     if data.dataset_streaming:
         check_stream_options(args)
-        train = _stream_comparisons(data, args, how)
-        evaluation = _load_evaluation(data, wants_eval, stream=True, **how)
+        place = {"split": data.dataset_train_split, "config": data.dataset_config}
+        train = stream_rows(data.dataset_name, key="dataset_name", **place, **how)
+        if args.train_sampling_strategy == "random":
+            train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+        evaluation = load_evaluation(data, wants_eval, stream=True, **how)
     else:
         train, evaluation = load_train_and_eval(data, wants_eval, **how)
         train = prepare_comparisons(train, source=data.dataset_name, **options)
@@ -159,14 +163,10 @@ def load_comparisons(
     return train, evaluation
 
 
-def _stream_comparisons(
-    data: ComparisonArguments, args: RankedRewardConfig | RankedDPOConfig, how: dict[str, Any]
-) -> IterableDataset:
-    split, config = data.dataset_train_split, data.dataset_config
-    rows = stream_rows(data.dataset_name, key="dataset_name", split=split, config=config, **how)
-    if args.train_sampling_strategy == "random":
-        rows = rows.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
-    return rows
+def load_pretraining(name: str, streaming: bool) -> Dataset | IterableDataset:
+    """Pretraining text, rows {"text"}, of `pretrain_dataset_name`."""
+    load = stream_rows if streaming else load_rows
+    return load(name, check=check_fields("text"), key="pretrain_dataset_name")
 
 
 def check_comparisons(rows: Rows, source: str) -> None:
@@ -176,10 +176,8 @@ def check_comparisons(rows: Rows, source: str) -> None:
     except UserError as error:
         first = rows[0] if len(rows) else None
         if isinstance(first, Mapping) and (name := needs_conversion(first)):
-            remedy = (
-                f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
-            )
-            raise UserError(f"{error}; {remedy}") from error
+            command = f"prefopt data convert {source} --out rankings.jsonl"
+            raise UserError(f"{error}; these are rows in the format {name}: `{command}` reads it") from error
         raise
 
 
@@ -198,8 +196,8 @@ def check_fields(*names: str) -> Check:
         for number, row in enumerate(rows):
             for name in names:
                 value = row.get(name)
-                is_chat = isinstance(value, list) and name != "text"
-                if not value or not (isinstance(value, str) or (is_chat and all(map(is_message, value)))):
+                is_chat = isinstance(value, list) and name != "text" and all(map(is_message, value))
+                if not value or not (isinstance(value, str) or is_chat):
                     expected = "a text" if name == "text" else "a text or messages with 'role' and 'content'"
                     actual = repr(value)[:80] if name in row else "nothing"
                     raise UserError(f"{source} row {number}: field {name!r}: expected {expected}, got {actual}")

@@ -55,9 +55,6 @@ def load_source(
     """The rows called `name`; `key` is the argument the name came from, so that an error can say which one to change.
 
     `config`, `data_dir` and `revision` are those of a Hub dataset. A file is the split `train` of itself.
-
-    Raises:
-        UserError: it is not there, or cannot be read.
     """
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError, DatasetsError
@@ -128,11 +125,7 @@ def _read(source: SourceArguments) -> Iterator[Row]:
 
 
 def good_rows(rows: Iterable[Row], source: str) -> Iterator[tuple[Kind, Row]]:
-    """Rows with their kind, up to the first bad one.
-
-    Raises:
-        ValueError: at that, naming it.
-    """
+    """Rows with their kind, up to the first bad one, which a UserError names."""
     for number, (kind, row, problem) in enumerate(checked_rows(rows, source)):
         if problem:
             raise UserError(
@@ -144,8 +137,7 @@ def good_rows(rows: Iterable[Row], source: str) -> Iterator[tuple[Kind, Row]]:
 def checked_rows(rows: Iterable[Row], source: str, kind: Kind | None = None) -> Iterator[tuple[Kind, Row, str | None]]:
     """Each row with its kind and what is wrong with it; all rows are to be of one kind, by default the first one's.
 
-    Raises:
-        ValueError: rows that need converting, or of no kind.
+    A UserError for rows that need converting, or of no kind.
 
     >>> rows = [{"prompt": "p", "completions": ["a", "b"], "ranks": ranks} for ranks in ([1, 2], [1, 3])]
     >>> [problem for _, _, problem in checked_rows(rows, "my.jsonl")]

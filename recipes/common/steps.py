@@ -25,7 +25,7 @@ class Steps:
         UserError: the folder holds what no steps have written, which they would overwrite.
     """
 
-    def __init__(self, folder: Path, total: int, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, total: int) -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output_dir: {folder} is a file; name a folder")
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -36,9 +36,8 @@ class Steps:
             )
         # Before anything else is written there, so that a run killed at once can go on.
         (folder / "steps").mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.total = total
-        self.console = console or Console()
+        self.folder, self.total = folder, total
+        self.console = Console()
         self.seconds: dict[str, float] = {}
         self._started = time.monotonic()
         # Fingerprint of everything that ran before, so that a change early on is noticed later.

@@ -44,7 +44,15 @@ class TrainingStep:
         return tokenizer
 
     def trainer(
-        self, kind: type[Trainer], model: str | PeftModel, *, loads_others: bool = False, **options: Any
+        self,
+        kind: type[Trainer],
+        model: str | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Dataset | IterableDataset,
+        evaluation: Dataset | None,
+        *,
+        loads_others: bool = False,
+        **options: Any,
     ) -> Trainer:
         """A trainer of `model`, which with `loads_others` loads references or reward models in the same way."""
         if self.args.process_index == 0:
@@ -55,6 +63,9 @@ class TrainingStep:
         return kind(
             model=model,
             args=self.args,
+            processing_class=tokenizer,
+            train_dataset=train,
+            eval_dataset=evaluation,
             quantization_config=quantization_for(model, self.model_args),
             peft_config=self.adapter,
             **options,
