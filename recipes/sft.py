@@ -14,6 +14,7 @@ The baseline without a reward model, "FeedME" (text-davinci-001 and 002: demonst
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
@@ -36,6 +37,7 @@ from prefopt.trainers.ppo_ptx.pretraining import StreamedText, labels_of, pack_d
 from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
+from prefopt.trainers.shared.learning_rates import DefaultRates
 
 
 @dataclass
@@ -66,6 +68,10 @@ class SFTStepConfig(SFTConfig):
 
 class SFTStepTrainer(CompleteCheckpointsMixin, PublishingMixin, SFTTrainer):
     """TRL's SFTTrainer with checkpoints that survive a kill, and prefopt's model cards."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(DefaultRates())
 
 
 def pack_texts(texts: Dataset, tokenizer, max_length: int) -> Dataset:

@@ -68,7 +68,8 @@ from prefopt.trainers.ppo_ptx.watch import TrainingWatch
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
-from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
+from prefopt.trainers.shared.learning_rates import DefaultRates
+from prefopt.trainers.shared.precision import refuse_several_devices, trainable_weights, undo_rounding
 
 logger = get_logger(__name__)
 
@@ -203,6 +204,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             )
         if self._is_vlm:
             raise UserError("only text models are supported")
+        refuse_several_devices(self.model)
         if self.aux_loss_enabled:
             raise UserError("mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0")
 
@@ -221,6 +223,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         self._prompt_order = PromptOrder()
         self.add_callback(self._prompt_order)
         self.add_callback(TrainingWatch())
+        self.add_callback(DefaultRates())
         for number, reward_model in enumerate(self.reward_models, start=1):
             if isinstance(reward_model, str):
                 adapter = "reward" if number == 1 else f"reward_{number}"

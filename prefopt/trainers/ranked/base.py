@@ -33,6 +33,7 @@ from prefopt.trainers.ranked.options import check_stream_options, refuse_partial
 from prefopt.trainers.ranked.splits import split_completions
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
+from prefopt.trainers.shared.learning_rates import DefaultRates
 
 logger = get_logger(__name__)
 
@@ -129,6 +130,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
             check_stream_options(kwargs["args"])
         super().__init__(*args, **kwargs)
         self._given_stream = None
+        self.add_callback(DefaultRates())
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **evaluation}.items():
             if dataset is not None:

@@ -40,6 +40,7 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
     """Configuration of `RankedRewardTrainer`: TRL's `RewardConfig` on rankings.
 
     `per_device_train_batch_size` counts prompts, the paper's batch size, whatever their number of completions.
+    One epoch by default: several overfit quickly (InstructGPT, appendix C.2).
     bf16 is on by default only where the hardware has it. The fields of `RewardConfig` and how a ranking honors them
     are in `HONORED`; those that make no sense are in `REFUSED` and raise.
 
@@ -58,6 +59,7 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         1024
     """
 
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rankings; InstructGPT: one."})
     loss_type: str = field(
         default="sigmoid",
         metadata={"help": "'sigmoid' (Bradley-Terry over all pairs, the paper's), 'plackett_luce', 'hinge' or 'ipo'."},

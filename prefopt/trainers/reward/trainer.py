@@ -52,7 +52,7 @@ from prefopt.rankings.dataset import ComparisonStream, RankedCollator
 from prefopt.trainers.ranked.base import RankedTrainer, Ratio
 from prefopt.trainers.ranked.options import check_model
 from prefopt.trainers.reward.config import RankedRewardConfig
-from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
+from prefopt.trainers.shared.precision import refuse_several_devices, trainable_weights, undo_rounding
 
 logger = get_logger(__name__)
 
@@ -129,6 +129,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         with head_loaded_in_fp32():
             super().__init__(model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = init_kwargs
+        refuse_several_devices(self.model)
 
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from prefopt.errors import UserError
+
 _LAUNCHED = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 
 
@@ -39,3 +41,16 @@ def is_asked_for(engine: str, args: TrainingArguments) -> bool:
     It is known before anything is loaded.
     """
     return os.environ.get(_LAUNCHED[engine], "false").lower() == "true" or bool(getattr(args, engine))
+
+
+def refuse_several_devices(model: nn.Module) -> None:
+    """Raise where one process has spread a model over several GPUs, as TRL does with a path and no launcher.
+
+    Heads and the positions that are read would be on different ones.
+    """
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise UserError(
+            f"the model is spread over the devices {', '.join(sorted(devices))}: start one process for each GPU with "
+            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them"
+        )
