@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from prefopt.errors import UserError
+from prefopt.models.files import check_model_files
 from prefopt.models.loading import (
     Loaded,
     dequantized,
@@ -171,8 +172,9 @@ def check_reward_model(path: str | os.PathLike) -> None:
     """Raise what `load_reward_model` would raise about the head, without loading weights.
 
     Raises:
-        UserError: the checkpoint is no one-label classifier, or the adapter does not contain a head.
+        UserError: the checkpoint is no one-label classifier, the adapter does not contain a head, or files are damaged.
     """
+    check_model_files(path)
     if is_adapter(path):
         _require_head(os.fspath(path), PeftConfig.from_pretrained(path))
         return

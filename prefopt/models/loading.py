@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import (
@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 
 from prefopt.errors import UserError
+from prefopt.models.files import check_model_files
 from prefopt.models.reward import keep_4bit_gradients
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -118,7 +119,18 @@ def put_on_base(
 ) -> PeftModel:
     """The adapter at `path` on its base, whose vocabulary is made the adapter's: the one way to do it."""
     fit_vocabulary(base, path, **hub_arguments)
-    return PeftModel.from_pretrained(base, os.fspath(path), is_trainable=is_trainable, **hub_arguments)
+    model = PeftModel.from_pretrained(base, os.fspath(path), is_trainable=is_trainable, **hub_arguments)
+    file = _file(path, SAFETENSORS_WEIGHTS_NAME, hub_arguments)
+    if file is not None:
+        with safe_open(file, "pt") as weights:
+            missing = sorted(
+                get_peft_model_state_dict(model, save_embedding_layers=False).keys() - set(weights.keys())
+            )
+        if missing:
+            raise UserError(
+                f"{file} lacks {missing[0]}, which would be drawn at random; copy or download the adapter again"
+            )
+    return model
 
 
 def dequantized(base: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -183,8 +195,9 @@ def load_causal_lm(
 
 
 def check_language_model(source: str | os.PathLike, revision: str | None = None) -> None:
-    """Raise if the source is a reward model, without loading weights."""
+    """Raise if the source is a reward model, or its files cannot be loaded, without loading weights."""
     source = os.fspath(source)
+    check_model_files(source)
     if is_adapter(source, revision=revision):
         is_reward = PeftConfig.from_pretrained(source, revision=revision).task_type == "SEQ_CLS"
     else:

@@ -88,7 +88,7 @@ def explain(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
-        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package, _weights):
+        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package, _weights, _template):
             sentence = rule(cause, command)
             if sentence is not None:
                 return sentence
@@ -196,9 +196,24 @@ def _device(error: BaseException, command: str) -> str | None:
 
 
 def _weights(error: BaseException, command: str) -> str | None:
+    if isinstance(error, IndexError) and str(error) == "index out of range in self":
+        return (
+            "a row has a token id beyond the model's embeddings: the tokenizer is of another model, or tokens were added to "
+            "it and the embeddings not resized (model.resize_token_embeddings)"
+        )
     if "probability tensor contains either `inf`, `nan`" in str(error):
         return (
             "the model's logits are not finite: its weights are broken (NaN), or temperature is too small to divide by"
+        )
+    return None
+
+
+def _template(error: BaseException, command: str) -> str | None:
+    # Known by its name, so that Jinja2 need not be loaded.
+    if any(kind.__name__ == "TemplateError" for kind in type(error).__mro__):
+        line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""
+        return (
+            f"the chat template fails{line}: {_first_line(str(error))}; mend it, or name another by chat_template_path"
         )
     return None
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.errors import UserError
 from prefopt.models.checkpoints import reward_model_from_adapter
-from prefopt.models.loading import check_language_model, is_adapter, load_causal_lm, placement
+from prefopt.models.loading import check_language_model, first_line, is_adapter, load_causal_lm, placement
 from prefopt.recipes.common.errors import explain
 
 
@@ -34,9 +34,20 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig | RewardConfig | Non
     path = model_args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
-    except (OSError, ValueError) as error:
-        reason = explain(error) or str(error).splitlines()[0]
+    # Whatever a broken file meets in the class that reads it.
+    except Exception as error:
+        reason = explain(error) or first_line(error)
         raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
+    if not is_adapter(path, revision=model_args.model_revision):
+        rows = AutoConfig.from_pretrained(path, revision=model_args.model_revision).get_text_config().vocab_size
+        # Others may be beyond without ever standing in a row: Gemma 3's text models have one for images.
+        beyond = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) >= rows]
+        used = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token}
+        if used & set(beyond):
+            raise UserError(
+                f"the tokenizer in {path!r} has ids beyond the model's embeddings for {rows} tokens ({beyond[0]!r}): they are "
+                "not of one model, or the embeddings were not resized (model.resize_token_embeddings)"
+            )
     if args is not None and args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary")

@@ -13,6 +13,7 @@ from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.hub.push import HubError, create_repo, hub_errors
+from prefopt.models.files import check_model_files
 from prefopt.recipes.common.arguments import DataArguments, parse
 from prefopt.recipes.common.lock import lock
 from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs, peft_config, quantization_for
@@ -86,6 +87,11 @@ def begin(
     init_kwargs = model_init_kwargs(model_args)
     if is_finished(args):
         return None
+    if model_args.model_name_or_path is not None:
+        try:
+            check_model_files(model_args.model_name_or_path)
+        except UserError as error:
+            raise UserError(f"model_name_or_path: {error}") from error
     adapter = peft_config(model_args, task_type, modules_to_save)
     check_hub(args)
     return TrainingStep(data, args, model_args, init_kwargs, adapter)

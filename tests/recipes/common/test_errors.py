@@ -89,6 +89,19 @@ def test_broken_logits_are_said_to_be_so():
     assert "weights are broken" in explain(raised.value, "ppo-ptx")
 
 
+def test_a_token_beyond_the_embeddings_is_said_to_be_so():
+    with pytest.raises(IndexError) as raised:
+        torch.nn.Embedding(2, 1)(torch.tensor([2]))
+    assert "beyond the model's embeddings" in explain(raised.value, "sft")
+
+
+def test_a_template_that_fails_is_named_with_its_line(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for m in messages %}\n{{ m['role'] }"
+    with pytest.raises(Exception, match="expected token") as raised:
+        chat_tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert explain(raised.value, "sft").startswith("the chat template fails in line 2: ")
+
+
 def test_the_allocators_own_error_is_known():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60)
