@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Files that hold a model, whoever saved it; `save_model` writes Trainer's arguments beside it.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 NO_WEIGHTS = ("training_args.bin",)
+# How transformers and peft call the weights of the model that a step ends with; its value function is another file.
+SAVED = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 
 # report_to -> packages of which one is needed; transformers itself asks only after the model is loaded.
 LOGGERS = {
@@ -92,7 +94,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def _state(folder: Path) -> dict[str, Any] | None:
     """The state that a step writes last of all; None where no step has ended, or its weights are missing."""
-    if not _weights(folder):
+    if not any(next(folder.glob(pattern), None) for pattern in SAVED):
         return None
     try:
         return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
