@@ -69,8 +69,6 @@ CHECKED_TOKENS = 32
 # Values that differ by so little are the same, whatever the model's noise. More than so many times the noise is none.
 SAME = 1e-3
 TIMES_NOISE = 4.0
-# A row is forwarded with so many columns of padding, too, to see what rounding alone changes.
-MORE_PADDING = 7
 
 AttentionInterface.register(ATTENTION, prefix_sharing_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -211,23 +209,23 @@ class PrefixSharing:
         """Forward two completions of one prompt both ways, the shortest such pair.
 
         Equal is what differs no more than the plain model does from itself by rounding: the rows are also forwarded each
-        alone, and with more padding. A token that sees what it must not moves values by far more.
+        alone, and with embeddings that are `nudged`. A token that sees what it must not moves values by far more.
         """
         pair = self._shortest_pair(model, rows)
-        wider = [nn.functional.pad(x, (0, MORE_PADDING)) for x in (pair.input_ids, pair.attention_mask)]
-        plain = [pair, replace(pair, input_ids=wider[0], attention_mask=wider[1])]
         packed = replace(pair, packed=pack(pair.input_ids, pair.attention_mask, pair.prompts))
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
                 alone = torch.cat([self._values(model, row) for row in _each_alone(pair)])
-                others = torch.stack([self._values(model, some) for some in plain])
+                together = self._values(model, pair)
+                with nudged(model):
+                    moved = self._values(model, pair)
                 shared = self._values(model, packed)
         finally:
             model.train(was_training)
-        noise = (others - alone).abs().max()
-        difference = torch.minimum((shared - alone).abs(), (shared - others).abs().amin(0)).max()
+        noise = torch.maximum((together - alone).abs(), (together - moved).abs()).max()
+        difference = torch.minimum((shared - alone).abs(), (shared - together).abs()).max()
         return bool(difference <= torch.clamp(TIMES_NOISE * noise, min=SAME))
 
     def _values(self, model: nn.Module, rows: Rows) -> Tensor:
@@ -254,6 +252,28 @@ class PrefixSharing:
             for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
         )
         return Rows(*self.complete(model, ids, mask), completion, rows.prompts[both])
+
+
+@contextmanager
+def nudged(model: nn.Module) -> Iterator[None]:
+    """Inside, every entry of the embeddings is one unit in the last place larger or smaller, of the least exact type that
+    the model computes in: what that changes is rounding."""
+    compute = {getattr(module, "compute_dtype", None) for module in model.modules()} - {None}
+
+    def nudge(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        device_type = output.device.type
+        dtypes = {output.dtype, *compute}
+        if torch.is_autocast_enabled(device_type):
+            dtypes.add(torch.get_autocast_dtype(device_type))
+        unit = max(torch.finfo(dtype).eps for dtype in dtypes)
+        signs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) % 2)
+        return output * (1 + unit * signs).to(output.dtype)
+
+    handle = unwrapped(model).get_input_embeddings().register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _each_alone(rows: Rows) -> Iterator[Rows]:
