@@ -38,6 +38,7 @@ from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.shared.learning_rates import DefaultRates
+from prefopt.trainers.shared.ranges import check_ranges
 
 
 @dataclass
@@ -63,6 +64,7 @@ class SFTStepConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
+        check_ranges(self)
         super().__post_init__()
 
 

@@ -136,5 +136,5 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(folder, tokenizer):
     load_tokenizer(ModelConfig(model_name_or_path=str(folder / "lm")))
     tokenizer.eos_token = "<more 19>"
     tokenizer.save_pretrained(folder / "lm")
-    with pytest.raises(UserError, match="beyond the model's embeddings for 320 tokens .*'<more 19>'"):
+    with pytest.raises(UserError, match=r"beyond the model's embeddings for 320 tokens .*'<more 19>'"):
         load_tokenizer(ModelConfig(model_name_or_path=str(folder / "lm")))

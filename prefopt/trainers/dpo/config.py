@@ -11,9 +11,9 @@ from prefopt.trainers.ranked.options import (
     bf16_by_default,
     check_number,
     check_ranked_options,
-    is_number,
     refuse_options,
 )
+from prefopt.trainers.shared.ranges import is_number
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONORED = {

@@ -1,5 +1,6 @@
 """Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -7,6 +8,7 @@ from trl import GRPOConfig
 
 from prefopt.errors import UserError
 from prefopt.trainers.shared.precision import is_asked_for
+from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
 HONORED = frozenset(
@@ -143,6 +145,33 @@ SHARDING = {
     "value function, pretraining)",
     "fsdp": "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx need whole parameters, and "
     "FSDP leaves a process a part of each",
+}
+
+
+OPTIONAL = POSITIVE._replace(also=(None,))
+RANGES = {
+    "num_generations": COUNT,
+    "num_iterations": COUNT,
+    "max_completion_length": COUNT,
+    "temperature": POSITIVE,
+    "epsilon": POSITIVE,
+    "kl_coef": Range(),
+    "kl_target": OPTIONAL,
+    "kl_horizon": POSITIVE,
+    "vf_coef": Range(),
+    "value_clip_range": POSITIVE._replace(also=(math.inf,)),
+    "value_learning_rate": Range(),
+    "value_warmup_steps": Range(is_whole=True),
+    "warmup_start_ratio": SHARE,
+    "ema_decay": SHARE._replace(also=(None,)),
+    "discount": SHARE,
+    "gae_lambda": SHARE,
+    "score_clip": OPTIONAL,
+    "missing_eos_penalty": Range(),
+    "ptx_coef": Range(),
+    "ptx_batch_ratio": POSITIVE,
+    "ptx_max_length": Range(2, is_whole=True),
+    "ptx_per_device_batch_size": COUNT,
 }
 
 
@@ -351,32 +380,9 @@ class PPOPtxConfig(GRPOConfig):
             off = value is False and defaults[name] == "none"
             if value != defaults[name] and not off and not (name == "router_aux_loss_coef" and value == 0):
                 raise UserError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
-        limits = {
-            "num_generations": 1,
-            "num_iterations": 1,
-            "ptx_max_length": 2,
-            "ptx_per_device_batch_size": 1,
-            "kl_coef": 0,
-            "ptx_coef": 0,
-            "ptx_batch_ratio": 0,
-            "vf_coef": 0,
-            "value_learning_rate": 0,
-            "value_warmup_steps": 0,
-            "value_clip_range": 0,
-            "epsilon": 0,
-        }
-        for name, least in limits.items():
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name}={getattr(self, name)!r}: expected a number of at least {least}")
+        check_ranges(self)
+        check_ranges(self, RANGES)
         if self.kl_estimator not in ("k1", "k3", "full"):
             raise UserError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
-        for name in ("kl_target", "kl_horizon", "score_clip"):
-            value = getattr(self, name)
-            if not (value is None or value > 0):
-                raise UserError(f"{name}={value!r}: expected a number above 0, or None")
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError(f"kl_target={self.kl_target} needs kl_coef above 0: it adapts it by factors")
-        for name in ("discount", "gae_lambda", "warmup_start_ratio", "ema_decay"):
-            value = getattr(self, name)
-            if not ((value is None and name == "ema_decay") or 0 <= value <= 1):
-                raise UserError(f"{name}={value!r}: expected a number from 0 to 1")

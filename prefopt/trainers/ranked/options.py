@@ -1,9 +1,8 @@
 """Options of both ranked trainers, and the checks that name an option, what it may be and what it was."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import ranking_loss, rating_margins
+from prefopt.trainers.shared.ranges import check_ranges, is_number
 
 
 @dataclass
@@ -41,6 +41,7 @@ class RankedOptions:
 
 def check_ranked_options(args: RankedOptions, losses: Iterable[str]) -> None:
     """Raise for values that make no sense, alone or with one of these `ranking_loss`es."""
+    check_ranges(args)
     check_switch(args, "prefix_sharing")
     check_count(args, "max_tokens_per_forward", "a number of tokens, or none to forward a batch at once")
     check_count(args, "max_length", "a number of tokens, or none to keep completions of any length")
@@ -117,11 +118,6 @@ def refuse_options(args: TrainingArguments, refused: Mapping[str, tuple[Any, str
             raise UserError(
                 f"{type(args).__name__}: {name}={value!r} is not supported: {reason} (leave it at {allowed!r})"
             )
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; true and false, "0.1" and None are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_number(args: Any, name: str, expected: str, *, above: float | None = None) -> None:

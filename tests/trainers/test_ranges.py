@@ -1,0 +1,70 @@
+"""Numbers that no training can have are refused where they are set, by name."""
+
+import math
+
+import pytest
+
+from prefopt import PPOPtxConfig, RankedDPOConfig, RankedRewardConfig
+from prefopt.errors import UserError
+from prefopt.recipes.sft import SFTStepConfig
+from prefopt.trainers.ppo_ptx.config import RANGES
+from prefopt.trainers.shared.ranges import TRAINING, Range
+
+CONFIGS = (SFTStepConfig, RankedRewardConfig, RankedDPOConfig, PPOPtxConfig)
+NEVER = (math.nan, -1, "0.1", True, -math.inf)
+
+
+def make(config, tmp_path, **options):
+    return config(str(tmp_path), report_to="none", use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", TRAINING)
+def test_what_no_option_of_training_may_be(tmp_path, config, name):
+    for value in NEVER:
+        with pytest.raises(UserError, match=f"^{name}="):
+            make(config, tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_what_no_option_of_ppo_may_be(tmp_path, name):
+    for value in NEVER:
+        with pytest.raises(UserError, match=f"^{name}="):
+            make(PPOPtxConfig, tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (SFTStepConfig, {"per_device_train_batch_size": 0}),
+        (SFTStepConfig, {"num_train_epochs": 0}),
+        (RankedRewardConfig, {"num_train_epochs": math.nan}),
+        (RankedRewardConfig, {"learning_rate": math.inf}),
+        (RankedDPOConfig, {"gradient_accumulation_steps": 0}),
+        (RankedDPOConfig, {"save_steps": 0}),
+        (RankedDPOConfig, {"adam_beta1": 1.5}),
+        (PPOPtxConfig, {"epsilon": 0}),
+        (PPOPtxConfig, {"temperature": 0}),
+        (PPOPtxConfig, {"kl_coef": math.inf}),
+        (PPOPtxConfig, {"max_completion_length": 0}),
+        (PPOPtxConfig, {"max_completion_length": 2.5}),
+        (PPOPtxConfig, {"gae_lambda": 2}),
+        (PPOPtxConfig, {"value_clip_range": 0}),
+    ],
+)
+def test_the_ends_of_ranges_are_refused(tmp_path, config, options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))}="):
+        make(config, tmp_path, **options)
+
+
+def test_what_has_a_meaning_is_taken(tmp_path):
+    make(SFTStepConfig, tmp_path, max_steps=3, num_train_epochs=-1, max_grad_norm=0, learning_rate=0.0)
+    make(RankedDPOConfig, tmp_path, save_total_limit=None, eval_steps=None, save_steps=0.1, warmup_steps=0.05)
+    args = make(PPOPtxConfig, tmp_path, value_clip_range=math.inf, ema_decay=0.992, kl_target=None)
+    assert args.value_clip_range == math.inf
+
+
+def test_a_range_says_what_it_is():
+    assert str(Range(1, is_whole=True)) == "a whole number from 1"
+    assert str(Range(is_open=True, also=(None,))) == "a finite number above 0, or None"
+    assert str(Range(most=1)) == "a finite number from 0 to 1"
