@@ -20,6 +20,7 @@ from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio
 PER_COMPLETION = {"kl_to_sft": "kl", "k1_to_sft": "k1"}
 PER_TOKEN = {"kl_to_sft_per_token": "kl", "k1_to_sft_per_token": "k1", "token_entropy": "entropy"}
 QUANTITIES = ("kl", "k1", "entropy")
+Sums = dict[str, NDArray]
 Load = Callable[[], tuple[Any, Any]]  # gives (model, tokenizer)
 MEASURES = Measures(
     {
@@ -55,42 +56,31 @@ class DriftArguments:
     )
 
 
-@dataclass(frozen=True)
-class DriftSums:
-    """Per prompt `[P]`, over its samples: sums of `kl`, `k1`, `entropy` in nats, of tokens and of completions."""
-
-    ids: NDArray
-    sums: Mapping[str, NDArray]
-    tokens: NDArray
-    completions: NDArray
-
-
-def drift_sums(rows: Sequence[Mapping[str, Any]]) -> DriftSums:
-    """Sums per prompt from rows with `id` and, per token, `kl`, `k1` and `entropy`."""
+def drift_sums(rows: Sequence[Mapping[str, Any]]) -> Sums:
+    """Of every prompt `[P]` its `id`, and sums over its samples: of `kl`, `k1` and `entropy` in nats, of `tokens` and of
+    `completions`; from rows with `id` and, per token, the three quantities."""
     ids, at = np.unique([row["id"] for row in rows], return_inverse=True)
-    add = {name: np.bincount(at, [float(np.sum(row[name])) for row in rows]) for name in QUANTITIES}
-    tokens = np.bincount(at, [float(len(row["kl"])) for row in rows])
-    return DriftSums(ids, add, tokens, np.bincount(at).astype(float))
+    summed = {name: [float(np.sum(row[name])) for row in rows] for name in QUANTITIES}
+    summed |= {"tokens": [float(len(row["kl"])) for row in rows], "completions": [1.0] * len(rows)}
+    return {"id": ids} | {name: np.bincount(at, values) for name, values in summed.items()}
 
 
-def drift_estimates(found: DriftSums) -> dict[str, Estimate]:
+def drift_estimates(sums: Sums) -> dict[str, Estimate]:
     """Per completion and per token; intervals resample prompts, whose samples stay together.
 
     mean over completions of the sum over tokens; sum over all tokens / number of tokens
     """
-    per_completion = {n: ratio_of_sums(found.sums[q], found.completions) for n, q in PER_COMPLETION.items()}
-    return per_completion | {n: ratio_of_sums(found.sums[q], found.tokens) for n, q in PER_TOKEN.items()}
+    per_completion = {name: ratio_of_sums(sums[q], sums["completions"]) for name, q in PER_COMPLETION.items()}
+    return per_completion | {name: ratio_of_sums(sums[q], sums["tokens"]) for name, q in PER_TOKEN.items()}
 
 
-def entropy_difference(a: DriftSums, b: DriftSums) -> Estimate:
+def entropy_difference(a: Sums, b: Sums) -> Estimate:
     """Token entropy of a minus that of b on the prompts that both answered; the interval is that of the difference."""
-    _, in_a, in_b = np.intersect1d(a.ids, b.ids, return_indices=True)
+    _, in_a, in_b = np.intersect1d(a["id"], b["id"], return_indices=True)
     return bootstrap_over_prompts(
         lambda x, m, y, n, axis: x.sum(axis) / m.sum(axis) - y.sum(axis) / n.sum(axis),
-        a.sums["entropy"][in_a],
-        a.tokens[in_a],
-        b.sums["entropy"][in_b],
-        b.tokens[in_b],
+        *(a["entropy"][in_a], a["tokens"][in_a]),
+        *(b["entropy"][in_b], b["tokens"][in_b]),
     )
 
 
@@ -113,7 +103,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: DriftArguments) 
     """
     measures: list[dict[str, Any]] = []
     data: dict[str, Any] = {"baseline": args.baseline, "by_position": {}, "samples": {}}
-    sums: dict[str, DriftSums] = {}
+    sums: dict[str, Sums] = {}
 
     def load(name: str) -> tuple[Any, Any]:
         run.progress(f"drift: loading {name}")
