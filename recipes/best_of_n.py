@@ -13,7 +13,6 @@ best.jsonl}`.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -21,7 +20,7 @@ from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, batches_by_length, derived_seed, generate, prompt_ids
-from prefopt.inference.journal import Journal, continued_rows, source_state
+from prefopt.inference.journal import Journal, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
 from prefopt.recipes.common.arguments import parse, setting
@@ -33,6 +32,7 @@ from prefopt.recipes.sample import (
     load_prompts,
     sampling_inputs,
     without_completions,
+    written_rows,
 )
 from prefopt.statistics.intervals import mean_estimate
 from prefopt.statistics.overoptimization import best_of_n_distance
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows, batches, draw, journal=journal, seed=args.seed, keep_samples=args.keep_samples, progress=progress
             )
 
-    _report(continued_rows(Path(args.output), inputs, choose), args.n)
+    _report(written_rows(args, inputs, choose), args.n)
 
 
 def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:

@@ -130,7 +130,7 @@ class Pipeline:
     def sample(self) -> None:
         for split in ("rm", "test"):
             self.step(sample.main, "sample", model_name_or_path=self.root / "sft-epochs",
-                      dataset_name=self.data / f"prompts_{split}.jsonl", output=self.data / f"samples_{split}.jsonl",
+                      dataset_name=self.data / f"prompts_{split}.jsonl", output=self.data / f"samples_{split}.jsonl", overwrite=True,
                       max_new_tokens=self.args.max_new_tokens)  # fmt: skip
 
     def label(self) -> None:

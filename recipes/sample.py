@@ -5,12 +5,12 @@
 Rows are {"prompt"}, or {"messages"} up to the last user turn. Each output row keeps the input row's fields, except those
 about other completions, and adds `completions` and `truncated` (cut at `max_new_tokens`, so that no end-of-sequence token
 is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9). A killed run goes on where
-it was; a finished file is drawn anew only if the rows, the model or a setting changed.
+it was; a finished file stays, and is drawn anew for other rows, another model or other settings only with --overwrite.
 """
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,18 @@ from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, generate
-from prefopt.inference.journal import Journal, continued_rows, fingerprint_of, is_foreign, is_kept, source_state
+from prefopt.inference.journal import (
+    Journal,
+    continued_rows,
+    fingerprint_of,
+    is_finished,
+    is_foreign,
+    is_kept,
+    source_state,
+)
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
+from prefopt.recipes.common.lock import lock
 from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
@@ -58,6 +67,7 @@ class SamplingArguments(DataArguments):
     """How to draw and where to write it."""
 
     output: str | None = setting(None, "JSONL file to write.")
+    overwrite: bool = setting(False, "Draw anew what is finished, of other rows, another model or other settings.")
     max_new_tokens: int = setting(256, "Length limit of a completion, in tokens.")
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
     batch_size: int = setting(64, "Completions generated at once.")
@@ -123,6 +133,22 @@ def sampling_inputs(args: SamplingArguments, model_args: ModelConfig, rows: Data
     }
 
 
+def written_rows(args: SamplingArguments, inputs: Any, draw: Callable[[Journal], Any]) -> list[dict[str, Any]]:
+    """The rows of `output`, drawn by this command alone.
+
+    Raises:
+        UserError: rows of other inputs are there, or another command is drawing.
+    """
+    output = Path(args.output)
+    if output.is_file() and is_finished(output) and not is_kept(output, inputs) and not args.overwrite:
+        raise UserError(
+            f"output: {output} is finished, of other rows, another model or other settings; name another file, or replace "
+            "it with --overwrite"
+        )
+    lock(output.with_name(f".{output.name}.lock"), "output", output)
+    return continued_rows(output, inputs, draw)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Sample completions and write them as JSONL."""
     args, model_args = parse((SampleArguments, ModelConfig), argv, "prefopt sample", __doc__)
@@ -157,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         return _rankable(rows, counts, [completions[0] for completions in drawn], min(2, args.k_min))
 
-    continued_rows(output, inputs, draw)
+    written_rows(args, inputs, draw)
 
 
 def _rankable(rows: Dataset, counts: list[int], drawn: list[Completion], least: int) -> list[dict[str, Any]]:

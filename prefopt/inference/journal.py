@@ -44,6 +44,11 @@ def is_kept(path: Path, inputs: Any) -> bool:
     return path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint_of(inputs)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether `path` has finished rows, of whatever inputs."""
+    return path.is_file() and _mark(path).is_file()
+
+
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a file that `continued_rows` did not write: it has neither a fingerprint nor a journal beside it."""
     return path.is_file() and not _mark(path).is_file() and not _journal(path).is_file()

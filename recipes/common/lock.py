@@ -1,33 +1,30 @@
-"""One command at a time in a folder."""
+"""One command at a time writes an output."""
 
-import os
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from prefopt.errors import UserError
 
-LOCK = "_lock"  # not pushed to the Hub, for the underscore
 _held: list[FileLock] = []
 
 
-def lock(folder: str | os.PathLike) -> None:
-    """Keep other processes out of `folder` until `release`, or until this one ends, however it ends.
+def lock(file: Path, key: str, output: Path) -> None:
+    """Hold `file` until `release` or the end of this process, so that no other one writes `output`.
 
     Raises:
-        UserError: another command is at work there.
+        UserError: another command is writing it; `key` is what names it.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # A singleton: one process may go on with its own run.
-    file = FileLock(os.path.join(folder, LOCK), is_singleton=True)
+    held = FileLock(file, is_singleton=True)
     try:
-        file.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"output_dir: another command is writing into {folder} (it holds {LOCK} there); wait for its end, or choose "
-            "another output_dir"
+            f"{key}: another command is writing {output} (it holds {file}); wait for its end, or choose another {key}"
         ) from None
-    _held.append(file)
+    _held.append(held)
 
 
 def release() -> None:

@@ -57,7 +57,9 @@ class TrainingStep:
     ) -> Trainer:
         """A trainer of `model`, which with `loads_others` loads references or reward models in the same way."""
         if self.args.process_index == 0:
-            lock(self.args.output_dir)
+            folder = Path(self.args.output_dir)
+            # Not pushed to the Hub, for the underscore.
+            lock(folder / "_lock", "output_dir", folder)
         # TRL warns of options for a model that is loaded already.
         if loads_others or isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}

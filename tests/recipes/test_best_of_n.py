@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
     run(files)
     assert len(calls) == 4
     assert not list(files.glob(".*part"))
-    run(files, "--seed", "7")
+    run(files, "--seed", "7", "--overwrite")
     assert len(calls) == 7
 
 

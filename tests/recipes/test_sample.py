@@ -110,7 +110,7 @@ def test_with_other_settings_it_begins_anew(files, batches, monkeypatch, caplog,
     if "seed" in change:
         sample.main(options(files, "alone.jsonl", **change))
         assert kept == (files / "alone.jsonl").read_bytes()
-        sample.main(options(files, "out.jsonl"))  # finished, but with another seed
+        sample.main(options(files, "out.jsonl", overwrite=True))  # finished, but with another seed
         assert kept != (files / "out.jsonl").read_bytes()
 
 
@@ -122,7 +122,13 @@ def test_with_other_rows_or_another_model_it_begins_anew(files, causal_lm, batch
     ):
         change()
         batches.clear()
-        sample.main(options(files, "out.jsonl"))
+        if (files / "out.jsonl").exists():
+            kept = (files / "out.jsonl").read_bytes()
+            with pytest.raises(UserError, match=r"output: .*out\.jsonl is finished, of other rows.*--overwrite"):
+                sample.main(options(files, "out.jsonl"))
+            assert (files / "out.jsonl").read_bytes() == kept
+        assert not batches
+        sample.main(options(files, "out.jsonl", overwrite=True))
         assert batches
 
 
@@ -137,5 +143,5 @@ def test_a_file_of_others_is_not_written_over(files):
     assert (files / "prompts.jsonl").read_bytes() == before
     assert read_jsonl(files / "mine.jsonl") == [{"prompt": "by hand"}]
     for k_max in (2, 3):
-        sample.main(options(files, "drawn.jsonl", k_max=k_max))
+        sample.main(options(files, "drawn.jsonl", k_max=k_max, overwrite=True))
     assert max(len(row["completions"]) for row in read_jsonl(files / "drawn.jsonl")) == 3

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,28 @@ UNFINISHED = "_unfinished"  # neither a checkpoint to Trainer nor pushed to the 
 
 
 def seal(folder: str | os.PathLike, trainer: str | None = None) -> None:
-    """Bring every file of a checkpoint to disk, then write its marker: the sizes of all, and the trainer's class."""
+    """Bring every file of a checkpoint to disk, then write its marker: sizes and checksums, and the trainer's class."""
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    (folder / MARKER).write_text(json.dumps({"trainer": trainer, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+    names = [path.relative_to(folder).as_posix() for path in files]
+    marker = {
+        "trainer": trainer,
+        "files": dict(zip(names, (path.stat().st_size for path in files), strict=True)),
+        "crc32": dict(zip(names, map(_checksum, files), strict=True)),
+    }
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     for path in (folder / MARKER, *{path.parent for path in files}, folder):
         _sync(path)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _sync(path: Path) -> None:
@@ -51,10 +65,11 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
     """Why a checkpoint is not complete; None if it has its marker and all that the marker lists."""
     checkpoint = Path(checkpoint)
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        sizes, checksums = dict(marker["files"]), dict(marker.get("crc32", {}))
     except FileNotFoundError:
         return f"no {MARKER}"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return f"{MARKER} is damaged"
     for name, size in sizes.items():
         path = checkpoint / name
@@ -62,7 +77,8 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
-    return None
+    damaged = [name for name, checksum in checksums.items() if _checksum(checkpoint / name) != checksum]
+    return f"{damaged[0]} is damaged: it has changed since it was saved" if damaged else None
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -86,7 +102,7 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 class CompleteCheckpointsMixin:
     """Put before a Trainer: a kill at any moment leaves the newest complete checkpoint, and `train` finds it.
 
-    A checkpoint is written to `_unfinished/`, brought to disk, marked with `complete.json` (the sizes of its files) and
+    A checkpoint is written to `_unfinished/`, brought to disk, marked with `complete.json` (sizes and checksums) and
     only then renamed to `checkpoint-N`; older ones are deleted, and the Hub is served, after that.
 
     `train(resume_from_checkpoint=...)`, and the key of that name of every recipe, means:
@@ -120,6 +136,10 @@ class CompleteCheckpointsMixin:
                 "leave save_only_model off, or start from the saved model itself"
             )
         if str(wanted).lower() not in ("true", "latest"):
+            if not (Path(wanted) / TRAINER_STATE_NAME).is_file():
+                raise UserError(
+                    f"resume_from_checkpoint: {wanted} is no checkpoint: {TRAINER_STATE_NAME} is not in it"
+                )
             missing = what_is_missing(wanted)
             if missing is not None and (Path(wanted) / MARKER).exists():
                 raise UserError(

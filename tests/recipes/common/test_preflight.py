@@ -243,10 +243,13 @@ def test_a_file_is_no_output_dir(files, no_weights):
 
 def test_a_second_command_in_one_folder_is_refused_while_the_first_lives(files, no_weights):
     """The first is another process; its death, however it comes, gives the folder free."""
-    code = "import sys; from prefopt.recipes.common.lock import lock; lock('out'); print('held', flush=True); input()"
+    code = (
+        "from pathlib import Path; from prefopt.recipes.common.lock import lock; "
+        "lock(Path('out/_lock'), 'output_dir', Path('out')); print('held', flush=True); input()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=r"another command is writing into out .*choose another output_dir"):
+        with pytest.raises(UserError, match=r"another command is writing out .*choose another output_dir"):
             sft.main(command("demos.jsonl"))
         first.kill()
         first.wait()

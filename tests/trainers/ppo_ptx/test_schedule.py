@@ -202,12 +202,16 @@ def test_a_checkpoint_is_complete_with_every_file_whole(tmp_path):
     assert newest_complete_checkpoint(tmp_path) == str(checkpoint)
     (checkpoint / "more").write_text("files are no harm")
     assert what_is_missing(checkpoint) is None
+    (checkpoint / "inner" / "weights").write_bytes(b"12435")
+    assert what_is_missing(checkpoint) == "inner/weights is damaged: it has changed since it was saved"
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     (checkpoint / "inner" / "weights").write_bytes(b"123")
     assert what_is_missing(checkpoint) == "inner/weights has 3 of 5 bytes"
     (checkpoint / "inner" / "weights").unlink()
     assert what_is_missing(checkpoint) == "inner/weights is missing"
-    (checkpoint / MARKER).write_text("")
-    assert what_is_missing(checkpoint) == f"{MARKER} is damaged"
+    for content in ("", "[]", '{"files": 1}', '{"files": [1]}'):
+        (checkpoint / MARKER).write_text(content)
+        assert what_is_missing(checkpoint) == f"{MARKER} is damaged"
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
