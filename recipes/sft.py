@@ -20,6 +20,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl import SFTConfig, SFTTrainer
 
 from prefopt.errors import UserError
+from prefopt.inference.generate import end_as_learned
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.recipes.common.arguments import DataArguments, setting
@@ -160,6 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     policy = load_policy(step.model_args, step.init_kwargs)
     trainer = step.trainer(SFTStepTrainer, policy, tokenizer, train, evaluation)
     keep_4bit_gradients(trainer.model)
+    if "labels" in train.column_names:
+        end_as_learned(trainer.model, tokenizer, train[:64]["input_ids"])
     train_and_save(trainer, data)
 
 

@@ -1,5 +1,6 @@
 """Completions drawn from a causal language model, in padded batches of similar length."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prefopt.errors import UserError
 from prefopt.inference.journal import Journal
-from prefopt.rankings.tokens import build_ids
+from prefopt.rankings.tokens import build_ids, closing_token_id
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,26 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not found:
         raise UserError("neither the tokenizer nor the model has an end-of-sequence token; set tokenizer.eos_token")
     return found
+
+
+def end_as_learned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> None:
+    """Have a model end its completions where the rows that it learns end theirs; its generation config is saved with it.
+
+    Base models often have a chat template whose end of turn is none of their end tokens (`<|im_end|>` and `<|endoftext|>`):
+    trained on chats they say it, and go on until the length limit.
+
+    Args:
+        rows: token ids of some rows; one that is cut has no end.
+    """
+    ends = end_token_ids(model, tokenizer)
+    last = {row[-1] for row in rows} - set(ends)
+    if last and (closing := closing_token_id(tokenizer)) in last:
+        model.generation_config.eos_token_id = [*ends, closing]
+        logger.warning(
+            "Answers end with %r, the end of a turn in the chat template, which is no end token of the model: it is "
+            "added to those of its generation config, so that completions stop there.",
+            tokenizer.convert_ids_to_tokens(closing),
+        )
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

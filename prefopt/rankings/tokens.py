@@ -170,6 +170,14 @@ def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[s
     return tail, tail[: closing.end()] if closing else ""
 
 
+def closing_token_id(tokenizer: Any) -> int | None:
+    """The token that ends an assistant's turn in the tokenizer's chat template; None without a template or such a token."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    closing = _answer_tail(tokenizer, partial(tokenizer.apply_chat_template, tokenize=False))[1]
+    return tokenizer(closing, add_special_tokens=False)["input_ids"][-1] if closing else None
+
+
 def _ids_of_continuation(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text in mid-sequence: no special tokens, and no space where SentencePiece marks the start of a text."""
     anchor = "\n"

@@ -25,7 +25,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from prefopt.errors import UserError, UserTypeError
-from prefopt.inference.generate import evaluating
+from prefopt.inference.generate import end_as_learned, evaluating
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
@@ -170,6 +170,9 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 )
             self._read = partial(completion_logps, output_router_logits=True)
             self._prefixes.stop("the auxiliary loss of a mixture of experts counts every row's tokens")
+        if isinstance(self.train_dataset, Dataset):
+            rows = self.train_dataset[:64]["completion_ids"]
+            end_as_learned(self.model, self.processing_class, [ids for row in rows for ids in row])
         self._settle()
         if args.disable_dropout:
             stop_randomness(self.model)
