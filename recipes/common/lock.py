@@ -6,6 +6,7 @@ from filelock import FileLock, Timeout
 
 from prefopt.errors import UserError
 
+LOCK = "_lock"  # in the folder of a training step; not pushed to the Hub, for the underscore
 _held: list[FileLock] = []
 
 

@@ -20,6 +20,7 @@ from prefopt.errors import UserError
 from prefopt.models.checkpoints import check_reward_model
 from prefopt.models.loading import is_adapter
 from prefopt.recipes.common.errors import explain
+from prefopt.recipes.common.lock import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,14 @@ def is_finished(args: TrainingArguments) -> bool:
     folder, resume = Path(args.output_dir), str(args.resume_from_checkpoint or "").lower()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: {folder} is a file; name a folder")
+    state, checkpoints = _state(folder), sort_checkpoints(str(folder)) if folder.is_dir() else []
+    weights = _weights(folder)
+    # A training step leaves its lock, so that one killed while it saved the model can start anew.
+    if weights and state is None and not checkpoints and not (folder / LOCK).exists():
+        raise UserError(
+            f"output_dir: {folder} holds a model ({weights[0].name}) that is of no run of this folder, and training would "
+            "overwrite it; choose another output_dir"
+        )
     resumes = resume not in ("", "none", "false")
     if resumes and resume not in ("true", "latest"):
         if not Path(args.resume_from_checkpoint).is_dir():
@@ -56,13 +65,6 @@ def is_finished(args: TrainingArguments) -> bool:
                 "for the newest of output_dir"
             )
         return False
-    state, checkpoints = _state(folder), sort_checkpoints(str(folder)) if folder.is_dir() else []
-    weights = _weights(folder)
-    if weights and state is None and not checkpoints:
-        raise UserError(
-            f"output_dir: {folder} holds a model ({weights[0].name}) that is of no run of this folder, and training would "
-            "overwrite it; choose another output_dir"
-        )
     if not resumes:
         if state is None and not checkpoints:
             return False

@@ -15,7 +15,7 @@ from prefopt.errors import UserError
 from prefopt.hub.push import HubError, create_repo, hub_errors
 from prefopt.models.files import check_model_files
 from prefopt.recipes.common.arguments import DataArguments, parse
-from prefopt.recipes.common.lock import lock
+from prefopt.recipes.common.lock import LOCK, lock
 from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs, peft_config, quantization_for
 from prefopt.recipes.common.preflight import check_length, is_finished
 from prefopt.recipes.common.progress import show_progress
@@ -58,8 +58,7 @@ class TrainingStep:
         """A trainer of `model`, which with `loads_others` loads references or reward models in the same way."""
         if self.args.process_index == 0:
             folder = Path(self.args.output_dir)
-            # Not pushed to the Hub, for the underscore.
-            lock(folder / "_lock", "output_dir", folder)
+            lock(folder / LOCK, "output_dir", folder)
         # TRL warns of options for a model that is loaded already.
         if loads_others or isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}
@@ -132,8 +131,9 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
     if then is not None:
         then()
         trainer.save_model(args.output_dir)
-    trainer.save_state()
     trainer.create_model_card(dataset_name=data.dataset_name)
+    # Last: a run that has it is finished.
+    trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"saved: {args.output_dir}")
     if push:

@@ -222,7 +222,7 @@ def test_an_unknown_or_missing_logger_is_told_at_once(files, no_weights, monkeyp
 # ---- what is in output_dir already --------------------------------------------------------------------------------
 @pytest.mark.parametrize("recipe", [sft, reward, dpo, ppo_ptx])
 @pytest.mark.parametrize("name", ["base", "rm"])
-@pytest.mark.parametrize("resume", [(), ("--resume_from_checkpoint", "true")])
+@pytest.mark.parametrize("resume", [(), ("--resume_from_checkpoint", "true"), ("--resume_from_checkpoint", "rm")])
 def test_a_model_of_no_run_is_not_overwritten(files, no_weights, recipe, name, resume):
     before = {path: path.read_bytes() for path in (files / name).iterdir()}
     rows = {sft: "demos.jsonl", ppo_ptx: "prompts.jsonl"}.get(recipe, "rankings.jsonl")
@@ -255,3 +255,14 @@ def test_a_second_command_in_one_folder_is_refused_while_the_first_lives(files, 
         first.wait()
         with pytest.raises(AssertionError, match="weights were loaded"):
             sft.main(command("demos.jsonl"))
+
+
+def test_a_run_that_was_killed_while_it_saved_its_model_starts_anew(files, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Trainer.save_state", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sft.main(command("demos.jsonl", "--save_strategy", "no"))
+    assert (files / "out" / "model.safetensors").is_file()
+    sft.main(command("demos.jsonl", "--save_strategy", "no"))
+    with pytest.raises(UserError, match="holds a finished run"):
+        sft.main(command("demos.jsonl"))
