@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from prefopt.errors import UserError
+from prefopt.rankings.prompts import OTHER_NAMES, with_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +65,7 @@ def checked_comparisons(
     for index, row in enumerate(rows):
         problem = row_problem(row, required)
         if problem is None:
+            row = with_prompt(row) if "chosen" in required else row
             completion = row["chosen"] if "chosen" in required else row["completions"][0]
             row_layout = (_kind(row["prompt"]), _kind(completion))
             layout = layout or row_layout
@@ -156,18 +158,19 @@ def validate_ratings(rows: Dataset, source: str = "dataset") -> int:
 def required_columns(columns: Set[str], source: str) -> tuple[str, ...]:
     """The columns that rows of this kind, ranked or TRL preference, must have; a UserError if one is missing.
 
+    Preference rows without `prompt` have it in both answers.
+
     >>> required_columns({"prompt", "completions", "ranks", "labeler"}, "train")
     ('prompt', 'completions', 'ranks')
     """
     is_ranked = bool(columns & {"completions", "ranks"}) or not columns & {"chosen", "rejected"}
-    required = ("prompt", "completions", "ranks") if is_ranked else ("prompt", "chosen", "rejected")
+    required = ("prompt", "completions", "ranks")
+    if not is_ranked:
+        required = ("prompt", "chosen", "rejected") if "prompt" in columns else ("chosen", "rejected")
     if missing := [name for name in required if name not in columns]:
-        remedy = "rename or add it"
-        if not is_ranked and missing == ["prompt"]:
-            remedy = "if the prompt is part of both answers, split it off with dataset.map(trl.extract_prompt)"
         raise UserError(
             f"{source}: field {missing[0]!r}: expected the columns {', '.join(required)}, "
-            f"got {', '.join(sorted(columns)) or 'none'}; {remedy}"
+            f"got {', '.join(sorted(columns)) or 'none'}; rename or add it"
         )
     return required
 
@@ -186,7 +189,7 @@ def _iterate(rows: Dataset | Sequence[Mapping[str, Any]]) -> Iterator[Mapping[st
         yield from rows
         return
     if rows.format["type"] != "custom":  # a custom transform may need its other columns; others make tensors
-        known = {"prompt", "chosen", "rejected", "margin", "labeler", *PER_COMPLETION}
+        known = {"prompt", "chosen", "rejected", "margin", "labeler", *PER_COMPLETION, *OTHER_NAMES}
         rows = rows.with_format(None).select_columns([name for name in rows.column_names if name in known])
     for batch in rows.iter(1000):
         for values in zip(*batch.values(), strict=True):
@@ -200,7 +203,12 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
     for name in required:
         if row.get(name) is None:
             return f"field {name!r}: expected a value, got {'None' if name in row else 'nothing'}; fill it or drop the row"
-    prompt = row["prompt"]
+    if "chosen" in required:
+        try:
+            row = with_prompt(row)
+        except UserError as error:
+            return str(error)
+    prompt = row.get("prompt")
     if problem := _text_problem(prompt, "prompt"):
         return problem
     if "chosen" in required:

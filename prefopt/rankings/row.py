@@ -14,6 +14,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem, row_problem, shorten
+from prefopt.rankings.prompts import with_prompt
 
 
 def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
@@ -86,15 +87,17 @@ def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
 def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     """A TRL preference row (`prompt`, `chosen`, `rejected`) as a ranked row with K = 2; other fields are kept.
 
-    A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1. Raises as `row_problem` finds.
+    Without `prompt` it is what both answers begin with (`prefopt.rankings.prompts`). A `margin` becomes `ratings`, whose difference it is: TRL's loss has `margin_coef` = 1. Raises as `row_problem` finds.
 
     >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"})
     {'prompt': '2 + 2 =', 'completions': [' 4', ' 5'], 'ranks': [1, 2]}
     >>> from_preference({"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "margin": 3})["ratings"]
     [3, 0]
     """
-    if problem := row_problem(row, ("prompt", "chosen", "rejected")):
+    required = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
+    if problem := row_problem(row, required):
         raise UserError(problem)
+    row = with_prompt(row)
     ranked = {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
     if "margin" in row:
         ranked["ratings"] = None if row["margin"] is None else [row["margin"], 0]

@@ -1,4 +1,4 @@
-"""Chat rows of several turns, as the steps need them: prompts, demonstrations, preferences with an implicit prompt.
+"""Chat rows of several turns, as the steps need them: prompts and demonstrations.
 
 Every function leaves rows alone that are in its step's own format already, so that a recipe can apply it to all rows.
 """
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
-from trl import maybe_extract_prompt
 
 from prefopt.errors import UserError
 
@@ -100,35 +99,6 @@ def demonstrations_from_messages(rows: Rows, source: str) -> Rows:
         return {"prompt": messages[:last], "completion": [messages[last]]}
 
     return _replace(rows, split, ("messages", "prompt"), source)
-
-
-def split_implicit_prompts(rows: Rows, source: str) -> Rows:
-    """TRL's chat preferences without a prompt of their own: the turns that `chosen` and `rejected` begin with alike are it.
-
-    So does TRL (`trl.extract_prompt`), also where `prompt` is text and both answers are whole conversations. Texts are not
-    split: there the prompt would end at the first letter that differs, inside a word.
-
-    >>> hi = {"role": "user", "content": "hi"}
-    >>> yes, no = ([hi, {"role": "assistant", "content": text}] for text in ("yes", "no"))
-    >>> split_implicit_prompts([{"chosen": yes, "rejected": no}], "pairs.jsonl")[0]["prompt"]
-    [{'role': 'user', 'content': 'hi'}]
-    """
-    if len(rows) == 0 or not _is_chat(rows[0], "chosen") or _is_chat(rows[0], "prompt"):
-        return rows
-
-    def split(row: Mapping[str, Any], number: int) -> dict[str, Any]:
-        pair = {name: row.get(name) for name in ("chosen", "rejected")}
-        for name, turns in pair.items():
-            _check_messages(turns, number, source, name)
-        result = maybe_extract_prompt(pair)
-        if not result["prompt"]:
-            raise UserError(
-                f"{source} row {number}: expected 'chosen' and 'rejected' that begin with the same turns, as there is no "
-                "prompt beside them; correct or drop the row"
-            )
-        return result
-
-    return _replace(rows, split, ("prompt", "chosen", "rejected"), source)
 
 
 def _names(rows: Rows) -> set[str]:

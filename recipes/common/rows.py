@@ -15,7 +15,7 @@ from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
 from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments
-from prefopt.recipes.common.conversations import is_message, split_implicit_prompts
+from prefopt.recipes.common.conversations import is_message
 from prefopt.recipes.common.sources import load_source
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.ranked.options import check_stream_options
@@ -145,7 +145,7 @@ def load_comparisons(
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Ranked rows for training and, if evaluation is on, for evaluation, checked for what the trainer will ask."""
     wants_eval = args.eval_strategy != "no"
-    how: dict[str, Any] = {"check": check_comparisons, "convert": split_implicit_prompts}
+    how: dict[str, Any] = {"check": check_comparisons}
     options = {"ties": args.ties, "margins": args.margin_coef > 0}
     if data.dataset_streaming:
         check_stream_options(args)
@@ -171,13 +171,16 @@ def load_pretraining(name: str, streaming: bool) -> Dataset | IterableDataset:
 
 def check_comparisons(rows: Rows, source: str) -> None:
     """`validate_comparisons`, which of rows in a public format says what converts them."""
+    first = rows[0] if len(rows) else None
+    name = needs_conversion(first) if isinstance(first, Mapping) else None
+    remedy = f"these are rows in the format {name}: `prefopt data convert {source} --out rankings.jsonl` reads it"
+    if name == "hh-rlhf":
+        raise UserError(f"{source}: expected dialogues as messages, got texts; {remedy}")
     try:
         validate_comparisons(rows, source)
     except UserError as error:
-        first = rows[0] if len(rows) else None
-        if isinstance(first, Mapping) and (name := needs_conversion(first)):
-            command = f"prefopt data convert {source} --out rankings.jsonl"
-            raise UserError(f"{error}; these are rows in the format {name}: `{command}` reads it") from error
+        if name:
+            raise UserError(f"{error}; {remedy}") from error
         raise
 
 

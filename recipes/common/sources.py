@@ -21,6 +21,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl
 from prefopt.rankings.checks import row_problem
 from prefopt.rankings.formats import needs_conversion
+from prefopt.rankings.prompts import with_prompt
 from prefopt.recipes.common.arguments import setting
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def checked_rows(rows: Iterable[Row], source: str, kind: Kind | None = None) -> 
             check = _check_of(kind, row)
         problem = check(row)
         if problem is None:
+            row = with_prompt(row) if kind == "comparisons" and "completions" not in row else row
             types = tuple(_FORMATS[type(value)] for value in _texts(row))
             layout = layout or types
             if types != layout:
@@ -182,10 +184,11 @@ def _kind(row: Row, source: str) -> Kind:
 
 def _check_of(kind: Kind, first: Row) -> Callable[[Row], str | None]:
     if kind == "comparisons":
-        answers = (
-            ("chosen", "rejected") if "chosen" in first and "completions" not in first else ("completions", "ranks")
-        )
-        return lambda row: row_problem(row, ("prompt", *answers))
+        is_pairs = "chosen" in first and "completions" not in first
+        required = ("chosen", "rejected") if is_pairs else ("completions", "ranks")
+        if not is_pairs or "prompt" in first:
+            required = ("prompt", *required)
+        return lambda row: row_problem(row, required)
     if kind == "demonstrations":
         from prefopt.rankings.checks import validate_demonstrations as check
     elif kind == "conversations":

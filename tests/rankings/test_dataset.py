@@ -267,8 +267,10 @@ def test_missing_columns_come_before_rows():
         validate_comparisons([bad], source="data")
     with pytest.raises(ValueError, match=re.escape("field 'ranks': expected the columns")):
         validate_comparisons(Dataset.from_dict({"prompt": ["p"], "completions": [["a", ""]]}))
-    with pytest.raises(ValueError, match=r"split it off with dataset.map"):
-        validate_comparisons([{"chosen": "p a", "rejected": "p b"}])
+    with pytest.raises(
+        ValueError, match="field 'rejected': expected the columns chosen, rejected, got chosen; rename"
+    ):
+        validate_comparisons([{"chosen": "p a"}])
     with pytest.raises(ValueError, match="field 'rejected': expected the columns prompt, chosen, rejected"):
         validate_comparisons([{"prompt": "p", "chosen": "a"}])
     with pytest.raises(ValueError, match="row 1: field 'ranks': expected a value, got nothing"):

@@ -430,7 +430,7 @@ def test_pairs_of_texts():
         },
         {"prompt": "The sky is", "completions": [" blue today", " black today"], "ranks": [1, 2]},
     ]
-    assert counts == {"rows with an empty prompt": 1}
+    assert counts == {"pairs that share no prompt": 1}
 
 
 def test_pairs_of_messages_hold_the_prompt_that_both_start_with():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.rankings.dataset import ComparisonStream
+from prefopt.rankings.row import from_preference
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
 from prefopt.recipes.common import rows
 from prefopt.recipes.common.arguments import ComparisonArguments
@@ -109,11 +110,8 @@ def test_chat_preferences_without_a_prompt_are_split_as_they_come(tmp_path):
     hi = {"role": "user", "content": "hi"}
     good = {name: [hi, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     write_jsonl(tmp_path / "pairs.jsonl", [good] * 120 + [{**good, "chosen": [{**hi, "content": "ho"}]}])
-    stream = stream_rows(
-        str(tmp_path / "pairs.jsonl"), key="d", check=check_comparisons, convert=rows.split_implicit_prompts
-    )
-    come = iter(stream)
-    assert all(next(come)["prompt"] == [hi] for _ in range(120))
+    come = iter(stream_rows(str(tmp_path / "pairs.jsonl"), key="d", check=check_comparisons))
+    assert all(from_preference(next(come))["prompt"] == [hi] for _ in range(120))
     with pytest.raises(ValueError, match=r"pairs\.jsonl row 120: expected 'chosen' and 'rejected' that begin"):
         next(come)
 

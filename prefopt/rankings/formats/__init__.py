@@ -96,7 +96,7 @@ def needs_conversion(row: Row) -> str | None:
     'table'
     """
     name = detect(row)
-    if name == "pairs" and isinstance(row.get("prompt"), list if isinstance(row["chosen"], list) else str | list):
+    if name == "pairs":
         return None
     if name == "table" and isinstance(row.get("completions"), list) and isinstance(row.get("ranks"), list):
         return None

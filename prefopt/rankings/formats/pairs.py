@@ -8,8 +8,7 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
 from prefopt.rankings.formats.rated import helpsteer_messages
-
-_PROMPTS = ("question", "instruction", "input", "query")  # what some data sets call it
+from prefopt.rankings.prompts import NothingShared, is_chat, shared_turns, with_prompt
 
 
 def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -28,14 +27,14 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
-                if elsewhere := [name for name in _PROMPTS if row.get(name)]:
-                    raise UserError(
-                        f"field 'prompt': expected a text or messages, got nothing, but a field {elsewhere[0]!r}; rename "
-                        "that to prompt if it is what was answered, or remove it if the answers begin with the prompt"
-                    )
-                prompt, answers = _text_prefix(*answers)
-        elif all(_is_chat(answer) for answer in answers):
-            shared = _shared(*answers)
+                try:
+                    row = with_prompt(row)
+                except NothingShared:
+                    counts["pairs that share no prompt"] += 1
+                    continue
+                prompt, answers = row["prompt"], [row["chosen"], row["rejected"]]
+        elif all(is_chat(answer) for answer in answers):
+            shared = shared_turns(*answers)
             if shared:
                 prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
             elif answers[0][0].get("role") != "assistant":
@@ -62,23 +61,6 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
             "ratings": None if None in scores else scores,
             "labeler": _name(row.get("labeler")),
         }
-
-
-def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and bool(messages) and all(isinstance(one, Mapping) for one in messages)
-
-
-def _text_prefix(chosen: str, rejected: str) -> tuple[str, list[str]]:
-    length = _shared(chosen, rejected)
-    while length and not chosen[length].isspace():
-        length -= 1
-    return chosen[:length], [chosen[length:], rejected[length:]]
-
-
-def _shared(a: str | list, b: str | list) -> int:
-    """Length of the common start, such that something is left of both."""
-    most = min(len(a), len(b)) - 1
-    return next((i for i in range(most) if a[i] != b[i]), max(most, 0))
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:

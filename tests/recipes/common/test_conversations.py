@@ -1,5 +1,7 @@
 """Chat rows of several turns in every step: loss masks written out by hand, prompts, demonstrations, implicit prompts."""
 
+import re
+
 import pytest
 from datasets import Dataset
 from trl import SFTConfig
@@ -13,7 +15,6 @@ from prefopt.recipes import sft
 from prefopt.recipes.common.conversations import (
     demonstrations_from_messages,
     prompts_from_messages,
-    split_implicit_prompts,
 )
 from prefopt.recipes.common.demonstrations import (
     check_sft_rows,
@@ -240,10 +241,10 @@ def test_the_last_answer_is_the_demonstration(as_rows):
 def test_an_implicit_prompt_is_that_of_the_same_row_with_its_prompt(as_rows, extra, chat_tokenizer):
     better, worse = say("assistant: the cat"), say("assistant: a dog ran")
     pair = {"chosen": TWO_TURNS[:4] + better, "rejected": TWO_TURNS[:4] + worse, "margin": 1.5, **extra}
-    split = split_implicit_prompts(as_rows([pair]), "pairs")
-    validate_comparisons(split, "pairs")
+    implicit = as_rows([pair])
+    validate_comparisons(implicit, "pairs")
     explicit = [{"prompt": TWO_TURNS[:4], "chosen": better, "rejected": worse, "margin": 1.5}]
-    ours, theirs = (tokenize_comparisons(prepare_comparisons(rows), chat_tokenizer) for rows in (split, explicit))
+    ours, theirs = (tokenize_comparisons(prepare_comparisons(rows), chat_tokenizer) for rows in (implicit, explicit))
     for name in ("prompt_ids", "completion_ids", "ranks", "ratings"):
         assert ours[name][:] == theirs[name][:]
 
@@ -251,16 +252,47 @@ def test_an_implicit_prompt_is_that_of_the_same_row_with_its_prompt(as_rows, ext
 def test_pairs_without_a_common_turn_stop(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": say("user: a", "assistant: b"), "rejected": say("user: c")}])
     with pytest.raises(UserError, match="row 0: expected 'chosen' and 'rejected' that begin with the same turns"):
-        load_rows(
-            str(tmp_path / "pairs.jsonl"),
-            key="dataset_name",
-            check=validate_comparisons,
-            convert=split_implicit_prompts,
-        )
+        load_rows(str(tmp_path / "pairs.jsonl"), key="dataset_name", check=validate_comparisons)
 
 
-def test_texts_are_not_split():
-    rows = [{"chosen": "the cat sat", "rejected": "the cat ran"}]
-    assert split_implicit_prompts(rows, "pairs") is rows
-    with pytest.raises(ValueError, match=r"split it off with dataset.map\(trl.extract_prompt\)"):
-        validate_comparisons(rows, "pairs")
+@pytest.mark.parametrize("as_rows", [list, Dataset.from_list])
+@pytest.mark.parametrize("apart", [("red", "cat"), ("redder", "redness")])
+def test_texts_are_split_between_words_and_have_the_ids_of_the_whole_text(as_rows, apart, tokenizer):
+    texts = [f"what is {word}" for word in apart]
+    rows = prepare_comparisons(as_rows([{"chosen": texts[0], "rejected": texts[1]}]))
+    assert (rows[0]["prompt"], rows[0]["completions"]) == ("what is", [f" {word}" for word in apart])
+    row = tokenize_comparisons(rows, tokenizer)[0]
+    for text, ids in zip(texts, row["completion_ids"], strict=True):
+        assert row["prompt_ids"] + ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_a_text_prompt_beside_messages_is_the_users(chat_tokenizer):
+    pair = {"prompt": "what is this?", "chosen": say("assistant: a dog"), "rejected": say("assistant: the cat")}
+    explicit = {**pair, "prompt": say("user: what is this?")}
+    ours, theirs = (
+        tokenize_comparisons(prepare_comparisons(Dataset.from_list([row] * 2)), chat_tokenizer)
+        for row in (pair, explicit)
+    )
+    assert ours["prompt"][:] == theirs["prompt"][:]
+    assert ours["prompt_ids"][:] == theirs["prompt_ids"][:]
+    assert ours["completion_ids"][:] == theirs["completion_ids"][:]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "Yes", "rejected": "No"}, "expected 'chosen' and 'rejected' that begin with the same words"),
+        (
+            {"chosen": "a b", "rejected": "a c", "question": "what?"},
+            "field 'prompt': expected a text or messages, got nothing, but a field 'question'",
+        ),
+        (
+            {"prompt": "a", "chosen": say("user: a", "assistant: b"), "rejected": say("user: c", "assistant: b")},
+            "that begin with the same turns, as the prompt beside them is a text",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_rows", [list, Dataset.from_list])
+def test_pairs_whose_prompt_is_nowhere_stop(as_rows, row, message):
+    with pytest.raises(UserError, match=f"train row 0: .*{re.escape(message)}"):
+        prepare_comparisons(as_rows([row]))
