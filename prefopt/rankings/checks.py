@@ -272,12 +272,30 @@ def _text_problem(value: Any, name: str) -> str | None:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             return _problem(name, "messages with text in 'content'", message, "fill 'content' or drop the row")
+        if isinstance(content, list):
+            try:
+                joined_parts(content)
+            except UserError as error:
+                return f"field {name!r}: {error}"
     if not any(message.get("content") or message.get("tool_calls") for message in value):
         return _problem(name, "a message that says something", value, "drop it")
     if name != "prompt" and value[0]["role"] in ("user", "system", "developer"):
         remedy = "leave the prompt out of the completion"
         return _problem(name, "a completion that starts with the assistant", value[0], remedy)
     return None
+
+
+def joined_parts(parts: list) -> str:
+    """The text of a message's content that is written in parts, as chat APIs have it.
+
+    >>> joined_parts([{"type": "text", "text": "2 + 2"}, {"type": "text", "text": " ="}])
+    '2 + 2 ='
+    """
+    texts = [part if isinstance(part, str) else isinstance(part, Mapping) and part.get("text") for part in parts]
+    for part, text in zip(parts, texts, strict=True):
+        if not isinstance(text, str):
+            raise UserError(f"expected parts of text in 'content', got {shorten(part)}; leave it out or drop the row")
+    return "".join(texts)
 
 
 def ranks_problem(ranks: Any, k: int, things: str) -> str | None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.rankings.checks import joined_parts
 
 ENDED_PROMPTS = (
     "prompts end with EOS, which the tokenizer adds to every text, so completions come after EOS, here and in "
@@ -36,9 +37,11 @@ def build_ids(
     - Chat: what the template adds after the closing end-of-turn token (a newline in ChatML) is left out, because a
       policy stops at that token. If the template closes the answer with text alone, EOS is appended.
     - A prompt whose ids are not a prefix of the joint ids (tokens merge across the boundary, the tokenizer ends every
-      text with EOS, or the template opens the answer with a thought that it does not render afterwards) keeps its
-      own ids, since generation feeds those, and the text of the completion is tokenized by itself after them.
+      text with EOS, or the template opens the answer with a thought that it does not render afterwards, or closes
+      in its own way) keeps its own ids, since generation feeds those, and the text of the completion is tokenized by
+      itself after them.
       Completions of several messages or with tool calls continue instead from where the two renderings part.
+    - A text prompt that begins with BOS, which the tokenizer adds by itself, has one BOS.
     - `truncated`: the completion was cut at a length limit, so no closing token is invented.
 
     Text after a chat prompt is an assistant message; `chat_template_kwargs` (`tools`, `enable_thinking`) go to the template.
@@ -64,17 +67,19 @@ def row_ids(
     tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], chat_template_kwargs: dict
 ) -> tuple[list[int], list[list[int]]]:
     """`build_ids` for all completions of a prompt."""
+    render, opening = None, ""
     if isinstance(prompt, str):
+        prompt = without_second_bos(tokenizer, prompt)
         prompt_ids = tokenizer(prompt)["input_ids"]
-        render = None
     else:
         if getattr(tokenizer, "chat_template", None) is None:
             raise UserError(
                 "the prompt is a list of chat messages, but the tokenizer has no chat template; set "
                 "tokenizer.chat_template (trl.clone_chat_template copies one), or give prompts as plain text"
             )
-        prompt = without_nulls_in_calls(prompt)
+        prompt = plain_messages(prompt)
         render = partial(tokenizer.apply_chat_template, tokenize=False, **chat_template_kwargs)
+        opening = render(prompt, add_generation_prompt=True)
         generation = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )
@@ -91,7 +96,7 @@ def row_ids(
             messages = (
                 [{"role": "assistant", "content": completion}]
                 if isinstance(completion, str)
-                else without_nulls_in_calls(completion)
+                else plain_messages(completion)
             )
             text = render([*prompt, *messages])
             if tail and text.endswith(tail):
@@ -100,7 +105,8 @@ def row_ids(
             content = messages[0]["content"] if len(messages) == 1 and not messages[0].get("tool_calls") else None
             answer = content if isinstance(content, str) else None
 
-        if joint[: len(prompt_ids)] == prompt_ids:
+        is_as_sampled = not (render and answer and _closes_the_thought_of(opening, text, answer))
+        if joint[: len(prompt_ids)] == prompt_ids and is_as_sampled:
             ids = joint[len(prompt_ids) :]
         elif answer is not None:
             ids = _ids_of_continuation(tokenizer, answer if cut else answer + closing)
@@ -128,32 +134,68 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
     if tools := row.get("tools"):
-        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools, _OWN_NULLS)
     return kwargs
 
 
-def without_nulls_in_calls(prompt: str | list[dict]) -> str | list[dict]:
-    """Messages whose tool calls have only the arguments they were written with; text as it is.
+def plain_messages(prompt: str | list[dict]) -> str | list[dict]:
+    """Messages as chat templates write them: contents are texts, tool calls have only the arguments they were written with.
 
-    Arrow keeps one set of fields for a column, so in a row of a Dataset each call also has, as null, the arguments of all
-    other calls, and the template would write them out. An argument that was null from the start goes with them.
+    Content in parts (`[{"type": "text", "text": ...}]`, as chat APIs have it) is joined: some templates would write the list
+    itself. Arrow keeps one set of fields for a column, so in a row of a Dataset each call also has, as null, the arguments of
+    all other calls. An argument that was null from the start goes with them. A text prompt stays as it is.
+
+    Raises:
+        UserError: a part that is no text.
 
     >>> call = {"function": {"name": "find", "arguments": {"city": "Rome", "street": None}}}
-    >>> without_nulls_in_calls([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
+    >>> plain_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])[0]["tool_calls"]
     [{'function': {'name': 'find', 'arguments': {'city': 'Rome'}}}]
+    >>> plain_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    [{'role': 'user', 'content': 'Hi'}]
     """
     if isinstance(prompt, str):
         return prompt
-    return [
-        {**message, "tool_calls": _without_nulls(message["tool_calls"])} if message.get("tool_calls") else message
-        for message in prompt
-    ]
+    messages = []
+    for message in prompt:
+        if message.get("tool_calls"):
+            message = {**message, "tool_calls": _without_nulls(message["tool_calls"])}
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": joined_parts(message["content"])}
+        messages.append(message)
+    return messages
 
 
-def _without_nulls(value: Any) -> Any:
+def without_second_bos(tokenizer: Any, prompt: str) -> str:
+    """A text that somebody has rendered with its BOS, without it if the tokenizer adds one by itself."""
+    bos = getattr(tokenizer, "bos_token", None)
+    if not (bos and prompt.startswith(bos)):
+        return prompt
+    is_added = tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    return prompt.removeprefix(bos) if is_added else prompt
+
+
+# What JSON Schema itself may say with null.
+_OWN_NULLS = frozenset({"default", "const", "enum"})
+
+
+def _without_nulls(value: Any, kept: frozenset[str] = frozenset()) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        items = ((key, one) for key, one in value.items() if one is not None or (key in kept and key != "enum"))
+        return {key: one if key in kept else _without_nulls(one, kept) for key, one in items}
+    return [_without_nulls(one, kept) for one in value] if isinstance(value, list) else value
+
+
+def _closes_the_thought_of(opening: str, text: str, answer: str) -> bool:
+    """Whether the template writes the end of a thought that the prompt has begun, before an answer that has its own.
+
+    Token ids do not always tell: where a tag is several tokens, "<think>\\n" may be a prefix of "<think>\\n\\n".
+    """
+    if not text.startswith(opening):
+        return False
+    added, found, _ = text[len(opening) :].partition(answer.strip())
+    ends = re.finditer(r"[<\[]/(\w+)[>\]]", added) if found else ()
+    return any(not re.search(rf"[<\[]{end[1]}[>\]]", added[: end.start()]) for end in ends)
 
 
 def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[str, str]:

@@ -580,6 +580,61 @@ def test_thought_opened_by_the_generation_prompt(tokenizer):
     assert tok.decode(completion_ids) == "it barks</think>a dog<｜end▁of▁sentence｜>"
 
 
+# Opens the answer with a thought, and writes an empty one for answers that have no opening tag.
+EMPTY_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and '<think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tags", [[], ["<think>", "</think>"]], ids=["tags of several tokens", "tags of one token"])
+@pytest.mark.parametrize("answer", ["it barks\n</think>\n\na dog", "a dog"])
+def test_a_thought_that_the_template_closes_itself_is_none_of_the_answer(tags, answer, chat_tokenizer):
+    chat_tokenizer.add_tokens(tags)
+    chat_tokenizer.chat_template = EMPTY_THOUGHT
+    prompt_ids, completion_ids = build_ids(chat_tokenizer, [user("what is this?")], answer)
+    assert chat_tokenizer.decode(prompt_ids).endswith("assistant\n<think>\n")
+    assert chat_tokenizer.decode(completion_ids) == answer + "<|im_end|>"
+
+
+def test_content_in_parts_is_text(chat_tokenizer):
+    def in_parts(message):
+        return {**message, "content": [{"type": "text", "text": part} for part in message["content"].partition(" ")]}
+
+    whole = row(prompt=[user("what is this?")], completions=[[assistant("a dog")], [assistant("a cat")]], ranks=[1, 2])
+    parts = {**whole, "prompt": [in_parts(whole["prompt"][0])]}
+    parts["completions"] = [[in_parts(message) for message in messages] for messages in whole["completions"]]
+    ours, theirs = (tokenize_comparisons(prepare_comparisons([rows]), chat_tokenizer)[0] for rows in (parts, whole))
+    assert (ours["prompt_ids"], ours["completion_ids"]) == (theirs["prompt_ids"], theirs["completion_ids"])
+    parts["prompt"][0]["content"].append({"type": "image"})
+    with pytest.raises(
+        ValueError, match=r"row 0: field 'prompt': expected parts of text in 'content', got {'type': 'image'}"
+    ):
+        prepare_comparisons([parts])
+
+
+def test_tools_have_no_parameters_of_other_rows(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% for t in tools %}{{ t | tojson }}{% endfor %}" + chat_tokenizer.chat_template
+    sized = {"size": {"type": "string", "enum": ["big", None], "default": None}}
+    schemas = [{"city": {"type": "string"}}, {"a": {"type": "number"}, "b": sized["size"]}]
+    tools = [[{"function": {"parameters": {"properties": properties}}}] for properties in schemas]
+    rows = [row(prompt=[user("hi")], tools=one) for one in tools]
+    tokenized = tokenize_comparisons(prepare_comparisons(Dataset.from_list(rows)), chat_tokenizer)
+    for ids, one in zip(tokenized["prompt_ids"], tools, strict=True):
+        assert ids == build_ids(chat_tokenizer, [user("hi")], ".", tools=one)[0]
+
+
+def test_a_prompt_that_brings_its_bos_has_one(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("<bos>what")["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    assert build_ids(tokenizer, "<bos>what is", " this") == build_ids(tokenizer, "what is", " this")
+    assert build_ids(tokenizer, "what is", " this")[0].count(tokenizer.bos_token_id) == 1
+
+
 def test_completion_that_does_not_continue_the_prompt_and_has_several_messages(tokenizer):
     tok = chat_tokenizer_for(DEEPSEEK[0], tokenizer, *DEEPSEEK[1:])
     completion = [assistant("one"), user("more"), assistant("two")]

@@ -41,7 +41,7 @@ from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, loa
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
-from prefopt.rankings.tokens import without_nulls_in_calls
+from prefopt.rankings.tokens import plain_messages, without_second_bos
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
@@ -350,13 +350,19 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
         return self._prompt_order.sampler
 
+    def _as_read(self, prompt: str | list[dict]) -> str | list[dict]:
+        """The prompt as `build_ids` reads it."""
+        if isinstance(prompt, str):
+            return without_second_bos(self.processing_class, prompt)
+        return plain_messages(prompt)
+
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
         is_sent = self.use_vllm and self.state.global_step != self._last_loaded_step
         kept = base_kept(self.model) if is_sent else nullcontext()
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
         with plain_generation(self.model), kept:
-            generated = super()._generate([without_nulls_in_calls(prompt) for prompt in prompts])
+            generated = super()._generate([self._as_read(prompt) for prompt in prompts])
         # TRL leaves the model in training mode after continuous batching.
         self.model.train(was_training)
         if len(generated[1]) != len(prompts):
