@@ -128,10 +128,8 @@ def test_scores_of_ids_equal_those_of_single_rows(reward_token, reward_model, ep
     rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]  # of 7, 8 and 6 tokens
     scores = score_ids(reward_model, rows, 2)
     extra = reward_token is not None
-    assert tokens == [
-        [2 * (8 + extra), 6 + extra],
-        [2 * (2 + extra), 1 + extra],
-    ]  # from the shorter row's end on
+    # From where the shorter row is read on.
+    assert tokens == [[2 * (8 + extra), 6 + extra], [2 * 2, 1]]
     for score, row in zip(scores, rows, strict=True):
         single = torch.tensor([row])
         expected = sequence_scores(reward_model, single, torch.ones_like(single)).item()
