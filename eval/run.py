@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Measures, jsonable
-from prefopt.inference.jsonl import read_jsonl, write_whole
+from prefopt.inference.jsonl import read_json, read_jsonl, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ class EvaluationRun:
 
     def _kept(self, stage: str) -> dict[str, Any] | None:
         path = self._stage_path(stage)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(path, "measures", "data") if path.is_file() else None
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""

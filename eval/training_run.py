@@ -1,6 +1,5 @@
 """A training run from its log: what moved the weights when, how the run went, what went wrong; in words and as a page."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.report.plots import drawable, log_plot, shares_plot
 from prefopt.evaluation.report.render import to_html
 from prefopt.evaluation.report.tables import Block, Figure, Gap, Items, Line, Page, Section, Table
-from prefopt.inference.jsonl import write_whole
+from prefopt.inference.jsonl import read_json, write_whole
 from prefopt.trainers.ppo_ptx.watch import WINDOW, Trouble, diagnose
 
 STATE_FILE = "trainer_state.json"
@@ -155,10 +154,10 @@ def read_run(path: str | os.PathLike) -> Run:
 def _read_state(file: Path) -> dict[str, Any] | None:
     """A trainer's state; None if the file is missing or was not written to its end."""
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(file, "global_step", "log_history")
+    except UserError:
         return None
-    return state if isinstance(state, dict) and {"global_step", "log_history"} <= set(state) else None
+    return state if isinstance(state["log_history"], list) and isinstance(state["global_step"], int) else None
 
 
 def _kind(log: Log) -> str:

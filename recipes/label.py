@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.progress import track
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import read_jsonl, write_json, write_jsonl
+from prefopt.inference.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from prefopt.inference.scoring import score_rows
 from prefopt.labeling.agreement import agreement
 from prefopt.labeling.answers import CHARACTERS_PER_SECOND, import_answers, read_answers
@@ -250,8 +250,8 @@ def choose_tasks(args: NextArguments) -> None:
 def _skips(report: Path) -> dict[str, int]:
     """How many tasks each labeler skipped, as `prefopt label import` reported it."""
     try:
-        return dict(json.loads(report.read_text(encoding="utf-8"))["skipped_by"])
-    except (ValueError, KeyError, TypeError):
+        return dict(read_json(report, "skipped_by")["skipped_by"])
+    except (ValueError, TypeError):
         raise UserError(f"{report}: not the report of `prefopt label import`; import again, or move it") from None
 
 

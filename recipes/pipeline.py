@@ -14,17 +14,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import yaml
-
 from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationRun
 from prefopt.inference.generate import generate
-from prefopt.inference.jsonl import read_jsonl, write_json, write_jsonl
+from prefopt.inference.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import config_folder, parse, setting
+from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
 from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
@@ -83,12 +81,12 @@ class Pipeline:
             ("dpo", "DPO from rankings", self.dpo),
             ("evaluate", "evaluate and report", self.evaluate),
         ]
+        # All files at once: a mistake in a later step would be met after an hour.
+        settings = {name: read_config(str(self.configs / f"{name}.yaml")) for name in CONFIGS}
         steps = Steps(self.root, total=len(plan))
         sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
         for name, title, work in plan:
-            config = self.configs / f"{name}.yaml"
-            settings = yaml.safe_load(config.read_text()) if config.is_file() else None
-            steps.run(name, title, {"pipeline": sizes, "step": settings}, work)
+            steps.run(name, title, {"pipeline": sizes, "step": settings.get(name)}, work)
         # On every run, so that the wall time of the evaluation itself is in it.
         self.evaluation("report", steps.seconds)
         steps.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
@@ -154,7 +152,7 @@ class Pipeline:
         """Keep the epoch with the best reward-model score on validation prompts, not the best loss (section 3.5)."""
         judge = load_reward_model(self.root / "reward")
         prompts = [row["prompt"] for row in read_jsonl(self.data / "prompts_tuning.jsonl")]
-        state = json.loads((self.root / "sft-epochs" / "trainer_state.json").read_text())
+        state = read_json(self.root / "sft-epochs" / "trainer_state.json", "log_history")
         losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
         epochs = []
         checkpoints = (self.root / "sft-epochs").glob("checkpoint-*")

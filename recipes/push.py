@@ -8,7 +8,6 @@ Needs a token that may write: `hf auth login`, or HF_TOKEN. A LoRA adapter is pu
 as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is set.
 """
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tempfile import TemporaryDirectory
 from prefopt.errors import UserError
 from prefopt.hub.cards import is_handwritten, read_facts, write_card
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
+from prefopt.inference.jsonl import read_json
 from prefopt.recipes.common.arguments import parse, setting
 
 # Measures of results.json that a card shows, with what follows a dot, and what the card calls them.
@@ -89,10 +89,10 @@ def add_results(folder: Path, results: str, name: str | None) -> None:
             f"{folder / 'README.md'} was edited by hand, so no results are added to it: leave --results away, or move "
             "the file aside to have it written again"
         )
-    try:
-        measures = json.loads(Path(results).read_text(encoding="utf-8"))["measures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--results {results}: expected the results.json of `prefopt eval`: {error}") from error
+    measures = read_json(results, "measures")["measures"]
+    needed = {"name", "model", "against", "status", "value", "ci_low", "ci_high", "n"}
+    if not isinstance(measures, list) or not all(isinstance(m, dict) and needed <= m.keys() for m in measures):
+        raise UserError(f"--results {results}: expected the results.json of `prefopt eval`")
     rows = {}
     for m in measures:
         title = _title(m["name"])

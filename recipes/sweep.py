@@ -19,7 +19,7 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import compare, drift, generate, judge, report, tax
 from prefopt.evaluation.sweep import VERDICT, Finding, Point, build_sweep_page, contrasts, findings, plain_ppo
 from prefopt.evaluation.training_run import read_run
-from prefopt.inference.jsonl import read_jsonl, write_whole
+from prefopt.inference.jsonl import read_json, read_jsonl, write_whole
 from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
 from prefopt.recipes.common.steps import Steps
 from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, command_line
@@ -134,7 +134,7 @@ class Sweep:
 
     def report(self, wall_seconds: dict[str, float]) -> list[Finding]:
         """Write sweep.json and sweep.html; the findings."""
-        evaluation = json.loads((self.root / "evaluation.json").read_text(encoding="utf-8"))
+        evaluation = read_json(self.root / "evaluation.json", "measures")
         measures = evaluation["measures"]
         found = findings(measures, self.ptx, self.kl)
         rollouts = {p.name: self.rollouts(p) for p in self.points}
@@ -175,9 +175,9 @@ def _finished_pipeline(folder: Path) -> tuple[Pipeline, dict[str, str]]:
             f"run_dir: {folder} is not a finished pipeline run ({missing[0]} is missing); run `prefopt pipeline "
             f"--output_dir {folder}` first"
         )
-    settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
+    settings = read_json(folder / "results.json", "settings")["settings"]
     args = PipelineArguments(output_dir=str(folder), seed=settings["seed"], max_new_tokens=settings["max_new_tokens"])
-    inputs = {name: json.loads(markers[name].read_text(encoding="utf-8"))["run"] for name in INPUTS}
+    inputs = {name: read_json(markers[name], "run")["run"] for name in INPUTS}
     return Pipeline(args), inputs
 
 

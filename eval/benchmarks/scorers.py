@@ -18,7 +18,7 @@ from prefopt.evaluation.benchmarks import BENCHMARKS
 from prefopt.evaluation.judges.gold import load_callable
 from prefopt.evaluation.results import Failed, NoNumber, Skipped
 from prefopt.inference.journal import fingerprint_of, function_state
-from prefopt.inference.jsonl import write_whole
+from prefopt.inference.jsonl import read_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -210,5 +210,5 @@ def kept_file(path: Path, settings: str) -> dict[str, Any] | None:
     """What an earlier run left there under the same settings."""
     if not path.is_file():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path, "settings")
     return kept if kept["settings"] == settings else None

@@ -1,6 +1,5 @@
 """Stage `report`: results.json, report.html and report.md from what the other stages left in the folder."""
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from prefopt.evaluation.results import Definition, Measures, Skipped, build_resu
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
 from prefopt.evaluation.stages import STAGES
 from prefopt.evaluation.stages.judge import judgements_path
-from prefopt.inference.jsonl import read_jsonl
+from prefopt.inference.jsonl import read_json, read_jsonl
 from prefopt.statistics.intervals import mean_estimate
 
 Row = Mapping[str, Any]
@@ -259,11 +258,11 @@ def _curves(args: EvaluationArguments, own: ReportArguments) -> dict[str, Any]:
     """Training curves: the SFT epochs, and reward and KL over the steps of RL."""
     curves: dict[str, Any] = {}
     if own.sft_selection is not None:
-        selection = json.loads(Path(own.sft_selection).read_text(encoding="utf-8"))
+        selection = read_json(own.sft_selection, "epochs", "chosen")
         curves = {"sft_epochs": selection["epochs"], "sft_chosen_epoch": selection["chosen"]["epoch"]}
     for name, folder in {**args.models, **own.rl_runs}.items():
         state = Path(folder) / "trainer_state.json"
-        history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+        history = read_json(state, "log_history")["log_history"] if state.is_file() else []
         log = [{**entry, "gold": entry.get("rewards/gold/mean")} for entry in history if "objective/scores" in entry]
         curves |= {name: log} if log else {}
     return curves

@@ -49,6 +49,33 @@ def _utf8(lines: Iterable[str], path: str | os.PathLike) -> Iterator[str]:
         raise UserError(f"{path}: not UTF-8 text (it has the byte 0x{byte:02x}); save it as UTF-8") from None
 
 
+def read_json(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file that has these keys; anything else is a UserError that names the file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "results.json"
+    >>> write_whole(path, '{"measures": []}')
+    >>> read_json(path, "measures")
+    {'measures': []}
+    >>> read_json(path, "settings")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    prefopt.errors.UserError: .../results.json: 'settings' is missing
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {os.strerror(error.errno or 0)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: not valid JSON ({reason}); it was cut off or edited") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise UserError(f"{path}: {missing[0]!r} is missing")
+    return content
+
+
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]], *, replace: bool = True) -> int:
     """Write one JSON object per line, as the rows come; the file appears whole or not at all. Returns their number.
 

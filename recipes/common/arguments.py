@@ -168,14 +168,27 @@ def _with_underscores(argument: str) -> str:
     return "--" + "=".join([key.replace("-", "_"), *value])
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first of the two would be forgotten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str) -> dict[str, Any]:
     """The keys of a YAML file, each with a value."""
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist")
     try:
-        keys = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        keys = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read") from None
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path}: expected lines `key: value` whose keys are words")
     for key, value in keys.items():

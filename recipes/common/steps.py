@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import write_whole
+from prefopt.inference.jsonl import read_json, write_whole
 
 
 class Steps:
@@ -50,7 +50,7 @@ class Steps:
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
         heading = f"[{len(self.seconds) + 1}/{self.total}] {title}"
         if marker.exists():
-            done = json.loads(marker.read_text(encoding="utf-8"))
+            done = read_json(marker, "fingerprint", "run", "seconds")
             if done["fingerprint"] != fingerprint:
                 raise UserError(
                     f"step {name!r} of {self.folder} ran with other settings or before an earlier step ran again; "

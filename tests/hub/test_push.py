@@ -176,7 +176,7 @@ def test_bad_arguments_stop_with_a_line(hub, folder, tmp_path):
             "me/policy",
             "--results",
             tmp_path / "no.json",
-        ): "expected the results.json of `prefopt eval`",
+        ): "no.json: No such file or directory",
         (folder, "me/policy", "--mergee", "true"): "did you mean 'merge'?",
     }.items():
         with pytest.raises(SystemExit) as stop:

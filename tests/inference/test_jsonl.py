@@ -1,12 +1,14 @@
 """JSONL files, and that reading and writing them loads nothing heavy."""
 
+import gzip
 import json
 import subprocess
 import sys
 
 import pytest
 
-from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.errors import UserError
+from prefopt.inference.jsonl import read_json, read_jsonl, write_jsonl
 
 
 @pytest.mark.parametrize("module", ["jsonl", "journal"])
@@ -37,3 +39,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_jsonl(path, [{"a": 2}, {"a": object()}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        ("[" * 100000, "nested too deeply"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"a": 1}', "'b' is missing"),
+        ("\ud800", "not valid JSON"),
+    ],
+)
+def test_a_json_file_that_is_not_what_it_should_be_is_named(tmp_path, content, said):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=rf"x\.json: .*{said}"):
+        read_json(path, "a", "b")
+
+
+def test_a_row_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + "[" * 100000 + "\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl line 2: .*nested too deeply"):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "checksum"])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    whole = gzip.compress(b'{"a": 1}\n' * 1000)
+    content = {"cut": whole[:-20], "no gzip": b'{"a": 1}', "checksum": whole[:-8] + b"\0" * 8}[damage]
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz: not a whole gzip file"):
+        read_jsonl(tmp_path / "rows.jsonl.gz")
+
+
+def test_a_file_of_other_content_stays_unless_it_may_be_replaced(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}], replace=False)
+    write_jsonl(path, [{"a": 1}], replace=False)
+    with pytest.raises(UserError, match=r"rows\.jsonl is there already"):
+        write_jsonl(path, [{"a": 2}], replace=False)
+    assert read_jsonl(path) == [{"a": 1}]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    write_jsonl(path, [{"a": 2}])
+    assert read_jsonl(path) == [{"a": 2}]
+    with pytest.raises(UserError, match="is a folder; name a file"):
+        write_jsonl(tmp_path, [])

@@ -9,6 +9,7 @@ import pytest
 
 from prefopt import cli
 from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes import pipeline
 
 ROWS = [
     {"prompt": f"question {i}", "completions": ["a cat", "a dog"], "ranks": [1, 2], "labeler": name}
@@ -104,3 +105,13 @@ def test_the_pipeline_leaves_a_folder_of_others_alone(files):
     shutil.rmtree("mine")
     Path("mine").write_text(OTHERS)
     assert "mine is a file" in run("pipeline", "--output_dir", "mine")
+
+
+def test_a_mistake_in_the_file_of_a_later_step_ends_the_pipeline_before_the_first(files):
+    shutil.copytree(Path(pipeline.__file__).parent / "tiny", "tiny")
+    with open("tiny/dpo.yaml", "a") as config:
+        config.write("beta: 0.1\nbeta: 0.2\n")
+    told = run("pipeline", "--config_dir", "tiny", "--output_dir", "new")
+    assert "dpo.yaml" in told
+    assert "stands twice" in told
+    assert not Path("new").exists()

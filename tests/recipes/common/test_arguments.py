@@ -7,6 +7,7 @@ import pytest
 from prefopt import cli
 from prefopt.errors import UserError
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.recipes.common.arguments import read_config
 from prefopt.recipes.common.rows import check_fields, load_rows
 
 GOOD = {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}
@@ -161,3 +162,18 @@ def test_a_missing_model_is_one_line(tmp_path):
 def test_dpo_refuses_a_beta_that_inverts_the_ranks(tmp_path, beta):
     with pytest.raises(UserError, match="expected a positive number"):
         dpo.main(["--output_dir", str(tmp_path), "--beta", beta])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("seed: 1\nseed: 2\n", "the key 'seed' stands twice"),
+        ("env: {A: 1, A: 2}\n", "the key 'A' stands twice"),
+        ("seed: " + "[" * 5000, "nested too deeply"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not a YAML file"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_meant_is_refused(tmp_path, content, said):
+    (tmp_path / "step.yaml").write_text(content)
+    with pytest.raises(UserError, match=rf"step\.yaml .*{said}"):
+        read_config(str(tmp_path / "step.yaml"))
