@@ -148,7 +148,7 @@ SHARDING = {
 }
 
 
-OPTIONAL = POSITIVE._replace(also=(None,))
+OPTIONAL = Range(is_open=True, also=(None,))
 RANGES = {
     "num_generations": COUNT,
     "num_iterations": COUNT,
@@ -159,11 +159,11 @@ RANGES = {
     "kl_target": OPTIONAL,
     "kl_horizon": POSITIVE,
     "vf_coef": Range(),
-    "value_clip_range": POSITIVE._replace(also=(math.inf,)),
+    "value_clip_range": Range(is_open=True, also=(math.inf,)),
     "value_learning_rate": Range(),
     "value_warmup_steps": Range(is_whole=True),
     "warmup_start_ratio": SHARE,
-    "ema_decay": SHARE._replace(also=(None,)),
+    "ema_decay": Range(most=1, also=(None,)),
     "discount": SHARE,
     "gae_lambda": SHARE,
     "score_clip": OPTIONAL,

@@ -55,9 +55,9 @@ TRAINING: dict[str, Range] = {
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
     "logging_steps": POSITIVE,
-    "eval_steps": POSITIVE._replace(also=(None,)),
+    "eval_steps": Range(is_open=True, also=(None,)),
     "save_steps": POSITIVE,
-    "save_total_limit": COUNT._replace(also=(None,)),
+    "save_total_limit": Range(1, is_whole=True, also=(None,)),
     "seed": Range(is_whole=True),
 }
 
