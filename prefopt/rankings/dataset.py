@@ -26,6 +26,7 @@ from prefopt.rankings.checks import (
     validate_ratings,
     validate_tokenized,
 )
+from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids, template_kwargs
 
@@ -73,6 +74,8 @@ def _from_texts(dataset: Dataset | Sequence[Mapping[str, Any]], source: str, mar
     if isinstance(dataset, Dataset) and dataset.format["type"] not in (None, "custom"):
         dataset = dataset.with_format(None)  # rows as Python objects, not tensors
     validate_comparisons(dataset, source)
+    if unread := unread_parts(columns_of(dataset, PARTS)):
+        logger.warning(f"{source}: {unread}")
     if not isinstance(dataset, Dataset):
         columns = dict.fromkeys(key for row in dataset for key in row)
         dataset = Dataset.from_dict({name: [row.get(name) for row in dataset] for name in columns})

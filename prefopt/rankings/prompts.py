@@ -1,12 +1,37 @@
 """Where the prompt of a preference row stands: beside the answers, or at the beginning of both (TRL's implicit prompt)."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prefopt.errors import UserError
 
 # What some data sets call the prompt.
 OTHER_NAMES = ("question", "instruction", "input", "query")
+# What some data sets have of the prompt in fields of its own; `prefopt data convert` makes one prompt of them.
+PARTS = ("system", "input", "history", "context", "conversations")
+
+
+def unread_parts(rows: Iterable[Mapping[str, Any]], names: Iterable[str] = PARTS) -> str | None:
+    """What a step leaves out that belongs to the prompt, with counts, or None.
+
+    >>> unread_parts([{"prompt": "Hi", "system": "Be kind."}, {"prompt": "Hi", "system": ""}])
+    "not read, though it seems to belong to the prompt: 'system' of 1 rows; write it into the prompt"
+    """
+    counts = Counter(name for row in rows for name in names if row.get(name))
+    if not counts:
+        return None
+    fields = ", ".join(f"{name!r} of {count} rows" for name, count in counts.items())
+    return f"not read, though it seems to belong to the prompt: {fields}; write it into the prompt"
+
+
+def columns_of(rows: Any, names: Iterable[str]) -> Iterable[Mapping[str, Any]]:
+    """Some columns of a `datasets.Dataset`, so that no others are read; a list of rows as it is."""
+    columns = getattr(rows, "column_names", None)
+    if columns is None:
+        return rows
+    some = [name for name in names if name in columns]
+    return rows.with_format(None).select_columns(some) if some else []
 
 
 class NothingShared(UserError):

@@ -1,5 +1,6 @@
 """Rows for every recipe: loaded from files, folders or the Hub, and checked before any model is loaded."""
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import iter_jsonl, read_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
+from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
 from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments
 from prefopt.recipes.common.conversations import is_message
-from prefopt.recipes.common.sources import load_source
+from prefopt.recipes.common.sources import load_source, rows_of_jsonl
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.ranked.options import check_stream_options
 from prefopt.trainers.reward.config import RankedRewardConfig
+
+logger = logging.getLogger(__name__)
 
 Rows = Dataset | list[dict]
 Check = Callable[[Rows, str], None]
@@ -56,6 +59,9 @@ def load_rows(
             raise UserError(error) from error
     rows = rows if convert is None else convert(rows, str(name))
     check(rows, str(name))
+    # Of comparisons `prepare_comparisons` says it.
+    if check is not check_comparisons and (unread := unread_parts(columns_of(rows, PARTS))):
+        logger.warning("%s: %s", name, unread)
     return rows if isinstance(rows, Dataset) else _as_dataset(rows, str(name))
 
 
@@ -107,9 +113,9 @@ def _load(name: str | None, key: str, split: str, config: str | None, stream: bo
         raise UserError(f"{key} is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
     if name.endswith(".jsonl") and Path(name).is_file():
         if stream:
-            return IterableDataset.from_generator(iter_jsonl, gen_kwargs={"path": name})
+            return IterableDataset.from_generator(rows_of_jsonl, gen_kwargs={"name": name, "split": split})
         try:
-            return read_jsonl(name)
+            return list(rows_of_jsonl(name, split))
         except (OSError, ValueError) as error:
             raise UserError(f"{key}: cannot load {name!r}: {error}") from error
     rows = load_source(name, key, split, config, streaming=stream)
@@ -134,6 +140,9 @@ def load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Datase
         return None
     how["split"] = data.dataset_test_split
     if data.eval_dataset_name:
+        # The default: of a file, which has no split `test`, it means all rows.
+        if how["split"] == "test" and not (Path(data.eval_dataset_name) / "dataset_dict.json").is_file():
+            how["split"] = "train" if Path(data.eval_dataset_name).exists() else "test"
         return load_rows(data.eval_dataset_name, key="eval_dataset_name", **how)
     if Path(data.dataset_name).is_file():
         raise UserError("eval_strategy is on: set eval_dataset_name (a file has no test split)")

@@ -7,6 +7,7 @@ Libraries that take seconds to import (datasets, transformers) are imported wher
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.progress import track
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl
 from prefopt.rankings.checks import row_problem
-from prefopt.rankings.formats import needs_conversion
+from prefopt.rankings.formats import fields, needs_conversion
 from prefopt.rankings.prompts import with_prompt
 from prefopt.recipes.common.arguments import setting
 
@@ -55,9 +56,11 @@ def load_source(
 ) -> Dataset | IterableDataset:
     """The rows called `name`; `key` is the argument the name came from, so that an error can say which one to change.
 
-    `config`, `data_dir` and `revision` are those of a Hub dataset. A file is the split `train` of itself.
+    `config`, `data_dir` and `revision` are those of a Hub dataset. A file is the split `train` of itself. Cells of a CSV are
+    texts (an answer may be "null", "NA" or "06"), empty ones nothing.
     """
-    from datasets import load_dataset, load_from_disk
+    import pandas
+    from datasets import Features, Value, load_dataset, load_from_disk
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     path = Path(name)
@@ -65,11 +68,18 @@ def load_source(
         if path.is_file():
             if path.suffix not in _BUILDERS:
                 raise UserError(f"{key}: {name} has suffix {path.suffix!r}; expected one of {sorted(_BUILDERS)}")
-            return load_dataset(_BUILDERS[path.suffix], data_files=name, split="train", streaming=streaming)
+            how: dict[str, Any] = {"split": _split_of_file(split), "streaming": streaming}
+            if path.suffix == ".csv":
+                cells = Features(dict.fromkeys(pandas.read_csv(name, nrows=0).columns, Value("string")))
+                how |= {"features": cells, "keep_default_na": False, "na_values": [""]}
+            rows = load_dataset(_BUILDERS[path.suffix], data_files=name, **how)
+            if path.suffix == ".csv" and "margin" in (rows.column_names or ()):
+                rows = rows.map(lambda row: {"margin": fields.number(row["margin"], "margin")})
+            return rows
         if (path / "dataset_info.json").is_file():
-            return load_from_disk(name)
+            return part_of(load_from_disk(name), _split_of_file(split))
         if (path / "dataset_dict.json").is_file():
-            return load_from_disk(name)[split]
+            return part_of(load_from_disk(name)[split.partition("[")[0]], split)
         if path.suffix in _BUILDERS:
             raise UserError(f"{key}: file {name} does not exist")
         return load_dataset(name, config, data_dir=data_dir, revision=revision, split=split, streaming=streaming)
@@ -85,6 +95,35 @@ def load_source(
                 f"(`prefopt data convert {name} --revision refs/convert/parquet --data_dir {config or 'default'}`)"
             )
         raise UserError(f"{key}: cannot load {name!r} (split {split!r}): {reason}{remedy}") from error
+
+
+def _split_of_file(split: str) -> str:
+    """`train`, or a part of it as `datasets` has them (`train[:75%]`): a file has no other split."""
+    if not re.fullmatch(r"train(\[.*\])?", split):
+        raise UserError(
+            f"split {split!r}: a file is one split, train; write train, or a part of it such as train[:75%]"
+        )
+    return split
+
+
+def part_of(rows: Any, split: str) -> Any:
+    """The rows of a split such as `train[:75%]`, of a list or a Dataset with all rows of `train`.
+
+    >>> part_of(["a", "b", "c", "d"], "train[75%:]"), part_of(["a", "b"], "train")
+    (['d'], ['a', 'b'])
+    """
+    if "[" not in split:
+        return rows
+    from datasets import ReadInstruction
+
+    (part,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(rows)})
+    return rows[part.from_ : part.to] if isinstance(rows, list) else rows.select(range(part.from_, part.to))
+
+
+def rows_of_jsonl(name: str, split: str) -> Iterator[Row]:
+    """The rows of a split of a .jsonl file, as they are read where that is all of them."""
+    _split_of_file(split)
+    yield from part_of(list(iter_jsonl(name)), split) if "[" in split else iter_jsonl(name)
 
 
 @dataclass
@@ -115,7 +154,7 @@ def read_rows(source: SourceArguments) -> Iterable[Row]:
 def _read(source: SourceArguments) -> Iterator[Row]:
     name = str(source.data)
     if name.endswith((".jsonl", ".jsonl.gz")):
-        yield from iter_jsonl(name)
+        yield from rows_of_jsonl(name, source.split)
         return
     hub = {"data_dir": source.data_dir, "revision": source.revision, "streaming": source.streaming}
     try:

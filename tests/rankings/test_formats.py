@@ -566,7 +566,7 @@ def test_streams_stay_streams():
             r"row 0: field 'answers\[0\]': expected an object, got 'Plum.'",
         ),
         (
-            [{"question": "Which way?", "chosen": "The left one.", "rejected": "The right one."}],
+            [{"question": "Which way?", "chosen": "Which way? Left.", "rejected": "Which way? Right."}],
             {},
             "row 0: field 'prompt': expected a text or messages, got nothing, but a field 'question'; rename that",
         ),

@@ -96,7 +96,7 @@ def needs_conversion(row: Row) -> str | None:
     'table'
     """
     name = detect(row)
-    if name == "pairs":
+    if name == "pairs" and not pairs.needs_one_prompt(row):
         return None
     if name == "table" and isinstance(row.get("completions"), list) and isinstance(row.get("ranks"), list):
         return None

@@ -8,7 +8,12 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
 from prefopt.rankings.formats.rated import helpsteer_messages
-from prefopt.rankings.prompts import NothingShared, is_chat, shared_turns, with_prompt
+from prefopt.rankings.prompts import OTHER_NAMES, NothingShared, is_chat, shared_turns, with_prompt
+
+# Where the turns before the answers stand, if not in `prompt`.
+_CHATS = ("conversations", "messages")
+# ShareGPT's names.
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -18,12 +23,17 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
     explicit or implicit; HuggingFaceH4/ultrafeedback_binarized has a `prompt` and repeats it inside both. A prompt inside
     messages is the messages both start with. Inside texts it is what both start with up to the last white space (unlike
     `trl.extract_prompt`, which cuts a word that both begin alike). `score_chosen` and `score_rejected`, or a `margin`,
-    become `ratings`. Kept: `labeler`.
+    become `ratings`. Kept: `labeler`, `tools`, `chat_template_kwargs`.
+
+    What other tools have in fields of its own becomes part of the prompt, as messages: `system`; `question` or `instruction`
+    with `input` and `history` (LLaMA-Factory's Alpaca format, axolotl's chatml.*); `conversations` or `messages` before a
+    `chosen` and a `rejected` message, also with ShareGPT's `from` and `value`.
 
     >>> list(chosen_rejected([{"chosen": "The sky is blue", "rejected": "The sky is black"}], Counter()))
     [{'prompt': 'The sky is', 'completions': [' blue', ' black'], 'ranks': [1, 2], 'ratings': None, 'labeler': None}]
     """
     for row in rows:
+        row = _with_one_prompt(row)
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
@@ -49,6 +59,10 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
                 f"field 'chosen': expected two texts or two lists of messages, got {shorten(answers[0])} and "
                 f"{shorten(answers[1])} in 'rejected'; give both in one format"
             )
+        if (system := row.get("system")) and prompt:
+            prompt = user(prompt) if isinstance(prompt, str) else prompt
+            if prompt[0].get("role") != "system":
+                prompt = [{"role": "system", "content": system}, *prompt]
         if not isinstance(prompt, str | list):
             raise UserError(f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it")
         scores = [number(row.get(name), name) for name in ("score_chosen", "score_rejected")]
@@ -60,7 +74,55 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
             "ranks": [1, 2],
             "ratings": None if None in scores else scores,
             "labeler": _name(row.get("labeler")),
+            **{name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)},
         }
+
+
+def needs_one_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `chosen` and `rejected` is one that trainers do not take as it is."""
+    chosen = row.get("chosen")
+    if isinstance(chosen, Mapping) or (is_chat(chosen) and "from" in chosen[0]):
+        return True
+    has_prompt = row.get("prompt") is not None or (is_chat(chosen) and chosen[0].get("role") != "assistant")
+    return bool(row.get("system")) or (not has_prompt and any(row.get(name) for name in (*OTHER_NAMES, *_CHATS)))
+
+
+def _with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with messages of `role` and `content`, and one prompt of what other tools have in several fields."""
+    if not needs_one_prompt(row):
+        return row
+    row = {
+        name: _messages(value) if name in ("prompt", "chosen", "rejected", *_CHATS) else value
+        for name, value in row.items()
+    }
+    if row.get("prompt") is not None:
+        return row
+    if chat := next((row[name] for name in _CHATS if is_chat(row.get(name))), None):
+        return {**row, "prompt": chat}
+    asked = next((row[name] for name in OTHER_NAMES if row.get(name)), None)
+    # Answers that begin with it are whole texts.
+    if not isinstance(asked, str) or all(str(row.get(name)).startswith(asked) for name in ("chosen", "rejected")):
+        return row
+    if isinstance(more := row.get("input"), str) and more and asked != more:
+        asked = f"{asked}\n{more}"
+    before = [
+        turn
+        for pair in row.get("history") or ()
+        for turn in (*user(pair[0]), {"role": "assistant", "content": pair[1]})
+    ]
+    return {**row, "prompt": [*before, *user(asked)]}
+
+
+def _messages(value: Any) -> Any:
+    """A message, or a list of them, with `from` and `value` or not, as a list of `role` and `content`; others as they are."""
+    if isinstance(value, Mapping):
+        value = [value]
+    if not is_chat(value):
+        return value
+    return [
+        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} if "from" in turn else turn
+        for turn in value
+    ]
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:

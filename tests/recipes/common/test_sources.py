@@ -1,0 +1,137 @@
+"""Rows as files and other tools have them: parts of a file, cells of a CSV, prompts in several fields."""
+
+import logging
+import re
+
+import pytest
+from datasets import Dataset
+
+from prefopt.errors import UserError
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
+from prefopt.rankings.checks import validate_comparisons
+from prefopt.rankings.dataset import prepare_comparisons
+from prefopt.recipes import data
+from prefopt.recipes.common.rows import check_comparisons, check_fields, load_rows, stream_rows
+from prefopt.recipes.common.sources import load_source
+
+ROWS = [{"prompt": f"question {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
+
+
+def written(folder, suffix):
+    path = folder / f"rows{suffix}"
+    if suffix == ".jsonl":
+        write_jsonl(path, ROWS)
+    elif suffix == "":
+        Dataset.from_list(ROWS).save_to_disk(path)
+    else:
+        getattr(Dataset.from_list(ROWS), {".csv": "to_csv", ".parquet": "to_parquet"}[suffix])(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ""])
+def test_a_part_of_a_file_is_that_part(suffix, tmp_path):
+    name = written(tmp_path, suffix)
+    for split, numbers in {
+        "train": range(8),
+        "train[:75%]": range(6),
+        "train[75%:]": (6, 7),
+        "train[2:3]": (2,),
+    }.items():
+        rows = load_rows(name, key="dataset_name", check=check_comparisons, split=split)
+        assert rows["prompt"][:] == [f"question {i}" for i in numbers]
+    with pytest.raises(UserError, match="'validation': a file is one split, train; write train, or a part of it"):
+        load_rows(name, key="dataset_name", check=check_comparisons, split="validation")
+
+
+def test_data_commands_and_streams_read_the_part_too(tmp_path, capsys):
+    name = written(tmp_path, ".jsonl")
+    data.main(["validate", name, "--split", "train[:3]"])
+    assert "3 rows of comparisons" in capsys.readouterr().out
+    rows = stream_rows(name, key="dataset_name", check=check_comparisons, split="train[7:]")
+    assert [row["prompt"] for row in rows] == ["question 7"]
+
+
+def test_cells_of_a_csv_are_texts(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,rejected,margin,labeler\np,null,NA,1.5,\nq,06,True,,ann\n")
+    rows = load_source(str(path), "data")
+    assert rows["chosen"][:] == ["null", "06"]
+    assert rows["rejected"][:] == ["NA", "True"]
+    assert rows["margin"][:] == [1.5, None]
+    assert rows["labeler"][:] == [None, "ann"]
+    validate_comparisons(rows)
+
+
+@pytest.mark.parametrize("as_rows", [list, Dataset.from_list])
+def test_parts_of_the_prompt_that_are_not_read_are_counted(as_rows, caplog):
+    rows = [
+        {**ROWS[0], "system": "Be kind."},
+        {**ROWS[1], "system": "", "history": [["a", "b"]]},
+        {**ROWS[2], "system": "x"},
+    ]
+    with caplog.at_level(logging.WARNING):
+        prepare_comparisons(as_rows([{"system": None, "history": None} | row for row in rows]))
+    assert (
+        "train: not read, though it seems to belong to the prompt: 'system' of 2 rows, 'history' of 1 rows"
+        in caplog.text
+    )
+
+
+def test_prompts_too(tmp_path, caplog):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hi", "system": "Be kind."}])
+    with caplog.at_level(logging.WARNING):
+        load_rows(str(tmp_path / "prompts.jsonl"), key="dataset_name", check=check_fields("prompt"))
+    assert "'system' of 1 rows" in caplog.text
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+HELLO = [turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Name a fruit.")]
+TOLD = [
+    {"from": "human", "value": "Hi"},
+    {"from": "gpt", "value": "Hello"},
+    {"from": "human", "value": "Name a fruit."},
+]
+TEXTS = {"chosen": "Plum.", "rejected": "No."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        (
+            {
+                "conversations": TOLD,
+                "chosen": {"from": "gpt", "value": "Plum."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            HELLO,
+        ),
+        ({"messages": HELLO, "chosen": turn("assistant", "Plum."), "rejected": turn("assistant", "No.")}, HELLO),
+        ({"instruction": "Name", "input": "a fruit.", **TEXTS}, [turn("user", "Name\na fruit.")]),
+        ({"instruction": "Name a fruit.", "input": "", "history": [["Hi", "Hello"]], **TEXTS}, HELLO),
+        ({"system": "Be kind.", "question": "Fruit?", **TEXTS}, [turn("system", "Be kind."), turn("user", "Fruit?")]),
+        ({"system": "Be kind.", "prompt": "Fruit?", **TEXTS}, [turn("system", "Be kind."), turn("user", "Fruit?")]),
+        ({"system": "Be kind.", "prompt": HELLO, **TEXTS}, [turn("system", "Be kind."), *HELLO]),
+    ],
+)
+def test_prompts_in_the_fields_of_other_tools_are_converted_as_promised(row, prompt, tmp_path):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "rankings.jsonl"
+    write_jsonl(path, [row])
+    with pytest.raises(UserError, match=re.escape(f"`prefopt data convert {path} --out rankings.jsonl` reads it")):
+        data.main(["validate", str(path)])
+    data.main(["convert", str(path), "--out", str(out)])
+    (converted,) = read_jsonl(out)
+    answers = [a if isinstance(a, str) else a[0]["content"] for a in converted["completions"]]
+    assert (converted["prompt"], answers, converted["ranks"]) == (prompt, ["Plum.", "No."], [1, 2])
+
+
+def test_conversion_keeps_what_the_template_is_given(tmp_path):
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    write_jsonl(
+        tmp_path / "rows.jsonl", [{**ROWS[0], "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}]
+    )
+    data.main(["convert", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert (row["tools"], row["chat_template_kwargs"]) == (tools, {"enable_thinking": False})
