@@ -30,6 +30,7 @@ from prefopt.inference.journal import (
     is_kept,
     source_state,
 )
+from prefopt.rankings.prompts import TEMPLATE_FIELDS, columns_of, unread_parts
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.lock import lock
@@ -114,6 +115,8 @@ def load_prompts(args: SamplingArguments, model_args: ModelConfig, *scorers: str
         convert=prompts_from_messages,
         key="dataset_name",
     )
+    if unread := unread_parts(columns_of(rows, TEMPLATE_FIELDS), TEMPLATE_FIELDS):
+        logger.warning("%s: %s", args.dataset_name, unread)
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, rows)
     for scorer in scorers:

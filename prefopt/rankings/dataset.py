@@ -3,8 +3,8 @@
 import itertools
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ main_process_logger = get_logger(__name__)
 
 NO_RATINGS = "have no ratings: the margin of their pairs is 0"
 UNREAD_MARGINS = "have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
+CONTRADICTING = " that stand in a row with two ranks"
 _TIES = ("drop", "half")
 _TOKENIZED = {"prompt_ids", "completion_ids", "ranks"}
 
@@ -47,6 +48,7 @@ def prepare_comparisons(
 ) -> Dataset:
     """A validated dataset of ranked rows, from ranked or TRL preference rows.
 
+    Completions that stand in a row with two ranks teach nothing: they are dropped and counted in the log, as `convert` does.
     Rows in which all completions tie have no gradient under `ties="drop"`: they are dropped and counted in the log.
     Of a dataset that already has token ids, lengths and ranks are checked. With `margins`, the ratings will make margins:
     they are checked by `validate_ratings` and rows without are counted in the log.
@@ -67,7 +69,11 @@ def prepare_comparisons(
         dataset = dataset.cast_column("ranks", List(Value("int64")))
     if margins and (missing := validate_ratings(dataset, source)):
         logger.warning(f"{source}: {missing} of {len(dataset)} rows {NO_RATINGS}")
-    return _keep_rows_with_a_comparison(dataset, dataset, ties, source, "")
+    kept = dataset
+    columns = dataset.with_format(None).select_columns([_completions_of(dataset.column_names), "ranks"])
+    if any(contradictions(row) for row in columns):
+        kept = dataset.map(without_contradictions)
+    return _keep_rows_with_a_comparison(dataset, kept, ties, source, CONTRADICTING)
 
 
 def _from_texts(dataset: Dataset | Sequence[Mapping[str, Any]], source: str, margins: bool) -> Dataset:
@@ -159,6 +165,34 @@ def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """The lists of a tokenized row without the completions that are too long; `ranks` dense again, perhaps empty."""
     room = max_length - len(row["prompt_ids"])
     keep = [i for i, ids in enumerate(row["completion_ids"]) if len(ids) <= room]
+    return _only(row, keep)
+
+
+def contradictions(row: Mapping[str, Any]) -> list[int]:
+    """Positions of completions that are equal but ranked differently, from which nothing can be learned.
+
+    >>> contradictions({"completions": ["Plum.", "No.", "Plum."], "ranks": [1, 2, 3]})
+    [0, 2]
+    """
+    ranks_of: dict[str, set[int]] = defaultdict(set)
+    keys = [repr(completion) for completion in row[_completions_of(row)]]
+    for key, rank in zip(keys, row["ranks"], strict=True):
+        ranks_of[key].add(rank)
+    return [i for i, key in enumerate(keys) if len(ranks_of[key]) > 1]
+
+
+def without_contradictions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without its `contradictions`; `ranks` dense again, perhaps empty."""
+    out = set(contradictions(row))
+    return {**row, **_only(row, [i for i in range(len(row["ranks"])) if i not in out])}
+
+
+def _completions_of(names: Container[str]) -> str:
+    return "completions" if "completions" in names else "completion_ids"
+
+
+def _only(row: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """The lists of a row with these completions alone."""
     kept = {name: [row[name][i] for i in keep] for name in PER_COMPLETION if row.get(name) is not None}
     return {**kept, "ranks": dense_ranks(kept["ranks"])}
 
@@ -174,7 +208,8 @@ def _keep_rows_with_a_comparison(before: Dataset, after: Dataset, ties: str, sou
         return after
     message = f"{source}: {_in_words(counts, why, len(kept), len(ranks))}"
     if not kept:
-        remedy = "raise max_length" if counts["few"] or counts["completions"] else "add rows with a preference"
+        is_short = why != CONTRADICTING and (counts["few"] or counts["completions"])
+        remedy = "raise max_length" if is_short else "add rows with a preference"
         raise UserError(f"{message}; {remedy}")
     logger.warning(message)
     return after.select(kept) if len(kept) < len(ranks) else after
@@ -191,6 +226,7 @@ def _in_words(counts: Mapping[str, int], why: str, kept: int, read: int) -> str:
     """What is dropped; `why` it is of completions."""
     names = {
         "completions": f"completions{why}",
+        "contradicting": f"completions{CONTRADICTING}",
         "few": "rows with fewer than two completions left",
         "tied": "rows in which all completions tie",
     }
@@ -291,6 +327,9 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         if problem:
             raise UserError(f"{self.source} row {number}: {problem}")
         row = {**row, "ranks": [int(rank) for rank in row["ranks"]]}
+        if out := contradictions(row):
+            self.counts["contradicting"] += len(out)
+            row = without_contradictions(row)
         if "prompt_ids" in row:
             return row
         row |= tokenize_row(row, number, self.tokenizer, self.source, of="")
@@ -318,7 +357,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
     def report(self) -> None:
         """Log what the current pass has dropped; a warning on the first one, which the others repeat."""
         log = main_process_logger.info if self._pass else main_process_logger.warning
-        if self.counts["kept"] < self.counts["read"] or self.counts["completions"]:
+        if self.counts["kept"] < self.counts["read"] or self.counts["completions"] or self.counts["contradicting"]:
             log(f"{self.source}, pass {self._pass + 1} over the stream: {self._summary()}")
         if self.counts["unrated"]:
             log(f"{self.source}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 from prefopt.losses import ranking_loss, rating_margins
 from prefopt.rankings.checks import validate_comparisons
-from prefopt.rankings.dataset import RankedCollator, prepare_comparisons, tokenize_comparisons
+from prefopt.rankings.dataset import ComparisonStream, RankedCollator, prepare_comparisons, tokenize_comparisons
 from prefopt.rankings.row import (
     format_ranking,
     from_preference,
@@ -704,6 +704,32 @@ def test_prepare_drops_tied_rows_with_a_count(caplog):
         prepare_comparisons([row(ranks=[1, 1, 1])])
 
 
+@pytest.mark.parametrize("as_rows", [list, Dataset.from_list])
+def test_equal_completions_with_two_ranks_are_dropped_with_a_count(as_rows, caplog):
+    rows = [
+        row(completions=["a", "b", "a", "c"], ranks=[1, 2, 3, 4]),
+        row(completions=["a", "a", "b"], ranks=[1, 1, 2]),  # a tie, which is no contradiction
+        row(completions=["a", "a"], ranks=[1, 2]),
+    ]
+    prepared = prepare_comparisons(as_rows(rows))
+    assert prepared["completions"][:] == [["b", "c"], ["a", "a", "b"]]
+    assert prepared["ranks"][:] == [[1, 2], [1, 1, 2]]
+    expected = (
+        "train: dropped 4 completions that stand in a row with two ranks, 1 rows with fewer than two completions left"
+    )
+    assert expected in caplog.text
+    with pytest.raises(ValueError, match="that stand in a row with two ranks"):
+        prepare_comparisons([{"prompt": "p", "chosen": "a", "rejected": "a"}])
+
+
+def test_a_stream_drops_equal_completions_with_two_ranks_too(tokenizer, caplog):
+    rows = [row(completions=["a", "b", "a", "c"], ranks=[1, 2, 3, 4]), row(completions=["a", "a"], ranks=[1, 2])]
+    stream = ComparisonStream(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
+    come = iter(stream)
+    assert [next(come)["completions"] for _ in range(2)] == [["b", "c"]] * 2
+    assert "dropped 4 completions that stand in a row with two ranks, 1 rows with fewer than two" in caplog.text
+
+
 def test_prepare_makes_ratings_of_margins(caplog):
     """The first thousand rows have none: no type can be told from them."""
     preference = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -769,7 +795,7 @@ def test_the_check_of_ratings_equals_the_loop():
             (i, j) for i, j in itertools.permutations(range(k), 2) if ranks[i] < ranks[j] and ratings[i] < ratings[j]
         ]
         seen.add(bool(against))
-        rows = [row(completions=["a"] * k, ranks=ranks, ratings=ratings)]
+        rows = [row(completions=list("abcd")[:k], ranks=ranks, ratings=ratings)]
         if against:
             with pytest.raises(ValueError, match="row 0: field 'ratings'"):
                 prepare_comparisons(rows, margins=True, ties="half")
@@ -831,7 +857,10 @@ def test_too_long_completions_are_dropped_and_counted(tokenizer, caplog):
     rows = []
     for i in range(60):
         k = rng.randint(2, 6)
-        completions = ["".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(k)]
+        completions: list[str] = []
+        while len(completions) < k:
+            completion = "".join(rng.choices(words, k=rng.randint(1, 8)))
+            completions += [completion] * (completion not in completions)
         ratings = [rng.randint(1, 3) for _ in range(k)]
         fields = {"completions": completions, "ratings": ratings, "ranks": ranks_from_ratings(ratings)}
         rows.append({"prompt": f"the {i}", **fields, "flags": [[c] for c in completions]})
