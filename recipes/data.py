@@ -23,7 +23,9 @@ from rich.table import Table
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_json, write_jsonl
+from prefopt.rankings.checks import contradictions
 from prefopt.rankings.formats import FORMATS, convert, detect
+from prefopt.rankings.prompts import PARTS
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
@@ -114,10 +116,12 @@ def validate(source: SourceArguments, args: ValidateArguments) -> None:
     """rankings.jsonl: name the first row that a trainer would refuse, or with --all count the problems by kind."""
     # Kind of problem: how many rows have it, and the first.
     problems: dict[str, tuple[int, str]] = {}
+    notes: Counter[str] = Counter()
     number, kind = -1, None
     for number, checked in enumerate(checked_rows(read_rows(source), str(source.data), args.kind)):
-        kind, _, problem = checked
+        kind, row, problem = checked
         if problem is None:
+            notes.update(_notes(row))
             continue
         if not args.all:
             raise UserError(f"{source.data} row {number}: {problem}")
@@ -128,11 +132,34 @@ def validate(source: SourceArguments, args: ValidateArguments) -> None:
         raise UserError(f"{source.data}: no rows")
     if not problems:
         print(f"{source.data}: {number + 1:,} rows of {kind}, all as they should be")
+        for note, count in notes.items():
+            print(f"but {count:,} of {number + 1:,} rows {note}")
         return
     for name, (count, first) in sorted(problems.items(), key=lambda item: -item[1][0]):
         print(f"{count:,} rows: {name}; the first is {first}")
     bad = sum(count for count, _ in problems.values())
     raise UserError(f"{source.data}: {bad:,} of {number + 1:,} rows of {kind} are not as they should be")
+
+
+def _notes(row: Row) -> Iterator[str]:
+    """What trainers take, though its author may not mean it."""
+    first = next((row[name] for name in ("chosen", "completion") if row.get(name)), None)
+    if "ranks" in row:
+        first = row["completions"][0]
+        if contradictions(row):
+            yield "have a completion twice, with two ranks: trainers leave it out"
+    if "chosen" in row and row["chosen"] == row["rejected"]:
+        yield "have the same text as chosen and rejected: trainers leave them out"
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and isinstance(first, str) and re.match(r"\S[A-Za-z0-9]", prompt[-1] + first[0]):
+        yield (
+            "have a completion that follows the prompt without a space, which models read as the rest of a word: let "
+            "completions begin with a space, or write messages"
+        )
+    if unread := [name for name in PARTS if row.get(name)]:
+        yield f"have a field {unread[0]!r}, which is not read: write it into the prompt"
+    if row.get("label") is False:
+        yield "have label false, which SFT learns like the others: leave them out"
 
 
 def stats(source: SourceArguments, args: StatsArguments) -> None:

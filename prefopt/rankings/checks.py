@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from prefopt.errors import UserError
@@ -296,6 +297,24 @@ def joined_parts(parts: list) -> str:
         if not isinstance(text, str):
             raise UserError(f"expected parts of text in 'content', got {shorten(part)}; leave it out or drop the row")
     return "".join(texts)
+
+
+def contradictions(row: Mapping[str, Any]) -> list[int]:
+    """Positions of completions that are equal but ranked differently, from which nothing can be learned.
+
+    >>> contradictions({"completions": ["Plum.", "No.", "Plum."], "ranks": [1, 2, 3]})
+    [0, 2]
+    """
+    ranks_of: dict[str, set[int]] = defaultdict(set)
+    keys = [repr(completion) for completion in row[completions_of(row)]]
+    for key, rank in zip(keys, row["ranks"], strict=True):
+        ranks_of[key].add(rank)
+    return [i for i, key in enumerate(keys) if len(ranks_of[key]) > 1]
+
+
+def completions_of(names: Container[str]) -> str:
+    """The column of a ranked row's completions: their texts, or their token ids where there are no texts."""
+    return "completions" if "completions" in names else "completion_ids"
 
 
 def ranks_problem(ranks: Any, k: int, things: str) -> str | None:

@@ -3,8 +3,8 @@
 import itertools
 import logging
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import (
     PER_COMPLETION,
     checked_comparisons,
+    completions_of,
+    contradictions,
     dense_ranks,
     margin_problem,
     margins_problem,
@@ -70,7 +72,7 @@ def prepare_comparisons(
     if margins and (missing := validate_ratings(dataset, source)):
         logger.warning(f"{source}: {missing} of {len(dataset)} rows {NO_RATINGS}")
     kept = dataset
-    columns = dataset.with_format(None).select_columns([_completions_of(dataset.column_names), "ranks"])
+    columns = dataset.with_format(None).select_columns([completions_of(dataset.column_names), "ranks"])
     if any(contradictions(row) for row in columns):
         kept = dataset.map(without_contradictions)
     return _keep_rows_with_a_comparison(dataset, kept, ties, source, CONTRADICTING)
@@ -168,27 +170,10 @@ def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     return _only(row, keep)
 
 
-def contradictions(row: Mapping[str, Any]) -> list[int]:
-    """Positions of completions that are equal but ranked differently, from which nothing can be learned.
-
-    >>> contradictions({"completions": ["Plum.", "No.", "Plum."], "ranks": [1, 2, 3]})
-    [0, 2]
-    """
-    ranks_of: dict[str, set[int]] = defaultdict(set)
-    keys = [repr(completion) for completion in row[_completions_of(row)]]
-    for key, rank in zip(keys, row["ranks"], strict=True):
-        ranks_of[key].add(rank)
-    return [i for i, key in enumerate(keys) if len(ranks_of[key]) > 1]
-
-
 def without_contradictions(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row without its `contradictions`; `ranks` dense again, perhaps empty."""
     out = set(contradictions(row))
     return {**row, **_only(row, [i for i in range(len(row["ranks"])) if i not in out])}
-
-
-def _completions_of(names: Container[str]) -> str:
-    return "completions" if "completions" in names else "completion_ids"
 
 
 def _only(row: Mapping[str, Any], keep: Sequence[int]) -> dict[str, Any]:

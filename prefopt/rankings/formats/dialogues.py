@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prefopt.errors import UserError
 from prefopt.rankings.formats.fields import answer, entries, field, rank, user
 
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_EXCHANGE = re.compile(r"(?:\A\s*|\n\n)Human:.*\n\nAssistant:", re.DOTALL)
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -32,16 +32,16 @@ def turns(text: str) -> list[dict[str, str]]:
 
 
 def is_hh_rlhf(row: Mapping[str, Any]) -> bool:
-    """Both answers are whole dialogues."""
+    """Both answers are whole dialogues, perhaps with something before them."""
     texts = (row["chosen"], row["rejected"])
-    return row.get("prompt") is None and all(isinstance(text, str) and turns(text) for text in texts)
+    return row.get("prompt") is None and all(isinstance(text, str) and _EXCHANGE.search(text) for text in texts)
 
 
 def hh_rlhf(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
     r"""Anthropic/hh-rlhf: `chosen` and `rejected`, each a whole dialogue, the same but for its last answer.
 
     The prompt is the turns both share, as messages. Pairs that part before the last answer, or end with a human, are
-    dropped with a count. Source: the card of Anthropic/hh-rlhf (https://github.com/anthropics/hh-rlhf).
+    dropped with a count, as is what does not begin with a speaker. Source: the card of Anthropic/hh-rlhf (https://github.com/anthropics/hh-rlhf).
 
     >>> said = "\n\nHuman: Name a fruit.\n\nAssistant: "
     >>> list(hh_rlhf([{"chosen": said + "Plum.", "rejected": said + "No."}], Counter()))
@@ -50,11 +50,8 @@ def hh_rlhf(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator
     for row in rows:
         dialogues = [turns(field(row, name, str)) for name in ("chosen", "rejected")]
         if not all(dialogues):
-            raise UserError(
-                "field 'chosen': expected a dialogue of '\\n\\nHuman: ' and '\\n\\nAssistant: ', got none in it or in "
-                "'rejected'; mend or delete the row, or choose format pairs"
-            )
-        if any(dialogue[-1]["role"] != "assistant" for dialogue in dialogues):
+            counts["dialogues that do not begin with a speaker"] += 1
+        elif any(dialogue[-1]["role"] != "assistant" for dialogue in dialogues):
             counts["dialogues that do not end with an answer"] += 1
         elif dialogues[0][:-1] != dialogues[1][:-1]:
             counts["pairs that part before the last answer"] += 1

@@ -143,3 +143,39 @@ def test_tools_that_no_sample_sees_are_counted(tmp_path, caplog):
     rows = Dataset.from_list([{"prompt": HELLO, "tools": '[{"name": "find"}]'}] * 4)
     check_prompts(rows, PPOPtxConfig(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, bf16=False))
     assert "train_dataset: not read, though it seems to belong to the prompt: 'tools' of 4 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (
+            {"prompt": "A:", "chosen": "His", "rejected": "Her"},
+            "have a completion that follows the prompt without a space",
+        ),
+        ({"prompt": "A:", "completion": "His"}, "have a completion that follows the prompt without a space"),
+        ({"prompt": "A:", "chosen": " so", "rejected": " so"}, "have the same text as chosen and rejected"),
+        ({"prompt": "A:", "completions": [" a", " a"], "ranks": [1, 2]}, "have a completion twice, with two ranks"),
+        ({"prompt": "A:", "completion": " so", "label": False}, "have label false"),
+        ({"prompt": "A:", "completion": " so", "context": "c"}, "have a field 'context', which is not read"),
+    ],
+)
+def test_validate_counts_what_may_not_be_meant(row, note, tmp_path, capsys):
+    good = {**row, "rejected": " x"} if "rejected" in row else dict(row)
+    good |= {"label": True} if "label" in row else {}
+    good |= {"completions": [" a", " b"]} if "ranks" in row else {}
+    good |= {"context": None} if "context" in row else {}
+    good |= {"prompt": "A: "} if "space" in note else {}
+    write_jsonl(tmp_path / "rows.jsonl", [good, row])
+    data.main(["validate", str(tmp_path / "rows.jsonl")])
+    assert f"but 1 of 2 rows {note}" in capsys.readouterr().out
+
+
+def test_one_odd_dialogue_costs_one_row(tmp_path, capsys):
+    good, odd = (f"{before}\n\nHuman: Hi\n\nAssistant: " for before in ("", "Be kind."))
+    rows = [{"chosen": start + "Hello!", "rejected": start + "Go away."} for start in (odd, good)]
+    for order in (rows, rows[::-1]):
+        write_jsonl(tmp_path / "rows.jsonl", order)
+        data.main(["convert", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--overwrite"])
+        (row,) = read_jsonl(tmp_path / "out.jsonl")
+        assert row["prompt"] == [turn("user", "Hi")]
+        assert "left out: 1 dialogues that do not begin with a speaker" in capsys.readouterr().out
