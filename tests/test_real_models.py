@@ -1,0 +1,146 @@
+"""The matrix and each step on pretrained models, where they are: PREFOPT_REAL_MODELS names a folder of model folders.
+
+    PREFOPT_REAL_MODELS=models python -m pytest tests/test_real_models.py
+
+SmolLM2-135M-Instruct and Gemma-3-270m are what it was run with, in fp32.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.trainer.utils import add_fused_lm_head
+
+from prefopt import (
+    PPOPtxConfig,
+    PPOPtxTrainer,
+    RankedDPOConfig,
+    RankedDPOTrainer,
+    RankedRewardConfig,
+    RankedRewardTrainer,
+    load_reward_model,
+)
+from prefopt.models.reward import sequence_scores
+from prefopt.rankings.tokens import build_ids
+from tests.test_matrix import LANGUAGE, SCALAR, padded
+
+FOLDER = os.environ.get("PREFOPT_REAL_MODELS")
+MODELS = sorted(path.parent for path in Path(FOLDER).glob("*/config.json")) if FOLDER else []
+pytestmark = pytest.mark.skipif(not MODELS, reason="PREFOPT_REAL_MODELS names no folder of pretrained models")
+
+TEXTS = [
+    "The cat sat on the mat and looked at the dog.",
+    "Paris is",
+    "Water boils at one hundred degrees, which is why the kettle whistles after a few minutes on the stove.",
+]
+QUESTIONS = ["What is the capital of France?", "Name a color."]
+RANKED = [
+    {"prompt": f"Question: {q}\nAnswer:", "completions": [" Paris.", " A cat, perhaps.", " No."], "ranks": [1, 2, 3]}
+    for q in QUESTIONS
+]
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": True}
+
+
+@pytest.fixture(params=MODELS or ["none"], ids=lambda path: Path(path).name)
+def model_folder(request):
+    torch.manual_seed(0)
+    return str(request.param)
+
+
+def settings(tmp_path, **options):
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 2,
+        **options,
+    }
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@torch.no_grad()
+def test_padded_batches_equal_single_rows(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for auto, read in ((AutoModelForCausalLM, LANGUAGE), (AutoModelForSequenceClassification, SCALAR)):
+        labels = {"num_labels": 1} if auto is AutoModelForSequenceClassification else {}
+        model = auto.from_pretrained(model_folder, dtype=torch.float32, **labels).eval()
+        if auto is AutoModelForCausalLM:
+            add_fused_lm_head(model)
+        for role in read:
+            alone = torch.cat([role(model, *padded([row], "left")) for row in rows])
+            scale = max(1.0, alone.abs().max().item())
+            for side in ("left", "right"):
+                torch.testing.assert_close(role(model, *padded(rows, side)), alone, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_reward_model_is_saved_and_scores_as_trained(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    args = RankedRewardConfig(**settings(tmp_path))
+    adapter = LoraConfig(task_type="SEQ_CLS", **LORA)
+    trainer = RankedRewardTrainer(
+        model_folder,
+        args=args,
+        train_dataset=Dataset.from_list(RANKED),
+        peft_config=adapter,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] < 1.2  # log 2 on average, whatever the scale of the hidden states
+    texts = [row["prompt"] for row in RANKED], [row["completions"][0] for row in RANKED]
+    trained = trainer.score(*texts)
+    trainer.save_model()
+    rows = [x + y for x, y in (build_ids(tokenizer, *text) for text in zip(*texts, strict=True))]
+    with torch.no_grad():
+        loaded = sequence_scores(load_reward_model(tmp_path / "run"), *padded(rows, "right"))
+    assert loaded.tolist() == pytest.approx(trained, abs=1e-4)
+
+
+def test_dpo_starts_at_its_reference(model_folder, tmp_path):
+    args = RankedDPOConfig(**settings(tmp_path))
+    adapter = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    trainer = RankedDPOTrainer(
+        model_folder,
+        args=args,
+        train_dataset=Dataset.from_list(RANKED),
+        peft_config=adapter,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
+    assert losses[1] < losses[0]
+
+
+def test_ppo_ptx_starts_at_its_reference(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    args = PPOPtxConfig(
+        **settings(tmp_path, max_completion_length=8, ptx_max_length=64, ptx_batch_ratio=0.5, learning_rate=1e-5)
+    )
+    adapter = LoraConfig(task_type="CAUSAL_LM", **LORA)
+    trainer = PPOPtxTrainer(
+        model_folder,
+        lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids],
+        args,
+        Dataset.from_list([{"prompt": row["prompt"]} for row in RANKED]),
+        processing_class=tokenizer,
+        peft_config=adapter,
+        pretrain_dataset=Dataset.from_list([{"text": " ".join(TEXTS)}] * 16),
+    )
+    trainer.train()
+    assert logged(trainer, "objective/kl")[0] == pytest.approx(0.0, abs=1e-5)
+    assert logged(trainer, "clip_ratio/region_mean")[0] == 0.0
+    # Text as the model was pretrained on it: without its BOS, Gemma 3 reads it a nat worse.
+    assert logged(trainer, "loss/ptx")[0] < 5.0
