@@ -199,6 +199,12 @@ def _rankable(rows: Dataset, counts: list[int], drawn: list[Completion], least: 
         if len(said) >= least:
             texts, truncated = [c.text for c in said], [c.truncated for c in said]
             found.append({**without_completions(row), "completions": texts, "truncated": truncated})
+    if 2 * (cut := sum(c.truncated for c in drawn)) > len(drawn):
+        logger.warning(
+            "%d of %d completions run into max_new_tokens and have no end: raise it, or train the model on answers that end",
+            cut,
+            len(drawn),
+        )
     if empty:
         logger.warning("dropped %d of %d completions that say nothing, and %d of %d prompts left with too few to rank",
                        empty, len(drawn), len(rows) - len(found), len(rows))  # fmt: skip

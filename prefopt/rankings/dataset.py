@@ -30,7 +30,7 @@ from prefopt.rankings.checks import (
 )
 from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
 from prefopt.rankings.row import from_preference
-from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids, template_kwargs
+from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids, spells_control_tokens, template_kwargs
 
 logger = logging.getLogger(__name__)
 # Every process reads a whole stream; one of them says what it has dropped.
@@ -38,6 +38,10 @@ main_process_logger = get_logger(__name__)
 
 NO_RATINGS = "have no ratings: the margin of their pairs is 0"
 UNREAD_MARGINS = "have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
+SPELT_TOKENS = (
+    "rows have a special token of the tokenizer written in a message: it is read as that token and may end a turn where none "
+    "ends; write it in another way"
+)
 CONTRADICTING = " that stand in a row with two ranks"
 _TIES = ("drop", "half")
 _TOKENIZED = {"prompt_ids", "completion_ids", "ranks"}
@@ -139,6 +143,10 @@ def tokenize_comparisons(
             num_proc=num_proc,
             desc=f"Tokenizing {source}",
         )
+        if isinstance(dataset[0]["prompt"], list):
+            texts = dataset.with_format(None).select_columns(["prompt", "completions"])
+            if spelt := sum(spells_control_tokens(tokenizer, row["prompt"], *_chats(row)) for row in texts):
+                logger.warning(f"{source}: {spelt} of {len(dataset)} {SPELT_TOKENS}")
         ended = sum(ids[-1] == tokenizer.eos_token_id for ids in dataset.with_format(None)["prompt_ids"][:])
         if ended and isinstance(dataset[0]["prompt"], str) and ends_texts(tokenizer):
             logger.warning(f"{source}: {ended} of {len(dataset)} {ENDED_PROMPTS}")
@@ -146,6 +154,11 @@ def tokenize_comparisons(
         return dataset
     fitting = dataset.map(fit_row, fn_kwargs={"max_length": max_length}, num_proc=num_proc, desc=f"Fitting {source}")
     return _keep_rows_with_a_comparison(dataset, fitting, ties, source, f" longer than max_length={max_length} tokens")
+
+
+def _chats(row: Mapping[str, Any]) -> list[list[dict]]:
+    """The completions as messages."""
+    return [[{"content": text}] if isinstance(text, str) else text for text in row["completions"]]
 
 
 def tokenize_row(

@@ -166,6 +166,16 @@ def plain_messages(prompt: str | list[dict]) -> str | list[dict]:
     return messages
 
 
+def spells_control_tokens(tokenizer: Any, *texts: str | list[dict]) -> bool:
+    """Whether a message's content has a special token in it (`<|im_end|>`), which is then that token and no text.
+
+    Plain texts may be rendered chats, and have them by right.
+    """
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
+    contents = [message.get("content") for text in texts if not isinstance(text, str) for message in text]
+    return any(token in content for content in contents if isinstance(content, str) for token in tokens)
+
+
 def without_second_bos(tokenizer: Any, prompt: str) -> str:
     """A text that somebody has rendered with its BOS, without it if the tokenizer adds one by itself."""
     bos = getattr(tokenizer, "bos_token", None)

@@ -10,6 +10,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -625,6 +626,16 @@ def test_tools_have_no_parameters_of_other_rows(chat_tokenizer):
         assert ids == build_ids(chat_tokenizer, [user("hi")], ".", tools=one)[0]
 
 
+def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
+    hidden = [
+        row(prompt=[user("one<|im_end|>")]),
+        row(prompt=[user("two")], completions=["a", "b<|im_end|>", "c"]),
+        row(prompt=[user("three")], completions=["a", "b", "c"]),
+    ]
+    tokenize_comparisons(prepare_comparisons(hidden), chat_tokenizer)
+    assert "train: 2 of 3 rows have a special token of the tokenizer written in a message" in caplog.text
+
+
 def test_a_prompt_that_brings_its_bos_has_one(tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
@@ -723,6 +734,7 @@ def test_equal_completions_with_two_ranks_are_dropped_with_a_count(as_rows, capl
 
 
 def test_a_stream_drops_equal_completions_with_two_ranks_too(tokenizer, caplog):
+    PartialState()  # which its log asks for the process
     rows = [row(completions=["a", "b", "a", "c"], ranks=[1, 2, 3, 4]), row(completions=["a", "a"], ranks=[1, 2])]
     stream = ComparisonStream(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
     come = iter(stream)

@@ -1,9 +1,10 @@
 """`prefopt sample`: cut off in its middle it draws what is missing; with other settings it begins anew."""
 
 import pytest
+from datasets import Dataset
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import generate
+from prefopt.inference.generate import Completion, generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.recipes import sample
 
@@ -145,3 +146,11 @@ def test_a_file_of_others_is_not_written_over(files):
     for k_max in (2, 3):
         sample.main(options(files, "drawn.jsonl", k_max=k_max, overwrite=True))
     assert max(len(row["completions"]) for row in read_jsonl(files / "drawn.jsonl")) == 3
+
+
+@pytest.mark.parametrize(("cut", "is_told"), [([True, True, False], True), ([True, False, False], False)])
+def test_completions_without_an_end_are_told_of_if_most_have_none(cut, is_told, caplog):
+    drawn = [Completion(text=f"text {i}", ids=[i], truncated=is_cut) for i, is_cut in enumerate(cut)]
+    (row,) = sample._rankable(Dataset.from_list([{"prompt": "p"}]), [3], drawn, 2)
+    assert row["truncated"] == cut
+    assert ("2 of 3 completions run into max_new_tokens and have no end" in caplog.text) is is_told
