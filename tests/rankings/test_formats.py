@@ -176,6 +176,8 @@ def test_helpsteer_joins_the_rows_of_a_prompt():
     }
     (row,), _ = converted(rows, rating="verbosity")
     assert row["ranks"] == [2, 1, 2]
+    # Also where they do not follow each other.
+    assert converted([rows[0], rows[3], rows[5], rows[1], rows[4], rows[2]]) == (found, counts)
 
 
 def test_helpsteer2_preference():

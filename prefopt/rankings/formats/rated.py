@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
 from typing import Any
 
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
@@ -54,7 +53,7 @@ def _ultrafeedback_rating(completion: Mapping[str, Any], rating: str) -> float |
 def helpsteer(rows: Iterable[Mapping[str, Any]], counts: Counter[str], rating: str = "helpfulness") -> Iterator[dict]:
     """nvidia/HelpSteer and HelpSteer2: a `prompt`, one `response` and its five ratings from 0 to 4 in each row.
 
-    Rows of one prompt follow each other (HelpSteer has up to 4 responses of it, HelpSteer2 2) and are one comparison.
+    Rows of one prompt (HelpSteer has up to 4, HelpSteer2 2) are one comparison, wherever they stand: all rows are read first.
     Turns of a longer prompt, which the text parts by "<extra_id_1>Assistant" and "<extra_id_1>User", are its messages.
     Source: the cards of both.
 
@@ -65,12 +64,15 @@ def helpsteer(rows: Iterable[Mapping[str, Any]], counts: Counter[str], rating: s
     >>> row["completions"], row["ratings"]
     (['No.', 'Plum.'], [1, 4])
     """
-    for prompt, same in groupby(rows, lambda row: field(row, "prompt", str)):
-        answers = [(answer(row, "response"), number(row.get(rating), rating)) for row in same]
+    answers: dict[str, list[tuple[str, float | None]]] = {}
+    for row in rows:
+        rated = answer(row, "response"), number(row.get(rating), rating)
+        answers.setdefault(field(row, "prompt", str), []).append(rated)
+    for prompt, of_prompt in answers.items():
         yield {
             "prompt": helpsteer_messages(prompt),
-            "completions": [text for text, _ in answers],
-            "ratings": [value for _, value in answers],
+            "completions": [text for text, _ in of_prompt],
+            "ratings": [value for _, value in of_prompt],
         }
 
 
