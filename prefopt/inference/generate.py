@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -124,9 +125,11 @@ def derived_seed(*parts: object) -> int:
     return random.Random("/".join(map(str, parts))).getrandbits(32)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], **chat_template_kwargs: Any) -> list[int]:
     """The ids a policy is fed for `prompt`: the first half of `prefopt.rankings.dataset.build_ids`."""
-    return build_ids(tokenizer, prompt, ".")[0]  # the completion has no say in the prompt's ids
+    return build_ids(tokenizer, prompt, ".", **chat_template_kwargs)[
+        0
+    ]  # the completion has no say in the prompt's ids
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,6 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, gae, k1, k3, kl_shaped_rewards, masked_whiten
 from prefopt.losses.kl_control import KLController, RunningStatistics
-from prefopt.rankings.prompts import TEMPLATE_FIELDS, columns_of, unread_parts
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import Roles
 
@@ -38,8 +37,6 @@ def check_prompts(train_dataset: Dataset | IterableDataset | None, args: PPOPtxC
         return
     if "prompt" not in train_dataset.column_names:
         raise UserError(f"train_dataset: expected a column 'prompt', got {train_dataset.column_names}")
-    if unread := unread_parts(columns_of(train_dataset, TEMPLATE_FIELDS), TEMPLATE_FIELDS):
-        logger.warning("train_dataset: %s; `chat_template_kwargs` of the settings are for all prompts", unread)
     per_rollout = args.generation_batch_size // args.num_generations
     if len(train_dataset) < per_rollout:
         raise UserError(

@@ -34,14 +34,14 @@ from transformers import (
 from trl import GRPOTrainer
 
 from prefopt.errors import UserError, UserTypeError
-from prefopt.inference.generate import plain_generation
+from prefopt.inference.generate import plain_generation, prompt_ids
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
-from prefopt.rankings.tokens import plain_messages, without_second_bos
+from prefopt.rankings.tokens import plain_messages, template_kwargs, without_second_bos
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
@@ -179,6 +179,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         # Paths until the policy, whose base they may share, is there.
         self.reward_models: list[Any] = []
         self._sampled = Sampled()
+        # What the rows of this rollout give the chat template.
+        self._of_rows: list[dict[str, Any]] = []
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
@@ -379,7 +381,16 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         self._sampled.scores = scores[start : start + len(inputs)]
         return rewards
 
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """Each prompt with the `tools` and `chat_template_kwargs` of its row, as reward models and DPO read it."""
+        if not any(self._of_rows):
+            return super()._tokenize_prompts(prompts)
+        settings = [{**self.chat_template_kwargs, **of_row} for of_row in self._of_rows]
+        pairs = zip(prompts, settings, strict=True)
+        return [prompt_ids(self.processing_class, prompt, **kwargs) for prompt, kwargs in pairs], None, {}
+
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
+        self._of_rows = [{} if isinstance(row["prompt"], str) else template_kwargs(row) for row in inputs]
         rollout = super()._generate_and_score_completions(inputs)
         is_training = self.model.training
         logged = self._metrics["train" if is_training else "eval"]

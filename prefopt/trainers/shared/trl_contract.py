@@ -123,6 +123,7 @@ CLASSES: dict[str, dict[str, Seams]] = {
                 ),
                 "_get_train_sampler": ("dataset",),
                 "_prepare_inputs": ("generation_batch",),
+                "_tokenize_prompts": ("prompts",),
                 "_save_checkpoint": ("model", "trial"),
             },
             attributes=(

@@ -13,8 +13,6 @@ from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.recipes import data
 from prefopt.recipes.common.rows import check_comparisons, check_fields, load_rows, stream_rows
 from prefopt.recipes.common.sources import load_source
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.rollout import check_prompts
 
 ROWS = [{"prompt": f"question {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
 
@@ -137,12 +135,6 @@ def test_conversion_keeps_what_the_template_is_given(tmp_path):
     data.main(["convert", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl")])
     (row,) = read_jsonl(tmp_path / "out.jsonl")
     assert (row["tools"], row["chat_template_kwargs"]) == (tools, {"enable_thinking": False})
-
-
-def test_tools_that_no_sample_sees_are_counted(tmp_path, caplog):
-    rows = Dataset.from_list([{"prompt": HELLO, "tools": '[{"name": "find"}]'}] * 4)
-    check_prompts(rows, PPOPtxConfig(str(tmp_path), per_device_train_batch_size=4, use_cpu=True, bf16=False))
-    assert "train_dataset: not read, though it seems to belong to the prompt: 'tools' of 4 rows" in caplog.text
 
 
 @pytest.mark.parametrize(

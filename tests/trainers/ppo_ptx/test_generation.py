@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import chisquare
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
 from prefopt.losses import clipped_policy_loss
+from prefopt.rankings.tokens import build_ids, template_kwargs
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from tests.trainers.ppo_ptx.conftest import PROMPTS, length_reward, lora, rollout_of
 
@@ -312,3 +314,20 @@ def test_policies_that_vllm_cannot_be_sent_are_refused(engine, make, causal_lm, 
     reward_model.config.reward_token_id = 7
     with pytest.raises(ValueError, match="reward token"):
         make(reward=reward_model, use_vllm=True)
+
+
+# ---- what rows give the chat template ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("tools", [[{"name": "find"}, {"name": "add"}], ['[{"name": "find"}]', None]])
+def test_each_prompt_is_read_with_the_tools_of_its_row(make, chat_tokenizer, tools):
+    chat_tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + chat_tokenizer.chat_template
+    )
+    tools = [[tool] if isinstance(tool, dict) else tool for tool in tools]
+    prompts = [[{"role": "user", "content": text}] for text in ("the cat", "a dog")]
+    data = Dataset.from_dict({"prompt": prompts * 4, "tools": tools * 4})
+    trainer = make(data=data, processing_class=chat_tokenizer)
+    rollout = rollout_of(trainer)
+    for i, (ids, mask) in enumerate(zip(rollout["prompt_ids"], rollout["prompt_mask"].bool(), strict=True)):
+        kwargs = template_kwargs(data[i])
+        assert ids[mask].tolist() == build_ids(chat_tokenizer, prompts[i % 2], ".", **kwargs)[0]
+        assert ("find" in chat_tokenizer.decode(ids)) is (i % 2 == 0)
