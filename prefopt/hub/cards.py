@@ -18,7 +18,6 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from prefopt.inference.jsonl import read_json
 from prefopt.models.loading import saved_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -212,4 +211,4 @@ def _digest(text: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,5 +1,6 @@
 """What the files of a model tell before its weights are loaded: damage, parts that are missing, another kind of model."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import read_json
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -28,7 +28,7 @@ def check_model_files(path: str | os.PathLike, **hub_arguments: Any) -> None:
     if not folder.is_dir():
         return
     if (folder / "adapter_config.json").exists():
-        read_json(folder / "adapter_config.json")
+        _json(folder / "adapter_config.json")
         adapter = _read("adapter_config.json", folder, PeftConfig, hub_arguments)
         _headers(_one_of(folder, ADAPTER_WEIGHTS))
         if not adapter.base_model_name_or_path:
@@ -40,7 +40,7 @@ def check_model_files(path: str | os.PathLike, **hub_arguments: Any) -> None:
         return
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no model: there is no config.json and no adapter_config.json in it")
-    read_json(folder / "config.json")
+    _json(folder / "config.json")
     config = _read("config.json", folder, AutoConfig, hub_arguments)
     _check_kind(folder, config)
     weights = _headers(_weight_files(folder))
@@ -64,6 +64,18 @@ def _read(name: str, folder: Path, kind: type, hub_arguments: dict[str, Any]) ->
         ) from error
 
 
+def _json(file: Path, *keys: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}); download the model again") from error
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise UserError(
+            f"{file}: expected a JSON object{f' with {keys[0]}' if keys else ''}; download the model again"
+        )
+    return content
+
+
 def _check_kind(folder: Path, config: PreTrainedConfig) -> None:
     kind = config.model_type
     is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -83,7 +95,7 @@ def _one_of(folder: Path, names: tuple[str, ...]) -> list[Path]:
 def _weight_files(folder: Path) -> list[Path]:
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         if not (folder / SAFE_WEIGHTS_NAME).exists() and (folder / name).exists():
-            shards = read_json(folder / name, "weight_map")["weight_map"]
+            shards = _json(folder / name, "weight_map")["weight_map"]
             files = [folder / shard for shard in sorted(set(shards.values()))]
             lost = [file for file in files if not file.is_file()]
             if lost:
