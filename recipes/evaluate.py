@@ -137,9 +137,11 @@ ALL = Stage("all", "all stages whose data are given, then the report", Evaluatio
 
 
 def _prompts(own: generate.GenerateArguments) -> list[dict[str, Any]]:
+    # A file has no split but its own; the default is for what has several.
+    is_file = own.prompts is not None and Path(str(own.prompts)).is_file()
     rows = load_rows(
         own.prompts,
-        split=own.prompts_split,
+        split="train" if is_file and own.prompts_split == "test" else own.prompts_split,
         check=check_fields("prompt"),
         convert=prompts_from_messages,
         key="prompts",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prefopt.models.passes import padded_inputs
+from prefopt.models.passes import backbone, padded_inputs, unwrapped
 from prefopt.models.prefix.layout import Rows
-from prefopt.models.prefix.sharing import backbone, sharing, unwrapped
+from prefopt.models.prefix.sharing import sharing
 
 # Up to so many logits of the positions that are read, 16 MiB in fp32, are kept for the backward pass.
 DENSE_LOGITS = 2**22

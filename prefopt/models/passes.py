@@ -3,10 +3,11 @@
 import inspect
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prefopt.errors import UserError
-from prefopt.models.prefix.sharing import backbone, unwrapped
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -23,8 +24,10 @@ def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         attention_mask: `[N, T]`, 1 = real token.
 
     Example:
+        >>> from transformers import PreTrainedConfig
         >>> class Model(nn.Module):
         ...     base_model = property(lambda self: self)
+        ...     config = PreTrainedConfig()
         ...     def forward(self, input_ids, attention_mask, position_ids): ...
         >>> padded_inputs(Model(), torch.tensor([[0, 0, 5, 6]]), torch.tensor([[0, 0, 1, 1]]))["position_ids"]
         tensor([[0, 0, 0, 1]])
@@ -85,3 +88,17 @@ def is_random(model: nn.Module) -> bool:
             model.train(was_training)
         after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The transformer below the head, inside wrappers (data parallel, PEFT)."""
+    transformer = unwrapped(model).base_model
+    # OPT's language model calls the decoder inside it, which is all there is.
+    return getattr(transformer, "decoder", transformer) if transformer.config.model_type == "opt" else transformer
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers (data parallel, PEFT); accelerate's own search walks all modules."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model.get_base_model() if isinstance(model, PeftModel) else model

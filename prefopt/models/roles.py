@@ -29,7 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from prefopt.errors import UserError
 from prefopt.models.loading import saved_config, saved_embeddings, saved_pad_token
-from prefopt.models.prefix.sharing import backbone
+from prefopt.models.passes import backbone
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"

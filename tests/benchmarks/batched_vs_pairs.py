@@ -42,7 +42,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.inference.scoring import score_rows
-from prefopt.models.prefix.sharing import backbone
+from prefopt.models.passes import backbone
 from prefopt.models.reward import init_score_head
 from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
 from prefopt.rankings.row import to_preferences

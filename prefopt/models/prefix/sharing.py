@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from prefopt.errors import UserError
+from prefopt.models.passes import backbone, unwrapped
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import PackedRows, Rows, pack
 
@@ -284,17 +284,3 @@ def _each_alone(rows: Rows) -> Iterator[Rows]:
             rows.completion_mask[i : i + 1, :length],
             rows.prompts[i : i + 1],
         )
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """The transformer below the head, inside wrappers (data parallel, PEFT)."""
-    transformer = unwrapped(model).base_model
-    # OPT's language model calls the decoder inside it, which is all there is.
-    return getattr(transformer, "decoder", transformer) if transformer.config.model_type == "opt" else transformer
-
-
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside wrappers (data parallel, PEFT); accelerate's own search walks all modules."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -169,7 +169,7 @@ RANGES = {
     "score_clip": OPTIONAL,
     "missing_eos_penalty": Range(),
     "ptx_coef": Range(),
-    "ptx_batch_ratio": POSITIVE,
+    "ptx_batch_ratio": Range(),
     "ptx_max_length": Range(2, is_whole=True),
     "ptx_per_device_batch_size": COUNT,
 }

@@ -24,8 +24,7 @@ from prefopt.losses.advantages import full_kl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.heads import fp32_output, last_mlp_at, token_logps
 from prefopt.models.loading import is_adapter, saved_config
-from prefopt.models.passes import padded_inputs
-from prefopt.models.prefix.sharing import backbone
+from prefopt.models.passes import backbone, padded_inputs
 from prefopt.models.reward import token_scores
 from prefopt.models.roles import (
     AdapterScorer,
