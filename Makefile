@@ -4,13 +4,16 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint format
+.PHONY: demo test test-fast lint format
 
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
 	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
 
 test: .venv/installed  ## One worker per core, one thread each: tiny tensors gain nothing from more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-fast: .venv/installed  ## Without the files marked slow: the arithmetic, the rows, the commands, each in moments
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ import pytest
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--layers", "2", "--hidden", "32", "--vocab", "64", "--repeats", "2", "--device", "cpu"]
 
 

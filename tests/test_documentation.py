@@ -16,6 +16,8 @@ from prefopt import cli
 from prefopt.inference.jsonl import write_jsonl
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",

@@ -32,6 +32,8 @@ from prefopt.trainers.ppo_ptx.roles import Roles, ValueFunction
 from tests.trainers.conftest import CLASSES, RAGGED, settings
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, logs_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,

@@ -30,6 +30,8 @@ from prefopt.memory import (
 )
 from prefopt.models.prefix import sharing as prefix_sharing
 
+pytestmark = pytest.mark.slow
+
 # Qwen3-8B-Base, from its public config.json.
 QWEN3_8B = {
     "vocab_size": 151_936,

@@ -16,6 +16,8 @@ from packaging.requirements import Requirement
 
 import prefopt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 HOMES = {"prefopt": "prefopt", "recipes": "prefopt/recipes", "eval": "prefopt/evaluation"}
 LINKS = {"recipes": "../recipes", "evaluation": "../eval"}  # in prefopt/

@@ -10,7 +10,7 @@ from prefopt.hub.cards import FACTS, README, build_card, is_handwritten, read_fa
 from prefopt.hub.push import push_folder
 from tests.hub.models import ROWS, dpo_trainer, ppo_trainer, reward_trainer, run_card
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from prefopt.hub.cards import README
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder
 from tests.hub.models import dpo_trainer, reward_trainer
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tests.hub.models import (
     run_card,
 )
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 IDS = torch.tensor([[5, 6, 7, 8, 9, 1], [10, 11, 12, 13, 14, 15]])
 MASK = torch.ones_like(IDS)
 

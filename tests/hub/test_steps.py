@@ -17,7 +17,7 @@ from prefopt.models.checkpoints import load_reward_model
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
 from tests.hub.models import DEMONSTRATIONS, ROWS, dpo_trainer, reward_trainer
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 SHORT = [
     "--max_steps",
     "1",

@@ -5,7 +5,7 @@ import pytest
 from prefopt.labeling.key import blind
 from prefopt.labeling.sheet import default_instructions, sheet_page
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 CODE = (
     "Use:\n```python\nreturn [x for x in xs if x not in seen]  # " + "on and on " * 20 + "\n```\nIt keeps the order."

@@ -15,7 +15,7 @@ from prefopt.labeling.flags import FLAGS
 from prefopt.labeling.key import blind, read_key, write_with_key
 from prefopt.labeling.sheet import default_instructions, sheet_page
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 HOSTILE = [
     "<script>alert(1)</script>",
     "</script><script>document.title = 'taken over'</script>",

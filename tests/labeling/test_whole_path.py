@@ -13,7 +13,7 @@ from prefopt.inference.scoring import score_rows
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 # The text of a node; a model without training writes control characters, which the sheet shows by their names.
 TEXT = """node => {

@@ -16,6 +16,8 @@ from prefopt.models.activations import activation_bytes
 from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix.sharing import enable, plan, sharing
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,

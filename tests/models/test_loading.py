@@ -14,6 +14,8 @@ from prefopt.models.loading import load_causal_lm, load_language_model, saved_vo
 from prefopt.recipes.common.models import load_policy
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 INPUT = torch.tensor([[20, 30, 40, 50]])
 NEW = torch.tensor([[20, 322, 40, 50]])
 

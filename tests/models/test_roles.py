@@ -26,6 +26,8 @@ from prefopt.models.reward import (
 )
 from prefopt.models.roles import load_scorer, trainable_copy, why_not_shared
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(3, 300, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
 MASK[1, 6:] = 0

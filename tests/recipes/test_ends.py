@@ -13,6 +13,8 @@ from prefopt.rankings.tokens import closing_token_id
 from prefopt.recipes import sft
 from tests.trainers.conftest import settings
 
+pytestmark = pytest.mark.slow
+
 EOS, CLOSING = 1, 3
 CHAT = [{"role": "user", "content": "the cat"}]
 SAT = [{"role": "assistant", "content": "sat"}]

@@ -12,6 +12,8 @@ from prefopt.evaluation.results import find
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import evaluate
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [{"prompt": f"question: what is {i}? answer:", "use_case": "chat" if i % 4 else "held"} for i in range(8)]
 RANKED = [
     {**row, "completions": [" a dog", " a cat", " the red mat"], "ranks": [1, 2, 2], "labeler": "ann"}

@@ -13,6 +13,8 @@ from prefopt.evaluation.training_run import build_page, ptx_share, read_run, sen
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import explain_run, ppo_ptx
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"episodes_per_rollout": 128, "max_grad_norm": 1.0, "kl_coef": 0.02, "ptx_coef": 27.8}
 
 

@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.checkpoints import save_reward_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]
 
 

@@ -9,6 +9,8 @@ import yaml
 
 from prefopt.recipes import pipeline
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(pipeline.__file__).parent / "tiny"
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 SHORTER = {

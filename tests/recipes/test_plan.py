@@ -13,6 +13,8 @@ from prefopt.errors import UserError
 from prefopt.memory import STEPS
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 151_936,
     "hidden_size": 4096,

@@ -19,6 +19,8 @@ from prefopt.recipes.common import training
 from prefopt.recipes.recipes import copy
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 QLORA = RECIPES / "instructgpt-qlora"
 STEPS = {

@@ -12,6 +12,8 @@ from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import sequence_scores
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--max_steps",
     "2",

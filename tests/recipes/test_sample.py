@@ -8,6 +8,8 @@ from prefopt.inference.generate import Completion, generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.recipes import sample
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "the mat", "question: the cat"]
 
 

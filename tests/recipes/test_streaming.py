@@ -18,6 +18,8 @@ from prefopt.recipes.common.arguments import ComparisonArguments
 from prefopt.recipes.common.rows import check_comparisons, check_fields, stream_rows
 from prefopt.trainers.reward.config import RankedRewardConfig
 
+pytestmark = pytest.mark.slow
+
 RANKED = [
     {
         "prompt": f"the cat {i}",

@@ -22,7 +22,8 @@ from prefopt.statistics.intervals import Estimate
 from prefopt.statistics.overoptimization import fit_rl, rollout_gains
 from tests.eval.measures import measure
 
-pytestmark = pytest.mark.timeout(600)  # three trainings and their evaluation on a busy machine
+# Three trainings and their evaluation on a busy machine.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 PTX = [Point(0.0, 0.05), Point(1.0, 0.05), Point(20.0, 0.05)]
 KL = [Point(0.0, 0.05), Point(0.0, 0.5), Point(0.0, 5.0)]

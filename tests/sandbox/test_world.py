@@ -10,6 +10,8 @@ from prefopt.sandbox.facts import RELATIONS, Claim, parse_claim, sentence
 from prefopt.sandbox.gold import WEIGHTS
 from prefopt.sandbox.tasks import CONSTRAINTS, TEMPLATES, USE_CASE_SHARES, parse_prompt
 
+pytestmark = pytest.mark.slow
+
 SPLITS = list(SPLIT_SIZES)
 BEST = sum(WEIGHTS.values())
 

@@ -17,6 +17,8 @@ from prefopt.statistics.overoptimization import (
     rollout_gains,
 )
 
+pytestmark = pytest.mark.slow
+
 SETS = 200
 
 

@@ -23,6 +23,8 @@ from prefopt.statistics.reward_models import (
     tie_calibrated,
 )
 
+pytestmark = pytest.mark.slow
+
 SETS = 200
 
 

@@ -14,6 +14,8 @@ from prefopt.statistics.text_diversity import (
     words,
 )
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["The cat sat on the mat.", "the dog sat on the mat .", "A cat!", "The cat sat on the mat.", ""]
 
 

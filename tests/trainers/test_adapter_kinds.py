@@ -19,6 +19,8 @@ from prefopt.models.roles import AdapterScorer, load_scorer, trainable_copy, why
 from tests.conftest import tiny_config
 from tests.trainers.conftest import settings
 
+pytestmark = pytest.mark.slow
+
 # "a", "the" and " cat".
 TOKENS = [68, 297, 291]
 KINDS = {

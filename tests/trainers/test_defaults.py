@@ -11,6 +11,8 @@ from prefopt import PPOPtxConfig, PPOPtxTrainer, RankedRewardConfig
 from prefopt.recipes.sft import SFTStepConfig, SFTStepTrainer
 from tests.trainers.conftest import CLASSES, PAIRS, lora, settings
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = Dataset.from_dict({"prompt": ["the cat", "a dog"] * 4})
 
 

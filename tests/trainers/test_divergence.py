@@ -10,6 +10,8 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 COMMON = ["--report_to", "none", "--bf16", "false", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 

@@ -20,6 +20,8 @@ from prefopt.models.reward import keep_head_fp32, set_reward_bias
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.reward.config import RankedRewardConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("scale_worker.py")
 CONFIGS = ROOT / "recipes" / "accelerate"

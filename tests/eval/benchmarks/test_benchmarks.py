@@ -22,6 +22,8 @@ from prefopt.evaluation.stages.benchmarks import MEASURES, BenchArguments, measu
 from tests.conftest import CHAT_TEMPLATE, tiny_config
 from tests.eval.report.conftest import html_of
 
+pytestmark = pytest.mark.slow
+
 ROWS = Path(__file__).parent / "bench_rows"
 SAME_ROWS = {
     "truthfulqa_mc1": "truthfulqa_mc",

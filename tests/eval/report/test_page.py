@@ -11,6 +11,8 @@ from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
 from tests.eval.measures import measure
 
+pytestmark = pytest.mark.slow
+
 ATTACK = "</pre><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" https://example.org/x.png"
 TITLES = [chapter.title for chapter in SECTIONS]
 

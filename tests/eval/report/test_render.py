@@ -11,6 +11,8 @@ from prefopt.evaluation.report.render import plain, to_html, to_markdown
 from prefopt.evaluation.report.tables import Fold, Table
 from tests.eval.report.conftest import whole_results
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "</td></table></pre></main><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & | a | b | `code` ``` "
     "**bold** [link](javascript:alert(3)) ![image](http://example.org/x.png) <!-- --> {{ 7 * 7 }} {% raw %} $x_1$ "

@@ -22,6 +22,8 @@ from prefopt.evaluation.stages.judge import judgements_path, scores_path
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.statistics import bradley_terry
 
+pytestmark = pytest.mark.slow
+
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))

@@ -23,6 +23,8 @@ from prefopt.rankings.tokens import build_ids
 from prefopt.statistics.intervals import Estimate
 from tests.eval.report.conftest import html_of
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "question: what is this? answer:", "the dog ran", "a red"]
 RANKINGS = [
     {"prompt": "the cat", "completions": [" sat", " ran to the red house", " a"], "ranks": [2, 1, 2]},

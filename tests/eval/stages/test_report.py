@@ -21,6 +21,8 @@ from prefopt.evaluation.stages.report import main_model, pick_samples
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes.evaluate import ALL
 
+pytestmark = pytest.mark.slow
+
 MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
 HOSTILE = [
     "<script>alert(1)</script><img src=x onerror=alert(1)>",

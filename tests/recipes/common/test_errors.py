@@ -19,6 +19,8 @@ from prefopt.rankings.checks import validate_comparisons
 from prefopt.recipes.common.arguments import parse
 from prefopt.recipes.common.errors import explain, run_command
 
+pytestmark = pytest.mark.slow
+
 
 def hub_error(kind, message):
     response = types.SimpleNamespace(headers={}, request=None)

@@ -12,6 +12,8 @@ from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common import preflight as checks
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 CONTEXT = 256  # max_position_embeddings of the tests' models
 SHORT = ["--max_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "2"]

@@ -13,6 +13,8 @@ from prefopt.trainers.dpo.trainer import RankedDPOTrainer
 from tests.conftest import tiny_config
 from tests.trainers.conftest import lora, settings
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and the dog"], "ranks": [2, 1, 3]},
     {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1]},

@@ -17,6 +17,8 @@ from prefopt.trainers.dpo.trainer import RankedDPOCollator, RankedDPOTrainer
 from tests.trainers.conftest import PAIRS, RAGGED, first_loss, lora
 from tests.trainers.dpo.conftest import BETA, config
 
+pytestmark = pytest.mark.slow
+
 REFERENCES = ["model", "in_memory", "adapter_off", "ref_adapter", "precomputed", "precomputed_adapter"]
 
 

@@ -14,6 +14,8 @@ from prefopt.rankings.tokens import build_ids, template_kwargs
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from tests.trainers.ppo_ptx.conftest import PROMPTS, length_reward, lora, rollout_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make(make, causal_lm):

@@ -19,6 +19,8 @@ from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from prefopt.trainers.ppo_ptx.roles import add_untempered_head
 from tests.trainers.ppo_ptx.conftest import END_IDS, PROMPTS, logs_of, lora, rollout_of
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LENGTH = 320, 6
 
 

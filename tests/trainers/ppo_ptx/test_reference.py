@@ -14,6 +14,8 @@ from prefopt.trainers.ppo_ptx.pretraining import PackedText
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import END_IDS, config, lora
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["the cat", "a dog ran to the", "question: what is this?", "red house"] * 2
 DOCUMENTS = ["the cat sat on the mat and the dog ran to the red house", "a dog", "what is this? a cat"] * 3
 TARGETS = ("q_proj", "v_proj")

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prefopt.models.checkpoints import save_reward_model
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,

@@ -21,6 +21,8 @@ from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.checkpoints import MARKER, newest_complete_checkpoint, seal, what_is_missing
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config, lora
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make(make):

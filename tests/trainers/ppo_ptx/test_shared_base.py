@@ -17,6 +17,8 @@ from prefopt.models.roles import AdapterScorer
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config
 
+pytestmark = pytest.mark.slow
+
 
 def loading(bits):
     if bits == "4-bit":

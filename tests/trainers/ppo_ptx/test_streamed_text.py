@@ -11,6 +11,8 @@ from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config, length_reward
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [f"{a} {b} number {i}" for i, (a, b) in enumerate([("the cat", "sat"), ("a dog", "ran to the house")] * 9)]
 ROWS = [{"text": text, "url": str(i)} for i, text in enumerate(TEXTS)]
 

@@ -29,6 +29,8 @@ from prefopt.trainers.ppo_ptx.roles import VALUE_FILE
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, first_log, length_reward, lora, rollout_of
 
+pytestmark = pytest.mark.slow
+
 
 def weights_of(trainer):
     policy = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

@@ -8,6 +8,8 @@ from transformers import TrainerCallback
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
 from prefopt.statistics.rankings import flatten, ranking_metrics
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"prompt": "the cat", "completions": [" sat", " ran to the mat", " and"], "ranks": [2, 1, 3], "labeler": "ann"},
     {"prompt": "what is this?", "completions": [" a dog", " a cat"], "ranks": [2, 1], "labeler": "bob"},

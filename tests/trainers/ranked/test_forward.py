@@ -23,6 +23,8 @@ from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
 from tests.trainers.conftest import CLASSES, settings
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "cat", "sat", "on", "mat", "and", "dog", "ran", "to", "red", "house"]
 QUESTION = "question: what is this? answer: the"
 

@@ -11,6 +11,8 @@ from datasets import Dataset, IterableDataset
 from prefopt.rankings.dataset import ComparisonStream, prepare_comparisons, tokenize_comparisons
 from tests.trainers.conftest import CLASSES, lora, settings
 
+pytestmark = pytest.mark.slow
+
 LONG = " and the dog ran to the red house" * 5
 RANKED = [
     {"prompt": "the cat", "completions": [" sat", " ran to the house", " mat"], "ranks": [1, 2, 2]},

@@ -24,6 +24,8 @@ from prefopt.trainers.reward.trainer import RankedRewardTrainer
 from tests.conftest import tiny_config
 from tests.trainers.conftest import settings
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("bitsandbytes", reason="4-bit models need bitsandbytes")
 
 ROWS = [

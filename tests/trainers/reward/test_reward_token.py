@@ -26,6 +26,8 @@ from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
 from tests.trainers.conftest import settings
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "<|reward|>"
 ROWS = [
     {"prompt": prompt, "completions": [f" {a} dog", f" {a} cat", f" {a} mat"], "ranks": [1, 2, 3]}

@@ -29,6 +29,8 @@ from prefopt.trainers.reward.trainer import RankedRewardTrainer
 from tests.trainers import conftest
 from tests.trainers.conftest import PAIRS, first_loss, lora, settings
 
+pytestmark = pytest.mark.slow
+
 RAGGED = [
     *conftest.RAGGED[:3],
     {"prompt": "a red house", "completions": [" is this", " sat", " ran"], "ranks": [1, 1, 2]},
