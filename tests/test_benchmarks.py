@@ -123,8 +123,8 @@ def test_file_switches_of_every_trainer(file_switches, capsys, monkeypatch):
     for one in figures.values():
         assert 0 < one["files"] <= one["calls"]
     # Who spreads a loss over more files should have a reason.
-    assert figures["RankedRewardTrainer.compute_loss"]["switches"] <= 31
-    assert figures["RankedDPOTrainer.compute_loss"]["switches"] <= 57
+    assert figures["RankedRewardTrainer.compute_loss"]["switches"] <= 25
+    assert figures["RankedDPOTrainer.compute_loss"]["switches"] <= 45
 
 
 @pytest.fixture

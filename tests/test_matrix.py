@@ -249,7 +249,10 @@ def test_ppo_starts_from_ratio_1_and_kl_0_and_stays_there_at_learning_rate_0(
     name, dtype, tokenizer, tmp_path, monkeypatch
 ):
     policy, arguments, options = prepared(name, AutoModelForCausalLM, dtype, tmp_path / "base")
-    rewards = lambda completion_ids, **_: [float(len(ids)) for ids in completion_ids]  # noqa: E731
+
+    def rewards(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
     if name not in NO_REWARD_MODEL:
         rewards = build(name, AutoModelForSequenceClassification, policy.dtype)
     moved = []

@@ -121,8 +121,11 @@ def plan(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompts: T
 
     Arguments as for `pack`.
     """
-    if not is_enabled(model):
-        return None
+    return pack_if_faster(input_ids, attention_mask, prompts) if is_enabled(model) else None
+
+
+def pack_if_faster(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows | None:
+    """The rows packed, if that saves enough tokens; arguments as for `pack`."""
     packed = pack(input_ids, attention_mask, prompts)
     return packed if is_faster(packed.input_ids.shape[1], packed.num_row_tokens) else None
 
@@ -193,10 +196,13 @@ class PrefixSharing:
 
         If they differ, so are the next: by rounding alone two batches of the same model hardly ever do.
         """
-        if not self.can_share(model):
+        if not self.is_on:
             return rows
-        packed = plan(model, rows.input_ids, rows.attention_mask, rows.prompts)
+        packed = pack_if_faster(rows.input_ids, rows.attention_mask, rows.prompts)
+        # A model whose rows never gain by it stays as it was loaded.
         if id(model) not in self.proved and self.on_any_process(packed is not None):
+            if not self.can_share(model):
+                return rows
             if self.on_any_process(not self.is_equal(model, rows)):
                 if id(model) in self.doubted:
                     self.stop("two batches scored differently with it")
