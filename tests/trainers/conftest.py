@@ -1,7 +1,12 @@
 """Rows, settings and adapters that the tests of the trainers on rankings share."""
 
+import os
+from collections.abc import Callable
+
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
 from peft import LoraConfig, get_peft_model
 
 from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
@@ -56,6 +61,24 @@ def lora(model, task_type, std=0.3, targets=("q_proj", "v_proj"), **options):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=std)
     return model
+
+
+def in_two_processes(function: Callable, *args) -> None:
+    """The function in two processes of one training, on CPUs.
+
+    They are forked from this one, which has imported everything: a start of Python would cost ten times the training.
+    """
+
+    def launched() -> None:
+        rank = str(torch.distributed.get_rank())
+        os.environ.update(RANK=rank, LOCAL_RANK=rank)
+        # The threads of OpenMP do not live on in a forked process, which would wait for them.
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        function(*args)
+
+    debug_launcher(launched)
 
 
 @pytest.fixture

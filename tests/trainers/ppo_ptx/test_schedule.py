@@ -3,22 +3,27 @@
 import copy
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+)
 
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.checkpoints import MARKER, newest_complete_checkpoint, seal, what_is_missing
+from tests.trainers.conftest import in_two_processes
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config, lora
 
 pytestmark = pytest.mark.slow
@@ -255,26 +260,37 @@ def test_what_cannot_be_resumed_is_refused(make, caplog):
         make(save_only_model=True).train(resume_from_checkpoint=True)
 
 
-SCRIPT = """
-    import sys, torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from prefopt import PPOPtxConfig, PPOPtxTrainer
-
-    folder = sys.argv[1]
-    texts = ["the cat", "a dog ran to the", "question: what is this?", "red"] * 4
+def train_and_resume(folder):
+    texts = PROMPTS["prompt"][:]
 
     def train(steps, resume=None):
         args = PPOPtxConfig(
-            f"{folder}/run", use_cpu=True, report_to="none", per_device_train_batch_size=2,
-            gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2, max_steps=steps,
-            max_completion_length=5, save_strategy="steps", save_steps=3, learning_rate=0.01, ema_decay=0.9,
-            ptx_max_length=8, ptx_batch_ratio=0.5, normalize_scores=True, kl_target=0.5, kl_horizon=50, logging_steps=1,
+            f"{folder}/run",
+            use_cpu=True,
+            report_to="none",
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            steps_per_generation=4,
+            num_iterations=2,
+            max_steps=steps,
+            max_completion_length=5,
+            save_strategy="steps",
+            save_steps=3,
+            learning_rate=0.01,
+            ema_decay=0.9,
+            ptx_max_length=8,
+            ptx_batch_ratio=0.5,
+            normalize_scores=True,
+            kl_target=0.5,
+            kl_horizon=50,
+            logging_steps=1,
         )
         trainer = PPOPtxTrainer(
             AutoModelForCausalLM.from_pretrained(f"{folder}/policy"),
-            AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward"), args,
-            Dataset.from_dict({"prompt": texts}), processing_class=AutoTokenizer.from_pretrained(f"{folder}/policy"),
+            AutoModelForSequenceClassification.from_pretrained(f"{folder}/reward"),
+            args,
+            Dataset.from_dict({"prompt": texts}),
+            processing_class=AutoTokenizer.from_pretrained(f"{folder}/policy"),
             pretrain_dataset=Dataset.from_dict({"text": texts}),
         )
         trainer.train(resume_from_checkpoint=resume)
@@ -286,20 +302,12 @@ SCRIPT = """
     again, random_again = train(5, resume=f"{folder}/run/checkpoint-3")  # in the middle of the first rollout
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     assert torch.equal(random, random_again)
-"""
 
 
 def test_two_processes_resume_inside_a_rollout(causal_lm, reward_model, tokenizer, tmp_path):
     for name, model in (("policy", causal_lm), ("reward", reward_model)):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
-    root = str(Path(__file__).resolve().parents[3])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(train_and_resume, tmp_path)
     kept = {path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir()}
     assert {"rollout_0.pt", "rollout_1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= kept

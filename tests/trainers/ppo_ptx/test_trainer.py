@@ -3,10 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
@@ -25,9 +22,12 @@ from prefopt.inference.scoring import score_ids
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.reward import sequence_scores, set_reward_bias, token_scores
 from prefopt.rankings.tokens import build_ids
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import VALUE_FILE
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from tests.trainers.conftest import in_two_processes
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, first_log, length_reward, lora, rollout_of
+from tests.trainers.scale_worker import ScriptedPPO
 
 pytestmark = pytest.mark.slow
 
@@ -682,37 +682,40 @@ def test_learns_to_say_a_token(value_model, make, reward_model):
 
 
 # ---- two processes ------------------------------------------------------------------------------------------------
-SCRIPT = """
-    import sys
-    from pathlib import Path
-
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-    from prefopt import PPOPtxConfig, PPOPtxTrainer
-
-    folder, rows = Path(sys.argv[1]), int(sys.argv[2])
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-
-    class Scripted(PPOPtxTrainer):  # the completion depends on the prompt alone, not on the process
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return [[2 + (7 * sum(p) + 11 * t) % 300 for t in range(1 + sum(p) % 5)] for p in prompt_ids], None
-
+def train_every_kind(folder, tokenizer, batch_size):
     for kind in ("network", "head", "lora"):
         policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
         reward = LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
         args = PPOPtxConfig(
-            output_dir=str(folder / f"out{rows}"), use_cpu=True, report_to="none", disable_tqdm=True,
-            per_device_train_batch_size=rows, gradient_accumulation_steps=2, max_steps=3, warmup_steps=0,
-            learning_rate=1e-2, value_learning_rate=1e-2, ptx_coef=2.0, ptx_batch_ratio=0.4, ptx_max_length=16,
-            save_strategy="no", max_grad_norm=0.7, logging_steps=1, gradient_checkpointing=(kind == "lora"),
-            missing_eos_penalty=0.3, shuffle_dataset=False, normalize_scores=(kind == "head"),
+            output_dir=str(folder / f"out{batch_size}"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            warmup_steps=0,
+            learning_rate=1e-2,
+            value_learning_rate=1e-2,
+            ptx_coef=2.0,
+            ptx_batch_ratio=0.4,
+            ptx_max_length=16,
+            save_strategy="no",
+            max_grad_norm=0.7,
+            logging_steps=1,
+            gradient_checkpointing=kind == "lora",
+            missing_eos_penalty=0.3,
+            shuffle_dataset=False,
+            normalize_scores=kind == "head",
             kl_estimator={"network": "k1", "head": "k3", "lora": "full"}[kind],
-            kl_target=0.05 if kind == "lora" else None, kl_horizon=20,
+            kl_target=0.05 if kind == "lora" else None,
+            kl_horizon=20,
         )
-        trainer = Scripted(
-            policy, reward, args, Dataset.from_dict({"prompt": ["the cat", "a dog ran", "what is", "red"] * 8}),
+        trainer = ScriptedPPO(
+            policy,
+            reward,
+            args,
+            Dataset.from_dict({"prompt": ["the cat", "a dog ran", "what is", "red"] * 8}),
             processing_class=tokenizer,
             pretrain_dataset=Dataset.from_dict({"text": ["the cat sat on the mat", "a dog ran to the red house"] * 5}),
             value_model="head" if kind == "head" else None,
@@ -720,30 +723,22 @@ SCRIPT = """
         )
         trainer.train()
         if trainer.accelerator.is_main_process:
-            weights = {n: p.detach() for n, p in trainer.model.named_parameters()}
-            weights |= {"value." + n: p.detach() for n, p in trainer.value_function.module.named_parameters()}
-            names = ("loss", "loss/ptx", "loss/policy", "loss/value", "grad_norm", "grad_norm/ptx", "grad_norm/ppo",
-                     "grad_norm/value", "objective/scores", "objective/kl", "objective/kl_coef", "kl", "entropy",
-                     "value/explained_variance")
+            names = (
+                *("loss", "loss/ptx", "loss/policy", "loss/value", "grad_norm", "grad_norm/ptx", "grad_norm/ppo"),
+                *("grad_norm/value", "objective/scores", "objective/kl", "objective/kl_coef", "kl", "entropy"),
+                "value/explained_variance",
+            )
             logs = [[log[name] for name in names] for log in trainer.state.log_history if "loss/policy" in log]
-            torch.save({"weights": weights, "logs": logs},
-                       folder / f"{kind}{trainer.accelerator.num_processes}.pt")
-"""
+            path = folder / f"{kind}{trainer.accelerator.num_processes}.pt"
+            torch.save({"weights": weights_of(trainer), "logs": logs}, path)
 
 
 def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
     """At the same global batch: logs and weights, for full and LoRA policies, value network and head."""
-    for name, saved in (("policy", causal_lm), ("reward", reward_model), ("tokenizer", tokenizer)):
+    for name, saved in (("policy", causal_lm), ("reward", reward_model)):
         saved.save_pretrained(tmp_path / name)
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    root = str(Path(__file__).resolve().parents[3])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for command, rows in (([sys.executable], 4), (launch, 2)):
-        arguments = [*command, str(script), str(tmp_path), str(rows)]
-        done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    train_every_kind(tmp_path, tokenizer, 4)
+    in_two_processes(train_every_kind, tmp_path, tokenizer, 2)
     for kind in ("network", "head", "lora"):
         one, two = (torch.load(tmp_path / f"{kind}{processes}.pt") for processes in (1, 2))
         torch.testing.assert_close(torch.tensor(two["logs"]), torch.tensor(one["logs"]), atol=1e-5, rtol=1e-4)

@@ -2,11 +2,6 @@
 
 import copy
 import logging
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +11,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
     TrainerCallback,
 )
 
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
-from tests.trainers.conftest import CLASSES, settings
+from tests.trainers.conftest import CLASSES, in_two_processes, settings
 
 pytestmark = pytest.mark.slow
 
@@ -479,77 +476,67 @@ def test_bf16_keeps_sharing(kind, models, tokenizer, tmp_path, monkeypatch, capl
 
 # ---- two processes ----
 
-SCRIPT = """
-    import sys
-    from pathlib import Path
 
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-    from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
-    from prefopt.models.prefix import sharing as prefix_sharing
-
-    prefix_sharing.MIN_SAVED_TOKENS = 0
-
-    def run(folder, batch_size, rows):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-        results = {}
-        for kind, budget, adapter in (
-            ("reward", None, False), ("reward", 40, False), ("reward", 40, True), ("dpo", None, True), ("dpo", 40, False),
-        ):
-            if kind == "reward":
-                model = LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
-                config, cls = RankedRewardConfig, RankedRewardTrainer
-            else:
-                model = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
-                config, cls = RankedDPOConfig, RankedDPOTrainer
-            args = config(
-                output_dir=str(folder / "out"), use_cpu=True, report_to="none", disable_tqdm=True, bf16=False,
-                per_device_train_batch_size=batch_size, gradient_accumulation_steps=2, max_steps=3, optim="sgd",
-                learning_rate=0.1, max_grad_norm=0, save_strategy="no", logging_steps=1, ties="half",
-                per_device_eval_batch_size=batch_size, max_tokens_per_forward=budget, gradient_checkpointing=adapter,
-            )
-            peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None
-            trainer = cls(
-                model=model, args=args, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:13]),
-                processing_class=tokenizer, peft_config=peft_config,
-            )
-            trainer.train()
-            kept = lambda log: {n: x for n, x in log.items() if not n.endswith(("runtime", "second", "flos", "_time"))}
-            logs, metrics = [kept(log) for log in trainer.state.log_history], trainer.evaluate()
-            results[kind, budget, adapter] = {
-                "logs": logs, "metrics": kept(metrics),
-                "weights": {n: p.detach() for n, p in trainer.model.named_parameters()},
-            }
-        return results
-
-    if __name__ == "__main__":
-        folder = Path(sys.argv[1])
-        results = run(folder, 2, torch.load(folder / "rows.pt"))
-        if int(__import__("os").environ["RANK"]) == 0:
-            torch.save(results, folder / "two.pt")
-"""
+def train_every_kind(folder, tokenizer, batch_size, rows):
+    """Logs, metrics and weights of each; the main process writes them."""
+    results = {}
+    for kind, budget, adapter in (
+        ("reward", None, False),
+        ("reward", 40, False),
+        ("reward", 40, True),
+        ("dpo", None, True),
+        ("dpo", 40, False),
+    ):
+        model_class = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
+        trainer_class, config = CLASSES[kind]
+        args = config(
+            output_dir=str(folder / "out"),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0,
+            save_strategy="no",
+            logging_steps=1,
+            ties="half",
+            per_device_eval_batch_size=batch_size,
+            max_tokens_per_forward=budget,
+            gradient_checkpointing=adapter,
+        )
+        trainer = trainer_class(
+            model=model_class.from_pretrained(folder / kind, dtype=torch.float32),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:13]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None,
+        )
+        trainer.train()
+        logs, metrics = [kept(log) for log in trainer.state.log_history], trainer.evaluate()
+        weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+        results[kind, budget, adapter] = {"logs": logs, "metrics": kept(metrics), "weights": weights}
+    if trainer.accelerator.is_main_process:
+        torch.save(results, folder / f"{trainer.accelerator.num_processes}.pt")
 
 
-def test_two_processes_equal_one(causal_lm, reward_model, tokenizer, tmp_path):
+def kept(log):
+    return {name: x for name, x in log.items() if not name.endswith(("runtime", "second", "flos", "_time"))}
+
+
+def test_two_processes_equal_one(models, tokenizer, tmp_path):
     """At the same global batch, though the two differ in their numbers of completions, of tokens and of forwards."""
-    for name, saved in (("policy", causal_lm), ("reward", reward_model), ("tokenizer", tokenizer)):
-        saved.save_pretrained(tmp_path / name)
-    script = textwrap.dedent(SCRIPT)
-    (tmp_path / "script.py").write_text(script)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
     # No row stands twice: rounding would move equal confidences apart, over the edge of a bin of the calibration error.
     rows = [*ROWS, *({**row, "prompt": "the " + row["prompt"]} for row in ROWS[::-1])]
-    torch.save(rows, tmp_path / "rows.pt")
-    root = str(Path(__file__).resolve().parents[3])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    namespace = {"__name__": "script"}
-    exec(compile(script, "script.py", "exec"), namespace)
-    one, two = namespace["run"](tmp_path, 4, rows), torch.load(tmp_path / "two.pt")
+    train_every_kind(tmp_path, tokenizer, 4, rows)
+    in_two_processes(train_every_kind, tmp_path, tokenizer, 2, rows)
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
     assert one.keys() == two.keys()
     for case, expected in one.items():
         result = two[case]
