@@ -63,7 +63,7 @@ def lora(model, task_type, std=0.3, targets=("q_proj", "v_proj"), **options):
     return model
 
 
-def in_two_processes(function: Callable, *args) -> None:
+def in_two_processes(function: Callable, *args, environment: dict[str, str] | None = None) -> None:
     """The function in two processes of one training, on CPUs.
 
     They are forked from this one, which has imported everything: a start of Python would cost ten times the training.
@@ -71,7 +71,7 @@ def in_two_processes(function: Callable, *args) -> None:
 
     def launched() -> None:
         rank = str(torch.distributed.get_rank())
-        os.environ.update(RANK=rank, LOCAL_RANK=rank)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, **(environment or {}))
         # The threads of OpenMP do not live on in a forked process, which would wait for them.
         torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,10 +1,9 @@
-"""Trains by every trainer on tiny models, in whatever processes it is launched: `scale_worker.py FOLDER BATCH OUT KIND...`.
+"""Trains by every trainer on tiny models, in whatever processes it is called.
 
 `test_scale.py` compares what it writes. Rollouts are scripted, so that they depend on the prompt alone.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from prefopt import (
     RankedRewardConfig,
     RankedRewardTrainer,
 )
-from prefopt.models.prefix import sharing as prefix_sharing
 
 ROWS = [
     {
@@ -166,9 +164,9 @@ def train(kind: str, folder: Path, batch_size: int, out: Path) -> None:
         torch.save({"state": state, "weights": weights, "logs": logs}, out / f"{kind}.pt")
 
 
-if __name__ == "__main__":
-    prefix_sharing.MIN_SAVED_TOKENS = 0
+def train_each(kinds: list[str], folder: Path, batch_size: int, out: Path) -> None:
+    """In this process, which may be one of several."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpus()
-    for kind in sys.argv[4:]:
-        train(kind, Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    for kind in kinds:
+        train(kind, folder, batch_size, out)

@@ -10,20 +10,24 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.reward import keep_head_fp32, set_reward_bias
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.reward.config import RankedRewardConfig
+from tests.trainers.conftest import in_two_processes
+from tests.trainers.scale_worker import train_each
 
-pytestmark = pytest.mark.slow
+# Accelerate looks for a free port.
+pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("scale_worker.py")
 CONFIGS = ROOT / "recipes" / "accelerate"
 ROWS = [{"prompt": "the cat", "completions": [" sat", " ran to the", " a dog"], "ranks": [1, 2, 2]}] * 4
 
@@ -56,31 +60,18 @@ def models(causal_lm, reward_model, tokenizer, tmp_path):
     return tmp_path
 
 
-def run(*command, **environment):
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
-    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done
-
-
-def launch(config, *command):
-    """`accelerate launch` with one of our files, which says how many processes there are."""
-    options = ["launch", "--config_file", CONFIGS / config]
-    return run(sys.executable, "-m", "accelerate.commands.accelerate_cli", *options, *command)
+def launch_environment(config):
+    """What `accelerate launch` tells each of its processes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "script.py"])
+    return prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
 
 
 def results(models, config, kinds):
     """What one process, and what the processes of a configuration, write for each kind of training."""
     one, two = models / "one", models / "two"
     one.mkdir(), two.mkdir()
-    run(sys.executable, WORKER, models, 4, one, *kinds)
-    launch(config, WORKER, models, 2, two, *kinds)
+    train_each(kinds, models, 4, one)
+    in_two_processes(train_each, kinds, models, 2, two, environment=launch_environment(config))
     return [(kind, *(torch.load(folder / f"{kind}.pt") for folder in (one, two))) for kind in kinds]
 
 
@@ -95,7 +86,6 @@ def assert_equal(kind, one, two):
         assert difference < 1e-5, (kind, name)
 
 
-@pytest.mark.timeout(900)
 def test_ddp_equals_one_process(models):
     """Reward model, DPO and PPO-ptx, whose four roles are adapters on one base, the value function's included."""
     for kind, one, two in results(models, "ddp.yaml", ["reward-lora", "dpo-full", "ppo-shared"]):
@@ -107,7 +97,6 @@ def test_ddp_equals_one_process(models):
             assert all(log["grad_norm/value"] > 0 for log in one["logs"] if "grad_norm/value" in log)
 
 
-@pytest.mark.timeout(900)
 def test_fsdp2_equals_one_process_and_saves_whole_models(models):
     """Reward model and DPO, full and LoRA; a reward model also resumed."""
     kinds = ["reward-full-resumed", "reward-lora", "dpo-full", "dpo-lora"]
@@ -129,7 +118,6 @@ def test_fsdp2_equals_one_process_and_saves_whole_models(models):
             assert (whole[name] - weight).abs().max().item() < 1e-5, (kind, name)
 
 
-@pytest.mark.timeout(900)
 def test_fsdp2_trains_adapters_in_bf16(models):
     """As on a GPU. A reference that ran first would leave FSDP2 without a dtype for the gradients of the adapter."""
     kinds = ["reward-lora-bf16", "dpo-lora-bf16"]
@@ -145,12 +133,11 @@ def test_fsdp2_trains_adapters_in_bf16(models):
                 assert (two["weights"][name] - weight).abs().max() < 0.01, (kind, name)
 
 
-@pytest.mark.timeout(900)
-def test_recipes_run_under_accelerate_launch(models):
+def test_recipes_run_under_accelerate_launch(models, tokenizer):
     """As the README says it, on CPUs."""
     with open(models / "rows.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in ROWS)
-    PreTrainedTokenizerFast.from_pretrained(models / "tokenizer").save_pretrained(models / "reward")
+    tokenizer.save_pretrained(models / "reward")
     options = {
         "model_name_or_path": models / "reward",
         "dataset_name": models / "rows.jsonl",
@@ -159,8 +146,22 @@ def test_recipes_run_under_accelerate_launch(models):
         "max_steps": 1,
         "report_to": "none",
     }
-    options = [part for name, value in options.items() for part in (f"--{name}", value)]
-    launch("ddp.yaml", "-m", "prefopt.recipes.reward", "--use_cpu", *options)
+    recipe = [
+        "prefopt.recipes.reward",
+        "--use_cpu",
+        *(str(x) for item in options.items() for x in ("--" + item[0], item[1])),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        CONFIGS / "ddp.yaml",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "-m", *recipe], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-5000:]
     assert json.loads((models / "rm" / "trainer_state.json").read_text())["global_step"] == 1
     assert (models / "rm" / "model.safetensors").is_file()
 
