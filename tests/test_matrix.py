@@ -8,6 +8,7 @@ is refused with a sentence that stands here. The table in docs/architectures.md 
 """
 
 import math
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,7 @@ ARCHITECTURES = {
 }
 # What is refused, or falls back to a row for each completion, with words of the sentence that says so.
 NO_REWARD_MODEL = {"lfm2": "Unrecognized configuration class"}
-NOT_SHARED = {
-    name: f"not proved for the architecture '{name}'"
-    for name in ("gpt_bigcode", "gpt_neo", "bloom", "gemma2", "gpt_oss", "qwen3_next", "lfm2", "mixtral")
-}
+NOT_SHARED = {name: f"not proved for the architecture '{name}'" for name in ("gpt_neo", "bloom", "qwen3_next", "lfm2")}
 NOT_COMPARED = {"phimoe": ({"num_local_experts": 4}, "draws random numbers in training that are no dropout")}
 
 DTYPES = ["fp32", "bf16", "autocast", "4-bit"]
@@ -423,7 +421,9 @@ def table():
         reward = "none in transformers" if name in NO_REWARD_MODEL else "yes"
         lines.append(f"| `{name}` | {layers_of(model.config)} | {positions} | {shared} | {reward} |")
     lines += [f"| `{name}` | | | | refused: {sentence} |" for name, (_, sentence) in NOT_COMPARED.items()]
-    return "\n".join(lines) + "\n"
+    others = ", ".join(f"`{name}`" for name in sorted(prefix_sharing.MODEL_TYPES - {*ARCHITECTURES}))
+    text = f"Prefix sharing is also proved, by `tests/models/test_prefix_sharing.py`, for {others}."
+    return "\n".join([*lines, "", *textwrap.wrap(text, 120, break_on_hyphens=False)]) + "\n"
 
 
 def test_the_documentation_has_this_table():

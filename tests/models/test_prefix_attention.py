@@ -1,32 +1,39 @@
 """Attention of packed rows by a kernel for sequences of any length; here a loop stands in for the CUDA kernel."""
 
+import logging
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForSequenceClassification,
+    modeling_flash_attention_utils,
 )
 
 from prefopt.models.prefix import attention as prefix_attention
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import (
+    Rule,
+    choose,
+    flash_attention,
+    flex_attention,
     grouped_attention,
-    has_varlen_kernel,
+    kernel_works,
     varlen_attention,
-    varlen_kernel_works,
 )
 from prefopt.models.prefix.layout import pack
 from prefopt.models.reward import checkpoint_activations, sequence_scores
 
 
 def varlen_by_loop(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False,
+    softcap=0.0, sinks=None,
+):  # fmt: skip
     """`torch.nn.attention.varlen.varlen_attn` by its documentation, one sequence and one head at a time."""
     left, right = window_size
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -48,19 +55,54 @@ def varlen_by_loop(
                 key[k_start:k_end, head // groups],
                 value[k_start:k_end, head // groups],
             )
-            heads.append((q @ k.T * scale).masked_fill(~seen, float("-inf")).softmax(-1) @ v)
+            logits = q @ k.T * scale
+            logits = softcap * (logits / softcap).tanh() if softcap else logits
+            logits = logits.masked_fill(~seen, float("-inf"))
+            if sinks is not None:
+                logits, v = torch.cat([logits, sinks[head].expand(len(q), 1)], 1), torch.cat([v, 0 * v[:1]])
+            heads.append(logits.softmax(-1) @ v)
         out.append(torch.stack(heads, 1))
     assert q_end == len(query)
     assert k_end == len(key)
     return torch.cat(out)
 
 
+def flash_by_loop(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, s_aux=None,
+):  # fmt: skip
+    """`flash_attn_varlen_func` by its documentation: what comes after a token is never seen when it is causal."""
+    assert causal
+    assert dropout_p == 0
+    return varlen_by_loop(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=softmax_scale,
+        window_size=(window_size[0], 0), enable_gqa=True, softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
+
+
+def flash_without_sinks(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0,
+):  # fmt: skip
+    return flash_by_loop(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap,
+    )  # fmt: skip
+
+
+def load_flash(monkeypatch, varlen):
+    """transformers finds this flash attention, whatever the name."""
+    options = modeling_flash_attention_utils._lazy_define_process_function(varlen)
+    loaded = ((None, varlen, None, None, None), (options, None))
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda name: loaded)
+
+
 @pytest.fixture(autouse=True)
 def loop_for_the_kernel(monkeypatch):
     monkeypatch.setattr(prefix_attention, "varlen_attn", varlen_by_loop)
-    varlen_kernel_works.cache_clear()
+    kernel_works.cache_clear()
     yield
-    varlen_kernel_works.cache_clear()
+    kernel_works.cache_clear()
 
 
 def random_rows(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,10 +120,14 @@ def random_rows(rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_varlen_equals_blocks(heads, window):
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
+def test_kernels_equal_blocks(kernel, heads, window, monkeypatch):
     """Outputs and gradients; the blocks are compared with one softmax at a time in test_prefix_sharing.py."""
-    rng, generator, module = random.Random(0), torch.Generator().manual_seed(0), nn.Module()
-    module.num_key_value_groups = heads[0] // heads[1]
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    load_flash(monkeypatch, flash_by_loop)
+    attention, softcap = varlen_attention, None
+    if kernel == "flash":
+        attention, softcap = partial(flash_attention, name="flash_attention_2"), 0.5
     unshared = 0
     for _ in range(25):
         packed = pack(*random_rows(rng))
@@ -91,12 +137,15 @@ def test_varlen_equals_blocks(heads, window):
             torch.randn(1, n, size, 8, generator=generator, dtype=torch.float64, requires_grad=True)
             for n in (heads[0], heads[1], heads[1])
         ]
+        sinks = None
+        if kernel == "flash":
+            sinks = torch.randn(heads[0], generator=generator, dtype=torch.float64, requires_grad=True)
+            tensors.append(sinks)
+        rule = Rule(0.7, window, softcap, sinks=sinks)
         weights = torch.randn(1, size, heads[0], 8, generator=generator, dtype=torch.float64)
         results = []
-        for out in (
-            varlen_attention(*tensors, packed.layout, 0.7, window),
-            grouped_attention(module, *tensors, packed.layout, window, scaling=0.7),
-        ):
+        for way in (attention, grouped_attention):
+            out = way(*tensors[:3], packed.layout, rule)
             results.append([out, *torch.autograd.grad((out * weights).sum(), tensors)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -130,7 +179,7 @@ def test_a_model_scores_as_with_rows(kind, checkpointing, monkeypatch):
 
     expected = both_ways(None)
     calls = []
-    monkeypatch.setattr(prefix_attention, "has_varlen_kernel", lambda *args: True)
+    monkeypatch.setattr(prefix_attention, "choose", lambda *args: varlen_attention)
     monkeypatch.setattr(
         prefix_attention,
         "varlen_attn",
@@ -156,27 +205,97 @@ def test_the_first_forward_may_be_one_of_training_under_autocast(monkeypatch):
     ids, mask, prompts = random_rows(random.Random(3))
     dtypes = []
 
-    def on_the_cpu(query, key, value, dropout, window):
+    def on_the_cpu(plain, query, key, value, rule):
         dtypes.extend(x.dtype for x in (query, key, value))
-        return varlen_kernel_works(query.device, query.dtype, (4, 2), 8, window is not None)
+        assert kernel_works("varlen", query.device, query.dtype, (4, 2, 8, 8), Rule(window=rule.window))
+        return varlen_attention
 
-    monkeypatch.setattr(prefix_attention, "has_varlen_kernel", on_the_cpu)
+    monkeypatch.setattr(prefix_attention, "choose", on_the_cpu)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = sequence_scores(model, ids, mask, packed=pack(ids, mask, prompts))
     scores.sum().backward()
     assert set(dtypes) == {torch.bfloat16}
-    assert varlen_kernel_works.cache_info().misses == 1
+    assert kernel_works.cache_info().misses == 1
 
 
 def test_the_cpu_has_no_kernel():
-    assert not has_varlen_kernel(*torch.randn(3, 1, 2, 5, 8, dtype=torch.bfloat16))
+    assert choose("flash_attention_2", *torch.randn(3, 1, 2, 5, 8, dtype=torch.bfloat16), Rule()) is grouped_attention
+
+
+class OnAGPU(SimpleNamespace):
+    """As much of a tensor there as decides which way its attention takes."""
+
+    def __init__(self, heads, dim, dtype=torch.bfloat16):
+        super().__init__(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(1, heads, 9, dim))
+
+
+@pytest.mark.parametrize(
+    ("plain", "dim", "dtype", "rule", "expected"),
+    [
+        ("sdpa", 128, torch.bfloat16, {}, ["varlen"]),
+        ("sdpa", 256, torch.float16, {"window": 7}, ["varlen"]),  # Gemma's heads
+        ("sdpa", 512, torch.bfloat16, {}, ["flex"]),  # Gemma 4's
+        ("sdpa", 100, torch.bfloat16, {}, []),
+        ("sdpa", 128, torch.float32, {}, []),
+        ("sdpa", 128, torch.bfloat16, {"dropout": 0.1}, []),
+        ("eager", 256, torch.bfloat16, {"softcap": 50.0}, ["flex"]),
+        ("eager", 64, torch.float32, {"sinks": torch.zeros(4)}, ["flex"]),
+        ("flash_attention_2", 128, torch.bfloat16, {"softcap": 50.0}, ["flash_attention_2", "flex"]),
+        ("flash_attention_2", 128, torch.bfloat16, {"dropout": 0.1}, ["flash_attention_2"]),
+        ("kernels-community/vllm-flash-attn3", 64, torch.bfloat16, {"sinks": torch.zeros(4)},
+         ["kernels-community/vllm-flash-attn3", "flex"]),
+        ("flash_attention_3", 64, torch.bfloat16, {}, ["flash_attention_3", "varlen"]),
+    ],
+)  # fmt: skip
+def test_which_way_a_layer_takes(plain, dim, dtype, rule, expected, monkeypatch, caplog):
+    """Each is tried, in this order; blocks are what is left, and each is named once."""
+    caplog.set_level(logging.INFO, prefix_attention.logger.name)
+    tensors = [OnAGPU(heads, dim, dtype) for heads in (4, 2, 2)]
+    monkeypatch.setattr(prefix_attention, "can_compile", lambda device_type: True)
+    ways = {"varlen": varlen_attention, "flex": flex_attention}
+    for number in range(len(expected) + 1):
+        tried = []
+
+        def works(name, device, dtype, shape, rule, has_sinks, tried=tried, number=number):
+            tried.append(name)
+            assert shape == (4, 2, dim, dim)
+            return len(tried) > number
+
+        monkeypatch.setattr(prefix_attention, "kernel_works", works)
+        prefix_attention._log_once.cache_clear()
+        for _ in range(2):
+            tried.clear()
+            way = choose(plain, *tensors, Rule(**rule))
+        assert tried == expected[: number + 1]
+        name = expected[number] if number < len(expected) else "blocks"
+        if name in ways or name == "blocks":
+            assert way is ways.get(name, grouped_attention)
+        else:
+            assert (way.func, way.keywords) == (flash_attention, {"name": name})
+        assert caplog.messages[-1].endswith(f": {name}")
+        assert len(caplog.messages) == number + 1
+    monkeypatch.setattr(prefix_attention, "can_compile", lambda device_type: False)
+    tried.clear()
+    choose(plain, *tensors, Rule(**rule))
+    assert "flex" not in tried
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("has_window", [False, True])
-def test_a_right_kernel_is_trusted(dtype, has_window, caplog):
-    assert varlen_kernel_works(torch.device("cpu"), dtype, (4, 2), 8, has_window)
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
+def test_a_right_kernel_is_trusted(name, dtype, window, caplog, monkeypatch):
+    load_flash(monkeypatch, flash_by_loop)
+    rule = Rule(window=window, softcap=None if name == "varlen" else 1.0)
+    assert kernel_works(name, torch.device("cpu"), dtype, (4, 2, 8, 8), rule, name != "varlen")
     assert not caplog.records
+
+
+def test_a_flash_attention_that_drops_the_sinks_is_not_used(caplog, monkeypatch):
+    """transformers hands them over to those that take them, and says nothing of the others."""
+    load_flash(monkeypatch, flash_without_sinks)
+    assert kernel_works("flash_attention_2", torch.device("cpu"), torch.bfloat16, (4, 2, 8, 8), Rule())
+    assert not kernel_works("flash_attention_2", torch.device("cpu"), torch.bfloat16, (4, 2, 8, 8), Rule(), True)
+    assert "flash_attention_2 is not used" in caplog.records[-1].message
 
 
 def looks_ahead(*args, window_size, **kwargs):
@@ -217,6 +336,6 @@ def has_other_arguments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_
 def test_a_wrong_kernel_is_not_used(kernel, reason, monkeypatch, caplog):
     monkeypatch.setattr(prefix_attention, "varlen_attn", kernel)
     for _ in range(3):
-        assert not varlen_kernel_works(torch.device("cpu"), torch.bfloat16, (4, 2), 8, True)
+        assert not kernel_works("varlen", torch.device("cpu"), torch.bfloat16, (4, 2, 8, 8), Rule(window=2))
     (record,) = caplog.records
     assert reason in record.message

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -18,8 +19,9 @@ from trl.trainer import add_fused_lm_head
 
 from prefopt.losses import ranking_loss
 from prefopt.models.heads import completion_logps
+from prefopt.models.prefix import attention as prefix_attention
 from prefopt.models.prefix import sharing as prefix_sharing
-from prefopt.models.prefix.attention import prefix_sharing_attention
+from prefopt.models.prefix.attention import Rule, flex_attention, grouped_attention, prefix_sharing_attention
 from prefopt.models.prefix.layout import Layout, PackedRows, Rows, pack
 from prefopt.models.prefix.sharing import sharing
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, sequence_scores
@@ -157,15 +159,20 @@ def test_pack_refuses(mask, prompts, message):
 # ---- attention ----
 
 
-def attention_by_hand(batch, q, k, v, window, scaling, groups):
-    """Each row's tokens attend to that row's, one softmax at a time."""
+def attention_by_hand(batch, q, k, v, window, scaling, groups, softcap=None, sinks=None):
+    """Each row's tokens attend to that row's, one softmax at a time; a sink is one more token, whose value is 0."""
     _, _, where = pack_by_hand(batch)
     out = torch.zeros(1, q.shape[2], q.shape[1], v.shape[3])
     for (row, t), place in where.items():
         seen = [where[row, s] for s in range(t + 1) if window is None or t - s < window]
         for head in range(q.shape[1]):
             keys, values = k[0, head // groups, seen], v[0, head // groups, seen]
-            out[0, place, head] = torch.softmax(keys @ q[0, head, place] * scaling, 0) @ values
+            logits = keys @ q[0, head, place] * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            if sinks is not None:
+                logits, values = torch.cat([logits, sinks[head, None]]), torch.cat([values, 0 * values[:1]])
+            out[0, place, head] = torch.softmax(logits, 0) @ values
     return out
 
 
@@ -204,6 +211,41 @@ def test_attention_equals_a_loop(window, as_rows, monkeypatch):
         assert kinds == {(True, True), (True, False), (False, False)}
 
 
+@pytest.mark.parametrize(
+    ("way", "window", "softcap", "has_sinks"),
+    [
+        ("blocks", None, 0.5, False),
+        ("blocks", None, None, True),
+        ("blocks", 3, 0.5, True),
+        ("flex", None, 0.5, False),
+        ("flex", 3, None, True),
+    ],
+)
+def test_capped_logits_and_sinks_equal_a_loop(way, window, softcap, has_sinks, monkeypatch):
+    # Compiled, it is for GPUs. As it is written it runs on a CPU, whose backward pass PyTorch refuses for compiled code's sake.
+    monkeypatch.setattr(prefix_attention, "_flex_attention", lambda: torch_flex_attention)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    attention = {"blocks": grouped_attention, "flex": flex_attention}[way]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("short prompt", "same lengths", "alike beyond the prompt"):
+        batch = BATCHES[name]
+        packed = batch.packed()
+        size = packed.input_ids.shape[1]
+        shapes = [(1, 4, size, 16), (1, 2, size, 16), (1, 2, size, 16), (4,)]
+        *qkv, sinks = inputs = [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
+        given = sinks if has_sinks else None
+        out = attention(*qkv, packed.layout, Rule(0.7, window, softcap, sinks=given))
+        expected = attention_by_hand(batch, *qkv, window, 0.7, 2, softcap, given)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+        weights = torch.randn(out.shape, generator=generator)
+        gradients = [
+            torch.autograd.grad((x * weights).sum(), inputs[: 3 + has_sinks], retain_graph=True)
+            for x in (out, expected)
+        ]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_whole_rows_are_taken_where_they_cost_less():
     for width, rest, expected in ((3, 5, True), (5, 5, False), (7, 5, False)):
         batch = Batch((list(range(3, 3 + width)), [[40 + k] * rest for k in range(3)]))
@@ -228,11 +270,43 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 VARIANTS = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
     "cohere2": WINDOW,
+    "ernie4_5": {},
     "exaone4": WINDOW,
     "gemma": {},
+    # Caps that logits of this size feel.
+    "gemma2": {
+        **WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 8,
+    },
     "gemma3_text": WINDOW,
+    # Upper layers read keys of lower ones; full attention has wider heads, and one head of keys.
+    "gemma4_text": {
+        "sliding_window": 5,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+    },
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -252,16 +326,45 @@ VARIANTS = {
         "attn_pdrop": 0,
         "scale_attn_by_inverse_layer_idx": True,
     },
+    "gpt_bigcode": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0,
+        "embd_pdrop": 0,
+        "attn_pdrop": 0,
+    },
     "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 4},
     "gpt_neox-sequential": {"use_parallel_residual": False, "num_key_value_heads": 4},
+    "gpt_oss": {**WINDOW, **EXPERTS},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granitemoe": {**EXPERTS, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "granitemoeshared": {**EXPERTS, "shared_intermediate_size": 16},
+    "helium": {},
+    "hunyuan_v1_dense": {},
     "llama": {},
     "llama-rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "minimax_m2": EXPERTS,
     "ministral": WINDOW,
+    # Queries grow with the position.
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "mistral": {"sliding_window": None},
     "mistral-window": {"sliding_window": 5},
+    "mixtral": EXPERTS,
+    "olmo": {},
     "olmo2": {},
     "olmo3": WINDOW,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "init_std": 0.2},
     "opt-post-norm": {
         "ffn_dim": 48,
@@ -270,13 +373,34 @@ VARIANTS = {
         "init_std": 0.2,
         "do_layer_norm_before": False,
     },
+    "phi": {"partial_rotary_factor": 0.5},
     "phi3": {},
+    # Phi 4 mini: half of a head rotates, with factors that depend on how long a batch is.
+    "phi3-four": {
+        "original_max_position_embeddings": 10,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "short_factor": [1.0, 1.0],
+            "long_factor": [4.0, 4.0],
+            "original_max_position_embeddings": 10,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "phi3-window": {"sliding_window": 5},
     "qwen2": {},
     "qwen2-window": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "qwen3": {},
     "qwen3-window": {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 5},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 5, "residual_dropout": 0.0, "embedding_dropout": 0.0},
 }
@@ -339,7 +463,19 @@ def has_score_head(variant):
 def test_every_architecture_on_the_list_is_tested():
     assert {name.partition("-")[0] for name in VARIANTS} == prefix_sharing.MODEL_TYPES
     without_head = {name for name in prefix_sharing.MODEL_TYPES if not has_score_head(name)}
-    assert without_head == {"cohere2", "granite"}
+    assert without_head == {
+        "apertus",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "gemma4_text",
+        "glm4_moe",
+        "granite",
+        "granitemoe",
+        "granitemoeshared",
+        "minimax_m2",
+        "olmoe",
+    }
 
 
 @pytest.mark.parametrize("variant", sorted(name for name in VARIANTS if has_score_head(name)))
@@ -388,7 +524,7 @@ def test_log_probabilities_equal_a_plain_softmax():
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma2", "gpt_oss"])
 def test_gradient_checkpointing(variant, use_reentrant, adapter):
     model = make_model(variant)
     if adapter:
@@ -485,8 +621,8 @@ def test_without_the_layout_the_packed_row_leaks():
     assert (model.score(hidden[last])[:, 0] - exact).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma3_text", "gpt2"])
-def test_everywhere_else_the_model_is_sdpa_bit_for_bit(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma2", "gemma3_text", "gpt2", "gpt_oss"])
+def test_everywhere_else_the_model_is_as_it_was_loaded_bit_for_bit(variant, tmp_path):
     model, batch = make_model(variant, AutoModelForCausalLM).eval(), BATCHES["ragged"]
 
     def everything(model):
@@ -500,6 +636,8 @@ def test_everywhere_else_the_model_is_sdpa_bit_for_bit(variant, tmp_path):
             model.generate(**left, do_sample=False, cache_implementation="static", **settings),
         ]
 
+    loaded = model.config._attn_implementation
+    assert loaded == ("eager" if variant in ("gemma2", "gpt_oss") else "sdpa")
     before = everything(model)
     model.save_pretrained(tmp_path / "before")
     prefix_sharing.enable(model)
@@ -510,7 +648,7 @@ def test_everywhere_else_the_model_is_sdpa_bit_for_bit(variant, tmp_path):
     model.save_pretrained(tmp_path / "enabled")
     prefix_sharing.disable(model)
     assert not prefix_sharing.is_enabled(model)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == loaded
     for a, b, c in zip(before, enabled, everything(model), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
@@ -553,11 +691,12 @@ def test_a_copy_of_an_enabled_model_works():
 @pytest.mark.parametrize(
     ("variant", "overrides", "reason"),
     [
-        ("gemma2", {}, "'gemma2'"),
+        ("llama4_text", {}, "'llama4_text'"),
+        ("nemotron", {}, "'nemotron'"),
         ("stablelm", {}, "'stablelm'"),
         ("bloom", {}, "'bloom'"),
         ("qwen3_5_text", {"num_hidden_layers": 4}, "'qwen3_5_text'"),
-        ("llama", {"attn_implementation": "eager"}, "attn_implementation='eager' instead of 'sdpa'"),
+        ("llama", {"attn_implementation": "paged|sdpa"}, "attn_implementation='paged|sdpa', which is for inference"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention"]}, "layers of type linear_attention"),
     ],
 )

@@ -5,11 +5,15 @@ rows [N, T] --pack--> PackedRows: [prefix of prompt 1 | prefix of prompt 2 | ...
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from prefopt.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Layout:
     owner: Tensor  # [N]
     first: Tensor  # [B], a rest of each prefix
     num_rest_tokens: int
-    _masks: dict[tuple[str, int | None, int], Tensor | None] = field(default_factory=dict)
+    # Made once for all layers, by what was asked for.
+    _masks: dict[tuple[str, int | None, int], Any] = field(default_factory=dict)
 
     @cached_property
     def sequences(self) -> "Sequences":
@@ -113,27 +118,29 @@ class Layout:
             repeated = prefix.index_select(0, self.owner)
         return torch.cat([repeated, rest], dim=2)
 
-    def mask(self, block: str, window: int | None, groups: int = 1) -> Tensor | None:
-        """Boolean mask, True attends, of the `prefixes`, the `rests` or the `rows`; None means plain causal.
+    def mask(self, block: str, window: int | None, groups: int = 1, *, causal_is_none: bool = True) -> Tensor | None:
+        """Boolean mask, True attends, of the `prefixes`, the `rests` or the `rows`; plain causal is None unless told.
 
         `groups` copies of it stand below each other.
         """
-        if (block, window, groups) not in self._masks:
-            mask = self._make_mask(block, window)
-            self._masks[block, window, groups] = None if mask is None else mask.repeat(1, 1, groups, 1)
-        return self._masks[block, window, groups]
-
-    def _make_mask(self, block: str, window: int | None) -> Tensor | None:
-        device = self.owner.device
         width = {"prefixes": self.prefixes.width, "rests": self.rests.width}.get(
             block, self.prefixes.width + self.rests.width
         )
+        if window is not None and window >= self.prefixes.width + self.rests.width:
+            window = None
+        if block != "rests" and causal_is_none and (window is None or window >= width):
+            return None
+        if (block, window, groups) not in self._masks:
+            self._masks[block, window, groups] = self._make_mask(block, width, window).repeat(1, 1, groups, 1)
+        return self._masks[block, window, groups]
+
+    def _make_mask(self, block: str, width: int, window: int | None) -> Tensor:
+        device = self.owner.device
         own = torch.arange(width, device=device)
         distance = own[:, None] - own[None, :]  # [L, L]
         if block != "rests":
-            if window is None or window >= width:
-                return None
-            return ((distance >= 0) & (distance < window))[None, None]
+            seen = distance >= 0
+            return (seen if window is None else seen & (distance < window))[None, None]
         # A rest's keys: its prefix, padded to the widest, then itself. Distances to the prefix count its real tokens.
         lengths = self.prefixes.lengths[:1] if self.uniform else self.prefixes.lengths[self.owner]
         key = torch.arange(self.prefixes.width, device=device)
@@ -144,6 +151,28 @@ class Layout:
         if window is not None:
             seen = seen & (distance < window)
         return seen[:, None]
+
+    def block_mask(self, window: int | None) -> "BlockMask":
+        """FlexAttention's mask of the packed row as it stands: a token sees its prefix and itself, back to the window."""
+        if ("flex", window, 1) not in self._masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            device = self.owner.device
+            lengths = torch.cat([self.prefixes.lengths, self.rests.lengths])
+            prefixes = torch.cat([torch.arange(len(self.prefixes.lengths), device=device), self.owner])
+            sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+            prefix = prefixes[sequence]
+            position = torch.arange(len(sequence), device=device) - (lengths.cumsum(0) - lengths)[sequence]
+            position = torch.where(sequence == prefix, position, position + self.prefixes.lengths[prefix])
+
+            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                is_shared = (sequence[key] == sequence[query]) | (sequence[key] == prefix[query])
+                distance = position[query] - position[key]
+                return is_shared & (distance >= 0) & ((distance < window) if window is not None else is_shared)
+
+            size = len(sequence)
+            self._masks["flex", window, 1] = create_block_mask(sees, None, None, size, size, device=device)
+        return self._masks["flex", window, 1]
 
 
 @dataclass(frozen=True)

@@ -12,48 +12,74 @@ and itself. The result is that of K rows up to rounding, and so is the gradient.
                                                                  .index says where each row's token went
 
 How rows are packed stands in `layout`, how attention runs on them in `attention`, here which models can do it, how it
-is switched on, and `PrefixSharing`, by which a trainer makes sure that it changes nothing. The attention is registered through transformers' attention interface and behaves like
-its `sdpa` wherever no layout is given. The layout travels as a keyword argument of the backbone's forward, which
-gradient checkpointing keeps for its second forward.
+is switched on, and `PrefixSharing`, by which a trainer makes sure that it changes nothing. The attention is registered
+through transformers' attention interface, once for each that models are loaded with, and is that one wherever no layout
+is given. The layout travels as a keyword argument of the backbone's forward, which gradient checkpointing keeps for its
+second forward.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from prefopt.errors import UserError
 from prefopt.models.passes import backbone, unwrapped
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import PackedRows, Rows, pack
 
-ATTENTION = "prefopt_prefix_sharing"
+# By name in transformers' attention interface, the attention that is behind it.
+_PLAIN: dict[str, str] = {}
 
 # Architectures on which the tests have shown equal results. All their layers mix tokens in attention alone, with
-# positions given by `position_ids`; a hybrid layer, a position bias or a capped logit would need its own proof.
+# positions given by `position_ids`; a hybrid layer, a position bias or a model that counts its input's positions by
+# itself (Nemotron; Llama 4, whose attention is cut in chunks too) would need its own proof.
 MODEL_TYPES = {
+    "apertus",
+    "arcee",
+    "cohere",
     "cohere2",
+    "ernie4_5",
     "exaone4",
     "gemma",
+    "gemma2",
     "gemma3_text",
+    "gemma4_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
     "gpt2",
+    "gpt_bigcode",
     "gpt_neox",
+    "gpt_oss",
     "granite",
+    "granitemoe",
+    "granitemoeshared",
+    "helium",
+    "hunyuan_v1_dense",
     "llama",
+    "minimax_m2",
     "ministral",
+    "ministral3",
     "mistral",
+    "mixtral",
+    "olmo",
     "olmo2",
     "olmo3",
+    "olmoe",
     "opt",
+    "phi",
     "phi3",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
     "smollm3",
     "starcoder2",
 }
@@ -70,8 +96,19 @@ CHECKED_TOKENS = 32
 SAME = 1e-3
 TIMES_NOISE = 4.0
 
-AttentionInterface.register(ATTENTION, prefix_sharing_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+def _registered(plain: str) -> str:
+    """The name of `prefix_sharing_attention` before the attention `plain`."""
+    for name, other in _PLAIN.items():
+        if other == plain:
+            return name
+    # Not with the other's name in it: a name with "flash" in it is looked for on the Hub.
+    name = f"prefopt_prefix_sharing_{len(_PLAIN)}"
+    AttentionInterface.register(name, partial(prefix_sharing_attention, plain=plain))
+    if plain in AttentionMaskInterface():
+        AttentionMaskInterface.register(name, AttentionMaskInterface()[plain])
+    _PLAIN[name] = plain
+    return name
 
 
 def why_not(model: nn.Module) -> str | None:
@@ -84,8 +121,9 @@ def why_not(model: nn.Module) -> str | None:
         return f"its layers of type {', '.join(sorted(unknown))} mix tokens in another way"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "it is spread over several devices"
-    if config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"it was loaded with attn_implementation={config._attn_implementation!r} instead of 'sdpa'"
+    attention = _PLAIN.get(config._attn_implementation, config._attn_implementation)
+    if (attention != "eager" and attention not in AttentionInterface()) or attention.startswith("paged|"):
+        return f"it was loaded with attn_implementation={attention!r}, which is for inference"
     return None
 
 
@@ -102,18 +140,21 @@ def enable(model: nn.Module) -> None:
     """
     if reason := why_not(model):
         raise UserError(f"this model cannot share prefixes: {reason}")
-    unwrapped(model).set_attn_implementation(ATTENTION)
+    if not is_enabled(model):
+        model = unwrapped(model)
+        model.set_attn_implementation(_registered(model.config.get_text_config()._attn_implementation))
 
 
 def disable(model: nn.Module) -> None:
     """Undo `enable`."""
     if is_enabled(model):
-        unwrapped(model).set_attn_implementation("sdpa")
+        model = unwrapped(model)
+        model.set_attn_implementation(_PLAIN[model.config.get_text_config()._attn_implementation])
 
 
 def is_enabled(model: nn.Module) -> bool:
     """Whether `enable` was called on the model."""
-    return unwrapped(model).config.get_text_config()._attn_implementation == ATTENTION
+    return unwrapped(model).config.get_text_config()._attn_implementation in _PLAIN
 
 
 def plan(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows | None:

@@ -257,7 +257,7 @@ def test_a_step_by_itself_is_the_mean_over_its_batch(kind, budget, models, token
 
 # ---- the budget ----
 
-GEMMA2 = {
+SMALL = {
     "vocab_size": 320,
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -277,7 +277,7 @@ def other_model(kind, model_type):
     torch.manual_seed(0)
     auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     labels = {"num_labels": 1} if kind == "reward" else {}
-    return auto.from_config(AutoConfig.for_model(model_type, **GEMMA2, **labels))
+    return auto.from_config(AutoConfig.for_model(model_type, **SMALL, **labels))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_no_forward_exceeds_the_budget(what, kind, models, tokenizer, tmp_path):
     budget = 60
     trainer = trainer_on(
         kind,
-        other_model(kind, "gemma2") if what == "falls back" else models[kind],
+        other_model(kind, "stablelm") if what == "falls back" else models[kind],
         tokenizer,
         tmp_path,
         prefix_sharing=what != "rows",
@@ -393,7 +393,7 @@ def test_an_architecture_wrongly_on_the_list_is_caught(kind, tokenizer, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["reward", "dpo"])
-@pytest.mark.parametrize("model_type", ["gemma2", "stablelm"])
+@pytest.mark.parametrize("model_type", ["nemotron", "stablelm"])
 def test_other_architectures_fall_back_with_one_warning(model_type, kind, tokenizer, tmp_path, caplog):
     model = other_model(kind, model_type)
     expected = train(trainer_on(kind, model, tokenizer, tmp_path, prefix_sharing=False, max_steps=2))
