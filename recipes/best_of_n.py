@@ -23,6 +23,7 @@ from prefopt.inference.generate import Completion, batches_by_length, derived_se
 from prefopt.inference.journal import Journal, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
+from prefopt.rankings.tokens import template_kwargs
 from prefopt.recipes.common.arguments import parse, setting
 from prefopt.recipes.common.models import load_policy, model_init_kwargs
 from prefopt.recipes.common.progress import counting
@@ -39,7 +40,7 @@ from prefopt.statistics.overoptimization import best_of_n_distance
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[list[Any], int], tuple[list[list[Completion]], list[list[float]]]]
+Draw = Callable[[list[dict[str, Any]], int], tuple[list[list[Completion]], list[list[float]]]]
 
 
 @dataclass
@@ -65,11 +66,11 @@ def best_rows(
 ) -> list[dict[str, Any]]:
     """The rows with the completion of the highest score, the first of several.
 
-    `draw(prompts, seed)` gives completions and scores of each prompt; those of a batch of rows are an entry of the journal.
+    `draw(rows, seed)` gives completions and scores of each row's prompt; those of a batch of rows are an entry of the journal.
     """
 
     def best(number: int, batch: Sequence[int]) -> list[dict[str, Any]]:
-        drawn = draw([rows[i]["prompt"] for i in batch], derived_seed(seed, number))
+        drawn = draw([rows[i] for i in batch], derived_seed(seed, number))
         return [_best(*of_prompt, keep_samples) for of_prompt in zip(*drawn, strict=True)]
 
     chosen: dict[int, dict[str, Any]] = {}
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     def choose(journal: Journal) -> list[dict[str, Any]]:
-        lengths = [len(prompt_ids(tokenizer, prompt)) for prompt in rows["prompt"]]
+        lengths = [len(prompt_ids(tokenizer, row["prompt"], **template_kwargs(row))) for row in rows]
         batches = batches_by_length(lengths, max(1, args.batch_size // args.n))
         draw = _drawer(args, model_args, init_kwargs, tokenizer)
         with counting(f"best of {args.n}") as progress:
@@ -128,20 +129,22 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
         args.reward_model_name_or_path, load_in_4bit=model_args.load_in_4bit, dtype=model_args.dtype
     )
 
-    def draw(prompts: list[Any], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
+    def draw(rows: list[dict[str, Any]], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
         samples = generate(
             policy,
             tokenizer,
-            prompts,
+            [row["prompt"] for row in rows],
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             num_return=args.n,
             batch_size=args.batch_size,
             seed=seed,
+            of_rows=[template_kwargs(row) for row in rows],
         )
         flat = [completion for completions in samples for completion in completions]
-        repeated = [prompt for prompt in prompts for _ in range(args.n)]
-        scores = score_samples(reward_model, reward_tokenizer, tokenizer, repeated, flat, args.batch_size)
+        repeated = [row for row in rows for _ in range(args.n)]
+        prompts, of_rows = [row["prompt"] for row in repeated], [template_kwargs(row) for row in repeated]
+        scores = score_samples(reward_model, reward_tokenizer, tokenizer, prompts, flat, args.batch_size, of_rows)
         return samples, [scores[i : i + args.n] for i in range(0, len(scores), args.n)]
 
     return draw

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import write_json, write_jsonl
+from prefopt.inference.jsonl import finite, write_json, write_jsonl
 from prefopt.rankings.checks import contradictions
 from prefopt.rankings.formats import FORMATS, convert, detect
 from prefopt.rankings.prompts import PARTS
@@ -105,7 +105,7 @@ def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
         if row is None:
             raise UserError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}")
 
-    written = write_jsonl(out, ranked(), replace=args.overwrite)
+    written = write_jsonl(out, map(finite, ranked()), replace=args.overwrite)
     print(f"{source.data}: {len(read):,} rows in the format {read[0]} ({FORMATS[str(read[0])].datasets})")
     if counts:
         print(f"left out: {_in_words(counts)}")
@@ -223,8 +223,8 @@ def split(source: SourceArguments, args: SplitArguments) -> None:
         raise UserError(f"{source.data} {error}") from error
     prompts = {side: {prompt_key(rows[i]) for i in positions} for side, positions in sides.items()}
     for side, positions in sides.items():
-        write_jsonl(Path(args.out) / f"{side}.jsonl", (rows[i] for i in positions), replace=args.overwrite)
-        values = len({json.dumps(rows[i][args.by], sort_keys=True) for i in positions})
+        write_jsonl(Path(args.out) / f"{side}.jsonl", (finite(rows[i]) for i in positions), replace=args.overwrite)
+        values = len({json.dumps(rows[i][args.by], sort_keys=True, default=str) for i in positions})
         shared = len(prompts[side] & prompts["train"]) if side != "train" else 0
         warned = f"; {shared:,} of its prompts are in train too, of another {args.by}" if shared else ""
         print(f"{Path(args.out) / side}.jsonl: {len(positions):,} rows ({args.by}: {values:,} different){warned}")

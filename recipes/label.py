@@ -219,8 +219,10 @@ def choose_tasks(args: NextArguments) -> None:
     for number, row in enumerate(rows):
         if problem := row_problem(row, ("prompt", "completions")):
             raise UserError(f"{args.samples} row {number}: {problem}")
-    labeled = {json.dumps(row.get("prompt"), sort_keys=True) for name in args.labeled for row in read_jsonl(name)}
-    left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True) not in labeled]
+    labeled = {
+        json.dumps(row.get("prompt"), sort_keys=True, default=str) for name in args.labeled for row in read_jsonl(name)
+    }
+    left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True, default=str) not in labeled]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     # Without rows it checks the arguments alone, before models are loaded.
     choose_next([], [], **options)

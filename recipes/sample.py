@@ -30,7 +30,7 @@ from prefopt.inference.journal import (
     is_kept,
     source_state,
 )
-from prefopt.rankings.prompts import TEMPLATE_FIELDS, columns_of, unread_parts
+from prefopt.rankings.tokens import template_kwargs
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.lock import lock
@@ -115,8 +115,6 @@ def load_prompts(args: SamplingArguments, model_args: ModelConfig, *scorers: str
         convert=prompts_from_messages,
         key="dataset_name",
     )
-    if unread := unread_parts(columns_of(rows, TEMPLATE_FIELDS), TEMPLATE_FIELDS):
-        logger.warning("%s: %s", args.dataset_name, unread)
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, rows)
     for scorer in scorers:
@@ -170,17 +168,18 @@ def main(argv: list[str] | None = None) -> None:
 
     def draw(journal: Journal) -> list[dict[str, Any]]:
         counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
-        prompts = [prompt for prompt, count in zip(rows["prompt"], counts, strict=True) for _ in range(count)]
+        repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
         model = load_policy(model_args, init_kwargs, is_trainable=False)
         with counting("completions") as progress:
             drawn = generate(
                 model,
                 tokenizer,
-                prompts,
+                [row["prompt"] for row in repeated],
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,
                 batch_size=args.batch_size,
                 seed=args.seed,
+                of_rows=[template_kwargs(row) for row in repeated],
                 progress=progress,
                 journal=journal,
             )

@@ -10,6 +10,7 @@ from prefopt.inference.generate import Completion
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
 from prefopt.models.loading import known_tokenizer
+from prefopt.rankings.tokens import template_kwargs
 
 
 class RewardModel:
@@ -34,4 +35,5 @@ class RewardModel:
         """One for each row of the completions of `model`."""
         samples = [Completion(row["completion"], row["ids"], row["truncated"]) for row in rows]
         policy = known_tokenizer(self.args.models[model])
-        return score_samples(*self.loaded, policy, [row["prompt"] for row in rows], samples, self.args.batch_size)
+        prompts, of_rows = [row["prompt"] for row in rows], [template_kwargs(row) for row in rows]
+        return score_samples(*self.loaded, policy, prompts, samples, self.args.batch_size, of_rows)

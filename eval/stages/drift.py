@@ -15,6 +15,7 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.inference.journal import kept_rows, source_state
 from prefopt.inference.likelihood import token_divergence
 from prefopt.models.loading import load_language_model
+from prefopt.rankings.tokens import template_kwargs
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
 
 PER_COMPLETION = {"kl_to_sft": "kl", "k1_to_sft": "k1"}
@@ -147,14 +148,15 @@ def _token_rows(
         def tell(done: int, total: int) -> None:
             run.progress(f"drift: {name} {done}/{total}")
 
-        found = token_divergence(model, reference, tokenizer, prompts, ids, args.batch_size, tell)
+        of_rows = [template_kwargs(row) for row in samples]
+        found = token_divergence(model, reference, tokenizer, prompts, ids, args.batch_size, tell, of_rows)
         return [
             {"id": row["id"], "sample": row["sample"], **{k: v.tolist() for k, v in asdict(d).items()}}
             for row, d in zip(samples, found, strict=True)
         ]
 
     inputs = {
-        "samples": [[row["prompt"], row["ids"]] for row in samples],
+        "samples": [[row["prompt"], row["ids"], *template_kwargs(row).items()] for row in samples],
         "models": [source_state(args.models[m]) for m in (name, args.baseline)],
         "load": [args.load_in_4bit, args.dtype],
     }

@@ -13,6 +13,7 @@ from prefopt.inference.generate import Completion, derived_seed, generate
 from prefopt.inference.journal import Journal, continued_rows, set_aside, source_state, take_back
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.models.loading import is_completions, load_language_model
+from prefopt.rankings.tokens import template_kwargs
 
 
 @dataclass
@@ -158,6 +159,7 @@ def _draw(
             # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
             seed=derived_seed(args.seed, name),
             progress=lambda n, total, d=decoding: run.progress(f"{name}: {d} completions {n}/{total}"),
+            of_rows=[template_kwargs(row) for row in rows],
             journal=journal,
         )
         for number, (row, samples) in enumerate(zip(rows, drawn, strict=True)):

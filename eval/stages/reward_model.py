@@ -41,7 +41,7 @@ from prefopt.models.checkpoints import load_classifier
 from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
-from prefopt.rankings.tokens import build_ids
+from prefopt.rankings.tokens import build_ids, template_kwargs
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.rankings import pair_accuracy
 from prefopt.statistics.reward_models import (
@@ -274,7 +274,12 @@ class Scorer:
     def scores(self, group: str, rows: Sequence[Row]) -> Scores:
         """Rows of `scores` and `lengths` in tokens, one per ranked row."""
         state = [*map(source_state, self._sources()), *([] if self.beta is None else [self.beta])]
-        content = fingerprint_of([{k: row.get(k) for k in ("prompt", "completions", "truncated")} for row in rows])
+        content = fingerprint_of(
+            [
+                {**{k: row.get(k) for k in ("prompt", "completions", "truncated")}, **template_kwargs(row)}
+                for row in rows
+            ]
+        )
 
         def compute() -> Scores:
             if content in self._known:
@@ -296,7 +301,8 @@ class Scorer:
         """Of a file of demonstrations, by the reward model."""
         rows = named_rows("reward_demonstrations", demonstrations)
         texts = ([row[column] for row in rows] for column in ("prompt", "completion"))
-        return mean_estimate(score_texts(*self.loaded[0], *texts, batch_size=self.args.batch_size))
+        of_rows = [template_kwargs(row) for row in rows]
+        return mean_estimate(score_texts(*self.loaded[0], *texts, batch_size=self.args.batch_size, of_rows=of_rows))
 
 
 def implicit_rewards(
@@ -324,7 +330,8 @@ def implicit_rewards(
 def _ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[list[int], list[int]]]:
     cuts = row.get("truncated") or [False] * len(row["completions"])
     return [
-        build_ids(tokenizer, row["prompt"], y, truncated=cut) for y, cut in zip(row["completions"], cuts, strict=True)
+        build_ids(tokenizer, row["prompt"], y, truncated=cut, **template_kwargs(row))
+        for y, cut in zip(row["completions"], cuts, strict=True)
     ]
 
 

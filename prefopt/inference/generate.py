@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +38,7 @@ def generate(
     num_return: int = 1,
     batch_size: int = 64,
     seed: int = 0,
+    of_rows: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     journal: Journal | None = None,
 ) -> list[list[Completion]]:
@@ -55,6 +56,7 @@ def generate(
         batch_size: sequences per forward (prompts times `num_return`).
         seed: the same seed, prompts and batch size give the same completions; global random state is left alone. Every
             batch has random numbers of its own, which its place and the seed decide.
+        of_rows: what each prompt's row gives the chat template (`prefopt.rankings.tokens.template_kwargs`).
         progress: called with (prompts done, prompts in all) after every batch.
         journal: has an entry for every batch; those that are there are not drawn again.
 
@@ -87,7 +89,7 @@ def generate(
         suppress_tokens=None if reward_token is None else [reward_token],
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = all_prompt_ids(tokenizer, prompts, of_rows)
     batches = batches_by_length([len(row) for row in ids], max(1, batch_size // num_return))
     results: list[list[Completion]] = [[] for _ in ids]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -127,9 +129,18 @@ def derived_seed(*parts: object) -> int:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], **chat_template_kwargs: Any) -> list[int]:
     """The ids a policy is fed for `prompt`: the first half of `prefopt.rankings.dataset.build_ids`."""
-    return build_ids(tokenizer, prompt, ".", **chat_template_kwargs)[
-        0
-    ]  # the completion has no say in the prompt's ids
+    # The completion has no say in the prompt's ids.
+    return build_ids(tokenizer, prompt, ".", **chat_template_kwargs)[0]
+
+
+def all_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    of_rows: Sequence[Mapping[str, Any]] | None = None,
+) -> list[list[int]]:
+    """`prompt_ids` of each prompt, with what its row gives the chat template (`template_kwargs`)."""
+    of_rows = [{}] * len(prompts) if of_rows is None else of_rows
+    return [prompt_ids(tokenizer, prompt, **kwargs) for prompt, kwargs in zip(prompts, of_rows, strict=True)]
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,5 +1,6 @@
 """JSONL files: read with errors that name the line, written whole or not at all. Light to import, without torch."""
 
+import base64
 import filecmp
 import gzip
 import json
@@ -8,7 +9,8 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import date
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,20 +81,49 @@ def read_json(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
 def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]], *, replace: bool = True) -> int:
     """Write one JSON object per line, as the rows come; the file appears whole or not at all. Returns their number.
 
+    What Parquet has and JSON has not: dates and times are written in ISO's form, durations in seconds, decimals as numbers,
+    bytes in base64.
+
     Args:
         replace: whether a file of other content may be there; without, it stays and is an error.
+
+    Raises:
+        TypeError: a value without a form in JSON, naming row and field.
     """
     number = 0
     with _whole(path, replace) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
+            try:
+                line = _json_line(row)
+            except TypeError as error:
+                field = next(name for name in row if not _has_json(row[name]))
+                raise UserTypeError(f"{path} row {number}: field {field!r}: {error}; leave the field out") from None
+            file.write(line + "\n")
             number += 1
     return number
 
 
-def _as_json(value: Any) -> str:
-    if isinstance(value, date):  # or datetime, of which Parquet has columns
+def _json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_as_json)
+
+
+def _has_json(value: Any) -> bool:
+    try:
+        _json_line(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _as_json(value: Any) -> str | float:
+    if isinstance(value, date | time):
         return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
     raise UserTypeError(f"{type(value).__name__} has no form in JSON")
 
 
@@ -104,14 +135,19 @@ def write_whole(path: str | os.PathLike, text: str, *, replace: bool = True) -> 
 
 def write_json(path: str | os.PathLike, value: Any, *, replace: bool = True) -> None:
     """Write indented JSON as `write_whole`; numbers that it does not have (an interval of one prompt) are null."""
-    write_whole(path, json.dumps(_finite(value), indent=1, ensure_ascii=False) + "\n", replace=replace)
+    write_whole(path, json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n", replace=replace)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have.
+
+    >>> finite({"ratings": [1.0, float("nan")]})
+    {'ratings': [1.0, None]}
+    """
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import batches_by_length, evaluating, pad, prompt_ids
+from prefopt.inference.generate import all_prompt_ids, batches_by_length, evaluating, pad
 from prefopt.models.heads import logits_in_tiles
 
 
@@ -125,6 +125,7 @@ def token_divergence(
     completion_ids: Sequence[list[int]],
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    of_rows: Sequence[Mapping] | None = None,
 ) -> list[TokenDivergence]:
     """How far the model has moved from the reference, at every token of its own samples y ~ pi(. | x).
 
@@ -134,9 +135,9 @@ def token_divergence(
     distributions over completions, with much less variance than log pi(y) - log ref(y), the sum of k1.
 
     `completion_ids` are a temperature-1 sample of `model` for each of the prompts, as it was sampled; `progress` is called
-    with (completions done, completions in all) after every batch.
+    with (completions done, completions in all) after every batch; `of_rows` is what each prompt's row gives the chat template.
     """
-    rows = [(prompt_ids(tokenizer, prompt), list(ids)) for prompt, ids in zip(prompts, completion_ids, strict=True)]
+    rows = list(zip(all_prompt_ids(tokenizer, prompts, of_rows), map(list, completion_ids), strict=True))
     results: list[TokenDivergence | None] = [None] * len(rows)
     done = 0
     for batch in batches_by_length([len(x) + len(y) for x, y in rows], batch_size):

@@ -6,18 +6,19 @@ A row that is longer than the model has positions, or whose score is not finite,
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import Completion, evaluating, pad, prompt_ids
+from prefopt.inference.generate import Completion, all_prompt_ids, evaluating, pad
 from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, last_read, sequence_scores
 from prefopt.models.roles import active
-from prefopt.rankings.tokens import build_ids
+from prefopt.rankings.tokens import build_ids, template_kwargs
 
 Prompt = str | list[dict]
 
@@ -32,7 +33,8 @@ def score_rows(
     ids, numbers = [], []
     for number, row in enumerate(rows):
         cuts = row.get("truncated") or [False] * len(row["completions"])
-        ids += [_joint_ids(tokenizer, row["prompt"], *both) for both in zip(row["completions"], cuts, strict=True)]
+        kwargs, both = template_kwargs(row), zip(row["completions"], cuts, strict=True)
+        ids += [_joint_ids(tokenizer, row["prompt"], *one, **kwargs) for one in both]
         numbers += [number] * len(row["completions"])
     scores = iter(_checked_scores(reward_model, ids, batch_size, numbers))
     return [[next(scores) for _ in row["completions"]] for row in rows]
@@ -45,18 +47,24 @@ def score_texts(
     completions: Sequence[Prompt],
     truncated: Sequence[bool] | None = None,
     batch_size: int = 64,
+    of_rows: Sequence[Mapping] | None = None,
 ) -> list[float]:
     """Scores of written completions, one per prompt, from the ids that reward-model training would build.
 
-    A completion that is `truncated` (cut at a length limit) gets no end token.
+    A completion that is `truncated` (cut at a length limit) gets no end token. `of_rows` is what each prompt's row gives the
+    chat template (`template_kwargs`), here and below.
     """
     truncated = [False] * len(completions) if truncated is None else truncated
-    ids = [_joint_ids(tokenizer, *row) for row in zip(prompts, completions, truncated, strict=True)]
+    of_rows = [{}] * len(completions) if of_rows is None else of_rows
+    rows = zip(prompts, completions, truncated, of_rows, strict=True)
+    ids = [_joint_ids(tokenizer, *row, **kwargs) for *row, kwargs in rows]
     return _checked_scores(reward_model, ids, batch_size)
 
 
-def _joint_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, truncated: bool) -> list[int]:
-    prompt_part, completion_part = build_ids(tokenizer, prompt, completion, truncated=truncated)
+def _joint_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt, truncated: bool, **kwargs: Any
+) -> list[int]:
+    prompt_part, completion_part = build_ids(tokenizer, prompt, completion, truncated=truncated, **kwargs)
     return prompt_part + completion_part
 
 
@@ -66,12 +74,11 @@ def score_completions(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     batch_size: int = 64,
+    of_rows: Sequence[Mapping] | None = None,
 ) -> list[float]:
     """Scores of sampled completions from the ids that were sampled, never from text tokenized again."""
-    ids = [
-        prompt_ids(tokenizer, prompt) + list(completion.ids)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    of_prompts = all_prompt_ids(tokenizer, prompts, of_rows)
+    ids = [x + list(completion.ids) for x, completion in zip(of_prompts, completions, strict=True)]
     return _checked_scores(reward_model, ids, batch_size)
 
 
@@ -82,6 +89,7 @@ def score_samples(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     batch_size: int = 64,
+    of_rows: Sequence[Mapping] | None = None,
 ) -> list[float]:
     """Scores of a policy's samples: of the ids as they were sampled where the reward model has the policy's tokens, else,
     and where the policy's tokenizer is not known, of the text.
@@ -93,13 +101,13 @@ def score_samples(
         for token, i in policy_tokenizer.get_vocab().items()
         if token != policy_tokenizer.pad_token
     ):
-        return score_completions(reward_model, tokenizer, prompts, completions, batch_size)
+        return score_completions(reward_model, tokenizer, prompts, completions, batch_size, of_rows)
     texts: list[Prompt] = [
         completion.text if isinstance(prompt, str) else [{"role": "assistant", "content": completion.text}]
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     cuts = [completion.truncated for completion in completions]
-    return score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size)
+    return score_texts(reward_model, tokenizer, prompts, texts, cuts, batch_size, of_rows)
 
 
 def _checked_scores(

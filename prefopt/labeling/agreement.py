@@ -192,10 +192,10 @@ def _items(rows: Iterable[Mapping[str, Any]], source: str) -> tuple[list[Item], 
     repeated = 0
     for number, row in enumerate(rows):
         _check(row, f"{source} row {number}")
-        texts = [json.dumps(completion, sort_keys=True) for completion in row["completions"]]
+        texts = [json.dumps(completion, sort_keys=True, default=str) for completion in row["completions"]]
         # A text that stands there twice counts once: sheets show it once, and it agrees with itself whatever is said.
         order = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values(), key=lambda i: texts[i])
-        name = json.dumps([row["prompt"], [texts[i] for i in order]], sort_keys=True)
+        name = json.dumps([row["prompt"], [texts[i] for i in order]], sort_keys=True, default=str)
         item = found.setdefault(name, Item({}, {}))
         repeated += row["labeler"] in item.ranks
         item.ranks[row["labeler"]] = [row["ranks"][i] for i in order]

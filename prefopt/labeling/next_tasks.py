@@ -121,7 +121,7 @@ def choose_next(
             raise UserError("by is 'disagreement': expected the scores of 2 checkpoints or more, got one")
         first: dict[str, int] = {}
         for i, completion in enumerate(row["completions"]):
-            first.setdefault(json.dumps(completion, sort_keys=True), i)
+            first.setdefault(json.dumps(completion, sort_keys=True, default=str), i)
         if len(first) > 1:
             different[number] = list(first.values())
             uncertainty[number] = pair_uncertainty(found[:, different[number]], by)

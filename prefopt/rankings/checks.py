@@ -17,7 +17,7 @@ from prefopt.rankings.prompts import OTHER_NAMES, with_prompt
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PER_COMPLETION = ("completions", "completion_ids", "ranks", "ratings", "flags", "truncated")
+PER_COMPLETION = ("completions", "completion_ids", "assistant_spans", "ranks", "ratings", "flags", "truncated")
 
 
 def validate_comparisons(rows: Dataset | Sequence[Mapping[str, Any]], source: str = "dataset") -> None:
@@ -257,7 +257,33 @@ def _too_few_problem(name: str, completions: Sequence[Any]) -> str:
     return _problem(name, "at least 2 completions", len(completions), remedy)
 
 
+def lone_surrogate(value: Any) -> str | None:
+    r"""The first text in a value, or in what it holds, that has half of a character and so no form in UTF-8.
+
+    >>> lone_surrogate([{"role": "user", "content": "Nice \ud83d"}]), lone_surrogate("Nice \U0001f600")
+    ('Nice \ud83d', None)
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value
+        return None
+    held = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return next(filter(None, map(lone_surrogate, held)), None)
+
+
+def half_a_character(name: str, value: Any) -> str | None:
+    """What is wrong with a field that has a `lone_surrogate`."""
+    if (text := lone_surrogate(value)) is None:
+        return None
+    remedy = "the text was cut inside a character: mend it or drop the row"
+    return _problem(name, "text", f"half of a character (a lone surrogate) in {shorten(text)}", remedy, as_is=True)
+
+
 def _text_problem(value: Any, name: str) -> str | None:
+    if problem := half_a_character(name, value):
+        return problem
     if isinstance(value, str):
         if value:
             return None

@@ -30,7 +30,14 @@ from prefopt.rankings.checks import (
 )
 from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
 from prefopt.rankings.row import from_preference
-from prefopt.rankings.tokens import ENDED_PROMPTS, ends_texts, row_ids, spells_control_tokens, template_kwargs
+from prefopt.rankings.tokens import (
+    ENDED_PROMPTS,
+    SPELT_TOKENS,
+    ends_texts,
+    row_ids,
+    spells_control_tokens,
+    template_kwargs,
+)
 
 logger = logging.getLogger(__name__)
 # Every process reads a whole stream; one of them says what it has dropped.
@@ -38,10 +45,6 @@ main_process_logger = get_logger(__name__)
 
 NO_RATINGS = "have no ratings: the margin of their pairs is 0"
 UNREAD_MARGINS = "have a margin, kept as ratings; the loss reads it if margin_coef > 0 (1 as in TRL)"
-SPELT_TOKENS = (
-    "rows have a special token of the tokenizer written in a message: it is read as that token and may end a turn where none "
-    "ends; write it in another way"
-)
 CONTRADICTING = " that stand in a row with two ranks"
 _TIES = ("drop", "half")
 _TOKENIZED = {"prompt_ids", "completion_ids", "ranks"}
@@ -125,7 +128,8 @@ def tokenize_comparisons(
     made dense again; a row goes only if fewer than two completions, or under `ties="drop"` no strict pair, remain.
     One warning gives the counts. The chat template sees the row's `tools` and `chat_template_kwargs`, as in TRL.
     A second warning counts the prompts that the tokenizer ends with EOS: the completion comes after EOS, in generation
-    too, until the tokenizer stops adding it. Applying it to its own result changes nothing.
+    too, until the tokenizer stops adding it. Applying it to its own result changes nothing. If any completion has several
+    messages, `assistant_spans` says which of its tokens the assistant says.
 
     Raises:
         UserError: as `build_ids`, a `max_length` below 1, and when no row is left.
@@ -136,17 +140,16 @@ def tokenize_comparisons(
             f"max_length={max_length!r}: expected a number of tokens from 1, or None to drop nothing for its length"
         )
     if not _is_tokenized(dataset):
+        texts = dataset.with_format(None).select_columns(["prompt", "completions"])
         dataset = dataset.map(
             tokenize_row,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "source": source},
+            fn_kwargs={"tokenizer": tokenizer, "source": source, "has_turns": any(map(_has_turns, texts))},
             num_proc=num_proc,
             desc=f"Tokenizing {source}",
         )
-        if isinstance(dataset[0]["prompt"], list):
-            texts = dataset.with_format(None).select_columns(["prompt", "completions"])
-            if spelt := sum(spells_control_tokens(tokenizer, row["prompt"], *_chats(row)) for row in texts):
-                logger.warning(f"{source}: {spelt} of {len(dataset)} {SPELT_TOKENS}")
+        if spelt := sum(spells_control_tokens(tokenizer, row["prompt"], *row["completions"]) for row in texts):
+            logger.warning(f"{source}: {spelt} of {len(dataset)} {SPELT_TOKENS}")
         ended = sum(ids[-1] == tokenizer.eos_token_id for ids in dataset.with_format(None)["prompt_ids"][:])
         if ended and isinstance(dataset[0]["prompt"], str) and ends_texts(tokenizer):
             logger.warning(f"{source}: {ended} of {len(dataset)} {ENDED_PROMPTS}")
@@ -156,24 +159,35 @@ def tokenize_comparisons(
     return _keep_rows_with_a_comparison(dataset, fitting, ties, source, f" longer than max_length={max_length} tokens")
 
 
-def _chats(row: Mapping[str, Any]) -> list[list[dict]]:
-    """The completions as messages."""
-    return [[{"content": text}] if isinstance(text, str) else text for text in row["completions"]]
+def _has_turns(row: Mapping[str, Any]) -> bool:
+    """Whether a completion has several messages, of which others than the assistant may say some."""
+    return any(isinstance(completion, list) and len(completion) > 1 for completion in row["completions"])
 
 
 def tokenize_row(
-    row: Mapping[str, Any], index: int, tokenizer: Any, source: str, of: str = " of the prepared rows"
+    row: Mapping[str, Any],
+    index: int,
+    tokenizer: Any,
+    source: str,
+    of: str = " of the prepared rows",
+    has_turns: bool = False,
 ) -> dict[str, Any]:
-    """`prompt_ids` and `completion_ids` of one checked row; a ValueError names `source` and the row's number."""
+    """`prompt_ids` and `completion_ids` of one checked row, with `has_turns` also `assistant_spans`.
+
+    A ValueError names `source` and the row's number.
+    """
     cuts = row.get("truncated") or [False] * len(row["completions"])
     try:
-        prompt_ids, completion_ids = row_ids(tokenizer, row["prompt"], row["completions"], cuts, template_kwargs(row))
+        prompt_ids, completion_ids, said = row_ids(
+            tokenizer, row["prompt"], row["completions"], cuts, template_kwargs(row)
+        )
         if not prompt_ids:
             raise UserError("field 'prompt': expected at least one token, got none; drop the row")
     except Exception as error:  # a chat template may raise anything; say for which row
         prompt = shorten(row["prompt"])
         raise UserError(f"{source} row {index}{of} (prompt {prompt}): {error}") from error
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+    spans = {"assistant_spans": [[list(span) for span in one] for one in said]} if has_turns else {}
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **spans}
 
 
 def fit_row(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
@@ -330,7 +344,8 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             row = without_contradictions(row)
         if "prompt_ids" in row:
             return row
-        row |= tokenize_row(row, number, self.tokenizer, self.source, of="")
+        self.counts["spelt"] += spells_control_tokens(self.tokenizer, row["prompt"], *row["completions"])
+        row |= tokenize_row(row, number, self.tokenizer, self.source, of="", has_turns=_has_turns(row))
         is_first = self._pass == number == 0
         if is_first and row["prompt_ids"][-1] == self.tokenizer.eos_token_id and ends_texts(self.tokenizer):
             main_process_logger.warning(f"{self.source}: {ENDED_PROMPTS}")
@@ -359,6 +374,8 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             log(f"{self.source}, pass {self._pass + 1} over the stream: {self._summary()}")
         if self.counts["unrated"]:
             log(f"{self.source}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")
+        if self.counts["spelt"]:
+            log(f"{self.source}: {self.counts['spelt']} of {self.counts['read']} {SPELT_TOKENS}")
         if self.counts["margin"] and not self.margins:
             log(f"{self.source}: {self.counts['margin']} rows {UNREAD_MARGINS}")
 
@@ -372,7 +389,7 @@ class RankedCollator:
     """Tokenized rows to tensors `[B, K, T]`: B prompts, K completions, T tokens, padded on the right.
 
     `input_ids` and `attention_mask` (0/1) cover prompt and completion; `completion_mask` (bool) is True on the
-    completion's tokens; `ranks [B, K]` is 0 where a row has fewer completions than the largest of the batch. Those
+    completion's tokens, of rows with `assistant_spans` on those alone that the assistant says; `ranks [B, K]` is 0 where a row has fewer completions than the largest of the batch. Those
     absent completions are all padding: run the model on `ranks > 0` only. Rows with the field `ratings` also give
     `ratings [B, K]` (float, 0 for absent completions and throughout a row whose ratings are None).
 
@@ -424,11 +441,13 @@ class RankedCollator:
             if row.get("ratings") is not None:
                 ratings[b, : len(row["ratings"])] = torch.tensor(row["ratings"], dtype=ratings.dtype)
             start = len(row["prompt_ids"])
+            spans = row.get("assistant_spans") or [[(0, len(ids))] for ids in row["completion_ids"]]
             for j, completion in enumerate(row["completion_ids"]):
                 end = start + len(completion)
                 input_ids[b, j, :end] = torch.tensor([*row["prompt_ids"], *completion])
                 attention_mask[b, j, :end] = 1
-                completion_mask[b, j, start:end] = True
+                for first, last in spans[j]:
+                    completion_mask[b, j, start + first : start + last] = True
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -9,7 +9,7 @@ from prefopt.errors import UserError
 # What some data sets call the prompt.
 OTHER_NAMES = ("question", "instruction", "input", "query")
 # What the chat template is given along with the messages.
-TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+TEMPLATE_FIELDS = ("tools", "documents", "chat_template_kwargs")
 # What some data sets have of the prompt in fields of its own; `prefopt data convert` makes one prompt of them.
 PARTS = ("system", "input", "history", "context", "conversations")
 

@@ -27,7 +27,7 @@ def one_per_prefix(rows: Sequence[Row], length: int) -> list[int]:
     kept = []
     for position, row in enumerate(rows):
         text = _text(row["prompt"])
-        prompt = json.dumps(row["prompt"], sort_keys=True)
+        prompt = json.dumps(row["prompt"], sort_keys=True, default=str)
         if len(text) < length or first.setdefault(text[:length], prompt) == prompt:
             kept.append(position)
     return kept
@@ -43,7 +43,10 @@ def most_per_key(rows: Sequence[Row], by: str, most: int, seed: int) -> list[int
     2
     """
     prompts: dict[str, dict[str, None]] = defaultdict(dict)
-    names = [(_key(row, by, position), json.dumps(row["prompt"], sort_keys=True)) for position, row in enumerate(rows)]
+    names = [
+        (_key(row, by, position), json.dumps(row["prompt"], sort_keys=True, default=str))
+        for position, row in enumerate(rows)
+    ]
     for key, prompt in names:
         prompts[key][prompt] = None
     kept = {
@@ -96,11 +99,11 @@ def _key(row: Row, by: str, position: int) -> str:
             f"row {position}: field {by!r}: expected a value to split by, got {'None' if by in row else 'nothing'}; "
             "fill it, or split by another field, e.g. prompt"
         )
-    return json.dumps(row[by], sort_keys=True)
+    return json.dumps(row[by], sort_keys=True, default=str)
 
 
 def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     said = (message.get("content") for message in prompt if message.get("role") != "system")
-    return "\n".join(content if isinstance(content, str) else json.dumps(content) for content in said)
+    return "\n".join(content if isinstance(content, str) else json.dumps(content, default=str) for content in said)

@@ -100,7 +100,7 @@ def _share(n: int, of: int) -> str:
 def prompt_key(row: Row) -> bytes:
     """16 bytes that stand for a row's prompt, or of rows without, for its text or messages."""
     value = next((row[name] for name in ("prompt", "messages", "text") if row.get(name) is not None), None)
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
 def statistics(
@@ -157,7 +157,7 @@ def _add_ranked(row: Row, found: Statistics, longer: list[int]) -> None:
     completions, ranks = row["completions"], row["ranks"]
     found.k[len(ranks)] = found.k.get(len(ranks), 0) + 1
     found.rows_without_comparison += len(set(ranks)) < 2
-    texts = [json.dumps(completion, sort_keys=True) for completion in completions]
+    texts = [json.dumps(completion, sort_keys=True, default=str) for completion in completions]
     found.rows_with_repeated_completions += len(set(texts)) < len(texts)
     sizes = [_characters(completion) for completion in completions]
     for (rank, size), (other_rank, other_size) in combinations(zip(ranks, sizes, strict=True), 2):

@@ -13,6 +13,12 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.rankings.checks import joined_parts
 
+# (start, end) of parts of a sequence, in order.
+Spans = list[tuple[int, int]]
+
+# A text that no template writes by itself.
+_PROBE = "where-does-this-end"
+
 ENDED_PROMPTS = (
     "prompts end with EOS, which the tokenizer adds to every text, so completions come after EOS, here and in "
     "generation; if that is not meant, set tokenizer.add_eos_token=False, or take EOS out of its post-processor"
@@ -59,14 +65,18 @@ def build_ids(
     >>> build_ids(tokenizer, "two plus two is", " four", truncated=True)
     ([1, 2, 1, 3], [4])
     """
-    prompt_ids, (completion_ids,) = row_ids(tokenizer, prompt, [completion], [truncated], chat_template_kwargs)
+    prompt_ids, (completion_ids,), _ = row_ids(tokenizer, prompt, [completion], [truncated], chat_template_kwargs)
     return prompt_ids, completion_ids
 
 
 def row_ids(
     tokenizer: Any, prompt: str | list[dict], completions: list, truncated: list[bool], chat_template_kwargs: dict
-) -> tuple[list[int], list[list[int]]]:
-    """`build_ids` for all completions of a prompt."""
+) -> tuple[list[int], list[list[int]], list[Spans]]:
+    """`build_ids` for all completions of a prompt, and for each the `Spans` of its tokens that the assistant says.
+
+    A text or one message is the assistant's throughout. Of several messages, tools and users say some: what a policy learns is
+    each answer of the assistant with the token that closes it, as in fine-tuning on a conversation.
+    """
     render, opening = None, ""
     if isinstance(prompt, str):
         prompt = without_second_bos(tokenizer, prompt)
@@ -86,7 +96,7 @@ def row_ids(
         prompt_ids = generation["input_ids"]
     tail, closing = _answer_tail(tokenizer, render) if render else ("", "")
 
-    completion_ids = []
+    completion_ids, said = [], []
     for completion, cut in zip(completions, truncated, strict=True):
         if render is None:
             if not isinstance(completion, str):
@@ -98,7 +108,7 @@ def row_ids(
                 if isinstance(completion, str)
                 else plain_messages(completion)
             )
-            text = render([*prompt, *messages])
+            text = whole = render([*prompt, *messages])
             if tail and text.endswith(tail):
                 text = text.removesuffix(tail) + ("" if cut else closing or tail)
             joint = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -111,9 +121,9 @@ def row_ids(
         elif answer is not None:
             ids = _ids_of_continuation(tokenizer, answer if cut else answer + closing)
         else:
-            parting = (i for i, (a, b) in enumerate(zip(prompt_ids, joint, strict=False)) if a != b)
-            ids = joint[next(parting, len(joint)) :]
+            ids = joint[_shared_start(prompt_ids, joint) :]
 
+        start = len(joint) - len(ids)
         if not (cut or closing):
             if tokenizer.eos_token_id is None:
                 raise UserError(
@@ -122,17 +132,69 @@ def row_ids(
                 )
             if not ids or ids[-1] != tokenizer.eos_token_id:
                 ids = [*ids, tokenizer.eos_token_id]
+        spans = [(0, len(ids))]
+        if render and len(messages) > 1:
+            within = _assistant_spans(render, prompt, messages, whole, (tail, closing))
+            bounds = [_tokens_before(tokenizer, text, joint, place) for span in within for place in span]
+            bounds = [max(0, place - start) for place in bounds]
+            if messages[-1]["role"] == "assistant":
+                # Its end may be cut, or be an EOS that the template does not write.
+                bounds[-1] = len(ids)
+            spans = list(zip(bounds[::2], bounds[1::2], strict=True))
         completion_ids.append(ids)
-    return prompt_ids, completion_ids
+        said.append(spans)
+    return prompt_ids, completion_ids, said
+
+
+def _assistant_spans(
+    render: Callable[..., str], prompt: list[dict], messages: list[dict], text: str, ends: tuple[str, str]
+) -> Spans:
+    """Where the assistant's turns of `messages` stand in `text`, the rendered whole, from what generation is fed to their end.
+
+    Most templates write a turn alike whatever comes after it, and go on from what generation is fed. Where one does not (it
+    leaves out thoughts of earlier turns, or closes an empty one), the turn is what changes when another stands in its place.
+    """
+    tail, closing = ends
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opening = render([*prompt, *messages[:i]], add_generation_prompt=True)
+        turn = render([*prompt, *messages[: i + 1]])
+        turn = turn.removesuffix(tail) + closing if tail and turn.endswith(tail) else turn.rstrip()
+        continues = text.startswith(opening) and not _closes_the_thought_of(
+            opening, turn, message.get("content") or ""
+        )
+        if continues and text.startswith(turn):
+            spans.append((len(opening), len(turn)))
+            continue
+        probe = [*prompt, *messages[:i], {"role": "assistant", "content": _PROBE}, *messages[i + 1 :]]
+        before, _, after = render(probe).partition(_PROBE)
+        start = len(opening) if continues else _shared_start(text, before)
+        end = len(text) - _shared_start(text[::-1], after[::-1])
+        spans.append((start, end + len(closing) * text[end:].startswith(closing)))
+    return spans
+
+
+def _tokens_before(tokenizer: Any, text: str, ids: list[int], place: int) -> int:
+    """How many tokens of a text, `ids`, end at a place in it or before."""
+    return _shared_start(tokenizer(text[:place], add_special_tokens=False)["input_ids"], ids)
+
+
+def _shared_start(a: str | list[int], b: str | list[int]) -> int:
+    """How many elements both begin with."""
+    return next((i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives the chat template along with its messages, as in TRL: `tools` and `chat_template_kwargs`.
+    """What a row gives the chat template along with its messages: `tools` and `chat_template_kwargs`, as in TRL, and `documents`.
 
     >>> template_kwargs({"tools": '[{"name": "search"}]', "chat_template_kwargs": {"enable_thinking": False, "x": None}})
     {'enable_thinking': False, 'tools': [{'name': 'search'}]}
     """
     kwargs = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    if isinstance(documents := row.get("documents"), list) and all(isinstance(one, Mapping) for one in documents):
+        kwargs["documents"] = _without_nulls(documents)
     if tools := row.get("tools"):
         kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools, _OWN_NULLS)
     return kwargs
@@ -166,13 +228,25 @@ def plain_messages(prompt: str | list[dict]) -> str | list[dict]:
     return messages
 
 
-def spells_control_tokens(tokenizer: Any, *texts: str | list[dict]) -> bool:
+SPELT_TOKENS = (
+    "rows have a special token of the tokenizer written in a message: it is read as that token and may end a turn where none "
+    "ends; write it in another way"
+)
+
+
+def spells_control_tokens(tokenizer: Any, prompt: str | list[dict], *completions: str | list[dict]) -> bool:
     """Whether a message's content has a special token in it (`<|im_end|>`), which is then that token and no text.
 
-    Plain texts may be rendered chats, and have them by right.
+    A text prompt and its completions may be rendered chats, and have them by right.
     """
+    if isinstance(prompt, str):
+        return False
     tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content]
-    contents = [message.get("content") for text in texts if not isinstance(text, str) for message in text]
+    contents = [
+        content
+        for text in (prompt, *completions)
+        for content in ([text] if isinstance(text, str) else [message.get("content") for message in text])
+    ]
     return any(token in content for content in contents if isinstance(content, str) for token in tokens)
 
 
@@ -214,9 +288,8 @@ def _answer_tail(tokenizer: Any, render: Callable[[list[dict]], str]) -> tuple[s
     These are the first special tokens in a row: `<|im_end|>` of ChatML's `<|im_end|>\\n`, `<|end|>` of Phi's
     `<|end|>\\n<|endoftext|>`, both of Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`; "" if there are none.
     """
-    probe = "where-does-this-end"
-    exchange = [{"role": "user", "content": probe}, {"role": "assistant", "content": probe}]
-    tail = render(exchange).rpartition(probe)[2]
+    exchange = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    tail = render(exchange).rpartition(_PROBE)[2]
     tokens = [token for token in {*tokenizer.get_added_vocab(), tokenizer.eos_token} if token and token.strip()]
     closing = re.search(f"(?:{'|'.join(map(re.escape, tokens))})+", tail) if tokens else None
     return tail, tail[: closing.end()] if closing else ""

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from prefopt.errors import UserError
+from prefopt.rankings.checks import half_a_character
 
 Rows = Dataset | list[dict]
 Messages = Sequence[Mapping[str, Any]]
@@ -124,6 +125,8 @@ def _check_messages(messages: object, number: int, source: str, name: str = "mes
             f"{source} row {number}: field {name!r}: expected messages with 'role' and 'content', got "
             f"{repr(messages)[:80]}; correct or drop the row"
         )
+    if problem := half_a_character(name, messages):
+        raise UserError(f"{source} row {number}: {problem}")
 
 
 def _replace(

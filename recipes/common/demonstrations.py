@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.rankings.tokens import build_ids, template_kwargs
+from prefopt.rankings.tokens import SPELT_TOKENS, build_ids, row_ids, spells_control_tokens, template_kwargs
 from prefopt.recipes.common.conversations import answers, check_conversations
 from prefopt.recipes.common.rows import Rows, check_fields
 
@@ -56,7 +56,7 @@ def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Datas
             if rating >= min_rating:
                 good += 1
                 demonstration = {"prompt": row["prompt"], "completion": completion, "truncated": cut}
-                demonstrations.setdefault(json.dumps(demonstration, sort_keys=True), demonstration)
+                demonstrations.setdefault(json.dumps(demonstration, sort_keys=True, default=str), demonstration)
     if not demonstrations:
         raise UserError(
             f"{source}: none of {rated} rated outputs is rated {min_rating:g} or more ({without} of {len(rows)} rows have no "
@@ -95,14 +95,20 @@ def tokenize_demonstrations(
 ) -> Dataset:
     """Token ids by the same function as reward modeling and PPO; loss on what the policy is to say, alone."""
     is_conversation = kind_of(rows) == "messages"
+    names = ["messages"] if is_conversation else ["prompt", "completion"]
+    texts = (tuple(row.values()) for row in rows.with_format(None).select_columns(names))
+    if spelt := sum(spells_control_tokens(tokenizer, *parts) for parts in texts):
+        logger.warning("%s: %d of %d %s", source, spelt, len(rows), SPELT_TOKENS)
 
     def examples_of(row: dict) -> list[tuple[list[int], list[int]]]:
         kwargs = template_kwargs(row)
         if is_conversation:
             return conversation_examples(tokenizer, row["messages"], loss_on, **kwargs)
-        cut = bool(row.get("truncated"))
-        x, y = build_ids(tokenizer, row["prompt"], row["completion"], truncated=cut, **kwargs)
-        return [(x + y, [-100] * len(x) + y)]
+        x, (y,), (spans,) = row_ids(
+            tokenizer, row["prompt"], [row["completion"]], [bool(row.get("truncated"))], kwargs
+        )
+        said = {place for span in spans for place in range(*span)}
+        return [(x + y, [-100] * len(x) + [token if i in said else -100 for i, token in enumerate(y)])]
 
     def to_ids(batch: dict[str, list]) -> dict[str, list]:
         columns = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]

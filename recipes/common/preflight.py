@@ -19,6 +19,7 @@ from transformers.trainer_utils import sort_checkpoints
 from prefopt.errors import UserError
 from prefopt.models.checkpoints import check_reward_model
 from prefopt.models.loading import is_adapter
+from prefopt.rankings.tokens import plain_messages, template_kwargs
 from prefopt.recipes.common.errors import explain
 from prefopt.recipes.common.lock import LOCK
 
@@ -151,9 +152,11 @@ def check_prompts(
     path = min(limits, key=lambda name: limits[name])
     prompts, is_chat = rows["prompt"][:], not isinstance(rows[0]["prompt"], str)
     if is_chat:
-        prompts = tokenizer.apply_chat_template(
-            prompts, tokenize=False, add_generation_prompt=True, **chat_template_kwargs
-        )
+        how = {"tokenize": False, "add_generation_prompt": True, **chat_template_kwargs}
+        prompts = [
+            tokenizer.apply_chat_template(plain_messages(row["prompt"]), **{**how, **template_kwargs(row)})
+            for row in rows
+        ]
     lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"]]
     row = max(range(len(lengths)), key=lengths.__getitem__)
     key, tokens = completion

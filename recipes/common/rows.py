@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.rankings.checks import validate_comparisons
+from prefopt.rankings.checks import half_a_character, shorten, validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
 from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
@@ -100,12 +100,24 @@ def _as_dataset(rows: list[dict], source: str) -> Dataset:
     for name, values in columns.items():
         try:
             pyarrow.array(values)
-        except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+            for number, value in enumerate(values):
+                if problem := half_a_character(name, value) or _arrow_problem(name, value):
+                    raise UserError(f"{source} row {number}: {problem}") from error
             raise UserError(
                 f"{source}: field {name!r} has values of different types ({error}); write them alike in all rows, "
                 "or leave the field out"
             ) from error
     return Dataset.from_dict(columns)
+
+
+def _arrow_problem(name: str, value: Any) -> str | None:
+    """What keeps a value from standing in a column, whatever stands in the others."""
+    try:
+        pyarrow.array([value])
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        return f"field {name!r}: no column can hold {shorten(value)} ({error}); write it as a text, or leave the field out"
+    return None
 
 
 def _load(name: str | None, key: str, split: str, config: str | None, stream: bool = False) -> Rows | IterableDataset:
@@ -213,6 +225,8 @@ def check_fields(*names: str) -> Check:
                     expected = "a text" if name == "text" else "a text or messages with 'role' and 'content'"
                     actual = repr(value)[:80] if name in row else "nothing"
                     raise UserError(f"{source} row {number}: field {name!r}: expected {expected}, got {actual}")
+                if problem := half_a_character(name, value):
+                    raise UserError(f"{source} row {number}: {problem}")
                 if type(value) is not kinds.setdefault(name, type(value)):
                     raise UserError(
                         f"{source} row {number}: field {name!r}: text in some rows and messages in others; "

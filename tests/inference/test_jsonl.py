@@ -4,6 +4,8 @@ import gzip
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 
 import pytest
 
@@ -87,3 +89,25 @@ def test_a_file_of_other_content_stays_unless_it_may_be_replaced(tmp_path):
     assert read_jsonl(path) == [{"a": 2}]
     with pytest.raises(UserError, match="is a folder; name a file"):
         write_jsonl(tmp_path, [])
+
+
+def test_what_parquet_has_and_json_has_not_is_written_or_named(tmp_path):
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    row = {"at": moment, "day": moment.date(), "hour": moment.time(), "spent": timedelta(seconds=1.5)}
+    row |= {"price": Decimal("1.50"), "digest": b"\0\1", "nested": [{"at": moment}]}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert read_jsonl(tmp_path / "rows.jsonl") == [
+        {
+            "at": "2026-01-02T03:04:05+00:00",
+            "day": "2026-01-02",
+            "hour": "03:04:05",
+            "spent": 1.5,
+            "price": 1.5,
+            "digest": "AAE=",
+            "nested": [{"at": "2026-01-02T03:04:05+00:00"}],
+        }
+    ]
+    with pytest.raises(
+        TypeError, match=r"other\.jsonl row 1: field 'image': object has no form in JSON; leave the field"
+    ):
+        write_jsonl(tmp_path / "other.jsonl", [row, {"prompt": "p", "image": [object()]}])

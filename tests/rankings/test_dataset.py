@@ -27,6 +27,7 @@ from prefopt.rankings.row import (
     to_preferences,
 )
 from prefopt.rankings.tokens import build_ids
+from prefopt.recipes.common.demonstrations import tokenize_demonstrations
 
 
 def random_ranks(rng: random.Random, k: int) -> list[int]:
@@ -634,6 +635,20 @@ def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
     ]
     tokenize_comparisons(prepare_comparisons(hidden), chat_tokenizer)
     assert "train: 2 of 3 rows have a special token of the tokenizer written in a message" in caplog.text
+    caplog.clear()
+    stream = ComparisonStream(Dataset.from_list(hidden).to_iterable_dataset(), chat_tokenizer, source="stream")
+    list(itertools.islice(stream, 4))
+    assert "stream: 2 of 3 rows have a special token" in caplog.text
+    caplog.clear()
+    chats = [{"messages": [*hidden[0]["prompt"], assistant(text)]} for text in ("a", "b<|im_end|>", "c")]
+    tokenize_demonstrations(Dataset.from_list(chats), chat_tokenizer, None, "sft")
+    assert "sft: 3 of 3 rows have a special token" in caplog.text
+    # Texts may be rendered chats.
+    caplog.clear()
+    tokenize_demonstrations(
+        Dataset.from_list([{"prompt": "<|im_end|>", "completion": "a"}]), chat_tokenizer, None, "sft"
+    )
+    assert "special token" not in caplog.text
 
 
 def test_a_prompt_that_brings_its_bos_has_one(tokenizer):

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -16,7 +16,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.recipes.common.arguments import ComparisonArguments
-from prefopt.recipes.common.rows import load_comparisons
+from prefopt.recipes.common.rows import load_comparisons, load_rows
 from prefopt.trainers.reward.config import RankedRewardConfig
 
 SAID = "\n\nHuman: Name a fruit.\n\nAssistant:"
@@ -182,6 +182,57 @@ def test_convert_keeps_dates(tmp_path, capsys):
     Dataset.from_list([row]).to_parquet(str(source))
     run(capsys, "convert", source, "--out", out)
     assert read_jsonl(out)[0]["at"] == "2022-03-04T00:00:00"
+
+
+def test_columns_that_json_has_not_are_written(tmp_path, capsys):
+    source, out = tmp_path / "t.parquet", tmp_path / "out.jsonl"
+    row = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "spent": timedelta(seconds=31), "digest": b"\0"}
+    Dataset.from_list([{**row, "score": float("nan")}, {**row, "prompt": "q", "score": 1.0}]).to_parquet(str(source))
+    run(capsys, "convert", source, "--out", out)
+    run(capsys, "split", source, "--out", tmp_path / "split", "--validation", 0, "--test", 0.5)
+    kept = [{name: row[name] for name in ("spent", "digest", "score")} for row in read_jsonl(out)]
+    assert kept == [{"spent": 31.0, "digest": "AA==", "score": None}, {"spent": 31.0, "digest": "AA==", "score": 1.0}]
+    # What `datasets` cannot read, such as NaN, is not written.
+    assert Dataset.from_json(str(out), cache_dir=str(tmp_path / "cache")).num_rows == 2
+
+
+HALF = "Nice \ud83d"
+HALVES = [
+    {"prompt": HALF, "completions": ["a", "b"], "ranks": [1, 2]},
+    {"prompt": "p", "completions": ["a", HALF], "ranks": [1, 2]},
+    {"prompt": [{"role": "user", "content": HALF}], "chosen": "a", "rejected": "b"},
+    {"prompt": "p", "completion": HALF},
+    {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": HALF}]},
+    {"prompt": HALF},
+    {"text": HALF},
+]
+
+
+@pytest.mark.parametrize("row", HALVES, ids=lambda row: " ".join(row))
+def test_half_of_a_character_is_named(tmp_path, row):
+    good = json.loads(json.dumps(row).replace("\\ud83d", "!"))
+    message = refused("validate", _one(tmp_path, good, row))
+    assert "row 1: field '" in message
+    assert r"half of a character (a lone surrogate) in 'Nice \ud83d'" in message
+
+
+def test_a_row_with_half_of_a_character_is_one_row(tmp_path, capsys):
+    good, out = {"prompt": "p", "chosen": "a", "rejected": "b"}, tmp_path / "out.jsonl"
+    told = run(capsys, "convert", _one(tmp_path, good, {**good, "chosen": HALF}), "--out", out)
+    assert "left out: 1 rows with half of a character" in told
+    assert len(read_jsonl(out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(HALF, "half of a character"), (2**70, "no column can hold 1180591620717411303424 (Python int too large")],
+)
+def test_training_names_the_row_of_a_value_that_no_column_can_hold(tmp_path, value, message):
+    good = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "note": "n" if value == HALF else 7}
+    path = _one(tmp_path, good, {**good, "note": value})
+    with pytest.raises(UserError, match="row 1: field 'note': ") as caught:
+        load_rows(str(path), key="dataset_name", check=validate_comparisons)
+    assert message in str(caught.value)
 
 
 def _one(tmp_path, *rows):

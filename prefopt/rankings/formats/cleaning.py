@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.rankings.checks import PER_COMPLETION, dense_ranks
+from prefopt.rankings.checks import PER_COMPLETION, dense_ranks, lone_surrogate
 from prefopt.rankings.row import ranks_from_ratings
 
 
@@ -26,6 +26,9 @@ class Cleaner:
         """The row cleaned, or None if no comparison is left of it."""
         if _is_empty(row["prompt"]):
             self.counts["rows with an empty prompt"] += 1
+            return None
+        if lone_surrogate(row) is not None:
+            self.counts["rows with half of a character, which no UTF-8 text has"] += 1
             return None
         completions = row["completions"]
         values = row["ranks"] if row.get("ranks") is not None else row["ratings"]
@@ -48,7 +51,7 @@ class Cleaner:
             self.counts["rows in which all completions tie"] += 1
             return None
         said = {name: cleaned.get(name) for name in ("prompt", "completions", "ranks", "labeler")}
-        digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
         if digest in self._seen:
             self.counts["rows that repeat an earlier one"] += 1
             return None
@@ -63,7 +66,7 @@ class Cleaner:
             elif value is None:
                 self.counts["completions without a rank"] += 1
             else:
-                found[json.dumps(completion, sort_keys=True)].append(i)
+                found[json.dumps(completion, sort_keys=True, default=str)].append(i)
         kept = []
         for copies in found.values():
             if len({values[i] for i in copies}) > 1:

@@ -8,7 +8,7 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
 from prefopt.rankings.formats.rated import helpsteer_messages
-from prefopt.rankings.prompts import OTHER_NAMES, NothingShared, is_chat, shared_turns, with_prompt
+from prefopt.rankings.prompts import OTHER_NAMES, TEMPLATE_FIELDS, NothingShared, is_chat, shared_turns, with_prompt
 
 # Where the turns before the answers stand, if not in `prompt`.
 _CHATS = ("conversations", "messages")
@@ -23,7 +23,7 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
     explicit or implicit; HuggingFaceH4/ultrafeedback_binarized has a `prompt` and repeats it inside both. A prompt inside
     messages is the messages both start with. Inside texts it is what both start with up to the last white space (unlike
     `trl.extract_prompt`, which cuts a word that both begin alike). `score_chosen` and `score_rejected`, or a `margin`,
-    become `ratings`. Kept: `labeler`, `tools`, `chat_template_kwargs`.
+    become `ratings`. Kept: `labeler`, and what the chat template is given: `tools`, `documents`, `chat_template_kwargs`.
 
     What other tools have in fields of its own becomes part of the prompt, as messages: `system`; `question` or `instruction`
     with `input` and `history` (LLaMA-Factory's Alpaca format, axolotl's chatml.*); `conversations` or `messages` before a
@@ -74,7 +74,7 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
             "ranks": [1, 2],
             "ratings": None if None in scores else scores,
             "labeler": _name(row.get("labeler")),
-            **{name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)},
+            **{name: row[name] for name in TEMPLATE_FIELDS if row.get(name)},
         }
 
 

@@ -111,7 +111,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     _tag_names = ["trl", "prefopt", "dpo", "ranked-dpo"]  # noqa: RUF012 (TRL's attribute)
     _name = "Ranked DPO"
     _builds_on = ("the ranking loss of InstructGPT", "2203.02155")
-    _row_columns = (*RankedTrainer._row_columns, "ref_logps")
+    _row_columns = (*RankedTrainer._row_columns, "assistant_spans", "ref_logps")
 
     def __init__(
         self,

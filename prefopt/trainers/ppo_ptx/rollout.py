@@ -26,6 +26,10 @@ from prefopt.trainers.ppo_ptx.roles import Roles
 logger = get_logger(__name__)
 
 
+# What TRL gives reward functions beside the columns of the prompts; a file of rankings has `completions` of its own.
+OF_REWARD_FUNCTIONS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments")
+
+
 def check_prompts(train_dataset: Dataset | IterableDataset | None, args: PPOPtxConfig) -> None:
     """Refuse prompts that cannot fill a rollout, and count those that an epoch leaves out."""
     if isinstance(train_dataset, IterableDataset):
@@ -37,6 +41,10 @@ def check_prompts(train_dataset: Dataset | IterableDataset | None, args: PPOPtxC
         return
     if "prompt" not in train_dataset.column_names:
         raise UserError(f"train_dataset: expected a column 'prompt', got {train_dataset.column_names}")
+    if taken := [name for name in OF_REWARD_FUNCTIONS if name in train_dataset.column_names]:
+        logger.warning(
+            "the columns %s of the prompts do not reach reward functions, whose own arguments they are", taken
+        )
     per_rollout = args.generation_batch_size // args.num_generations
     if len(train_dataset) < per_rollout:
         raise UserError(

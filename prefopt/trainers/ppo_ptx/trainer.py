@@ -55,6 +55,7 @@ from prefopt.trainers.ppo_ptx.roles import (
     suppress_reward_tokens,
 )
 from prefopt.trainers.ppo_ptx.rollout import (
+    OF_REWARD_FUNCTIONS,
     PromptOrder,
     Rollouts,
     Sampled,
@@ -373,6 +374,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         return generated
 
     def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
+        inputs = [{name: value for name, value in row.items() if name not in OF_REWARD_FUNCTIONS} for row in inputs]
         # Of all processes, one column per function.
         rewards = super()._calculate_rewards(inputs, *args)
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(1)

@@ -27,7 +27,7 @@ from prefopt.rankings.dataset import (
     prepare_comparisons,
     tokenize_comparisons,
 )
-from prefopt.rankings.tokens import build_ids
+from prefopt.rankings.tokens import Spans, row_ids
 from prefopt.statistics.rankings import flatten, ranking_metrics
 from prefopt.trainers.ranked.options import check_stream_options, refuse_partial_predictions
 from prefopt.trainers.ranked.splits import split_completions
@@ -548,11 +548,11 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
             raise UserError(f"got {len(prompts)} prompts and {len(completions)} completions")
         pairs = zip(prompts, completions, strict=True)
         validate_demonstrations([{"prompt": x, "completion": y} for x, y in pairs], "score")
-        by_prompt: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        by_prompt: dict[tuple[int, ...], list[tuple[int, list[int], Spans]]] = {}
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            prompt_ids, completion_ids = build_ids(self.processing_class, prompt, completion)
-            by_prompt.setdefault(tuple(prompt_ids), []).append((i, completion_ids))
-        groups = sorted(by_prompt.items(), key=lambda item: len(item[0]) + max(len(ids) for _, ids in item[1]))
+            prompt_ids, (ids,), (spans,) = row_ids(self.processing_class, prompt, [completion], [False], {})
+            by_prompt.setdefault(tuple(prompt_ids), []).append((i, ids, spans))
+        groups = sorted(by_prompt.items(), key=lambda item: len(item[0]) + max(len(ids) for _, ids, _ in item[1]))
         collate = RankedCollator(self.processing_class.pad_token_id)
         scores = [0.0] * len(prompts)
         was_training = self.model.training
@@ -563,7 +563,8 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
                 rows = [
                     {
                         "prompt_ids": prompt,
-                        "completion_ids": [ids for _, ids in some],
+                        "completion_ids": [ids for _, ids, _ in some],
+                        "assistant_spans": [spans for _, _, spans in some],
                         "ranks": [1] * len(some),
                     }
                     for prompt, some in batch
@@ -572,7 +573,7 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
                 with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
                     values = self._measure(self.model, self._prepare_inputs(collate(rows)))["scores"]
                 for row, (_, some) in zip(values.tolist(), batch, strict=True):
-                    for value, (i, _) in zip(row, some, strict=False):
+                    for value, (i, _, _) in zip(row, some, strict=False):
                         scores[i] = value
         finally:
             self.model.train(was_training)

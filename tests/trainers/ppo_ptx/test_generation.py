@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy.stats import chisquare
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TrainerState
 from trl.generation.vllm_generation import VLLMGeneration
 
 from prefopt.losses import clipped_policy_loss
@@ -333,3 +333,19 @@ def test_each_prompt_is_read_with_the_tools_of_its_row(make, chat_tokenizer, too
         kwargs = template_kwargs(data[i])
         assert ids[mask].tolist() == build_ids(chat_tokenizer, prompts[i % 2], ".", **kwargs)[0]
         assert ("find" in chat_tokenizer.decode(ids)) is (i % 2 == 0)
+
+
+def test_columns_named_as_arguments_of_reward_functions_are_left_out(make, caplog):
+    """A file of rankings has `completions` and `ranks` of its own."""
+    given = []
+
+    def reward(completions, prompts, ranks, trainer_state, **columns):
+        given.append((len(completions), isinstance(trainer_state, TrainerState), ranks[0], "prompts" in columns))
+        return [0.0] * len(completions)
+
+    rows = {"prompt": ["the cat", "a dog"] * 4, "completions": [["a", "b"]] * 8, "ranks": [[1, 2]] * 8}
+    trainer = make(data=Dataset.from_dict({**rows, "prompts": ["x"] * 8, "trainer_state": [0] * 8}), reward=reward)
+    rollout_of(trainer)
+    assert given
+    assert all(one[1:] == (True, [1, 2], False) for one in given)
+    assert "['prompts', 'completions', 'trainer_state'] of the prompts do not reach reward functions" in caplog.text
