@@ -132,8 +132,7 @@ def validate(source: SourceArguments, args: ValidateArguments) -> None:
         raise UserError(f"{source.data}: no rows")
     if not problems:
         print(f"{source.data}: {number + 1:,} rows of {kind}, all as they should be")
-        for note, count in notes.items():
-            print(f"but {count:,} of {number + 1:,} rows {note}")
+        _tell(notes, number + 1)
         return
     for name, (count, first) in sorted(problems.items(), key=lambda item: -item[1][0]):
         print(f"{count:,} rows: {name}; the first is {first}")
@@ -141,8 +140,19 @@ def validate(source: SourceArguments, args: ValidateArguments) -> None:
     raise UserError(f"{source.data}: {bad:,} of {number + 1:,} rows of {kind} are not as they should be")
 
 
-def _notes(row: Row) -> Iterator[str]:
+def _tell(notes: Counter[str], of: int) -> None:
+    for note, count in notes.items():
+        print(f"but {count:,} of {of:,} rows {note}")
+
+
+def _notes(row: Row, tokenizer: Any = None) -> Iterator[str]:
     """What trainers take, though its author may not mean it."""
+    if tokenizer is not None:
+        from prefopt.rankings.tokens import spells_control_tokens
+
+        texts = [row[name] for name in ("prompt", "messages", "completion", "chosen", "rejected") if row.get(name)]
+        if texts and spells_control_tokens(tokenizer, *texts, *row.get("completions", ())):
+            yield "have a special token of the tokenizer written in a message, which is read as that token"
     first = next((row[name] for name in ("chosen", "completion") if row.get(name)), None)
     if "ranks" in row:
         first = row["completions"][0]
@@ -159,7 +169,7 @@ def _notes(row: Row) -> Iterator[str]:
     if unread := [name for name in PARTS if row.get(name)]:
         yield f"have a field {unread[0]!r}, which is not read: write it into the prompt"
     if row.get("label") is False:
-        yield "have label false, which SFT learns like the others: leave them out"
+        yield "have label false, which SFT refuses: leave them out, or convert them"
 
 
 def stats(source: SourceArguments, args: StatsArguments) -> None:
@@ -173,15 +183,17 @@ def stats(source: SourceArguments, args: StatsArguments) -> None:
         for name, other in others.items()
     }
     judged: list[Row] = []
+    notes: Counter[str] = Counter()
+    tokenizer = _tokenizer(args.tokenizer) if args.tokenizer else None
 
     def rows() -> Iterator[Row]:
         for kind, row in good_rows(read_rows(source), str(source.data)):
+            notes.update(_notes(row, tokenizer))
             if kind == "comparisons" and row.get("labeler"):
                 judged.append(row if "completions" in row else from_preference(row))
             yield row
 
-    tokens = _token_counts(args.tokenizer) if args.tokenizer else None
-    result = statistics(rows(), against=against, tokens=tokens)
+    result = statistics(rows(), against=against, tokens=tokenizer and _token_counts(tokenizer))
     if not result.rows:
         raise UserError(f"{source.data}: no rows")
     agreement = _agreement(judged, result, str(source.data))
@@ -190,8 +202,13 @@ def stats(source: SourceArguments, args: StatsArguments) -> None:
         table.add_row(name, value)
     # As wide as the terminal; into a file, wide enough for all but long lines.
     Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+    _tell(notes, result.rows)
     if args.out:
-        numbers = {**asdict(result), "agreement": {name: value for name, (value, _) in agreement.items()}}
+        numbers = {
+            **asdict(result),
+            "notes": notes,
+            "agreement": {name: value for name, (value, _) in agreement.items()},
+        }
         write_json(args.out, numbers, replace=args.overwrite)
 
 
@@ -259,16 +276,18 @@ def _agreement(judged: list[Row], result: Statistics, source: str) -> dict[str, 
     return measures
 
 
-def _token_counts(name: str) -> Callable[[Any, Any], tuple[int, int]]:
-    """Token counts as every step sees them: `prefopt.rankings.dataset.build_ids`."""
+def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    from prefopt.rankings.tokens import build_ids
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: cannot load {name!r}: {error}") from error
+
+
+def _token_counts(tokenizer: Any) -> Callable[[Any, Any], tuple[int, int]]:
+    """Token counts as every step sees them: `prefopt.rankings.dataset.build_ids`."""
+    from prefopt.rankings.tokens import build_ids
 
     def count(prompt: Any, completion: Any) -> tuple[int, int]:
         if prompt is None:

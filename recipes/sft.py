@@ -24,6 +24,7 @@ from prefopt.inference.generate import end_as_learned
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.recipes.common.arguments import DataArguments, setting
+from prefopt.recipes.common.conversations import with_own_names
 from prefopt.recipes.common.demonstrations import (
     check_sft_rows,
     kind_of,
@@ -115,10 +116,10 @@ def load_sft_rows(data: SFTArguments, args: SFTConfig) -> tuple[Dataset, Dataset
     if rated is not None and data.dataset_name is None:
         if wants_eval and not data.eval_dataset_name:
             raise UserError("eval_strategy is on: set eval_dataset_name (the rated outputs have no test split)")
-        evaluation = load_evaluation(data, wants_eval, check=check_sft_rows)
+        evaluation = load_evaluation(data, wants_eval, check=check_sft_rows, convert=with_own_names)
         train, rated = rated, None
     else:
-        train, evaluation = load_train_and_eval(data, wants_eval, check_sft_rows)
+        train, evaluation = load_train_and_eval(data, wants_eval, check_sft_rows, with_own_names)
     others = [rows for rows in (evaluation, rated) if rows is not None]
     if any((kind_of(rows) == "text") != (kind_of(train) == "text") for rows in others):
         raise UserError("training, evaluation and rated rows differ: give demonstrations in all, or text in all")

@@ -318,11 +318,16 @@ def joined_parts(parts: list) -> str:
     >>> joined_parts([{"type": "text", "text": "2 + 2"}, {"type": "text", "text": " ="}])
     '2 + 2 ='
     """
-    texts = [part if isinstance(part, str) else isinstance(part, Mapping) and part.get("text") for part in parts]
+    texts = [part if isinstance(part, str) else isinstance(part, Mapping) and _text_of(part) for part in parts]
     for part, text in zip(parts, texts, strict=True):
         if not isinstance(text, str):
             raise UserError(f"expected parts of text in 'content', got {shorten(part)}; leave it out or drop the row")
     return "".join(texts)
+
+
+def _text_of(part: Mapping[str, Any]) -> Any:
+    """LLaMA-Factory has it in `value`."""
+    return part.get("value") if part.get("text") is None and part.get("type") == "text" else part.get("text")
 
 
 def contradictions(row: Mapping[str, Any]) -> list[int]:

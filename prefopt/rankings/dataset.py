@@ -274,6 +274,9 @@ class ComparisonStream(torch.utils.data.IterableDataset):
     {'prompt_ids': [5], 'completion_ids': [[7], [8]], 'ranks': [1, 2]}
     """
 
+    # As errors and the log call the rows.
+    SOURCE = "train"
+
     def __init__(
         self,
         rows: IterableDataset,
@@ -282,11 +285,10 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         max_length: int | None = None,
         ties: str = "drop",
         margins: bool = False,
-        source: str = "train",
     ) -> None:
         check_ties(ties)
         self.rows, self.tokenizer = rows.with_format(None), tokenizer
-        self.max_length, self.ties, self.margins, self.source = max_length, ties, margins, source
+        self.max_length, self.ties, self.margins = max_length, ties, margins
         # What else may be wrong with a tokenized row.
         self.checks: list[RowCheck] = []
         # Of the current pass.
@@ -300,7 +302,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             yield from self._one_pass()
             if not self.counts["kept"]:
                 problem = self._summary() if self.counts["read"] else "expected at least one row, got none"
-                raise UserError(f"{self.source}: {problem}; raise max_length, or add rows with a preference")
+                raise UserError(f"{self.SOURCE}: {problem}; raise max_length, or add rows with a preference")
             self.report()
 
     def _one_pass(self) -> Iterator[dict[str, Any]]:
@@ -317,12 +319,12 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             return iter(())
         if self.margins and self.rows.column_names and not {"ratings", "margin"} & set(columns):
             raise UserError(
-                f"{self.source}: field 'ratings': expected ratings to make margins of, got the columns "
+                f"{self.SOURCE}: field 'ratings': expected ratings to make margins of, got the columns "
                 f"{', '.join(sorted(columns))}; add them, or train without margins"
             )
         if set(columns) >= _TOKENIZED:
             return iter(self.rows)
-        return checked_comparisons(self.rows, required_columns(set(columns), self.source), self.source)
+        return checked_comparisons(self.rows, required_columns(set(columns), self.SOURCE), self.SOURCE)
 
     def _tokenized(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The ranked row with token ids, and with ratings that can be margins if it must have them."""
@@ -337,7 +339,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             self.counts["unrated"] += row.get("ratings") is None
             problem = row.get("ratings") and margins_problem(row["ratings"], row["ranks"])
         if problem:
-            raise UserError(f"{self.source} row {number}: {problem}")
+            raise UserError(f"{self.SOURCE} row {number}: {problem}")
         row = {**row, "ranks": [int(rank) for rank in row["ranks"]]}
         if out := contradictions(row):
             self.counts["contradicting"] += len(out)
@@ -345,10 +347,10 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         if "prompt_ids" in row:
             return row
         self.counts["spelt"] += spells_control_tokens(self.tokenizer, row["prompt"], *row["completions"])
-        row |= tokenize_row(row, number, self.tokenizer, self.source, of="", has_turns=_has_turns(row))
+        row |= tokenize_row(row, number, self.tokenizer, self.SOURCE, of="", has_turns=_has_turns(row))
         is_first = self._pass == number == 0
         if is_first and row["prompt_ids"][-1] == self.tokenizer.eos_token_id and ends_texts(self.tokenizer):
-            main_process_logger.warning(f"{self.source}: {ENDED_PROMPTS}")
+            main_process_logger.warning(f"{self.SOURCE}: {ENDED_PROMPTS}")
         return row
 
     def _fitting(self, row: dict[str, Any], number: int) -> dict[str, Any] | None:
@@ -364,20 +366,20 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             return None
         for check in self.checks:
             if problem := check(row):
-                raise UserError(f"{self.source} row {number}: {problem}")
+                raise UserError(f"{self.SOURCE} row {number}: {problem}")
         return row
 
     def report(self) -> None:
         """Log what the current pass has dropped; a warning on the first one, which the others repeat."""
         log = main_process_logger.info if self._pass else main_process_logger.warning
         if self.counts["kept"] < self.counts["read"] or self.counts["completions"] or self.counts["contradicting"]:
-            log(f"{self.source}, pass {self._pass + 1} over the stream: {self._summary()}")
+            log(f"{self.SOURCE}, pass {self._pass + 1} over the stream: {self._summary()}")
         if self.counts["unrated"]:
-            log(f"{self.source}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")
+            log(f"{self.SOURCE}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")
         if self.counts["spelt"]:
-            log(f"{self.source}: {self.counts['spelt']} of {self.counts['read']} {SPELT_TOKENS}")
+            log(f"{self.SOURCE}: {self.counts['spelt']} of {self.counts['read']} {SPELT_TOKENS}")
         if self.counts["margin"] and not self.margins:
-            log(f"{self.source}: {self.counts['margin']} rows {UNREAD_MARGINS}")
+            log(f"{self.SOURCE}: {self.counts['margin']} rows {UNREAD_MARGINS}")
 
     def _summary(self) -> str:
         why = f" longer than max_length={self.max_length} tokens"

@@ -1,6 +1,7 @@
 """Chat rows of several turns, as the steps need them: prompts and demonstrations.
 
 Every function leaves rows alone that are in its step's own format already, so that a recipe can apply it to all rows.
+Rows of other tools (`prefopt.rankings.formats.unpaired.with_own_names`) are read under their names here.
 """
 
 import logging
@@ -11,6 +12,7 @@ from datasets import Dataset
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import half_a_character
+from prefopt.rankings.formats import unpaired
 
 Rows = Dataset | list[dict]
 Messages = Sequence[Mapping[str, Any]]
@@ -50,6 +52,16 @@ def check_conversations(rows: Rows, source: str) -> None:
             )
 
 
+def with_own_names(rows: Rows, source: str) -> Rows:
+    """Rows for fine-tuning that have the names of other tools, under those that are read here."""
+    if len(rows) == 0 or not isinstance(rows[0], Mapping) or unpaired.with_own_names(rows[0]) is rows[0]:
+        return rows
+    if isinstance(rows, Dataset):
+        old = [name for name in rows.column_names if name not in unpaired.with_own_names(rows[0])]
+        return rows.map(unpaired.with_own_names, remove_columns=old, desc=f"Reading {source}")
+    return [unpaired.with_own_names(row) for row in rows]
+
+
 def prompts_from_messages(rows: Rows, source: str) -> Rows:
     """Conversations as prompts: what stands before the answer to the last user turn. Later turns are counted in the log.
 
@@ -60,6 +72,7 @@ def prompts_from_messages(rows: Rows, source: str) -> Rows:
     >>> prompts_from_messages([{"messages": chat, "id": 7}], "chats.jsonl")
     [{'id': 7, 'prompt': [{'role': 'user', 'content': 'hi'}]}]
     """
+    rows = with_own_names(rows, source)
     if not _has_conversations_instead_of(rows, "prompt"):
         return rows
     left_off = 0
@@ -90,6 +103,7 @@ def demonstrations_from_messages(rows: Rows, source: str) -> Rows:
     >>> demonstrations_from_messages([{"messages": chat}], "chats.jsonl")[0]["completion"]
     [{'role': 'assistant', 'content': 'hello'}]
     """
+    rows = with_own_names(rows, source)
     if "completion" in _names(rows) or not _has_conversations_instead_of(rows, "prompt"):
         return rows
     check_conversations(rows, source)

@@ -22,6 +22,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl
 from prefopt.rankings.checks import row_problem
 from prefopt.rankings.formats import fields, needs_conversion
+from prefopt.rankings.formats.unpaired import with_own_names
 from prefopt.rankings.prompts import with_prompt
 from prefopt.recipes.common.arguments import setting
 
@@ -186,9 +187,9 @@ def checked_rows(rows: Iterable[Row], source: str, kind: Kind | None = None) -> 
     check: Callable[[Row], str | None] | None = None
     layout: tuple[str, ...] | None = None
     for row in rows:
-        if check is None:
-            kind = kind or _kind(row, source)
-            check = _check_of(kind, row)
+        kind = kind or _kind(row, source)
+        row = row if kind == "comparisons" else with_own_names(row)
+        check = check or _check_of(kind, row)
         problem = check(row)
         if problem is None:
             row = with_prompt(row) if kind == "comparisons" and "completions" not in row else row
@@ -207,6 +208,7 @@ def _kind(row: Row, source: str) -> Kind:
         raise UserError(
             f"{source}: rows in the format {name}; `prefopt data convert {source} --out rankings.jsonl` reads it"
         )
+    row = with_own_names(row)
     columns: dict[str, Kind] = {
         "completions": "comparisons",
         "chosen": "comparisons",

@@ -636,9 +636,9 @@ def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
     tokenize_comparisons(prepare_comparisons(hidden), chat_tokenizer)
     assert "train: 2 of 3 rows have a special token of the tokenizer written in a message" in caplog.text
     caplog.clear()
-    stream = ComparisonStream(Dataset.from_list(hidden).to_iterable_dataset(), chat_tokenizer, source="stream")
+    stream = ComparisonStream(Dataset.from_list(hidden).to_iterable_dataset(), chat_tokenizer)
     list(itertools.islice(stream, 4))
-    assert "stream: 2 of 3 rows have a special token" in caplog.text
+    assert "train: 2 of 3 rows have a special token" in caplog.text
     caplog.clear()
     chats = [{"messages": [*hidden[0]["prompt"], assistant(text)]} for text in ("a", "b<|im_end|>", "c")]
     tokenize_demonstrations(Dataset.from_list(chats), chat_tokenizer, None, "sft")

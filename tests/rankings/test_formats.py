@@ -1,11 +1,12 @@
 """Every public format, from a small sample in it to the rows it must give."""
 
+import json
 from collections import Counter
 
 import pytest
 
-from prefopt.rankings.checks import validate_comparisons
-from prefopt.rankings.formats import FORMATS, convert, detect
+from prefopt.rankings.checks import joined_parts, validate_comparisons
+from prefopt.rankings.formats import FORMATS, convert, detect, needs_conversion
 
 
 def user(text):
@@ -338,6 +339,20 @@ def test_shp_rankings_hold_the_pairs_of_the_data_and_no_others():
     }
 
 
+def test_shp_pairs_of_a_post_are_joined_wherever_they_stand():
+    rows = [
+        shp("late", "early", 12, 9, 1),
+        shp("sweet", "sour", 30, 20, 1, post="p2"),
+        shp("late", "middle", 12, 4, 1),
+        shp("bitter", "sour", 3, 20, 0, post="p2"),
+        shp("early", "middle", 9, 4, 1),
+        shp("sweet", "bitter", 30, 3, 1, post="p2"),
+    ]
+    assert [row["completions"] for row in converted(rows)[0]] == [["late", "early", "middle"], ["sweet", "sour", "bitter"]]
+    in_order = sorted(rows, key=lambda row: row["post_id"])
+    assert converted(rows) == converted(in_order)
+
+
 def test_shp_every_pair_stands_in_one_ranking():
     # Comments with a time and a score each; the data holds the pairs whose better one was not written earlier.
     comments = [(t, (7 * t) % 11 + 2) for t in range(11)]
@@ -505,7 +520,71 @@ def test_repeated_answers_and_rows():
     }
 
 
+def test_answers_that_are_good_or_bad_are_compared_by_prompt():
+    said = [
+        ("p", " a", True),
+        ("q", " c", True),
+        ("p", " b", False),
+        ("r", " d", False),
+        ("r", " e", False),
+        ("p", " f", True),
+    ]
+    rows = [{"prompt": prompt, "completion": text, "label": good} for prompt, text, good in said]
+    found, counts = converted([*rows, {**rows[0], "label": None}])
+    assert found == [{"prompt": "p", "completions": [" a", " b", " f"], "ranks": [1, 2, 1]}]
+    assert counts == {
+        "answers without a label": 1,
+        "rows with fewer than two completions left": 1,
+        "rows in which all completions tie": 1,
+    }
+    # As CSV has them, and with tools, which are part of what was asked.
+    assert converted([{**row, "label": str(row["label"])} for row in rows])[0] == found
+    with_tools = [{**rows[0], "tools": [{"name": "x"}]}, {**rows[2], "tools": [{"name": "y"}]}]
+    assert converted(with_tools)[1] == {"rows with fewer than two completions left": 2}
+
+
+def test_a_conversation_that_is_judged_ends_with_an_answer():
+    with pytest.raises(ValueError, match="row 0: field 'messages': expected a prompt and an answer"):
+        converted([{"messages": FRUIT, "label": True}])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating")],
+)
+def test_scores_of_the_two_answers_are_ratings(names):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", **dict(zip(names, (4.5, "2"), strict=True))}
+    assert converted([row])[0][0]["ratings"] == [4.5, 2]
+
+
+def test_messages_as_json_in_a_cell_are_messages():
+    chats = [json.dumps([*FRUIT, assistant(text)]) for text in ("Plum.", "No.")]
+    row = {"chosen": chats[0], "rejected": chats[1]}
+    assert needs_conversion(row) == "pairs"
+    expected = {"prompt": FRUIT, "completions": [[assistant("Plum.")], [assistant("No.")]], "ranks": [1, 2]}
+    assert converted([row]) == ([expected], {})
+    # A text that begins like JSON is a text.
+    texts = {"prompt": "p", "chosen": '["a"]', "rejected": "[b"}
+    assert needs_conversion(texts) is None
+    assert converted([texts])[0][0]["completions"] == ['["a"]', "[b"]
+
+
+def test_parts_of_content_under_another_name():
+    parts = [{"type": "text", "text": "Name ", "value": None}, {"type": "text", "value": "a fruit."}]
+    assert joined_parts(parts) == "Name a fruit."
+    with pytest.raises(ValueError, match="expected parts of text"):
+        joined_parts([{"type": "image", "value": "a.png"}])
+
+
 SAMPLES = {
+    "pairs-messages": {
+        "chosen_messages": [*FRUIT, assistant("Plum.")],
+        "rejected_messages": [*FRUIT, assistant("No.")],
+    },
+    "pairs-responses": {"instruction": "p", "chosen_response": "a", "rejected_response": "b"},
+    "comparison": {"instruction": "p", "input": "", "output": ["a", "b"]},
+    "unpaired": {"prompt": "p", "completion": "a", "label": True},
+    "unpaired-alpaca": {"instruction": "p", "input": "", "output": "a", "kto_tag": False},
     "nectar": NECTAR,
     "hh-rlhf": {"chosen": f"{SAID} Plum.", "rejected": f"{SAID} No."},
     "ultrafeedback": ULTRAFEEDBACK,

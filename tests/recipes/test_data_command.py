@@ -372,6 +372,27 @@ def test_stats_counts_tokens_as_training_does(tmp_path, capsys, tokenizer):
     assert lengths["tokens of both"]["max"] == prompt + max(ends)
 
 
+def test_stats_has_the_notes_of_validate(tmp_path, capsys, chat_tokenizer):
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    glued = {"prompt": "A:", "completions": ["His", "No"], "ranks": [1, 2], "system": "Be kind."}
+    rows = [glued, {**glued, "prompt": "B:", "completions": [" a", " a"]}, {**glued, "prompt": "C: ", "system": None}]
+    path, out = _one(tmp_path, *rows), tmp_path / "stats.json"
+    said = run(capsys, "stats", path, "--out", out)
+    assert [line for line in said.splitlines() if line.startswith("but")] == [
+        line for line in run(capsys, "validate", path).splitlines() if line.startswith("but")
+    ]
+    counts = {note.partition(" ")[2][:30]: count for note, count in json.loads(out.read_text())["notes"].items()}
+    assert counts == {
+        "a completion that follows the ": 1,
+        "a field 'system', which is not": 2,
+        "a completion twice, with two r": 1,
+    }
+    chat = [{"role": "user", "content": "one<|im_end|>"}]
+    rows = [{"prompt": chat, "completion": "a"}, {"prompt": [{"role": "user", "content": "b"}], "completion": "a"}]
+    said = run(capsys, "stats", _one(tmp_path, *rows), "--tokenizer", tmp_path / "tokenizer")
+    assert "but 1 of 2 rows have a special token of the tokenizer written in a message" in said
+
+
 def test_stats_of_other_splits(tmp_path, capsys):
     rows = [{"prompt": name, "completion": "c"} for name in "abc"]
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[2:])}).save_to_disk(

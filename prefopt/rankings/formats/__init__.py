@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem, shorten
-from prefopt.rankings.formats import dialogues, openassistant, pairs, rated, shp, tables
+from prefopt.rankings.formats import dialogues, openassistant, pairs, rated, shp, tables, unpaired
 from prefopt.rankings.formats.cleaning import Cleaner
 
 __all__ = ["FORMATS", "Format", "convert", "detect", "needs_conversion"]
@@ -69,6 +69,22 @@ FORMATS = {
         "any with chosen and rejected, as HuggingFaceH4/ultrafeedback_binarized",
         {"chosen", "rejected"},
         pairs.chosen_rejected,
+    ),
+    "pairs-messages": Format(
+        "LLaMA-Factory's version 1", {"chosen_messages", "rejected_messages"}, pairs.chosen_rejected
+    ),
+    "pairs-responses": Format(
+        "Argilla's and distilabel's", {"chosen_response", "rejected_response"}, pairs.chosen_rejected
+    ),
+    "comparison": Format(
+        "LLaMA-Factory's comparison_gpt4, the better answer first",
+        {"instruction", "output"},
+        pairs.chosen_rejected,
+        lambda row: isinstance(row["output"], list),
+    ),
+    "unpaired": Format("answers that are good or bad, as KTO's", {"label"}, unpaired.unpaired, unpaired.is_unpaired),
+    "unpaired-alpaca": Format(
+        "LLaMA-Factory's for KTO", {"kto_tag", "output"}, unpaired.unpaired, unpaired.is_unpaired
     ),
     "table": Format(
         "any with a ranking, ranks or ratings next to the completions", {"prompt"}, tables.table, tables.is_table

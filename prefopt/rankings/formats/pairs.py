@@ -1,5 +1,6 @@
 """Two answers and which is better: plain chosen/rejected, summarize-from-feedback, WebGPT, HelpSteer's preferences."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,9 @@ from prefopt.rankings.prompts import OTHER_NAMES, TEMPLATE_FIELDS, NothingShared
 
 # Where the turns before the answers stand, if not in `prompt`.
 _CHATS = ("conversations", "messages")
+# What the columns of the two answers may be called, and of their ratings.
+_ANSWERS = {name: (name, f"{name}_messages", f"{name}_response") for name in ("chosen", "rejected")}
+_SCORES = ("score_{}", "{}_score", "{}_rating")
 # ShareGPT's names.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
@@ -22,18 +26,21 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
     TRL's preference format (https://huggingface.co/docs/trl/dataset_formats#preference), standard or conversational,
     explicit or implicit; HuggingFaceH4/ultrafeedback_binarized has a `prompt` and repeats it inside both. A prompt inside
     messages is the messages both start with. Inside texts it is what both start with up to the last white space (unlike
-    `trl.extract_prompt`, which cuts a word that both begin alike). `score_chosen` and `score_rejected`, or a `margin`,
-    become `ratings`. Kept: `labeler`, and what the chat template is given: `tools`, `documents`, `chat_template_kwargs`.
+    `trl.extract_prompt`, which cuts a word that both begin alike). `score_chosen` and `score_rejected` (OpenRLHF's
+    `chosen_score`, Argilla's `chosen_rating`), or a `margin`, become `ratings`. Kept: `labeler`, and what the chat template is
+    given (`tools`, `documents`, `chat_template_kwargs`).
 
     What other tools have in fields of its own becomes part of the prompt, as messages: `system`; `question` or `instruction`
     with `input` and `history` (LLaMA-Factory's Alpaca format, axolotl's chatml.*); `conversations` or `messages` before a
-    `chosen` and a `rejected` message, also with ShareGPT's `from` and `value`.
+    `chosen` and a `rejected` message, also with ShareGPT's `from` and `value`. The answers may be `chosen_messages` and
+    `rejected_messages`, `chosen_response` and `rejected_response`, or an `output` of two, the better first. Messages may be JSON
+    in a cell.
 
     >>> list(chosen_rejected([{"chosen": "The sky is blue", "rejected": "The sky is black"}], Counter()))
     [{'prompt': 'The sky is', 'completions': [' blue', ' black'], 'ranks': [1, 2], 'ratings': None, 'labeler': None}]
     """
     for row in rows:
-        row = _with_one_prompt(row)
+        row = with_one_prompt(row)
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
@@ -59,13 +66,10 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
                 f"field 'chosen': expected two texts or two lists of messages, got {shorten(answers[0])} and "
                 f"{shorten(answers[1])} in 'rejected'; give both in one format"
             )
-        if (system := row.get("system")) and prompt:
-            prompt = user(prompt) if isinstance(prompt, str) else prompt
-            if prompt[0].get("role") != "system":
-                prompt = [{"role": "system", "content": system}, *prompt]
+        prompt = after_system(row.get("system"), prompt)
         if not isinstance(prompt, str | list):
             raise UserError(f"field 'prompt': expected a text or messages, got {shorten(prompt)}; fill or delete it")
-        scores = [number(row.get(name), name) for name in ("score_chosen", "score_rejected")]
+        scores = [_score(row, name) for name in ("chosen", "rejected")]
         if (margin := number(row.get("margin"), "margin")) is not None:
             scores = [margin, 0]
         yield {
@@ -81,20 +85,50 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
 def needs_one_prompt(row: Mapping[str, Any]) -> bool:
     """Whether a row of `chosen` and `rejected` is one that trainers do not take as it is."""
     chosen = row.get("chosen")
-    if isinstance(chosen, Mapping) or (is_chat(chosen) and "from" in chosen[0]):
+    if "chosen" not in row or isinstance(chosen, Mapping) or as_messages(chosen) is not chosen:
         return True
     has_prompt = row.get("prompt") is not None or (is_chat(chosen) and chosen[0].get("role") != "assistant")
     return bool(row.get("system")) or (not has_prompt and any(row.get(name) for name in (*OTHER_NAMES, *_CHATS)))
 
 
-def _with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row with messages of `role` and `content`, and one prompt of what other tools have in several fields."""
+def with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with messages of `role` and `content`, and one prompt of what other tools have in several fields.
+
+    >>> with_one_prompt({"system": "Be brief.", "instruction": "Add.", "input": "2 + 2"})["prompt"][1]
+    {'role': 'user', 'content': 'Add.\\n2 + 2'}
+    """
     if not needs_one_prompt(row):
         return row
-    row = {
-        name: _messages(value) if name in ("prompt", "chosen", "rejected", *_CHATS) else value
+    row = _with_one_prompt(_with_two_answers(row))
+    return {**row, "prompt": after_system(row.get("system"), row["prompt"])} if row.get("prompt") else row
+
+
+def _with_two_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers under their own names, and messages of `role` and `content`."""
+    found = {name: next((row[n] for n in names if row.get(n) is not None), None) for name, names in _ANSWERS.items()}
+    if isinstance(output := row.get("output"), list) and len(output) == 2 and found["chosen"] is None:
+        found = dict(zip(found, output, strict=True))
+    row = {**row, **{name: value for name, value in found.items() if value is not None}}
+    return {
+        name: as_messages(value) if name in ("prompt", "chosen", "rejected", *_CHATS) else value
         for name, value in row.items()
     }
+
+
+def after_system(system: Any, prompt: Any) -> Any:
+    """The prompt with a system message, if there is one to add."""
+    if not (system and prompt):
+        return prompt
+    prompt = user(prompt) if isinstance(prompt, str) else prompt
+    return prompt if prompt[0].get("role") == "system" else [{"role": "system", "content": system}, *prompt]
+
+
+def _score(row: Mapping[str, Any], answer: str) -> float | None:
+    names = [name.format(answer) for name in _SCORES]
+    return next((number(row[name], name) for name in names if row.get(name) is not None), None)
+
+
+def _with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if row.get("prompt") is not None:
         return row
     if chat := next((row[name] for name in _CHATS if is_chat(row.get(name))), None):
@@ -113,15 +147,29 @@ def _with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**row, "prompt": [*before, *user(asked)]}
 
 
-def _messages(value: Any) -> Any:
-    """A message, or a list of them, with `from` and `value` or not, as a list of `role` and `content`; others as they are."""
-    if isinstance(value, Mapping):
-        value = [value]
-    if not is_chat(value):
+def as_messages(value: Any) -> Any:
+    """A message, or a list of them, with `from` and `value` or not, or as JSON, as a list of `role` and `content`.
+
+    Anything else is returned as it is.
+
+    >>> as_messages('[{"from": "human", "value": "Hi"}]'), as_messages("Hi")
+    ([{'role': 'user', 'content': 'Hi'}], 'Hi')
+    """
+    messages = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            messages = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(messages, Mapping):
+        messages = [messages]
+    if not is_chat(messages) or not all({"role", "from"} & turn.keys() for turn in messages):
+        return value
+    if messages is value and not any("from" in turn for turn in messages):
         return value
     return [
         {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} if "from" in turn else turn
-        for turn in value
+        for turn in messages
     ]
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations, groupby
+from itertools import combinations
 from typing import Any
 
 from prefopt.rankings.formats.fields import answer, field, user
@@ -13,8 +13,8 @@ def shp(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dic
 
     A pair is in the data only if the comment with the higher score was not written earlier, because an early one is
     seen more often. So comments of one post must not simply be sorted by score: that would add the pairs that were left
-    out for this reason. Pairs of one post that follow each other are joined to rankings such that every pair of a
-    ranking is a pair of the data, and every pair of the data stands in exactly one ranking, largest first found. The
+    out for this reason. Pairs of one post, wherever they stand (all rows are read first), are joined to rankings such that every
+    pair of a ranking is a pair of the data, and every pair of the data stands in exactly one ranking, largest first found. The
     scores (votes) are the `ratings`. Pairs whose label contradicts the scores are dropped with a count. Kept: `id`
     (`post_id`), `source` (`domain`). Source: the card of stanfordnlp/SHP, sections Data Structure and Data Selection.
 
@@ -24,7 +24,10 @@ def shp(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dic
     >>> [(row["completions"], row["ratings"]) for row in shp(rows, Counter())]
     [(['Plum.', 'Pear.', 'No.'], [9, 5, 2])]
     """
-    for (post, history), same in groupby(rows, lambda row: (row.get("post_id"), field(row, "history", str))):
+    posts: dict[tuple[Any, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        posts[row.get("post_id"), field(row, "history", str)].append(row)
+    for (post, history), same in posts.items():
         scores: dict[str, float] = {}
         better: dict[tuple[str, str], None] = {}
         domain = None
