@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast lint format
+.PHONY: demo test test-fast bench lint format
 
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
 	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
@@ -14,6 +14,9 @@ test: .venv/installed  ## One worker per core, one thread each: tiny tensors gai
 
 test-fast: .venv/installed  ## Without the files marked slow: the arithmetic, the rows, the commands, each in moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+bench: .venv/installed  ## Ratios against K rows and against TRL in one table, with the bound of each; FOLDER=models/smollm2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench.py $(FOLDER)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

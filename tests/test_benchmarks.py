@@ -200,3 +200,29 @@ def test_what_to_label_next_has_the_interval_of_the_differences(label_next):
     sums = label_next.sums_over_pairs([[3.0, 2.0, 2.0, 5.0]], [[1, 2, 3, 1]])
     # strict pairs: 1 > 2, 1 > 3, 2 > 3 (equal scores: one half), 4 > 2, 4 > 3
     assert sums.tolist() == [[4.5, 5.0]]
+
+
+def test_bench_prints_a_line_for_each_and_goes_on(ranking_step, monkeypatch, capsys):
+    import bench
+
+    names = [*bench.lines(bench.parse(["folder"]))]
+    assert names == [*bench.RANKINGS, *bench.PPO, *bench.PRETRAINED]
+    monkeypatch.setattr(bench, "PPO", {})
+    monkeypatch.delenv("PREFOPT_REAL_MODELS", raising=False)
+    bad = ["--method", "dpo", "--k", "1"]
+    monkeypatch.setattr(bench, "RANKINGS", {"bad": bad, "reward K=4": bench.RANKINGS["reward K=4"]})
+    figures = bench.main(["--small"])
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == figures
+    assert "expected --k and --completion of at least 2" in figures["bad"]["error"]
+    assert lines[1].startswith("bad")
+    assert "not measured" in lines[1]
+    one = figures["reward K=4"]
+    # 12 and 4 rows of 32 + 8 tokens against 32 + 4 * 8
+    assert (one["bound_vs_trl"], one["bound_vs_rows"]) == pytest.approx((480 / 64, 160 / 64))
+    for side in ("trl", "rows"):
+        low, high = one[f"spread_vs_{side}"]
+        assert low <= one[f"speedup_vs_{side}_later_steps"] <= high
+    assert lines[2].startswith("reward K=4")
+    assert "of 2.50" in lines[2]
+    assert "of 7.50" in lines[2]

@@ -13,7 +13,12 @@ What is reported (theirs / ours: above 1, shared prefixes win):
 
 - `speedup_vs_trl`, `speedup_vs_rows`: median over the repeats of the ratio of step times. The self-check of the first
   shared batch is counted: its time is spread over the repeats (a training run spreads it over all its steps). The same
-  without it: `speedup_vs_trl_later_steps`, `speedup_vs_rows_later_steps`.
+  without it: `speedup_vs_trl_later_steps`, `speedup_vs_rows_later_steps`. Of the repeats of the latter, the lowest and the
+  highest: `spread_vs_trl`, `spread_vs_rows`.
+- `bound_vs_trl`, `bound_vs_rows`: the ratio of tokens, K (P + L) of rows and K (K - 1) (P + L) of pairs to P + K L shared:
+  what a network whose layers all cost the same for each token could gain. Attention costs more for a later token, so that
+  not all of it is reached.
+- with `--clock cpu`, times are processor time: those of a machine that nobody else uses, when somebody does.
 - `peak_vs_trl`, `peak_vs_rows`: allocator peak of a step above what lies there before it (weights, gradients, batch).
   CUDA: `torch.cuda.max_memory_allocated`. CPU: the running sum of the allocator's events in `torch.profiler`.
 - `loss_abs_diff`, `grad_rel_l2`: the larger of the differences from TRL and from K rows.
@@ -50,6 +55,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -82,6 +88,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="prompts of a step")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--model", choices=sorted(CONFIGS), default="llama")
+    parser.add_argument("--folder", help="a pretrained model instead, on the same random tokens")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=1024)
@@ -94,6 +101,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precompute-ref", action="store_true", help="DPO: no side forwards the reference")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--no-trl", action="store_true", help="K rows and shared prefixes alone")
     parser.add_argument(
         "--grid", action="store_true", help=f"K rows against shared prefixes over {GRID}, memory left out"
     )
@@ -106,6 +115,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.intermediate = options.intermediate or int(options.hidden * 2.75) // 32 * 32
     options.lora = options.lora or options.load_in_4bit
     options.dtype = options.dtype or ("bf16" if options.device.startswith("cuda") else "fp32")
+    if options.folder:
+        options.vocab = AutoConfig.from_pretrained(options.folder).vocab_size
     return options
 
 
@@ -138,7 +149,15 @@ def build_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def build_model(options: argparse.Namespace, seed: int) -> nn.Module:
-    """A new model with random weights, the same for the same seed."""
+    """A new model with random weights, the same for the same seed; or the one in a folder."""
+    auto = AutoModelForSequenceClassification if options.method == "reward" else AutoModelForCausalLM
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    torch.manual_seed(seed)
+    if options.folder:
+        labels = {"num_labels": 1} if options.method == "reward" else {}
+        model = auto.from_pretrained(options.folder, dtype=dtype, **labels).to(options.device)
+        model.config.pad_token_id, model.config.eos_token_id = 0, 2
+        return model
     config = CONFIGS[options.model](
         vocab_size=options.vocab,
         hidden_size=options.hidden,
@@ -154,9 +173,6 @@ def build_model(options: argparse.Namespace, seed: int) -> nn.Module:
         num_labels=1,
         initializer_range=options.hidden**-0.5,  # activations keep their scale, as in a trained model
     )
-    auto = AutoModelForSequenceClassification if options.method == "reward" else AutoModelForCausalLM
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    torch.manual_seed(seed)
     with torch.device(options.device):
         model = auto.from_config(config, dtype=dtype)
     if not options.load_in_4bit:
@@ -240,6 +256,7 @@ class Side:
     def __init__(self, name: str, options: argparse.Namespace, folder: str, trainables: dict[str, Tensor]):
         self.name, self.device = name, torch.device(options.device)
         self.is_quantized = options.load_in_4bit
+        self.clock = time.perf_counter if options.clock == "wall" else time.process_time
         self.packed, self.self_check_seconds = False, 0.0
         with self._watched():
             self.trainer = build_trainer(name, options, folder)
@@ -282,10 +299,10 @@ class Side:
 
     def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         self._synchronize()
-        start = time.perf_counter()
+        start = self.clock()
         result = work()
         self._synchronize()
-        return time.perf_counter() - start, result
+        return self.clock() - start, result
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -372,12 +389,24 @@ def _release() -> None:
     torch.cuda.empty_cache()
 
 
+def ratios(theirs: Measured, ours: Measured, *, self_check: bool) -> list[float]:
+    """Of each repeat, theirs / ours; nothing where one of them ran out of memory."""
+    if not theirs.seconds or not ours.seconds:
+        return []
+    extra = ours.self_check_seconds / len(ours.seconds) if self_check else 0.0
+    return [t / (o + extra) for t, o in zip(theirs.seconds, ours.seconds, strict=True)]
+
+
 def speedup(theirs: Measured, ours: Measured, *, self_check: bool) -> float | None:
     """Median over the repeats of theirs / ours."""
-    if not theirs.seconds or not ours.seconds:
-        return None
-    extra = ours.self_check_seconds / len(ours.seconds) if self_check else 0.0
-    return statistics.median(t / (o + extra) for t, o in zip(theirs.seconds, ours.seconds, strict=True))
+    of_repeats = ratios(theirs, ours, self_check=self_check)
+    return statistics.median(of_repeats) if of_repeats else None
+
+
+def bound(options: argparse.Namespace, name: str) -> float:
+    """Tokens of a side over those of the packed row."""
+    rows = options.k * (options.k - 1 if name == "trl" else 1)
+    return rows * (options.prompt + options.completion) / (options.prompt + options.k * options.completion)
 
 
 def distance(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
@@ -401,6 +430,9 @@ def compare(options: argparse.Namespace, results: dict[str, Measured]) -> dict[s
             continue
         figures[f"speedup_vs_{name}"] = speedup(theirs, ours, self_check=True)
         figures[f"speedup_vs_{name}_later_steps"] = speedup(theirs, ours, self_check=False)
+        of_repeats = ratios(theirs, ours, self_check=False)
+        figures[f"spread_vs_{name}"] = [min(of_repeats), max(of_repeats)] if of_repeats else None
+        figures[f"bound_vs_{name}"] = bound(options, name)
         figures[f"peak_vs_{name}"] = theirs.peak / ours.peak if theirs.peak and ours.peak else None
         if theirs.grads is not None and ours.grads is not None:
             loss_differences[name] = abs(theirs.loss - ours.loss)
@@ -427,6 +459,8 @@ def header(options: argparse.Namespace) -> str:
     reference = "no reference in the reward model"
     if options.method == "dpo":
         reference = "reference forward " + ("precomputed, not counted" if options.precompute_ref else "counted")
+    if options.folder:
+        return f"{options.method}  {options.folder}, {trained}, {name}, {options.dtype}; in every side: {reference}"
     return (
         f"{options.method}  {options.model} {options.layers} x {options.hidden}, {options.heads} heads "
         f"({options.kv_heads} of keys), vocabulary {options.vocab}, {trained}, gradient checkpointing "
@@ -496,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not options.json:
             print(f"minimum {figures['min_speedup_vs_rows']:.2f}x")
     else:
-        results = measure(options)
+        results = measure(options, SIDES[1:] if options.no_trl else SIDES)
         figures = compare(options, results)
         if not options.json:
             report(options, results, figures)
