@@ -3,6 +3,10 @@
 import functools
 import gc
 import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,6 +40,39 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def run_in_fork(main: Callable[[], int | None], log: Path) -> int:
+    """The exit status of a program in a process of its own; negative: the signal that ended it.
+
+    It is forked from this one, which has imported everything. What it prints is added to the file `log`.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for stream in {1, 2, sys.stdout.fileno(), sys.stderr.fileno()}:
+                os.dup2(file, stream)
+            # The threads of OpenMP do not live on in a forked process, which would wait for them.
+            torch.set_num_threads(1)
+            status = main() or 0
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forget_prefopt() -> None:
+    """In a fork: what is imported of prefopt from here on is imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "prefopt"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

@@ -115,30 +115,41 @@ def test_the_wheel_tells_what_it_is(wheel):
     assert "prefopt = prefopt.cli:main" in scripts
 
 
-def cpu_seconds(statement):
-    """CPU time that a statement takes a fresh interpreter."""
-    code = f"import time; start = time.process_time(); {statement}; print(time.process_time() - start)"
+IMPORTS = {
+    "trl": "import trl",
+    "prefopt": "import prefopt",
+    "of trl": "from trl import GRPOTrainer",
+    "of prefopt": "from prefopt import PPOPtxTrainer",
+}
+
+
+def cpu_seconds():
+    """CPU time that each statement takes, one after the other in a fresh interpreter."""
+    code = "import time; times = [time.process_time()]\n"
+    code += "".join(f"{statement}; times.append(time.process_time())\n" for statement in IMPORTS.values())
+    code += "print(*times)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return float(done.stdout.splitlines()[-1])
+    times = [*map(float, done.stdout.splitlines()[-1].split())]
+    return {name: after - before for name, before, after in zip(IMPORTS, times, times[1:], strict=False)}
 
 
-@pytest.mark.parametrize(
-    ("of_trl", "own"),
-    [
-        ("import trl", "import prefopt"),
-        ("from trl import GRPOTrainer", "from prefopt import PPOPtxTrainer"),
-    ],
-    ids=["package", "trainer"],
-)
-def test_importing_takes_less_than_one_and_a_half_times_trl(of_trl, own):
-    """The least of up to three tries each, in turns: other load on the machine only ever adds."""
-    least = [float("inf")] * 2
+def test_importing_takes_less_than_one_and_a_half_times_trl():
+    """The least of up to three tries each: other load on the machine only ever adds.
+
+    Where prefopt is imported after TRL, it takes the rest of the time that it takes alone.
+    """
+    least = dict.fromkeys(IMPORTS, float("inf"))
+
+    def is_fast():
+        package = least["trl"] + least["prefopt"] < 1.5 * least["trl"]
+        return package and least["of trl"] + least["of prefopt"] < 1.5 * least["of trl"]
+
     for _ in range(3):
-        least = [min(x, cpu_seconds(statement)) for x, statement in zip(least, (of_trl, own), strict=True)]
-        if least[1] < 1.5 * least[0]:
+        least = {name: min(least[name], seconds) for name, seconds in cpu_seconds().items()}
+        if is_fast():
             break
-    assert least[1] < 1.5 * least[0]
+    assert is_fast(), least
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["recipes"]], ids=" ".join)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def distinct(documents: Sequence[Sequence[object]]) -> Distinct | None:
     (0.75, [1.0, 1.0, 0.6666666666666666])
     """
     counts = [Counter(document) for document in documents]
-    total = sum(counts, Counter())
+    total = Counter(chain.from_iterable(documents))
     size = total.total()
     if not size:
         return None

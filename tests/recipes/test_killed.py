@@ -1,18 +1,18 @@
 """Commands that draw for hours are killed over and over, and end as if never killed: SIGKILL, which nothing can catch."""
 
-import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
 
+import prefopt.cli
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.checkpoints import save_reward_model
+from tests.conftest import run_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -20,34 +20,6 @@ PROMPTS = ["the cat", "a dog", "the red house and the mat", "what is this?", "th
 
 
 # ---- the process that is killed -----------------------------------------------------------------------------------
-def serve() -> None:
-    """For each line {"argv", "kill": [event, number]} on stdin, run the command in a fork; print how it ended."""
-    import prefopt.cli
-    import prefopt.recipes.best_of_n
-    import prefopt.recipes.evaluate
-
-    gc.freeze()  # else every fork would copy all that was imported, to collect the garbage in it
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                die_at(*order["kill"])
-                status = prefopt.cli.main(order["argv"])
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status or 0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 def die_at(event: str, number: int) -> None:
     """Raise SIGKILL at the `number`-th event."""
     seen, fsync = 0, os.fsync
@@ -76,16 +48,6 @@ def die_at(event: str, number: int) -> None:
 
 
 # ---- the tests ----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def server():
-    program = f"import runpy; runpy.run_path({__file__!r})['serve']()"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        process.stdin.close()
-
-
 @pytest.fixture
 def files(tmp_path: Path, causal_lm, tokenizer, reward_model) -> Path:
     causal_lm.save_pretrained(tmp_path / "sft")
@@ -100,11 +62,16 @@ def files(tmp_path: Path, causal_lm, tokenizer, reward_model) -> Path:
     return tmp_path
 
 
-def run(server, files: Path, command: str, kill: tuple[str, int] = ("never", 1), **keys: object) -> int:
+def run(files: Path, command: str, kill: tuple[str, int] = ("never", 1), **keys: object) -> int:
     argv = [*command.split(), *(str(x) for key, value in keys.items() for x in (f"--{key}", value))]
-    server.stdin.write(json.dumps({"argv": argv, "log": str(files / "log"), "kill": kill}) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
+    log = files / "log"
+    log.unlink(missing_ok=True)
+
+    def killed() -> int | None:
+        die_at(*kill)
+        return prefopt.cli.main(argv)
+
+    return run_in_fork(killed, log)
 
 
 def parts(journal: Path) -> int:
@@ -119,13 +86,13 @@ def parts(journal: Path) -> int:
         ("best-of-n", {"n": 2}),
     ],
 )
-def test_one_file_is_as_if_never_killed(server, files, command, options):
+def test_one_file_is_as_if_never_killed(files, command, options):
     options |= {"model_name_or_path": files / "sft", "dataset_name": files / "prompts.jsonl"}
     options |= {"max_new_tokens": 5, "batch_size": 3, "reward_model_name_or_path": files / "rm"}
     if command == "sample":
         del options["reward_model_name_or_path"]
     whole, out, journal = files / "whole.jsonl", files / "out.jsonl", files / ".out.jsonl.part"
-    assert run(server, files, command, **options, output=whole) == 0, (files / "log").read_text()
+    assert run(files, command, **options, output=whole) == 0, (files / "log").read_text()
     every = 6 if command == "best-of-n" else None
     for kill, found in [
         (("part", 2), 2),
@@ -135,16 +102,16 @@ def test_one_file_is_as_if_never_killed(server, files, command, options):
         (("rename out.jsonl.inputs", 1), every),
         (("remove .out.jsonl.part", 1), every),
     ]:
-        status = run(server, files, command, kill, **options, output=out)
+        status = run(files, command, kill, **options, output=out)
         assert status == -signal.SIGKILL, (files / "log").read_text()
         assert found is None or parts(journal) == found, kill
         assert out.exists() == (kill[0] in ("rename out.jsonl.inputs", "remove .out.jsonl.part")), kill
-    assert run(server, files, command, **options, output=out) == 0
+    assert run(files, command, **options, output=out) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert "half written" not in (files / "log").read_text()
 
 
-def test_the_completions_of_an_evaluation_are_as_if_never_killed(server, files):
+def test_the_completions_of_an_evaluation_are_as_if_never_killed(files):
     options = {
         "models": json.dumps({"sft": str(files / "sft"), "ppo": str(files / "ppo")}),
         "prompts": files / "held_out.jsonl",
@@ -152,7 +119,7 @@ def test_the_completions_of_an_evaluation_are_as_if_never_killed(server, files):
         "max_new_tokens": 4,
         "batch_size": 2,
     }
-    assert run(server, files, "eval generate", **options, output_dir=files / "whole") == 0
+    assert run(files, "eval generate", **options, output_dir=files / "whole") == 0
     folder = files / "out" / "completions"
     # Of each model 6 batches of samples, one prompt in each, and 3 of greedy completions.
     for kill, sft, ppo in [
@@ -161,11 +128,11 @@ def test_the_completions_of_an_evaluation_are_as_if_never_killed(server, files):
         (("part", 2 + 5), 0, 5),
         (("rename ppo.jsonl", 1), 0, 9),
     ]:
-        status = run(server, files, "eval generate", kill, **options, output_dir=files / "out")
+        status = run(files, "eval generate", kill, **options, output_dir=files / "out")
         assert status == -signal.SIGKILL, (files / "log").read_text()
         assert parts(folder / ".sft.jsonl.part") == sft, kill
         assert parts(folder / ".ppo.jsonl.part") == ppo, kill
-    assert run(server, files, "eval generate", **options, output_dir=files / "out") == 0
+    assert run(files, "eval generate", **options, output_dir=files / "out") == 0
     for name in ("sft", "ppo"):
         whole = (files / "whole" / "completions" / f"{name}.jsonl").read_bytes()
         assert (folder / f"{name}.jsonl").read_bytes() == whole

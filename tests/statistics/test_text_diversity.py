@@ -64,11 +64,16 @@ def test_intervals_cover_the_expected_value():
     p = 1 / np.arange(1, 301)
     p /= p.sum()
 
-    def draw() -> list[list[int]]:
-        return [rng.choice(300, size=rng.integers(3, 12), p=p).tolist() for _ in range(100)]
+    def draw() -> list[np.ndarray]:
+        ends = rng.integers(3, 12, size=100).cumsum()
+        return np.split(rng.choice(300, size=ends[-1], p=p), ends[:-1])
 
-    truth = np.mean([distinct(draw()).value for _ in range(2000)])
-    found = [distinct(draw()) for _ in range(200)]
+    def share(texts: list[np.ndarray]) -> float:
+        words = np.concatenate(texts)
+        return len(np.unique(words)) / len(words)
+
+    truth = np.mean([share(draw()) for _ in range(2000)])
+    found = [distinct([text.tolist() for text in draw()]) for _ in range(200)]
     intervals = [jackknife(f.value, f.without, 100) for f in found]
     covered = np.mean([e.ci_low <= truth <= e.ci_high for e in intervals])
     assert 0.92 <= covered <= 0.98

@@ -6,7 +6,6 @@ Names alone do not keep a subclass right: the values that the trainers rely on a
 import ast
 import inspect
 import re
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from trl.trainer.utils import RepeatSampler, pad, shuffle_sequence_dict, split_t
 from prefopt.errors import UserImportError
 from prefopt.trainers.shared import trl_contract
 from prefopt.trainers.shared.trl_contract import CLASSES, IMPORTS, missing_seams, require_seams, verdicts
+from tests.conftest import forget_prefopt, run_in_fork
 
 FILES = sorted((Path(__file__).parents[2] / "prefopt" / "trainers").rglob("*.py"))
 SEAMS = [(path, seams) for classes in CLASSES.values() for path, seams in classes.items()]
@@ -165,19 +165,21 @@ def test_a_fused_head_that_is_triton_alone_is_refused_without_triton(monkeypatch
     assert missing_seams("PPOPtxTrainer") == []
 
 
-def test_importing_a_trainer_checks_its_seams_and_no_other():
-    code = (
-        "from trl import GRPOTrainer\n"
-        "del GRPOTrainer._calculate_rewards\n"
-        "from prefopt import RankedDPOTrainer, RankedRewardTrainer\n"
-        "try:\n"
-        "    from prefopt import PPOPtxTrainer\n"
-        "except ImportError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "PPOPtxTrainer does not work with trl" in done.stdout
-    assert "GRPOTrainer has no method _calculate_rewards" in done.stdout
+def test_importing_a_trainer_checks_its_seams_and_no_other(tmp_path):
+    def program():
+        forget_prefopt()
+        del GRPOTrainer._calculate_rewards
+        from prefopt import RankedDPOTrainer, RankedRewardTrainer  # noqa: F401
+
+        try:
+            from prefopt import PPOPtxTrainer  # noqa: F401
+        except ImportError as error:
+            print(error)
+
+    assert run_in_fork(program, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    printed = (tmp_path / "log").read_text()
+    assert "PPOPtxTrainer does not work with trl" in printed
+    assert "GRPOTrainer has no method _calculate_rewards" in printed
 
 
 # ---- the values that the trainers rely on ----

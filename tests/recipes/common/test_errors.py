@@ -1,9 +1,8 @@
 """Common errors end a command with a sentence and a remedy; a bug keeps its traceback."""
 
 import errno
-import os
 import re
-import subprocess
+import runpy
 import sys
 import types
 import warnings
@@ -18,6 +17,7 @@ from prefopt.errors import UserError, UserImportError, UserTypeError
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.recipes.common.arguments import parse
 from prefopt.recipes.common.errors import explain, run_command
+from tests.conftest import forget_prefopt, run_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -200,11 +200,18 @@ def test_a_help_and_a_success_pass_through():
     ("argv", "package", "extra"),
     [(["explain-run", "run"], "matplotlib", "eval"), (["label", "agreement", "x"], "krippendorff", "label")],
 )
-def test_a_package_of_an_extra_that_is_missing_is_named_with_it(argv, package, extra):
-    code = f"import sys; sys.modules[{package!r}] = None\nfrom prefopt import cli; cli.main({argv!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert f"error: {package} is not installed: pip install 'prefopt[{extra}]'" in done.stderr
+def test_a_package_of_an_extra_that_is_missing_is_named_with_it(argv, package, extra, tmp_path):
+    def program():
+        forget_prefopt()
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules[package] = None
+        from prefopt import cli
+
+        return cli.main(argv)
+
+    assert run_in_fork(program, tmp_path / "log") == 1
+    assert f"error: {package} is not installed: pip install 'prefopt[{extra}]'" in (tmp_path / "log").read_text()
 
 
 def test_a_command_and_its_module_end_alike(tmp_path, monkeypatch):
@@ -215,16 +222,15 @@ def test_a_command_and_its_module_end_alike(tmp_path, monkeypatch):
     told = "the Hub cannot be reached (HF_HUB_OFFLINE is set)"
     with pytest.raises(SystemExit, match=re.escape(told)) as stop:
         cli.main(["dpo", *argv])
-    done = subprocess.run(
-        [sys.executable, "-m", "prefopt.recipes.dpo", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == str(stop.value)
-    assert "Traceback" not in done.stderr
+
+    def program():
+        sys.argv[1:] = argv
+        runpy.run_module("prefopt.recipes.dpo", run_name="__main__", alter_sys=True)
+
+    assert run_in_fork(program, tmp_path / "log") == 1
+    printed = (tmp_path / "log").read_text()
+    assert printed.splitlines()[-1] == str(stop.value)
+    assert "Traceback" not in printed
 
 
 # ---- help -------------------------------------------------------------------------------------------------------

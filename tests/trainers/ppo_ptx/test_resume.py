@@ -1,17 +1,13 @@
 """kill -9 at any moment, the same command again: the run ends bit for bit as one that was never killed.
 
-The command runs in forks of one process that has imported everything (this file, run as a script). A fork kills itself
-at the n-th of a kind of event: before a file is written, inside the write of one, before a rename or a removal, before
-a rollout or a micro-batch, behind an optimizer step.
+The command runs in a fork, which kills itself at the n-th of a kind of event: before a file is written, inside the
+write of one, before a rename or a removal, before a rollout or a micro-batch, after an optimizer step.
 """
 
-import gc
 import json
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import prefopt.cli
 from prefopt.models.checkpoints import save_reward_model
+from tests.conftest import run_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -79,36 +77,6 @@ KILLS = [
 
 
 # ---- the process that is killed -----------------------------------------------------------------------------------
-def serve():
-    """For each line {"argv", "kill": [event, number]} on stdin, run the command in a fork; print how it ended."""
-    import prefopt.cli
-    import prefopt.recipes.dpo
-    import prefopt.recipes.ppo_ptx
-    import prefopt.recipes.reward
-    import prefopt.recipes.sft
-
-    gc.freeze()  # else every fork would copy all that was imported, to collect the garbage in it
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                die_at(*order["kill"])
-                status = prefopt.cli.main(order["argv"])
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
 def die_at(event, number):
     """Raise SIGKILL at the `number`-th event."""
     import transformers.modeling_utils
@@ -187,23 +155,6 @@ def die_at(event, number):
 
 
 # ---- the tests ----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def server():
-    root = str(Path(__file__).resolve().parents[3])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
 @pytest.fixture
 def files(tmp_path, causal_lm, reward_model, tokenizer):
     for name, model in (("base", causal_lm), ("reward", reward_model)):
@@ -230,14 +181,16 @@ def files(tmp_path, causal_lm, reward_model, tokenizer):
     return tmp_path
 
 
-def run(server, recipe, files, output, options, kill=("nothing", 1)):
+def run(recipe, files, output, options, kill=("nothing", 1)):
     """The exit status of the command; negative: the signal that ended it."""
     argv = [recipe, "--config", str(files / f"{recipe}.yaml"), "--output_dir", str(files / output)]
     (files / f"{recipe}.yaml").write_text(json.dumps(options))  # JSON is YAML
-    log = str(files / f"{output}.log")
-    server.stdin.write(json.dumps({"argv": argv, "kill": kill, "log": log}) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
+
+    def killed():
+        die_at(*kill)
+        return prefopt.cli.main(argv)
+
+    return run_in_fork(killed, files / f"{output}.log")
 
 
 def newest_step(output):
@@ -300,14 +253,14 @@ def logs_of(output):
     return [{k: v for k, v in entry.items() if k not in unlike} for entry in history if "grad_norm" in entry]
 
 
-def test_killed_over_and_over_ends_as_if_never_killed(server, files):
+def test_killed_over_and_over_ends_as_if_never_killed(files):
     options = ppo_options(files, "base")
-    assert run(server, "ppo-ptx", files, "whole", options) == 0
+    assert run("ppo-ptx", files, "whole", options) == 0
     for number, (event, count, newest) in enumerate(KILLS):
-        status = run(server, "ppo-ptx", files, "killed", options, kill=(event, count))
+        status = run("ppo-ptx", files, "killed", options, kill=(event, count))
         assert status == -signal.SIGKILL, (number, event, (files / "killed.log").read_text()[-3000:])
         assert newest_step(files / "killed") == newest, (number, event)
-    assert run(server, "ppo-ptx", files, "killed", options) == 0
+    assert run("ppo-ptx", files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
     assert logs_of(files / "killed") == logs_of(files / "whole")
     assert len(list((files / "killed").glob("checkpoint-*"))) == 1
@@ -317,11 +270,11 @@ def test_killed_over_and_over_ends_as_if_never_killed(server, files):
 
 
 @pytest.mark.parametrize(("newer", "reward"), [("half-deleted", "reward"), ("half-written", "reward-adapter")])
-def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, files):
+def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, files):
     """With a LoRA policy; the reward model of its own, or, as the value function, an adapter on the policy's base."""
     options = ppo_options(files, "sft", save_total_limit=5, max_steps=8)
     options["reward_model_name_or_path"] = str(files / reward)
-    assert run(server, "ppo-ptx", files, "run", options) == 0
+    assert run("ppo-ptx", files, "run", options) == 0
     whole = end_of(files / "run")
     assert any("lora" in name for name in whole)
     newest = files / "run" / "checkpoint-8"
@@ -332,32 +285,28 @@ def test_incomplete_checkpoint_is_named_and_passed_over(newer, reward, server, f
         (newest / "complete.json").unlink()
         missing = "no complete.json"
     (files / "run" / "trainer_state.json").unlink()  # as if killed before the end, which is told by this file
-    assert run(server, "ppo-ptx", files, "run", options) == 0
+    assert run("ppo-ptx", files, "run", options) == 0
     assert f"checkpoint-8 is incomplete ({missing})" in (files / "run.log").read_text()
     again = end_of(files / "run")
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
 @pytest.mark.parametrize(("recipe", "rows"), [("sft", "demonstrations"), ("reward", "rankings"), ("dpo", "rankings")])
-def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, server, files):
+def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, files):
     options = OPTIONS | {
         "max_steps": 7,
         "model_name_or_path": str(files / "base"),
         "dataset_name": str(files / f"{rows}.jsonl"),
     }
-    assert run(server, recipe, files, "whole", options) == 0
+    assert run(recipe, files, "whole", options) == 0
     for event, count, newest in [
         ("optimizer step", 2, None),
         ("write optimizer.pt", 2, 3),
         ("write complete.json", 1, 3),
         ("remove from checkpoint-3", 4, 6),
     ]:
-        status = run(server, recipe, files, "killed", options, kill=(event, count))
+        status = run(recipe, files, "killed", options, kill=(event, count))
         assert status == -signal.SIGKILL, (event, (files / "killed.log").read_text()[-3000:])
         assert newest_step(files / "killed") == newest
-    assert run(server, recipe, files, "killed", options) == 0
+    assert run(recipe, files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
-
-
-if __name__ == "__main__":
-    serve()
