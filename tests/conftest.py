@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import os
 import sys
 import traceback
@@ -54,6 +55,8 @@ def run_in_fork(main: Callable[[], int | None], log: Path) -> int:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in {1, 2, sys.stdout.fileno(), sys.stderr.fileno()}:
                 os.dup2(file, stream)
+            # Pytest's handlers keep what is logged from standard error.
+            logging.getLogger().handlers.clear()
             # The threads of OpenMP do not live on in a forked process, which would wait for them.
             torch.set_num_threads(1)
             status = main() or 0

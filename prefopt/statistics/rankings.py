@@ -13,7 +13,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, log_expit
-from scipy.stats import kendalltau
 
 from prefopt.errors import UserError
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
@@ -286,12 +285,17 @@ def kendall_tau(scores: NDArray, ranks: NDArray) -> NDArray:
     >>> kendall_tau(np.array([[3.0, 2.0, 1.0], [1.0, 1.0, 1.0]]), np.array([[1, 3, 2], [1, 2, 3]])).round(6)
     array([0.333333,      nan])
     """
-    tau = np.full(len(ranks), np.nan)
-    for prompt, (s, r) in enumerate(zip(scores, ranks, strict=True)):
-        s, r = s[r >= 1], r[r >= 1]
-        if len(np.unique(s)) > 1 and len(np.unique(r)) > 1:
-            tau[prompt] = kendalltau(s, -r).statistic
-    return tau
+    first, second = np.triu_indices(ranks.shape[1], k=1)
+    both = (ranks[:, first] >= 1) & (ranks[:, second] >= 1)
+    by_scores = np.sign(np.subtract(scores[:, first], scores[:, second], where=both, out=np.zeros(both.shape)))
+    by_ranks = np.where(both, np.sign(ranks[:, second] - ranks[:, first]), 0)
+    with np.errstate(invalid="ignore"):
+        tau = (
+            (by_scores * by_ranks).sum(axis=1)
+            / np.sqrt(abs(by_scores).sum(axis=1))
+            / np.sqrt(abs(by_ranks).sum(axis=1))
+        )
+    return tau.clip(-1.0, 1.0)
 
 
 def _groups(labelers: Sequence[str | None] | None, num_prompts: int) -> dict[str, list[int]]:
