@@ -7,13 +7,16 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from prefopt import cli
+from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer, cli
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.rankings.dataset import prepare_comparisons, tokenize_comparisons
 from tests.conftest import tiny_config
+from tests.trainers.conftest import settings
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +256,44 @@ def test_validate_says_what_the_table_says(cells, workshop, capsys):
     command = cells[2].strip("`").replace("FILE", "file.jsonl")
     with pytest.raises(SystemExit, match=re.escape(f"`{command}` reads it")):
         cli.main(["data", "validate", "file.jsonl"])
+
+
+# TRL's three forms of preference rows, the last with the prompt and without.
+FORMS = {
+    "text": {"prompt": "what is", "chosen": " a dog", "rejected": " a red house"},
+    "text without a prompt": {"chosen": "what is a dog", "rejected": "what is a red house"},
+    "text that parts inside a word": {"chosen": "the red house", "rejected": "the redder house"},
+    "messages": {"prompt": [USER], "chosen": [GOOD_TURN], "rejected": [BAD_TURN]},
+    "messages without a prompt": {"chosen": GOOD_CHAT, "rejected": BAD_CHAT},
+}
+TRAINERS = {
+    "reward": (RankedRewardTrainer, RankedRewardConfig, RewardTrainer, RewardConfig, "rm"),
+    "dpo": (RankedDPOTrainer, RankedDPOConfig, DPOTrainer, DPOConfig, "sft"),
+}
+
+
+@pytest.mark.parametrize("way", ["trainer", "command"])
+@pytest.mark.parametrize("step", TRAINERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_ids_of_preference_rows_are_those_of_trl(form, step, way, workshop, chat_tokenizer):
+    ours, our_config, theirs, their_config, model = TRAINERS[step]
+    row = FORMS[form]
+    given = {"train_dataset": Dataset.from_list([row] * 2), "processing_class": chat_tokenizer}
+    if way == "command":
+        write_jsonl("file.jsonl", [row] * 2)
+        dataset = trained_on(step, ["--dataset_name", "file.jsonl"]).train_dataset
+    else:
+        dataset = ours(model, args=our_config(**settings("out")), **given).train_dataset
+    prompt, completions = dataset[0]["prompt_ids"], dataset[0]["completion_ids"]
+    of_trl = theirs(model, args=their_config(**settings("trl")), **given).train_dataset[0]
+    # TRL's reward trainer has the whole texts. A turn ends with its end token here, a newline later there.
+    before = of_trl.get("prompt_ids", [])
+    after = chat_tokenizer("\n")["input_ids"] if "messages" in form else []
+    expected = [before + of_trl[name] for name in ("chosen_ids", "rejected_ids")]
+    assert [prompt + ids + after for ids in completions] == expected
+    # Where TRL has a prompt, and does not cut it inside a word.
+    if step == "dpo" and "prompt" in row:
+        assert prompt == before
 
 
 def test_keys_of_configurations_are_options(capsys):

@@ -348,7 +348,10 @@ def test_shp_pairs_of_a_post_are_joined_wherever_they_stand():
         shp("early", "middle", 9, 4, 1),
         shp("sweet", "bitter", 30, 3, 1, post="p2"),
     ]
-    assert [row["completions"] for row in converted(rows)[0]] == [["late", "early", "middle"], ["sweet", "sour", "bitter"]]
+    assert [row["completions"] for row in converted(rows)[0]] == [
+        ["late", "early", "middle"],
+        ["sweet", "sour", "bitter"],
+    ]
     in_order = sorted(rows, key=lambda row: row["post_id"])
     assert converted(rows) == converted(in_order)
 
