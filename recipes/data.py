@@ -25,6 +25,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import finite, write_json, write_jsonl
 from prefopt.rankings.checks import contradictions
 from prefopt.rankings.formats import FORMATS, convert, detect
+from prefopt.rankings.formats.unpaired import label
 from prefopt.rankings.prompts import PARTS
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
@@ -168,7 +169,7 @@ def _notes(row: Row, tokenizer: Any = None) -> Iterator[str]:
         )
     if unread := [name for name in PARTS if row.get(name)]:
         yield f"have a field {unread[0]!r}, which is not read: write it into the prompt"
-    if row.get("label") is False:
+    if label(row) is False:
         yield "have label false, which SFT refuses: leave them out, or convert them"
 
 

@@ -238,7 +238,7 @@ def test_a_row_of_the_table(cells, workshop, chat_tokenizer, capsys):
 @pytest.mark.parametrize("name", [name for name, (rows, _) in ROWS.items() if {"label", "kto_tag"} & rows[0].keys()])
 def test_answers_that_are_bad_are_not_learned(name, workshop):
     write_jsonl("file.jsonl", ROWS[name][0])
-    with pytest.raises(SystemExit, match="false in 1 of 2 rows, whose answers fine-tuning would learn") as error:
+    with pytest.raises(SystemExit, match=r"row [01]: the answers of 1 of 2 rows are labeled false") as error:
         cli.main(
             ["sft", "--model_name_or_path", "sft", "--dataset_name", "file.jsonl", "--output_dir", "out", "--use_cpu"]
         )

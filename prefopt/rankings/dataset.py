@@ -28,7 +28,7 @@ from prefopt.rankings.checks import (
     validate_ratings,
     validate_tokenized,
 )
-from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
+from prefopt.rankings.prompts import PARTS, columns_of, unread_in_words, unread_parts
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import (
     ENDED_PROMPTS,
@@ -291,14 +291,16 @@ class ComparisonStream(torch.utils.data.IterableDataset):
         self.max_length, self.ties, self.margins = max_length, ties, margins
         # What else may be wrong with a tokenized row.
         self.checks: list[RowCheck] = []
-        # Of the current pass.
+        # Of the current pass, also by field that is not read.
         self.counts: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
         self._pass = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for self._pass in itertools.count():
             self.rows.set_epoch(self._pass)
             self.counts.clear()
+            self.unread.clear()
             yield from self._one_pass()
             if not self.counts["kept"]:
                 problem = self._summary() if self.counts["read"] else "expected at least one row, got none"
@@ -329,6 +331,7 @@ class ComparisonStream(torch.utils.data.IterableDataset):
     def _tokenized(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The ranked row with token ids, and with ratings that can be margins if it must have them."""
         problem = None
+        self.unread.update(name for name in PARTS if row.get(name))
         if "prompt_ids" in row:
             problem = tokenized_problem(row)
         elif "completions" not in row:
@@ -376,6 +379,8 @@ class ComparisonStream(torch.utils.data.IterableDataset):
             log(f"{self.SOURCE}, pass {self._pass + 1} over the stream: {self._summary()}")
         if self.counts["unrated"]:
             log(f"{self.SOURCE}: {self.counts['unrated']} of {self.counts['read']} rows {NO_RATINGS}")
+        if self.unread:
+            log(f"{self.SOURCE}: {unread_in_words(self.unread)}")
         if self.counts["spelt"]:
             log(f"{self.SOURCE}: {self.counts['spelt']} of {self.counts['read']} {SPELT_TOKENS}")
         if self.counts["margin"] and not self.margins:

@@ -21,8 +21,11 @@ def unread_parts(rows: Iterable[Mapping[str, Any]], names: Iterable[str] = PARTS
     "not read, though it seems to belong to the prompt: 'system' of 1 rows; write it into the prompt"
     """
     counts = Counter(name for row in rows for name in names if row.get(name))
-    if not counts:
-        return None
+    return unread_in_words(counts) if counts else None
+
+
+def unread_in_words(counts: Mapping[str, int]) -> str:
+    """What `unread_parts` says of how many rows have which field."""
     fields = ", ".join(f"{name!r} of {count} rows" for name, count in counts.items())
     return f"not read, though it seems to belong to the prompt: {fields}; write it into the prompt"
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.rankings.formats.unpaired import LABELS, label
 from prefopt.rankings.prompts import columns_of
 from prefopt.rankings.tokens import SPELT_TOKENS, build_ids, row_ids, spells_control_tokens, template_kwargs
 from prefopt.recipes.common.conversations import answers, check_conversations
@@ -23,14 +24,12 @@ logger = logging.getLogger(__name__)
 def check_sft_rows(rows: Rows, source: str) -> None:
     """Rows are all {"prompt", "completion"}, all {"messages"} or all {"text"}."""
     names = rows.column_names if isinstance(rows, Dataset) else (rows[0] if rows else {})
-    for name in ("label", "kto_tag"):
-        bad = [i for i, row in enumerate(columns_of(rows, [name])) if row.get(name) is False]
-        if bad:
-            raise UserError(
-                f"{source} row {bad[0]}: field {name!r}: false in {len(bad)} of {len(rows)} rows, whose answers fine-tuning would "
-                "learn like the good ones; leave them out, or compare good with bad ones: "
-                f"`prefopt data convert {source} --out rankings.jsonl`"
-            )
+    if bad := [i for i, row in enumerate(columns_of(rows, LABELS)) if label(row) is False]:
+        raise UserError(
+            f"{source} row {bad[0]}: the answers of {len(bad)} of {len(rows)} rows are labeled false, and fine-tuning would learn "
+            "them like the good ones; leave them out, or compare good with bad ones: "
+            f"`prefopt data convert {source} --out rankings.jsonl`"
+        )
     if "text" in names:
         check_fields("text")(rows, source)
     elif "messages" in names and "completion" not in names:

@@ -1,6 +1,7 @@
 """Rows for every recipe: loaded from files, folders or the Hub, and checked before any model is loaded."""
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,24 +99,31 @@ def _as_dataset(rows: list[dict], source: str) -> Dataset:
     """One column per field of any row: `Dataset.from_list` would forget the fields that row 0 lacks."""
     columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(k for row in rows for k in row)}
     for name, values in columns.items():
-        try:
-            pyarrow.array(values)
-        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        if error := _arrow_error(values):
             for number, value in enumerate(values):
                 if problem := half_a_character(name, value) or _arrow_problem(name, value):
                     raise UserError(f"{source} row {number}: {problem}") from error
+            rows_so_far = range(1, len(values) + 1)
+            first = bisect_left(rows_so_far, True, key=lambda n: _arrow_error(values[:n]) is not None)
             raise UserError(
-                f"{source}: field {name!r} has values of different types ({error}); write them alike in all rows, "
+                f"{source} row {first}: field {name!r} has values of different types ({error}); write them alike in all rows, "
                 "or leave the field out"
             ) from error
     return Dataset.from_dict(columns)
 
 
+def _arrow_error(values: list) -> Exception | None:
+    """What keeps values from being a column."""
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        return error
+    return None
+
+
 def _arrow_problem(name: str, value: Any) -> str | None:
     """What keeps a value from standing in a column, whatever stands in the others."""
-    try:
-        pyarrow.array([value])
-    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+    if error := _arrow_error([value]):
         return f"field {name!r}: no column can hold {shorten(value)} ({error}); write it as a text, or leave the field out"
     return None
 

@@ -636,6 +636,7 @@ def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
     tokenize_comparisons(prepare_comparisons(hidden), chat_tokenizer)
     assert "train: 2 of 3 rows have a special token of the tokenizer written in a message" in caplog.text
     caplog.clear()
+    PartialState()
     stream = ComparisonStream(Dataset.from_list(hidden).to_iterable_dataset(), chat_tokenizer)
     list(itertools.islice(stream, 4))
     assert "train: 2 of 3 rows have a special token" in caplog.text
@@ -649,6 +650,14 @@ def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
         Dataset.from_list([{"prompt": "<|im_end|>", "completion": "a"}]), chat_tokenizer, None, "sft"
     )
     assert "special token" not in caplog.text
+
+
+def test_a_stream_counts_the_fields_that_are_not_read(tokenizer, caplog):
+    PartialState()
+    rows = [row(system="be kind"), row(system=None), row(history=[["a", "b"]])]
+    stream = ComparisonStream(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
+    list(itertools.islice(stream, 4))
+    assert "train: not read, though it seems to belong to the prompt: 'system' of 1 rows, 'history' of 1 rows" in caplog.text
 
 
 def test_a_prompt_that_brings_its_bos_has_one(tokenizer):

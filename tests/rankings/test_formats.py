@@ -560,6 +560,21 @@ def test_scores_of_the_two_answers_are_ratings(names):
     assert converted([row])[0][0]["ratings"] == [4.5, 2]
 
 
+def test_a_pair_without_an_answer_costs_one_pair():
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": None, "rejected": "b"}]
+    assert converted([*rows, rows[1] | {"chosen": "b", "rejected": None}])[1] == {
+        "pairs without one of the answers": 2
+    }
+
+
+def test_a_ranking_that_is_a_list_is_called_so():
+    row = {"prompt": "p", "completions": ["a", "b"], "ranking": ["B", "A"]}
+    with pytest.raises(
+        ValueError, match=r"row 0: field 'ranking': expected a text such as 'B > A = C', got \['B', 'A'\]"
+    ):
+        converted([row])
+
+
 def test_messages_as_json_in_a_cell_are_messages():
     chats = [json.dumps([*FRUIT, assistant(text)]) for text in ("Plum.", "No.")]
     row = {"chosen": chats[0], "rejected": chats[1]}
@@ -640,9 +655,9 @@ def test_streams_stay_streams():
         ),
         ([ULTRAFEEDBACK], {"rating": "fun"}, "rating: expected one of fine-grained_score, .* got 'fun'"),
         (
-            [SAMPLES["pairs"], {"prompt": "p", "chosen": "a", "rejected": None}],
+            [SAMPLES["pairs"], {"prompt": "p", "chosen": "a", "rejected": 7}],
             {"source": "my.jsonl"},
-            "my.jsonl row 1: field 'chosen': expected two texts or two lists of messages, got 'a' and None",
+            "my.jsonl row 1: field 'chosen': expected two texts or two lists of messages, got 'a' and 7",
         ),
         (
             [{**NECTAR, "answers": ["Plum."]}],

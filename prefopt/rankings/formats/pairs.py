@@ -42,6 +42,9 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
     for row in rows:
         row = with_one_prompt(row)
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+        if None in answers:
+            counts["pairs without one of the answers"] += 1
+            continue
         if all(isinstance(answer, str) for answer in answers):
             if prompt is None:
                 try:

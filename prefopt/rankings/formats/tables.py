@@ -30,6 +30,10 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
     """
     for row in rows:
         ranking, used = row.get("ranking"), {"prompt", "completions", *_JUDGEMENTS}
+        if not isinstance(ranking, str | None):
+            raise UserError(
+                f"field 'ranking': expected a text such as 'B > A = C', got {shorten(ranking)}; write it so, or as ranks"
+            )
         ranks, ratings = (_list(row, name) for name in ("ranks", "ratings"))
         completions = _list(row, "completions")
         if isinstance(ranking, str) and completions is None:

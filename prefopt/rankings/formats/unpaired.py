@@ -11,7 +11,7 @@ from prefopt.rankings.formats.fields import field
 from prefopt.rankings.formats.pairs import after_system, as_messages, with_one_prompt
 from prefopt.rankings.prompts import OTHER_NAMES, TEMPLATE_FIELDS, is_chat
 
-_LABELS = ("label", "kto_tag")
+LABELS = ("label", "kto_tag")
 # Where an answer stands: beside the prompt, or at the end of a conversation.
 _ANSWERS = ("completion", "output", "response")
 _CHATS = ("messages", "conversations")
@@ -19,7 +19,7 @@ _CHATS = ("messages", "conversations")
 
 def is_unpaired(row: Mapping[str, Any]) -> bool:
     """It has an answer and whether it is good."""
-    return _label(row) is not None and any(row.get(name) for name in (*_ANSWERS, *_CHATS))
+    return label(row) is not None and any(row.get(name) for name in (*_ANSWERS, *_CHATS))
 
 
 def unpaired(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -35,7 +35,7 @@ def unpaired(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterato
     """
     comparisons: dict[str, dict[str, Any]] = {}
     for row in rows:
-        good = _label(row)
+        good = label(row)
         if good is None:
             counts["answers without a label"] += 1
             continue
@@ -48,13 +48,16 @@ def unpaired(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterato
     yield from comparisons.values()
 
 
-def _label(row: Mapping[str, Any]) -> bool | None:
-    value = next((row[name] for name in _LABELS if row.get(name) is not None), None)
-    # As CSV has it.
-    return {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else _if_bool(value)
+def label(row: Mapping[str, Any]) -> bool | None:
+    """Whether the row's answer is good; None where it does not say so.
 
-
-def _if_bool(value: Any) -> bool | None:
+    >>> label({"label": "False"}), label({"kto_tag": True}), label({"label": "positive"})
+    (False, True, None)
+    """
+    value = next((row[name] for name in LABELS if row.get(name) is not None), None)
+    if isinstance(value, str):
+        # As CSV has it.
+        return {"true": True, "false": False}.get(value.lower())
     return value if isinstance(value, bool) else None
 
 

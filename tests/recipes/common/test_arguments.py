@@ -138,7 +138,7 @@ def test_prompts_that_are_no_text_name_their_row(tmp_path, row, said):
 
 def test_a_field_of_mixed_types_is_named(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": "two"}])
-    with pytest.raises(UserError, match="field 'id' has values of different types"):
+    with pytest.raises(UserError, match="row 1: field 'id' has values of different types"):
         load_rows(data, check=check_fields("prompt"), key="dataset_name")
 
 
