@@ -654,10 +654,13 @@ def test_special_tokens_written_in_messages_are_counted(chat_tokenizer, caplog):
 
 def test_a_stream_counts_the_fields_that_are_not_read(tokenizer, caplog):
     PartialState()
-    rows = [row(system="be kind"), row(system=None), row(history=[["a", "b"]])]
+    rows = [row(system="be kind", history=None), row(system=None, history=[["a", "b"]]), row()]
     stream = ComparisonStream(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
     list(itertools.islice(stream, 4))
-    assert "train: not read, though it seems to belong to the prompt: 'system' of 1 rows, 'history' of 1 rows" in caplog.text
+    assert (
+        "train: not read, though it seems to belong to the prompt: 'system' of 1 rows, 'history' of 1 rows"
+        in caplog.text
+    )
 
 
 def test_a_prompt_that_brings_its_bos_has_one(tokenizer):
