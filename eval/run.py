@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,8 @@ class Stage:
         questions: that its measures answer in the report.
         title: of its section in the report, if it has one.
         section: gives the section's blocks (`report.tables`) from the results.
+        headlines: the measures (patterns) that the command prints when the stage has run by itself; default: those of
+            `questions`.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Stage:
     questions: tuple[Question, ...] = ()
     title: str = ""
     section: Callable[..., list[Any]] | None = None
+    headlines: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -153,6 +157,19 @@ def named_rows(key: str, path: str) -> list[dict[str, Any]]:
     return read_jsonl(path)
 
 
+def headline(m: Mapping[str, Any]) -> str:
+    """A measure with a value in one line.
+
+    >>> known = {"name": "winrate", "model": "dpo", "against": "sft", "value": 0.6, "ci_low": 0.5, "ci_high": 0.7}
+    >>> headline({**known, "n": 40, "n_clusters": 40}), headline({**known, "n": 90, "n_clusters": 40})
+    ('winrate of dpo against sft: 0.6 [0.5, 0.7] (n = 40)', 'winrate of dpo against sft: 0.6 [0.5, 0.7] (n = 90 in 40 prompts)')
+    """
+    against = f" against {m['against']}" if m["against"] else ""
+    interval = "" if m["ci_low"] is None else f" [{m['ci_low']:.4g}, {m['ci_high']:.4g}]"
+    clusters = f" in {m['n_clusters']} prompts" if m["n_clusters"] != m["n"] else ""
+    return f"{m['name']} of {m['model']}{against}: {m['value']:.4g}{interval} (n = {m['n']}{clusters})"
+
+
 @dataclass(frozen=True)
 class EvaluationRun:
     """`completions/<model>.jsonl` from `generate`, `stages/<stage>.json` from every other stage.
@@ -212,6 +229,17 @@ class EvaluationRun:
             raise FileNotFoundError(f"no samples of {model!r}; run `prefopt eval generate` first")
         return rows
 
+    def headlines(self, stage: Stage) -> list[str]:
+        """What a stage found, in lines: its most important measures that have a value."""
+        patterns = stage.headlines or tuple(question.measure for question in stage.questions)
+        found = (self.stage(stage.key) or {"measures": []})["measures"]
+        return [
+            headline(m)
+            for pattern in patterns
+            for m in found
+            if m["value"] is not None and fnmatchcase(m["name"], pattern)
+        ]
+
     def write_stage(
         self, stage: Stage, measures: Sequence[Mapping[str, Any]], data: Mapping[str, Any] | None = None
     ) -> None:
@@ -222,12 +250,12 @@ class EvaluationRun:
             "completions": self._completions_state() if stage.of_completions else None,
         }
         text = json.dumps(jsonable(content), ensure_ascii=False, indent=1, allow_nan=False)
-        write_whole(self._stage_path(stage.key), text + "\n")
+        write_whole(self.stage_path(stage.key), text + "\n")
 
     def stage(self, stage: str) -> dict[str, Any] | None:
         """What `write_stage` kept, or None if the stage has not run, or not on the completions that are there now."""
         if self.is_stale(stage):
-            path = self._stage_path(stage)
+            path = self.stage_path(stage)
             logger.warning("%s is of other completions than those there now: run the stage again", path)
             return None
         return self._kept(stage)
@@ -238,17 +266,17 @@ class EvaluationRun:
         return known is not None and known != self._completions_state()
 
     def _kept(self, stage: str) -> dict[str, Any] | None:
-        path = self._stage_path(stage)
+        path = self.stage_path(stage)
         return read_json(path, "measures", "data") if path.is_file() else None
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""
-        self._stage_path(stage).unlink(missing_ok=True)
+        self.stage_path(stage).unlink(missing_ok=True)
 
     def _completions_state(self) -> list[list[str]]:
         """Names and contents of all completions, in short."""
         files = sorted((self.folder / "completions").glob("*.jsonl"))
         return [[file.stem, hashlib.sha256(file.read_bytes()).hexdigest()[:16]] for file in files]
 
-    def _stage_path(self, stage: str) -> Path:
+    def stage_path(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage.replace('-', '_')}.json"

@@ -19,7 +19,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import Gold
 from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt, no_number
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
-from prefopt.evaluation.stages import STAGES, benchmarks, generate, report
+from prefopt.evaluation.stages import STAGES, benchmarks, generate, report, reward_model
 from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.recipes.common.arguments import choose, parse
 from prefopt.recipes.common.conversations import prompts_from_messages
@@ -46,8 +46,7 @@ def main(
     texts = {name: stage.answers for name, stage in stages.items()}
     name, rest = choose("stage", texts, argv, "prefopt eval <stage> --config evaluation.yaml")
     evaluation = Evaluation(parse(ARGUMENTS, rest, f"prefopt eval {name}", __doc__), wall_seconds)
-    if not evaluation.args.models:
-        raise UserError("models is required: the name of each model and its folder or Hub id")
+    evaluation.check_models(name)
     if gold is not None:
         evaluation.given[JudgeArguments].gold_judge = gold
     try:
@@ -74,6 +73,15 @@ class Evaluation:
         self.args: EvaluationArguments = self.given[EvaluationArguments]
         self.run = EvaluationRun(Path(self.args.output_dir), progress=print)
         self.wall_seconds = wall_seconds
+        before = (self.run.stage(ALL.name) or {"data": {}})["data"]
+        self.seconds: dict[str, float] = dict(before.get("seconds", {}))
+        self.notes: dict[str, NoNumber] = {name: no_number(why) for name, why in before.get("notes", {}).items()}
+
+    def check_models(self, stage: str) -> None:
+        """Rankings are scored by reward models; every other stage is about the policies."""
+        implicit = self.given[reward_model.RewardModelArguments].implicit_rewards
+        if not self.args.models and (implicit or stage not in (reward_model.STAGE.name, report.STAGE.name)):
+            raise UserError("models is required: the name of each model and its folder or Hub id")
 
     def measure(self, stage: Stage) -> None:
         own = self.given[stage.arguments]
@@ -81,14 +89,31 @@ class Evaluation:
             own = replace(own, prompts=_prompts(own))
         stage.measure(self.run, self.args, own, *(self.given[arguments] for arguments in stage.reads))
 
+    def timed(self, stage: Stage) -> None:
+        """Measure, and add the seconds to those of earlier runs, whose work this one goes on with."""
+        start = time.monotonic()
+        try:
+            self.measure(stage)
+        finally:
+            self.seconds[stage.name] = round(self.seconds.get(stage.name, 0.0) + time.monotonic() - start, 2)
+            self.write_state()
+
+    def write_state(self) -> None:
+        """What the report shows of all runs so far."""
+        notes = {name: str(why) for name, why in self.notes.items()}
+        self.run.write_stage(ALL, [], {"seconds": self.seconds, "notes": notes})
+
     def one(self, stage: Stage) -> None:
         """A stage by itself.
 
         Raises:
             UserError: a part of it failed; what it found otherwise is kept.
         """
-        self.measure(stage)
+        self.timed(stage)
         content = self.run.stage(stage.key)
+        for line in self.run.headlines(stage):
+            print(line)
+        print(f"written: {self.run.stage_path(stage.key)}")
         found = [(f"{m['name']} of {m['model']}", m["reason"]) for m in content["measures"] if m["status"] == "failed"]
         # "ok" or the reason for each model that is generated for, and for each judge.
         statuses = content["data"].get({"generate": "models", "judge": "judges"}.get(stage.name, ""), {})
@@ -106,24 +131,21 @@ class Evaluation:
         """All stages whose data are given, then the report; a stage that breaks does not cost the reader the others."""
         # Every stage measures completions of these, so a mistake in them ends the command before the first.
         _prompts(self.given[generate.GenerateArguments])
-        seconds: dict[str, float] = {}
-        notes: dict[str, NoNumber] = {}
+        self.notes.clear()
         for stage in STAGES:
             # An earlier result of what does not run or breaks now would mislead.
             self.run.forget_stage(stage.name)
             if stage is benchmarks.STAGE and not self._benchmarks_are_named():
-                notes[stage.name] = NO_BENCHMARKS
+                self.notes[stage.name] = NO_BENCHMARKS
+                self.seconds.pop(stage.name, None)
                 continue
             print(f"{stage.name}: {stage.answers}", flush=True)
-            start = time.monotonic()
-            broken = attempt(f"stage {stage.name}", partial(self.measure, stage))
+            broken = attempt(f"stage {stage.name}", partial(self.timed, stage))
             if broken is not None:
-                notes[stage.name] = broken
-            seconds[stage.name] = round(time.monotonic() - start, 2)
-            told = {name: str(why) for name, why in notes.items()}
-            self.run.write_stage(ALL, [], {"seconds": seconds, "notes": told})
+                self.notes[stage.name] = broken
+        self.write_state()
         self.report()
-        failed = [f"{name}: {why.reason}" for name, why in notes.items() if isinstance(why, Failed)]
+        failed = [f"{name}: {why.reason}" for name, why in self.notes.items() if isinstance(why, Failed)]
         if failed:
             raise RuntimeError("stages that failed: " + "; ".join(failed))
 

@@ -13,6 +13,9 @@ from markupsafe import Markup
 
 from prefopt.evaluation.report.tables import Page, label, number, prompt_text, visible
 
+# The others, and tables that are folded in HTML, are for the page alone: Markdown cannot fold them.
+MARKDOWN_SAMPLES = 5
+
 
 def to_html(page: Page) -> str:
     """One self-contained page without scripts or external references."""
@@ -20,7 +23,7 @@ def to_html(page: Page) -> str:
 
 
 def to_markdown(page: Page) -> str:
-    """The same as text that a repository or a chat shows; of figures what they show in words."""
+    """The same as text that a repository or a chat shows, in a length that is read; of figures what they show in words."""
     return _render("page.md.jinja", page)
 
 
@@ -81,6 +84,7 @@ def _environment(is_markdown: bool) -> Environment:
         finalize=_plain_unless_ours if is_markdown else None,
     )
     environment.filters |= {f.__name__: f for f in (about, coded, fenced, label, scores, shortened)}
+    environment.globals["most_samples"] = MARKDOWN_SAMPLES
     environment.filters["prompt"] = lambda prompt: shortened(prompt_text(prompt))
     environment.tests |= {"a": lambda block, name: type(block).__name__ == name}
     return environment

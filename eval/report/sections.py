@@ -16,6 +16,7 @@ from prefopt.evaluation.report.tables import (
     Column,
     Fold,
     Gap,
+    Items,
     Line,
     Measure,
     Missing,
@@ -87,7 +88,9 @@ def _light(results: Results, stage: Stage, question: Question, model: str, again
         return Light(compared[0]["status"], reason=compared[0]["reason"])
     if not known:
         note = (results.content.get("notes") or {}).get(stage.key)
-        why = no_number(note or f"not measured; `prefopt eval {stage.name}` gives it")
+        has_run = stage.key in (results.content.get("stages") or {})
+        remedy = "was run without it" if has_run else "gives it"
+        why = no_number(note or f"not measured; `prefopt eval {stage.name}` {remedy}")
         return Light(why.status, reason=why.reason)
     words = {"good": "better", "bad": "worse", "": "unclear"}
     states = [words[better_or_worse(m)] for m in known]
@@ -116,7 +119,7 @@ def verdict(results: Results) -> str:
     parts = [_said(word, group, label(baseline)) for word, group in groups.items() if group]
     if not parts:
         return f"No model was compared with {label(baseline)}."
-    judge = results.settings.get("judge") or "the gold reward"
+    judge = results.settings.get("judge") or "a judge that is not named"
     sentence = f"By win rate under {judge} " + "; ".join(parts)
     tax = results.find("pretraining_bits_per_byte", "ppo_ptx", "ppo")
     if tax and tax["value"] is not None:
@@ -159,11 +162,20 @@ def glance(results: Results) -> list[Block]:
         rows.append(Line(question, [*cells, Cell(paper or "–", tone="paper")]))
     note = (
         f"Compared with {label(results.baseline)} on the same prompts, documents or tasks. ▲ better and ▼ worse: the 95 % "
-        "interval excludes no difference; ● unclear: it does not. Why a number is missing is told where it is pointed at, "
-        "and under “Every number”."
+        "interval excludes no difference; ● unclear: it does not."
     )
     heads = ["", *map(label, results.models), Cell("paper", MARK, "paper")]
-    return [Table(heads, rows, "lights"), note, *_forest(results)]
+    return [Table(heads, rows, "lights"), note, *_reasons(results), *_forest(results)]
+
+
+def _reasons(results: Results) -> list[Items]:
+    """Why lights are out: each reason once, with the questions that it leaves unanswered."""
+    questions: dict[str, dict[str, None]] = {}
+    for question, _, models in lights(results):
+        for light in models.values():
+            if light.reason:
+                questions.setdefault(f"{light.state}: {light.reason}", {})[question] = None
+    return [Items([("", f"{' '.join(of)} {reason}") for reason, of in questions.items()])] if questions else []
 
 
 def _forest(results: Results) -> list[Block]:
@@ -217,7 +229,7 @@ def _asks(results: Results) -> list[Ask | str]:
         return [Ask(part, prefix + part, indent=True) for part in results.names(prefix)]
 
     return [
-        "Is it better? Gold reward as the judge",
+        f"Is it better? The judge: {results.settings.get('judge') or 'nobody'}",
         Ask("win rate, samples at T = 1", "winrate", 3, baseline),
         Ask("win rate, greedy", "winrate_greedy", 3, baseline),
         Ask("win rate, held-out use case", "winrate_heldout_use_case", 3, baseline),
@@ -323,7 +335,9 @@ def time(results: Results) -> list[Block]:
         raise Missing("no wall times were given")
     longest = max([*steps.values(), 1e-9])
     rows = [Line(step, [_seconds(s), Cell("", share=max(s, 0) / longest)]) for step, s in steps.items()]
-    return [Table(["step", "time", ""], [*rows, Line("sum", [_seconds(sum(steps.values())), ""], "total")], "time")]
+    note = "A step that went on with what an earlier run had kept has the time of both."
+    rows.append(Line("sum", [_seconds(sum(steps.values())), ""], "total"))
+    return [Table(["step", "time", ""], rows, "time"), note]
 
 
 def samples(results: Results) -> list[Block]:

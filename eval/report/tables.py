@@ -250,7 +250,7 @@ class Results:
         self.baseline: str = self.settings.get("baseline") or BASELINE
         compared = [m["model"] for m in self.measures if m["name"] in ("winrate", "gold_reward")]
         # Without settings the four of the paper and any other that was compared.
-        self.models = list(self.settings.get("models") or dict.fromkeys([*MODELS, *compared]))
+        self.models = list(self.settings.get("models", dict.fromkeys([*MODELS, *compared])))
         self.others = [m for m in self.models if m != self.baseline]
         self._by_name = {(m["name"], m["model"], m["against"]): m for m in reversed(self.measures)}
 
@@ -281,7 +281,7 @@ class Results:
     def table(
         self, asks: Sequence[Ask | str], columns: Sequence[Column | str] | None = None, paper: Cell | None = None
     ) -> list[Table]:
-        """A table of measures, or none: rows and columns without any are left out.
+        """A table of measures, or none: rows and columns without any are left out, and rows of which nothing was tried.
 
         Args:
             asks: a text begins a group of rows, and is left out when the group is empty.
@@ -300,7 +300,9 @@ class Results:
         for ask in asks:
             if isinstance(ask, str):
                 group = [Line(ask, kind="group")]
-            elif any(found := line(ask)):
+                continue
+            found = line(ask)
+            if any(m and m["status"] != "skipped" for m in found):
                 compared = ask.against is not None
                 cells = [measured(m, ask.decimals, difference=compared) for m in found]
                 cells += [] if paper is None else [Cell(ask.paper, tone="paper")]

@@ -17,24 +17,8 @@ from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, condition
 from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
 from prefopt.evaluation.benchmarks.scorers import Answers, Key, judge_truthfulness, kept_file, score_toxicity
 from prefopt.evaluation.benchmarks.scores import difference, estimate
-from prefopt.evaluation.report.paper import MARK, table_14
-from prefopt.evaluation.report.paper import MODELS as OF_THE_PAPER
+from prefopt.evaluation.report import paper, tables
 from prefopt.evaluation.report.plots import intervals_plot
-from prefopt.evaluation.report.tables import (
-    Ask,
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Fold,
-    Line,
-    Results,
-    Table,
-    headed,
-    label,
-    missing_numbers,
-    number,
-)
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
 from prefopt.inference.journal import fingerprint_of, source_state
@@ -310,7 +294,7 @@ def _first_line(text: str) -> str:
 
 
 # ---- in the report --------------------------------------------------------------------------------------------------
-def section(results: Results) -> list[Block]:
+def section(results: tables.Results) -> list[tables.Block]:
     """Public NLP benchmarks with the alignment tax, truthfulness, toxicity and bias."""
     data = results.stage("bench")
     measures = [m for m in results.measures if m["name"].startswith("bench.")]
@@ -320,15 +304,15 @@ def section(results: Results) -> list[Block]:
         raise results.missing("bench.", "no benchmark was asked for")
     nlp = [name for name in asked if name in known and BENCHMARKS[name].conditions is None]
     others = [name for name in asked if name in known and name not in nlp]
-    blocks: list[Block] = [*_tax(nlp, results, data)]
+    blocks: list[tables.Block] = [*_tax(nlp, results, data)]
     for title, names in (("Public NLP", nlp), ("Truthfulness, toxicity, bias, summaries", others)):
-        blocks += headed(title, _table(names, results, data))
+        blocks += tables.headed(title, _table(names, results, data))
     why, line = "Not measured, and why", "{names}: {reason}"
-    missing = missing_numbers(why, measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title, line)
+    missing = tables.missing_numbers(why, measures, lambda m: BENCHMARKS[m["name"].split(".")[1]].title, line)
     return [*blocks, _note(data), *missing, _sources(asked)]
 
 
-def _tax(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Figure]:
+def _tax(names: Sequence[str], results: tables.Results, data: Mapping[str, Any]) -> list[tables.Figure]:
     """One plot per condition: model - base, in points of 100."""
     base, drawings = data["base"], []
     asked = {name: data["benchmarks"][name]["conditions"] for name in names}
@@ -346,16 +330,16 @@ def _tax(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> lis
             if differences:
                 rows.append((BENCHMARKS[name].title, differences))
         if rows:
-            title, axis = f"Alignment tax, {condition}", f"minus {label(base)}, points of 100"
+            title, axis = f"Alignment tax, {condition}", f"minus {tables.label(base)}, points of 100"
             drawings.append(intervals_plot(rows, title, axis, title=title))
     return drawings
 
 
 def _label(model: str) -> str:
-    return label(model.removesuffix(PROMPTED)) + (", prompted" if model.endswith(PROMPTED) else "")
+    return tables.label(model.removesuffix(PROMPTED)) + (", prompted" if model.endswith(PROMPTED) else "")
 
 
-def _table(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> list[Table]:
+def _table(names: Sequence[str], results: tables.Results, data: Mapping[str, Any]) -> list[tables.Table]:
     """Scores, under each the difference to the base, and what the paper has."""
     base, asks = data["base"], []
     for name in names:
@@ -364,25 +348,25 @@ def _table(names: Sequence[str], results: Results, data: Mapping[str, Any]) -> l
             decimals = 1 if score.out_of_100 or score.statistic == "perplexity" else 3
             full = f"bench.{name}.{score.name}.{condition}"
             title = f"{score.name.replace('_', ' ')}, {condition}"
-            asks.append(Ask(title, full, decimals, count=True, paper=_paper(score, condition)))
+            asks.append(tables.Ask(title, full, decimals, count=True, paper=_paper(score, condition)))
             if base is not None:
-                asks.append(Ask(f"minus {label(base)}", full, decimals, base, paper=""))
-    columns = [Column(_label(m), m) for m in data["models"]]
-    return results.table(asks, columns, Cell("GPT-3 / SFT / PPO / PPO-ptx", MARK, "paper"))
+                asks.append(tables.Ask(f"minus {tables.label(base)}", full, decimals, base, paper=""))
+    columns = [tables.Column(_label(m), m) for m in data["models"]]
+    return results.table(asks, columns, tables.Cell("GPT-3 / SFT / PPO / PPO-ptx", paper.MARK, "paper"))
 
 
 def _paper(score: Score, condition: str) -> str:
     for theirs in paper_condition(condition) if score.paper else ():
-        values = [table_14(score.paper, theirs, model) for model in OF_THE_PAPER]
+        values = [paper.table_14(score.paper, theirs, model) for model in paper.MODELS]
         if any(value is not None for value in values):
-            return " / ".join(number(value, 1 if score.out_of_100 else 3) for value in values)
+            return " / ".join(tables.number(value, 1 if score.out_of_100 else 3) for value in values)
     return "–"
 
 
 def _note(data: Mapping[str, Any]) -> str:
     text = "Intervals of 95 % over rows, or groups of rows about the same text"
     if data["base"] is not None:
-        text += f"; differences to {label(data['base'])} are paired: both answered the same rows"
+        text += f"; differences to {tables.label(data['base'])} are paired: both answered the same rows"
     text += ". "
     if data["limit"] is not None:
         text += f"Only the first {data['limit']} rows of each were asked. "
@@ -397,7 +381,7 @@ def _note(data: Mapping[str, Any]) -> str:
     return text
 
 
-def _sources(asked: Mapping[str, Any]) -> Fold:
+def _sources(asked: Mapping[str, Any]) -> tables.Fold:
     """Where rows and tasks come from."""
     rows = []
     for name, about in asked.items():
@@ -405,16 +389,14 @@ def _sources(asked: Mapping[str, Any]) -> Fold:
         if about["from_hub"] and not about["hub_verified"]:
             origin += " (this id is unverified)"
         task = f"lm-eval's {about['lm_eval']}" if about["lm_eval"] else "own, through lm-eval"
-        rows.append(Line(about["title"], [origin, task, BENCHMARKS[name].source]))
-    return Fold("Where the benchmarks come from", [Table(["", "rows", "task", "source"], rows)])
+        rows.append(tables.Line(about["title"], [origin, task, BENCHMARKS[name].source]))
+    return tables.Fold("Where the benchmarks come from", [tables.Table(["", "rows", "task", "source"], rows)])
 
 
-_SFT, _PPO, _PTX = (table_14("squadv2/f1", "zero-shot", model) for model in ("sft", "ppo", "ppo_ptx"))
-_PAPER_TAX = (
-    f"SQuADv2 F1 minus SFT: PPO {number(_PPO - _SFT, 1, sign=True)}, PPO-ptx {number(_PTX - _SFT, 1, sign=True)}"
-)
+_SFT, _PPO, _PTX = (paper.table_14("squadv2/f1", "zero-shot", model) for model in ("sft", "ppo", "ppo_ptx"))
+_PAPER_TAX = f"SQuADv2 F1 minus SFT: PPO {tables.number(_PPO - _SFT, 1, sign=True)}, PPO-ptx {tables.number(_PTX - _SFT, 1, sign=True)}"
 _PAPER_TOXICITY = ", ".join(
-    f"{label(model)} {number(table_14('real_toxicity_prompts/perspective_toxicity', 'basic', model), 3)}"
+    f"{tables.label(model)} {tables.number(paper.table_14('real_toxicity_prompts/perspective_toxicity', 'basic', model), 3)}"
     for model in ("sft", "ppo", "ppo_ptx")
 )
 STAGE = Stage(

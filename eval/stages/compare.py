@@ -11,26 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
 from prefopt.errors import UserError
+from prefopt.evaluation.report import tables
 from prefopt.evaluation.report.paper import FIG_3
 from prefopt.evaluation.report.plots import bars_plot
-from prefopt.evaluation.report.tables import (
-    Ask,
-    Block,
-    Cell,
-    Column,
-    Heading,
-    Line,
-    Missing,
-    Results,
-    Table,
-    headed,
-    label,
-    measured,
-    number,
-)
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt, no_number
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
-from prefopt.evaluation.stages.judge import JUDGES, scores_path
+from prefopt.evaluation.stages.judge import JUDGES, called, scores_path
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.statistics import bradley_terry
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, mean_estimate
@@ -40,23 +26,25 @@ Row = Mapping[str, Any]
 NO_JUDGE = Skipped(
     "no judgements; name a judge (gold_judge, reward_judge, lm_judge or human_judgements) and run `prefopt eval judge`"
 )
+NO_USE_CASES = Skipped("the prompts have no `use_case`")
+NO_HELDOUT = Skipped("no use case was kept out of training; name it in `heldout_use_case`")
 NO_LENGTHS = Skipped("the lengths are unknown: there are no generated completions of these judgements")
 NOT_JOINED = Skipped("no chain of judgements joins this model to the baseline")
 
 
-def win_rate_by(wins: str) -> Definition:
-    """The definition of the headline, for what makes a completion win."""
+def win_rate_by(judge: str) -> Definition:
+    """The definition of the headline."""
     return Definition(
         True,
-        f"per prompt 1 if the model's completion {wins}, .5 if equal, 0 if lower, against the baseline's; one "
-        "temperature-1 sample each on the same prompts; interval over prompts",
-        "Ouyang et al. 2022, Fig. 1, with the gold reward as the judge",
+        f"per prompt 1 if the model's completion is preferred by {judge}, .5 if neither is, 0 if the baseline's; "
+        "one temperature-1 sample each on the same prompts; interval over prompts",
+        "Ouyang et al. 2022, Fig. 1, where people judge",
     )
 
 
 MEASURES = Measures(
     {
-        "winrate": win_rate_by("has the higher gold reward"),
+        "winrate": win_rate_by("the main judge"),
         "winrate_greedy": Definition(True, "win rate with greedy completions instead of samples", "as win rate"),
         "winrate_heldout_use_case": Definition(
             True,
@@ -190,7 +178,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     if run.is_stale("judge"):
         raise UserError("the completions are others than those that were judged; run `prefopt eval judge` again")
     every = {path.stem: read_jsonl(path) for path in sorted((run.folder / "judgements").glob("*.jsonl"))}
-    statuses = (run.stage("judge") or {"data": {}})["data"].get("judges") or {}
+    judged = (run.stage("judge") or {"data": {}})["data"]
+    statuses, sentences = judged.get("judges") or {}, judged.get("called") or {}
     reasons = {judge: no_number(status) for judge, status in statuses.items()}
     broken = {judge: why for judge, why in reasons.items() if isinstance(why, Failed)}
     if own.main_judge and own.main_judge not in {*every, *broken}:
@@ -207,7 +196,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
             value = attempt(f"compare: {name} of {model}", compute)
             if isinstance(value, Estimate) and value.n == 0:
                 value = Skipped(f"judge {judge} has no judgement of this")
-        of_judge = MEASURES | ({"winrate": win_rate_by(f"is preferred by {judge}")} if judge else {})
+        of_judge = MEASURES | ({"winrate": win_rate_by(sentences.get(judge) or called(judge))} if judge else {})
         measures.append({**Measures(of_judge).record(name, model, value, against=against), "judge": judge})
 
     def rates(name: str, judge: str | None, keep: Callable[[Row], bool], of: Sequence[str] = others) -> None:
@@ -227,6 +216,9 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
     rates("winrate_greedy", main, lambda row: not is_sampled(row) and row["id"] not in heldout)
     if heldout:
         rates("winrate_heldout_use_case", main, lambda row: is_sampled(row) and row["id"] in heldout)
+    else:
+        why = NO_HELDOUT if any(use_cases.values()) else NO_USE_CASES
+        measures += [MEASURES.record("winrate_heldout_use_case", m, why, against=args.baseline) for m in others]
     for use_case in sorted({u for u in use_cases.values() if u}):
         of_case = {i for i, u in use_cases.items() if u == use_case}
         rates(f"winrate_use_case.{use_case}", main, lambda row, ids=of_case: is_sampled(row) and row["id"] in ids)
@@ -321,10 +313,7 @@ def _score_measures(
 
 
 # ---- in the report --------------------------------------------------------------------------------------------------
-CALLED = {"gold": "gold reward", "human": "people", "lm": "language model", "reward": "reward model"}
-
-
-def section(results: Results) -> list[Block]:
+def section(results: tables.Results) -> list[tables.Block]:
     """The win rates of every judge and labeler, and the strengths of all models."""
     data = results.stage("compare")
     main, baseline = data["main_judge"], results.baseline
@@ -332,36 +321,40 @@ def section(results: Results) -> list[Block]:
         raise results.missing("winrate", "nobody judged the completions")
     judges, labelers = (results.names(f"winrate_{of}.") for of in ("judge", "labelers"))
     asks = [
-        f"Judge: {CALLED.get(main, main)}",
-        Ask("samples", "winrate", 3, baseline),
-        Ask("at equal length", "winrate_length_controlled", 3, baseline),
-        Ask("greedy", "winrate_greedy", 3, baseline),
-        Ask("held-out use case", "winrate_heldout_use_case", 3, baseline),
+        f"Judge: {results.settings.get('judge') or JUDGES.get(main, main)}",
+        tables.Ask("samples", "winrate", 3, baseline),
+        tables.Ask("at equal length", "winrate_length_controlled", 3, baseline),
+        tables.Ask("greedy", "winrate_greedy", 3, baseline),
+        tables.Ask("held-out use case", "winrate_heldout_use_case", 3, baseline),
         "Other judges",
-        *(Ask(CALLED.get(j, j), f"winrate_judge.{j}", 3, baseline) for j in judges),
+        *(tables.Ask(JUDGES.get(j, j), f"winrate_judge.{j}", 3, baseline) for j in judges),
         "Labelers",
-        *(Ask(group, f"winrate_labelers.{group}", 3, baseline) for group in sorted(labelers)),
+        *(tables.Ask(group, f"winrate_labelers.{group}", 3, baseline) for group in sorted(labelers)),
     ]
     trust = [
-        Ask("same verdict in both orders", "judge_consistency"),
-        Ask("verdicts for the first answer (.5: fair)", "judge_prefers_first"),
+        tables.Ask("same verdict in both orders", "judge_consistency"),
+        tables.Ask("verdicts for the first answer (.5: fair)", "judge_prefers_first"),
     ]
-    trusted = headed("How far to trust the language model", results.table(trust, [Column(CALLED["lm"], "lm")]))
-    note = f"Win rates against {label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
+    trusted = tables.headed(
+        "How far to trust the language model", results.table(trust, [tables.Column(JUDGES["lm"], "lm")])
+    )
+    note = (
+        f"Win rates against {tables.label(baseline)}: .5 is equal, a tie counts half. Intervals of 95 % over prompts."
+    )
     return [*results.table(asks, results.others), note, *_strengths(results, data), *trusted]
 
 
-def use_cases(results: Results) -> list[Block]:
+def use_cases(results: tables.Results) -> list[tables.Block]:
     """Win rates by use case, the held-out one among them."""
     prefix = "winrate_use_case."
-    asks = [Ask(name, prefix + name, 2, results.baseline, count=True) for name in results.names(prefix)]
+    asks = [tables.Ask(name, prefix + name, 2, results.baseline, count=True) for name in results.names(prefix)]
     table = results.table(asks, results.others)
     if not table:
-        raise Missing("no win rates by use case were measured; the prompts need a column `use_case`")
+        raise results.missing(prefix, "no win rates by use case were measured; the prompts need a column `use_case`")
     return table
 
 
-def _strengths(results: Results, data: Mapping[str, Any]) -> list[Block]:
+def _strengths(results: tables.Results, data: Mapping[str, Any]) -> list[tables.Block]:
     strengths = {m: results.find("bradley_terry", m) for m in results.models}
     strengths = {m: x for m, x in strengths.items() if x and x["value"] is not None}
     if not strengths:
@@ -373,28 +366,31 @@ def _strengths(results: Results, data: Mapping[str, Any]) -> list[Block]:
             wins[pair["model"], pair["against"]] = pair["value"]
             wins.setdefault((pair["against"], pair["model"]), 1 - pair["value"])
 
-    def over(model: str, other: str) -> Cell:
+    def over(model: str, other: str) -> tables.Cell:
         if other == model:
-            return Cell("–", tone="none")
+            return tables.Cell("–", tone="none")
         expected = data["matrix"].get(model, {}).get(other)
-        return Cell(number(wins.get((model, other)), 2), f"model: {number(expected, 2)}")
+        return tables.Cell(tables.number(wins.get((model, other)), 2), f"model: {tables.number(expected, 2)}")
 
-    rows = [Line(label(m), [measured(strengths[m], 2), *(over(m, other) for other in models)]) for m in models]
+    rows = [
+        tables.Line(tables.label(m), [tables.measured(strengths[m], 2), *(over(m, other) for other in models)])
+        for m in models
+    ]
     note = (
         "Bradley-Terry strengths in log-odds from all pairs of models, the baseline's being 0; then how often the row "
         "was preferred over the column, and what the strengths say of it. Where the two differ, one number per model "
         "does not tell the whole."
     )
-    bars = [("strength (log-odds)", [(label(m), x) for m, x in strengths.items()])]
+    bars = [("strength (log-odds)", [(tables.label(m), x) for m, x in strengths.items()])]
     return [
-        Heading("Strength of all models"),
+        tables.Heading("Strength of all models"),
         bars_plot(bars, "strengths", percent=False),
-        Table(["", "strength", *(f"over {label(m)}" for m in models)], rows),
+        tables.Table(["", "strength", *(f"over {tables.label(m)}" for m in models)], rows),
         note,
     ]
 
 
-_PAPER = ", ".join(f"{label(m)} {number(FIG_3[m], 2)}" for m in ("ppo", "ppo_ptx"))
+_PAPER = ", ".join(f"{tables.label(m)} {tables.number(FIG_3[m], 2)}" for m in ("ppo", "ppo_ptx"))
 STAGE = Stage(
     "compare",
     "win rates and strengths from the judgements",

@@ -33,7 +33,8 @@ from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import mean_estimate
 
 logger = logging.getLogger(__name__)
-JUDGES = ("gold", "human", "lm", "reward")  # the first there is has the headline
+# The first there is has the headline.
+JUDGES = {"gold": "gold reward", "human": "people", "lm": "language model", "reward": "reward model"}
 _BIAS = "Zheng et al. 2023, arXiv:2306.05685, section 3.4"
 MEASURES = Measures(
     {
@@ -91,6 +92,17 @@ class Judge(Protocol):
     def judgements(self, completions: Completions, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
 
 
+def called(judge: str, source: str | None = None) -> str:
+    """A judge in a sentence, with the model that it is.
+
+    >>> called("human"), called("gold"), called("lm", "Qwen/Qwen3-8B")
+    ('people', 'the gold reward', 'the language model Qwen/Qwen3-8B')
+    """
+    name = JUDGES.get(judge, f"judge {judge}")
+    of = "" if source is None else f" {Path(source).name if Path(source).exists() else source}"
+    return name + of if judge == "human" else f"the {name}{of}"
+
+
 def judgements_path(run: EvaluationRun, judge: str) -> Path:
     return run.folder / "judgements" / f"{judge}.jsonl"
 
@@ -102,7 +114,8 @@ def scores_path(run: EvaluationRun, judge: str, model: str) -> Path:
 def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) -> None:
     """Let every named judge judge all pairs of models; a judge that breaks costs its own judgements.
 
-    `stages/judge.json`: how consistent the language model is, and in `data["judges"]` "ok" or the reason per judge.
+    `stages/judge.json`: how consistent the language model is, and in `data` per judge "ok" or the reason (`judges`) and
+    what it is in a sentence (`called`).
     """
     completions = {
         m: run.first_samples(m) + run.completions(m, "greedy") for m in args.models if run.has_completions(m)
@@ -144,7 +157,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) 
         if broken[name] is not None:
             set_aside(judgements_path(run, name))
     statuses = {name: "ok" if why is None else str(why) for name, why in broken.items()}
-    run.write_stage(STAGE, measures, {"judges": statuses, "counts": counts})
+    names = {name: called(name, {"lm": own.lm_judge, "reward": own.reward_judge}.get(name)) for name in broken}
+    run.write_stage(STAGE, measures, {"judges": statuses, "counts": counts, "called": names})
     if broken and all(broken.values()):
         reasons = "; ".join(f"{name}: {why.reason}" for name, why in broken.items())
         raise UserError(f"no judge gave a verdict ({reasons})")

@@ -14,7 +14,7 @@ from prefopt.evaluation.report.tables import label
 from prefopt.evaluation.results import Definition, Measures, Skipped, build_results, write_results
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_baseline, parsed_mapping
 from prefopt.evaluation.stages import STAGES
-from prefopt.evaluation.stages.judge import judgements_path
+from prefopt.evaluation.stages.judge import called, judgements_path
 from prefopt.inference.jsonl import read_json, read_jsonl
 from prefopt.statistics.intervals import mean_estimate
 
@@ -30,7 +30,6 @@ MEASURES = Measures(
         ),
     }
 )
-JUDGES = {"gold": "the gold reward", "human": "people", "lm": "the language-model judge", "reward": "the reward model"}
 
 
 @dataclass
@@ -100,8 +99,9 @@ def collect(
     measures += [m for model, rows in completions.items() for m in _lengths(model, rows, args.heldout_use_case)]
     tax = stages.get("tax") or {}
     judge = (stages.get("compare") or {}).get("main_judge")
+    names = (stages.get("judge") or {}).get("called") or {}
     settings = {
-        "judge": JUDGES.get(judge, judge),
+        "judge": judge and (names.get(judge) or called(judge)),
         "baseline": args.baseline,
         "models": list(args.models),
         "heldout_use_case": args.heldout_use_case,

@@ -7,30 +7,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import gold_function
+from prefopt.evaluation.report import tables
 from prefopt.evaluation.report.paper import MARK, REWARD_ACCURACY
 from prefopt.evaluation.report.plots import Series, curves_plot
-from prefopt.evaluation.report.tables import (
-    Ask,
-    Block,
-    Cell,
-    Column,
-    Figure,
-    Fold,
-    Heading,
-    Line,
-    Results,
-    Table,
-    headed,
-    label,
-    measured,
-    number,
-)
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, named_rows, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
@@ -42,12 +28,12 @@ from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import build_ids, template_kwargs
+from prefopt.statistics.agreement import labeler_agreement
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.rankings import pair_accuracy
 from prefopt.statistics.reward_models import (
     Pairs,
     accuracy_difference,
-    labeler_agreement,
     length_correlation,
     longer_wins_accuracy,
     majority_accuracy,
@@ -60,6 +46,7 @@ Row = Mapping[str, Any]
 Scores = list[dict[str, Any]]  # `scores` and `lengths` in tokens of every ranked row
 NO_RANKINGS = Skipped("no rankings: give `rankings`, a file for each group of labelers")
 NO_SCORER = Skipped("no reward model: give `reward_models` (name: folder) or `implicit_rewards` (policy: beta)")
+NO_AGREEMENT = Skipped("no two labelers (by the rows' `labeler`) ranked the same two completions of a prompt")
 NO_DEMONSTRATIONS = Skipped("no demonstrations: give `reward_demonstrations`, a file")
 _RANKED = "Ouyang et al. 2022, C.2 and E.2"
 MEASURES = Measures(
@@ -140,8 +127,8 @@ MEASURES = Measures(
         ),
         "rm.agreement": Definition(
             None,
-            "share of pairs, untied by two labelers of the group who ranked the same completions, that both order the "
-            "same way",
+            "share of the pairs of completions that two labelers of the group (by their names, `labeler`) both ranked "
+            "and neither tied, that both order the same way",
             "Ouyang et al. 2022, section 3.4",
         ),
         "rm.agreement_between": Definition(
@@ -234,9 +221,11 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
         for name, theirs in scores.items() if first is not None else ():
             difference = accuracy_difference(pairs, theirs, first)
             measures.append(MEASURES.record(f"rm.accuracy.{group}", name, difference, against=scorers[0]))
-    for (g, h), estimate in labeler_agreement(groups).items():
+    agreement = labeler_agreement(groups)
+    for g, h in (*((group, group) for group in groups), *combinations(groups, 2)):
         name = f"rm.agreement.{g}" if g == h else f"rm.agreement_between.{g}.{h}"
-        measures.append(MEASURES.record(name, "labelers", estimate))
+        if (g, h) in agreement or g == h:
+            measures.append(MEASURES.record(name, "labelers", agreement.get((g, h), NO_AGREEMENT)))
     run.write_stage(STAGE, measures, data)
 
 
@@ -400,40 +389,43 @@ def _of_labels(
 GROUPS = {"train_labelers": "training labelers", "heldout_labelers": "held-out labelers"}
 DETAILS = [
     "Order",
-    Ask("accuracy within a prompt, mean", "rm.accuracy_per_prompt"),
-    Ask("best of a prompt found", "rm.top1"),
-    Ask("Kendall's tau-b", "rm.kendall_tau"),
+    tables.Ask("accuracy within a prompt, mean", "rm.accuracy_per_prompt"),
+    tables.Ask("best of a prompt found", "rm.top1"),
+    tables.Ask("Kendall's tau-b", "rm.kendall_tau"),
     "Ties",
-    Ask("accuracy, ties included", "rm.tie_accuracy"),
-    Ask("margin of ranked pairs", "rm.margin_untied"),
-    Ask("margin of tied pairs", "rm.margin_tied"),
+    tables.Ask("accuracy, ties included", "rm.tie_accuracy"),
+    tables.Ask("margin of ranked pairs", "rm.margin_untied"),
+    tables.Ask("margin of tied pairs", "rm.margin_tied"),
     "Calibration",
-    Ask("slope (1: calibrated)", "rm.calibration_slope", 2),
-    Ask("expected calibration error", "rm.ece"),
-    Ask("Brier score (.25: knows nothing)", "rm.brier"),
-    Ask("negative log likelihood", "rm.nll"),
+    tables.Ask("slope (1: calibrated)", "rm.calibration_slope", 2),
+    tables.Ask("expected calibration error", "rm.ece"),
+    tables.Ask("Brier score (.25: knows nothing)", "rm.brier"),
+    tables.Ask("negative log likelihood", "rm.nll"),
     "Length",
-    Ask("accuracy, equally long pairs", "rm.accuracy_length_matched"),
-    Ask("correlation of score and length", "rm.length_correlation"),
+    tables.Ask("accuracy, equally long pairs", "rm.accuracy_length_matched"),
+    tables.Ask("correlation of score and length", "rm.length_correlation"),
 ]
 
 
-def section(results: Results) -> list[Block]:
+def section(results: tables.Results) -> list[tables.Block]:
     """Accuracy against its ceiling, calibration, and what a score mistakes for quality."""
     data = results.stage("reward_model")
     groups, scorers = data["groups"], [*data["reliability"]]
     if not groups or not scorers:
         raise results.missing("rm.", "no reward model was measured on rankings")
-    details: list[Block] = []
+    details: list[tables.Block] = []
     for group in groups:
-        columns = [Column(label(s), s, f".{group}") for s in (*scorers, "labelers")]
-        details += [Heading(_group(group)), *results.table(DETAILS, columns)]
-    others = ("longer wins", "majority", "labelers", "gold", "ratio", Cell("paper", MARK, "paper"))
+        columns = [tables.Column(tables.label(s), s, f".{group}") for s in (*scorers, "labelers")]
+        details += [tables.Heading(_group(group)), *results.table(DETAILS, columns)]
+    others = ("longer wins", "majority", "labelers", "gold", "ratio", tables.Cell("paper", MARK, "paper"))
     accuracies = [_accuracies(results, group, about, scorers) for group, about in groups.items()]
-    minus = [(s, Ask(f"{label(s)} minus {label(scorers[0])}", "rm.accuracy", 3, scorers[0])) for s in scorers[1:]]
+    minus = [
+        (s, tables.Ask(f"{tables.label(s)} minus {tables.label(scorers[0])}", "rm.accuracy", 3, scorers[0]))
+        for s in scorers[1:]
+    ]
     return [
-        Table(["pairs ranked by", *map(label, scorers), *others], accuracies),
-        *(t for s, ask in minus for t in results.table([ask], [Column(_group(g), s, f".{g}") for g in groups])),
+        tables.Table(["pairs ranked by", *map(tables.label, scorers), *others], accuracies),
+        *(t for s, ask in minus for t in results.table([ask], [tables.Column(_group(g), s, f".{g}") for g in groups])),
         "Share of strictly ranked pairs in the labelers' order. Longer wins and majority (always the first, or always "
         "the last) see no quality. Labelers: how often two of them order a pair alike, within the group where two "
         "ranked the same completions, else with those of another group; gold: the gold reward's own accuracy. Ratio: "
@@ -442,7 +434,7 @@ def section(results: Results) -> list[Block]:
         *(_reliability(scorer, bins) for scorer, bins in data["reliability"].items()),
         "Reliability: pairs in ten bins of as many each, by how sure the model is of the completion it prefers; below "
         "the line it is too sure. Intervals of 95 % over prompts.",
-        Fold("Order, ties, calibration, length", details),
+        tables.Fold("Order, ties, calibration, length", details),
         *_parts(results, list(groups), scorers),
     ]
 
@@ -451,43 +443,44 @@ def _group(group: str) -> str:
     return GROUPS.get(group, group)
 
 
-def _accuracies(results: Results, group: str, about: Mapping[str, int], scorers: list[str]) -> Line:
+def _accuracies(results: tables.Results, group: str, about: Mapping[str, int], scorers: list[str]) -> tables.Line:
     """Accuracy on one labeler group: reward models, baselines, ceilings, and their ratio for the first reward model."""
     ranked = [results.find(f"rm.accuracy.{group}", s) for s in (*scorers, "longer_wins", "majority")]
     between = [name for name in results.names("rm.agreement_between.") if group in name.split(".")]
     agreements = [f"rm.agreement.{group}", *(f"rm.agreement_between.{name}" for name in between[:1])]
-    agreement = next(filter(None, (results.find(name, "labelers") for name in agreements)), None)
+    known = [m for name in agreements if (m := results.find(name, "labelers")) and m["value"] is not None]
+    agreement = known[0] if known else results.find(agreements[0], "labelers")
     gold = results.find(f"rm.gold_accuracy.{group}", "gold")
-    first, ceiling = ranked[0], agreement or gold
+    first, ceiling = ranked[0], known[0] if known else gold
     ratio = "–"
     if first and ceiling and first["value"] is not None and ceiling["value"]:
-        ratio = number(first["value"] / ceiling["value"], 2)
+        ratio = tables.number(first["value"] / ceiling["value"], 2)
     value, half = REWARD_ACCURACY.get(group, ("–", None))
-    paper = Cell(f"{value}", f"± {half}" if half else "", "paper")
-    head = Cell(_group(group), f"{about['pairs']:,} pairs, {about['rows']:,} prompts")
-    return Line(head, [*(measured(m, 3) for m in (*ranked, agreement, gold)), ratio, paper])
+    paper = tables.Cell(f"{value}", f"± {half}" if half else "", "paper")
+    head = tables.Cell(_group(group), f"{about['pairs']:,} pairs, {about['rows']:,} prompts")
+    return tables.Line(head, [*(tables.measured(m, 3) for m in (*ranked, agreement, gold)), ratio, paper])
 
 
-def _reliability(scorer: str, by_group: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+def _reliability(scorer: str, by_group: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Figure:
     keys = {"x": "confidence", "y": "accuracy", "y_low": "ci_low", "y_high": "ci_high"}
     series = [
         Series(_group(group), [{to: b[key] for to, key in keys.items()} for b in bins])
         for group, bins in by_group.items()
     ]
     series.append(Series("calibrated", [{"x": 0.5, "y": 0.5}, {"x": 1.0, "y": 1.0}]))
-    return curves_plot(series, f"{label(scorer)}: accuracy", "confidence, sigmoid of the score difference")
+    return curves_plot(series, f"{tables.label(scorer)}: accuracy", "confidence, sigmoid of the score difference")
 
 
-def _parts(results: Results, groups: list[str], scorers: list[str]) -> list[Fold]:
+def _parts(results: tables.Results, groups: list[str], scorers: list[str]) -> list[tables.Fold]:
     """Accuracy by rank gap, labeler and use case."""
     folds = []
     for kind, title in (("gap", "rank gap"), ("labeler", "labeler"), ("use_case", "use case")):
-        blocks: list[Block] = []
+        blocks: list[tables.Block] = []
         for group in groups:
             prefix = f"rm.accuracy_{kind}.{group}."
-            asks = [Ask(name, prefix + name) for name in results.names(prefix)]
-            blocks += headed(_group(group), results.table(asks, scorers))
-        folds += [Fold(f"Accuracy by {title}", blocks)] if blocks else []
+            asks = [tables.Ask(name, prefix + name) for name in results.names(prefix)]
+            blocks += tables.headed(_group(group), results.table(asks, scorers))
+        folds += [tables.Fold(f"Accuracy by {title}", blocks)] if blocks else []
     return folds
 
 
@@ -500,4 +493,5 @@ STAGE = Stage(
     reads=(JudgeArguments,),
     title="Reward model",
     section=section,
+    headlines=("rm.accuracy.*", "rm.nll.*", "rm.agreement*"),
 )

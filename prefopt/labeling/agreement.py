@@ -1,7 +1,7 @@
 """How far labelers agree: pairs, concordance of whole rankings, and each labeler against the others.
 
-Labelers are compared where they ranked the same completions of the same prompt, in whatever order their rows hold them:
-"prompts" below are prompts with one set of completions.
+Two labelers are compared on the completions of a prompt that both ranked, whatever else they ranked and in whatever
+order their rows hold them. An item is a prompt with one set of completions.
 A row is one labeler's ranking: `prompt`, `completions`, `ranks`, `labeler`, and where there is one `group`, `ratings`,
 `seconds`. Intervals resample prompts (`prefopt.statistics.intervals`).
 """
@@ -11,7 +11,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -21,9 +20,15 @@ from scipy.stats import rankdata
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem
-from prefopt.statistics.agreement import ALPHA_RESAMPLES, alpha, kendall_w
+from prefopt.statistics.agreement import (
+    ALPHA_RESAMPLES,
+    agreement_of,
+    alpha,
+    kendall_w,
+    same_and_untied,
+    shared_pairs,
+)
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
-from prefopt.statistics.reward_models import same_and_untied
 
 NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0)
 
@@ -68,6 +73,7 @@ class Agreement:
     shared_items: int  # ranked by two labelers or more
     repeated: int  # older rows of one labeler about one item, not counted
     all_pairs: Estimate
+    pairs_of_other_sets: int = 0  # of all_pairs, those of two labelers who ranked other completions as well
     by_labelers: dict[str, Estimate] = field(default_factory=dict)
     by_groups: dict[str, Estimate] = field(default_factory=dict)
     kendall_w: Estimate = NOTHING
@@ -83,8 +89,15 @@ class Agreement:
         ]
         if self.repeated:
             found.append(f"{self.repeated} older rows of one labeler about the same: the last one counts")
-        found.append(f"agreement on pairs that neither ties: {_said(self.all_pairs)}")
+        found.append(f"agreement on pairs that two labelers both ranked and neither ties: {_said(self.all_pairs)}")
+        if self.pairs_of_other_sets:
+            found.append(
+                f"  {self.all_pairs.n - self.pairs_of_other_sets} of these pairs are of labelers who ranked the same "
+                f"completions, {self.pairs_of_other_sets} of labelers whose completions are the same in part"
+            )
         found += [f"  {name}: {_said(one)}" for name, one in (*self.by_groups.items(), *self.by_labelers.items())]
+        if self.pairs_of_other_sets:
+            found.append("of those who ranked the same completions:")
         found.append(f"Kendall's W: {_said(self.kendall_w, 'prompts')}")
         found.append(f"Krippendorff's alpha of ranks: {_said(self.alpha_ranks, 'prompts')}")
         found.append(f"Krippendorff's alpha of ratings: {_said(self.alpha_ratings, 'prompts')}")
@@ -104,10 +117,13 @@ def agreement(
 
     | name | over | definition |
     |---|---|---|
-    | `all_pairs` | pairs of completions, for each pair of labelers | share ordered the same way of those that neither ties (InstructGPT, section 3.4) |
+    | `all_pairs` | pairs of completions that both ranked, for each pair of labelers | share ordered the same way of those that neither ties (InstructGPT, section 3.4) |
     | `by_labelers`, `by_groups` | the same | of one pair of labelers; within a group, and between two |
-    | `kendall_w` | prompts | mean of `kendall_w` |
-    | `alpha_ranks`, `alpha_ratings` | prompts | `alpha` of mean ranks within the prompt, and of ratings |
+    | `kendall_w` | items | mean of `kendall_w` |
+    | `alpha_ranks`, `alpha_ratings` | items | `alpha` of mean ranks within the item, and of ratings |
+
+    An item is a prompt with one set of completions. Pairs are compared whatever else the two labelers ranked
+    (`shared_pairs`); W and alpha need all labelers of an item to have ranked the same.
 
     Of several rows of one labeler about one item the last counts. Rows of `screening` have `expected_ranks`, too; `skipped`
     says how many tasks each labeler skipped.
@@ -129,18 +145,11 @@ def agreement(
         known[row["labeler"]].append(_right_and_strict(row, where))
     shared = [item for item in items if len(item.ranks) > 1]
     groups = _groups([*rows, *screening])
-    by_labelers: dict[tuple[str, str], list[tuple[int, NDArray]]] = defaultdict(list)
-    for number, item in enumerate(shared):
-        for a, b in combinations(sorted(item.ranks), 2):
-            by_labelers[a, b].append((number, same_and_untied(item.ranks[a], item.ranks[b])))
+    pairs = shared_pairs((row["labeler"], row) for row in rows)
+    by_labelers = {tuple(sorted(names)): pairs[names] for names in sorted(pairs, key=sorted)}
 
     def over(chosen: Callable[[str, str], bool]) -> Estimate:
-        sums = np.zeros((len(shared), 2))
-        for names, found in by_labelers.items():
-            if chosen(*names):
-                for number, counts in found:
-                    sums[number] += counts
-        return ratio_of_sums(sums[:, 0], sums[:, 1], n_resamples=n_resamples)
+        return agreement_of([of for names, of in by_labelers.items() if chosen(*names)], n_resamples)
 
     def groups_of(a: str, b: str) -> tuple[str, ...]:
         return tuple(sorted((groups.get(a, ""), groups.get(b, ""))))
@@ -156,7 +165,8 @@ def agreement(
         shared_items=len(shared),
         repeated=repeated,
         all_pairs=over(lambda a, b: True),
-        by_labelers={f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in sorted(by_labelers)},
+        pairs_of_other_sets=sum(one.untied - one.untied_in_one_set for of in pairs.values() for one in of.values()),
+        by_labelers={f"{a} & {b}": over(lambda *names, ab=(a, b): names == ab) for a, b in by_labelers},
         by_groups={
             (f"within {a}" if a == b else f"{a} & {b}"): over(lambda *names, ab=(a, b): groups_of(*names) == ab)
             for a, b in between

@@ -1,14 +1,10 @@
-"""What is asked of a reward model beyond `prefopt.statistics.rankings`: ties, calibration, length, agreement of labelers.
+"""What is asked of a reward model beyond `prefopt.statistics.rankings`: ties, calibration, length.
 
 Everything is about pairs of completions of one prompt; intervals resample prompts.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations, product
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,42 +175,3 @@ def length_correlation(values: Rows, lengths: Rows) -> Estimate:
     """
     varied = [(v, n) for v, n in zip(values, lengths, strict=True) if len(set(v)) > 1 and len(set(n)) > 1]
     return mean_estimate([spearmanr(v, n).statistic for v, n in varied])
-
-
-def labeler_agreement(rows_by_group: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, str], Estimate]:
-    """How often labelers agree, within each group and between two: the ceiling of a reward model's accuracy.
-
-        pairs ordered the same way / pairs that neither of two labelers ties   (InstructGPT, section 3.4)
-
-    Counted over every two labelers who ranked the same completions of a prompt; a pair of groups without any is left out.
-
-    >>> row = {"prompt": "p", "completions": ["a", "b", "c"]}
-    >>> rows = {"train": [row | {"ranks": [1, 2, 3]}], "heldout": [row | {"ranks": [2, 1, 2]}]}
-    >>> found = labeler_agreement(rows)
-    >>> found["train", "heldout"].value, found["train", "heldout"].n, len(found)
-    (0.5, 2, 1)
-    """
-    by_prompt: dict[str, dict[str, list[Sequence[int]]]] = defaultdict(lambda: defaultdict(list))
-    for group, rows in rows_by_group.items():
-        for row in rows:
-            by_prompt[json.dumps([row["prompt"], list(row["completions"])])][group].append(row["ranks"])
-    found = {}
-    for g, h in [*((g, g) for g in rows_by_group), *combinations(rows_by_group, 2)]:
-        counts = np.zeros((len(by_prompt), 2))
-        for number, ranks in enumerate(by_prompt.values()):
-            for a, b in combinations(ranks[g], 2) if g == h else product(ranks[g], ranks[h]):
-                counts[number] += same_and_untied(a, b)
-        if counts[:, 1].any():
-            found[g, h] = ratio_of_sums(*counts.T)
-    return found
-
-
-def same_and_untied(a: Sequence[int], b: Sequence[int]) -> NDArray:
-    """Pairs that two rankings order the same way, and pairs that neither ties.
-
-    >>> same_and_untied([1, 2, 3], [2, 1, 2]).tolist()  # a against b differs, b > c agrees, a against c is tied
-    [1, 2]
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    products = (np.sign(a[:, None] - a) * np.sign(b[:, None] - b))[np.triu_indices(len(a), 1)]
-    return np.array([(products > 0).sum(), (products != 0).sum()])

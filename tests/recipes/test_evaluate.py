@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,6 +11,8 @@ import yaml
 from prefopt.errors import UserError
 from prefopt.evaluation.results import find
 from prefopt.inference.jsonl import write_jsonl
+from prefopt.inference.scoring import score_rows
+from prefopt.models.checkpoints import load_classifier
 from prefopt.recipes import evaluate
 
 pytestmark = pytest.mark.slow
@@ -124,6 +127,53 @@ def test_a_stage_by_itself_ends_with_an_error_if_a_part_of_it_failed(folder, mon
     if stage in ("generate", "judge"):
         kept = "completions/sft.jsonl" if stage == "generate" else "judgements/gold.jsonl"
         assert (folder / "run" / kept).is_file()
+
+
+def test_a_reward_model_is_measured_without_a_policy_and_told(folder, capsys):
+    path = config(folder, models={}, implicit_rewards={}, dtype="bfloat16")
+    evaluate.main(["reward-model", "--config", path])
+    stage = folder / "run" / "stages" / "reward_model.json"
+    measures = json.loads(stage.read_text())["measures"]
+    known = find(measures, "rm.accuracy.train_labelers", "reward_model")
+    said = capsys.readouterr().out
+    interval = f"[{known['ci_low']:.4g}, {known['ci_high']:.4g}]"
+    assert f"rm.accuracy.train_labelers of reward_model: {known['value']:.4g} {interval} (n = {known['n']} in " in said
+    assert f"written: {stage}" in said
+    # One person's rankings agree with nobody's.
+    agreement = find(measures, "rm.agreement.train_labelers", "labelers")
+    assert (
+        agreement["reason"] == "no two labelers (by the rows' `labeler`) ranked the same two completions of a prompt"
+    )
+
+    # Scored in the type that was asked for.
+    rows = [row for row in RANKED if row["use_case"] != "held"]
+    scored = [json.loads(line) for line in (folder / "run/reward_model/reward_model.train_labelers.jsonl").open()]
+    for dtype, is_equal in (("bfloat16", True), ("float32", False)):
+        expected = score_rows(*load_classifier(folder / "rm", dtype=dtype), rows, 64)
+        found = [row["scores"] for row in scored if "scores" in row]
+        assert np.allclose(found, expected, rtol=0, atol=1e-6) == is_equal
+
+    evaluate.main(["report", "--config", path])
+    text = (folder / "run" / "report.md").read_text()
+    assert "pairs ranked by" in text
+    assert "PPO-ptx" not in text.partition("## Win rates by use case")[0].partition("paper")[0]
+    with pytest.raises(UserError, match="models is required"):
+        evaluate.main(["reward-model", "--config", config(folder, models={})])
+
+
+def test_the_time_of_an_evaluation_that_goes_on_is_the_whole(folder):
+    path = config(folder)
+    evaluate.main(["generate", "--config", path])
+    state = folder / "run" / "stages" / "all.json"
+    content = json.loads(state.read_text())
+    assert content["data"]["seconds"].keys() == {"generate"}
+    content["data"]["seconds"] = {"generate": 1000.0, "bench": 5.0}
+    state.write_text(json.dumps(content))
+    evaluate.main(["all", "--config", path], gold=length)
+    seconds = json.loads((folder / "run" / "results.json").read_text())["wall_seconds"]
+    assert 1000 < seconds["generate"] < 1100
+    assert 0 < seconds["judge"] < 100
+    assert "bench" not in seconds  # whose results are not in this report
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ import pytest
 from scipy.special import expit
 from scipy.stats import spearmanr
 
-from prefopt.statistics.intervals import ratio_of_sums
 from prefopt.statistics.rankings import pair_accuracy, ranking_metrics
 from prefopt.statistics.reward_models import (
     Pairs,
     accuracy_difference,
     calibration_slope,
-    labeler_agreement,
     length_correlation,
     length_matched,
     longer_wins_accuracy,
@@ -120,21 +118,6 @@ def test_slope_equals_a_search_and_is_nan_where_pairs_are_separable():
     assert found.ci_low < found.value < found.ci_high
     assert math.isnan(calibration_slope(Pairs.of([[1, 2]]), [[2.0, 1.0]]).value)
     assert calibration_slope(pairs, [[-x for x in row] for row in scores]).value == pytest.approx(-found.value)
-
-
-def test_agreement_is_of_untied_pairs_and_leaves_out_groups_without_common_rows():
-    first, second = [[1, 2, 3], [1, 2, 2]], [[2, 1, 2], [1, 3, 2]]
-    rows = [
-        [{"prompt": f"p{i}", "completions": ["a", "b", "c"], "ranks": r} for i, r in enumerate(ranks)]
-        for ranks in (first, second)
-    ]
-    other = [{"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}]
-    found = labeler_agreement({"train": rows[0], "heldout": rows[1], "other": other})
-    assert [*found] == [("train", "heldout")]
-    # Prompt 1: A over B is contradicted, B over C shared, A over C tied by one; prompt 2: two shared, B and C tied.
-    assert found["train", "heldout"] == ratio_of_sums([1, 2], [2, 2])
-    within = labeler_agreement({"train": rows[0] + rows[1]})["train", "train"]
-    assert (within.value, within.n, within.n_clusters) == (3 / 4, 4, 2)
 
 
 # ---- synthetic reward models: labels follow Bradley-Terry on the true reward, the model sees it with noise -----------

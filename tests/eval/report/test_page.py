@@ -51,7 +51,7 @@ def results():
     return build_results(
         measures,
         wall_seconds={"pretrain": 70.2, "ppo_ptx": 150.0},
-        settings={"prompts": 400, "heldout_use_case": "extract"},
+        settings={"prompts": 400, "heldout_use_case": "extract", "judge": "the gold reward"},
         samples=[sample],
         curves={"sft_epochs": epochs, "sft_chosen_epoch": 14, "ppo": log, "ppo_ptx": log[:30]},
     )
@@ -245,6 +245,33 @@ def test_lights_tell_why_there_is_no_number(results):
     reason = "no held-out text"
     results["measures"].append(measure("pretraining_bits_per_byte", "ppo", Skipped(reason), against="sft"))
     assert row(results, "Still predicts")[1]["ppo"].reason == reason
+
+
+def test_what_was_not_tried_is_said_once(results, tmp_path):
+    """Not in every cell of every table."""
+    reason = "the prompts have no `use_case`, which is a long sentence"
+    results["measures"] = [m for m in results["measures"] if m["name"] != "winrate_heldout_use_case"]
+    for model in ("ppo", "ppo_ptx", "dpo"):
+        results["measures"].append(measure("winrate_heldout_use_case", model, Skipped(reason), against="sft"))
+    build_report(results, tmp_path)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8").replace("\\", "")
+        glance = text.partition("The models in numbers")[0]
+        shown = re.sub(r' title="[^"]*"', "", glance)
+        assert shown.count(reason) == 1
+        assert f"… on a use case it was not trained on? skipped: {reason}" in shown
+        table = text.partition("The models in numbers")[2].partition("Win rates by use case")[0]
+        assert "win rate, greedy" in table
+        assert "held-out use case" not in table.partition("Small print")[0]
+        assert reason in text.partition("Missing numbers and why")[2]
+
+
+def test_the_judge_is_the_one_that_judged(results, tmp_path):
+    results["settings"]["judge"] = "the reward model rm300"
+    _, page = page_of(results, tmp_path)
+    assert page.text.count("By win rate under the reward model rm300 PPO-ptx") == 1
+    assert "Is it better? The judge: the reward model rm300" in page.text
+    assert "gold reward as the judge" not in page.text
 
 
 def test_of_several_benchmarks_one_that_is_worse_makes_the_light(results, tmp_path):

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
+from markupsafe import escape
 
 from prefopt.evaluation.report.page import SECTIONS, report_page
 from prefopt.evaluation.report.render import plain, to_html, to_markdown
@@ -52,11 +53,13 @@ class Tags(HTMLParser):
 
 
 def tables(blocks):
-    for block in blocks:
-        if isinstance(block, Table):
-            yield block
-        if isinstance(block, Fold):
-            yield from tables(block.blocks)
+    """Those that stand open, which are all that Markdown has."""
+    return [block for block in blocks if isinstance(block, Table)]
+
+
+def folded(blocks):
+    """(title, table) of those that open on a click."""
+    return [(b.title, t) for b in blocks if isinstance(b, Fold) for t in tables(b.blocks)]
 
 
 def test_every_section_of_the_html_is_in_the_markdown(whole):
@@ -78,10 +81,25 @@ def test_every_section_of_the_html_is_in_the_markdown(whole):
                 for cell in (row.head, *row.cells):
                     assert plain(cell.text) in said
                     assert all(plain(part) in said for part in cell.small.split("\n"))
+        for title, table in folded(section.blocks):
+            assert f"### {plain(title)}\n\nIn report.html" in said
+            assert all(f"<span>{escape(row.head.text)}</span>" in html for row in table.rows)
         figures = html.partition(f"<h2>{section.title}</h2>")[2].partition("</section>")[0].count("<figure>")
         assert said.count("Figure: ") == figures
     for name in ("What is this?", "an answer"):
         assert name in parts["The worst samples, side by side"]
+
+
+def test_markdown_has_a_few_samples_and_says_where_the_others_are():
+    results = whole_results()
+    one = results["samples"][0]
+    results["samples"] = [{**one, "prompt": f"Question {i}?"} for i in range(8)]
+    page = report_page(results)
+    text, html = to_markdown(page), to_html(page)
+    assert [i for i in range(8) if f"Question {i}?" in text] == [0, 1, 2, 3, 4]
+    assert "3 more in report\\.html" in text or "3 more in report.html" in text
+    assert all(f"Question {i}?" in html for i in range(8))
+    assert len(text.splitlines()) < 500
 
 
 def test_tables_of_the_markdown_are_tables(whole):

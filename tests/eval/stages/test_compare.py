@@ -19,7 +19,7 @@ from prefopt.evaluation.stages.compare import (
     win_rate,
 )
 from prefopt.evaluation.stages.judge import judgements_path, scores_path
-from prefopt.inference.jsonl import write_jsonl
+from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.statistics import bradley_terry
 
 pytestmark = pytest.mark.slow
@@ -263,6 +263,38 @@ def test_a_broken_main_judge_is_no_reason_for_another_headline(evaluation: Evalu
     compare.measure(evaluation, args, CompareArguments())
     found = find(evaluation.stage("compare")["measures"], "winrate", "ppo", "sft")
     assert (found["status"], found["reason"], found["judge"]) == ("failed", "OSError: gone", "gold")
+
+
+@pytest.mark.parametrize(
+    ("use_cases", "reason"),
+    [
+        (False, "the prompts have no `use_case`"),
+        (True, "no use case was kept out of training; name it in `heldout_use_case`"),
+    ],
+)
+def test_why_there_is_no_use_case_of_its_own(evaluation: EvaluationRun, use_cases: bool, reason: str):
+    for model in ARGUMENTS["models"]:
+        rows = read_jsonl(evaluation.completions_path(model))
+        drawn = rows if use_cases else [{**row, "use_case": None} for row in rows]
+        write_jsonl(evaluation.completions_path(model), drawn)
+    args = EvaluationArguments(output_dir=str(evaluation.folder), models=ARGUMENTS["models"])
+    evaluation.forget_stage("judge")
+    compare.measure(evaluation, args, CompareArguments())
+    measures = evaluation.stage("compare")["measures"]
+    assert find(measures, "winrate", "ppo", "sft")["value"] is not None
+    for model in ("ppo", "ppo_ptx"):
+        found = find(measures, "winrate_heldout_use_case", model, "sft")
+        assert (found["status"], found["reason"]) == ("skipped", reason)
+
+
+def test_the_definition_names_the_model_that_judged(evaluation: EvaluationRun):
+    called = {"gold": "the gold reward", "human": "people"}
+    evaluation.write_stage(judge.STAGE, [], {"judges": dict.fromkeys(called, "ok"), "called": called})
+    args = EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS)
+    compare.measure(evaluation, args, CompareArguments(main_judge="human"))
+    found = find(evaluation.stage("compare")["measures"], "winrate", "ppo", "sft")
+    assert "1 if people prefers" not in found["definition"]
+    assert "by people" in found["definition"]
 
 
 def test_no_judge_is_skipped_with_a_remedy(tmp_path: Path):

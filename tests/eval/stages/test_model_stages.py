@@ -54,7 +54,7 @@ def world(tmp_path, causal_lm, reward_model, tokenizer):
         ]
         write_jsonl(run.completions_path(name), rows)
     write_jsonl(tmp_path / "train.jsonl", [{**RANKINGS[0], "labeler": ALICE}, RANKINGS[2]])
-    write_jsonl(tmp_path / "heldout.jsonl", [RANKINGS[1]])
+    write_jsonl(tmp_path / "heldout.jsonl", [{**RANKINGS[1], "labeler": "bob"}])
     write_jsonl(tmp_path / "demonstrations.jsonl", [{"prompt": "the cat", "completion": " sat"}])
     args = EvaluationArguments(
         output_dir=str(run.folder),

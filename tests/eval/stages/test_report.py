@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from markupsafe import escape
 
 from prefopt.evaluation.results import Failed, find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -139,17 +140,17 @@ def test_sections_that_did_not_run_say_why_and_how(done):
     assert html.count("Failed: ") == 1
 
 
-def test_markdown_has_fences_that_hold_and_every_number(done):
+def test_markdown_has_fences_that_hold_and_the_page_every_number(done):
     run, _ = done
     text = (run.folder / "report.md").read_text(encoding="utf-8")
     assert "`````text\n``` \n````\n" in text
     outside = re.sub(r"^(`{3,})text\n.*?\n\1$", "", text, flags=re.S | re.M)
     assert "<" not in outside.replace("\\<", "")
     results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    rows = [line for line in outside.splitlines() if line.startswith("| ")]
-    named = [line.split(" | ")[0][2:].replace("\\", "") for line in rows]
+    html = (run.folder / "report.html").read_text(encoding="utf-8")
     for m in results["measures"]:
-        assert m["name"] in named
+        assert f"<th><span>{escape(m['name'])}</span></th>" in html
+    assert f"### All {len(results['measures'])} numbers with their definitions\n\nIn report.html" in outside
     for column in ("175B, different data", "▲ better", "95 % interval"):
         assert column in text
 
