@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     train, evaluation = load_comparisons(step.data, step.args)
     tokenizer = step.tokenizer(train, evaluation)
     policy = load_policy(step.model_args, step.init_kwargs)
-    trainer = step.trainer(RankedDPOTrainer, policy, tokenizer, train, evaluation, loads_others=True)
+    trainer = step.trainer(RankedDPOTrainer, policy, tokenizer, train, evaluation)
     train_and_save(trainer, step.data)
 
 

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     check_prompts(train, str(data.dataset_name), tokenizer, models, limit, **args.chat_template_kwargs or {})
     policy = load_policy(step.model_args, step.init_kwargs)
     others = {"reward_funcs": [data.reward_model_name_or_path, *monitors], "pretrain_dataset": pretraining}
-    trainer = step.trainer(PPOPtxTrainer, policy, tokenizer, train, evaluation, loads_others=True, **others)
+    trainer = step.trainer(PPOPtxTrainer, policy, tokenizer, train, evaluation, **others)
     if data.overoptimization_patience is not None:
         proxy, held_out = (f"eval_rewards/{name}/mean" for name in trainer.reward_func_names[:2])
         trainer.add_callback(OveroptimizationStop(held_out, proxy, data.overoptimization_patience))

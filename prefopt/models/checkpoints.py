@@ -267,6 +267,21 @@ def head_loaded_in_fp32() -> Iterator[None]:
         PreTrainedModel._keep_in_fp32_modules_strict = kept
 
 
+@contextmanager
+def head_comes_later() -> Iterator[None]:
+    """A head that an adapter brings, or that is drawn here, is not reported as missing from the base, nor the language
+    model's as left over: transformers' own switch for such weights."""
+    names = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+    kept = [getattr(PreTrainedModel, name) for name in names]
+    for name, before, pattern in zip(names, kept, (r"^score\.", r"^lm_head\."), strict=True):
+        setattr(PreTrainedModel, name, {*(before or ()), pattern})
+    try:
+        yield
+    finally:
+        for name, before in zip(names, kept, strict=True):
+            setattr(PreTrainedModel, name, before)
+
+
 def _require_head(path: str, adapter: PeftConfig) -> None:
     if "score" not in (getattr(adapter, "modules_to_save", None) or []):
         raise UserError(
@@ -296,7 +311,8 @@ def _adapter_base(
         kwargs.setdefault("quantization_config", quantization)
     if kwargs.get("quantization_config", ...) is None:
         del kwargs["quantization_config"]
-    return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
+    with head_comes_later():
+        return AutoModelForSequenceClassification.from_pretrained(base, **kwargs)
 
 
 def _on_base(path: str, base: PreTrainedModel, hub_arguments: dict[str, Any], is_trainable: bool = False) -> PeftModel:
@@ -332,9 +348,10 @@ def reward_model_from_adapter(
     path = os.fspath(path)
     adapter_at = {"revision": kwargs.pop("revision", None)}
     config = PeftConfig.from_pretrained(path, **adapter_at)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision, num_labels=1, **kwargs
-    )
+    with head_comes_later():
+        base = AutoModelForSequenceClassification.from_pretrained(
+            config.base_model_name_or_path, revision=config.revision, num_labels=1, **kwargs
+        )
     if "score" in (config.modules_to_save or []):
         return _on_base(path, base, adapter_at, is_trainable=True)
     keep_head_fp32(base)

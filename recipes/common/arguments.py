@@ -34,6 +34,12 @@ HELP = {
     "bf16": "Mixed precision in bf16; unset: where the hardware has it.",
     "resume_from_checkpoint": "true: go on from the newest complete checkpoint of output_dir; or a checkpoint's folder.",
 }
+# Keys in configs of TRL's scripts and of alignment-handbook that no spelling leads to from here.
+RENAMED = {"torch_dtype": "dtype"}
+NOT_TAKEN = {
+    "dataset_mixture": "mixtures of data sets are not taken: write their rows into one file and name it in `dataset_name`",
+    "max_prompt_length": "prompts are not cut; rows that are too long are left out, with a count",
+}
 MODEL, STEP, TRAINING, MORE = "model", "settings of this step", "training", "more of TRL and transformers"
 
 
@@ -91,13 +97,14 @@ def parse(
         if position == len(argv):
             raise UserError("--config needs a YAML file")
         keys = read_config(argv[position])
-        _refuse_unknown(set(keys) - {"env"}, set(known), argv[position])
+        _refuse_unknown(set(keys) - {"env"}, set(known), argv[position], dataclass_types)
         template = Path(argv[position]).parent / str(keys.get("chat_template_path"))
         if template.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
             argv += ["--chat_template_path", str(template)]
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
     options -= {"config", "help", "help_all"}
-    _refuse_unknown(options, {*known, *(f"no_{name}" for name in known)}, "the command line")
+    negated = {f"no_{name}" for name in known}
+    _refuse_unknown(options, {*known, *negated}, "the command line", dataclass_types)
 
     # Not above: a misspelt key is answered before TRL is loaded, which takes seconds.
     from trl import TrlParser
@@ -197,12 +204,16 @@ def read_config(path: str) -> dict[str, Any]:
     return keys
 
 
-def _refuse_unknown(keys: set[str], known: set[str], where: str) -> None:
+def _refuse_unknown(keys: set[str], known: set[str], where: str, dataclass_types: Sequence[type]) -> None:
     """Before anything is built from the keys, because a misspelt one may be the cause of another error."""
+    elsewhere = dict(NOT_TAKEN)
+    for dataclass_type in dataclass_types:
+        elsewhere |= getattr(sys.modules[dataclass_type.__module__], "ELSEWHERE", {})
     hints = []
     for key in sorted(keys - known):
-        near = difflib.get_close_matches(key, known, n=1)
-        hints.append(repr(key) + (f" (did you mean {near[0]!r}?)" if near else ""))
+        near = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
+        hint = f" ({elsewhere[key]})" if key in elsewhere else f" (did you mean {near[0]!r}?)" if near else ""
+        hints.append(repr(key) + hint)
     if hints:
         raise UserError(f"unknown key in {where}: {', '.join(hints)}")
 

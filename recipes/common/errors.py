@@ -88,7 +88,7 @@ def explain(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
-        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _package, _weights, _template):
+        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _attention, _package, _weights, _template):
             sentence = rule(cause, command)
             if sentence is not None:
                 return sentence
@@ -215,6 +215,14 @@ def _template(error: BaseException, command: str) -> str | None:
         return (
             f"the chat template fails{line}: {_first_line(str(error))}; mend it, or name another by chat_template_path"
         )
+    return None
+
+
+def _attention(error: BaseException, command: str) -> str | None:
+    text = _first_line(str(error))
+    if isinstance(error, (ImportError, ValueError)) and "has been toggled on" in text:
+        why = text.partition("due to the following error:")[2].strip() or text
+        return f"attn_implementation does not work here: {why}; install it, or leave the key out (PyTorch's own attention)"
     return None
 
 

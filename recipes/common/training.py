@@ -51,16 +51,14 @@ class TrainingStep:
         tokenizer: PreTrainedTokenizerBase,
         train: Dataset | IterableDataset,
         evaluation: Dataset | None,
-        *,
-        loads_others: bool = False,
         **options: Any,
     ) -> Trainer:
-        """A trainer of `model`, which with `loads_others` loads references or reward models in the same way."""
+        """A trainer of `model`; one that is loaded from its path loads a reference in the same way."""
         if self.args.process_index == 0:
             folder = Path(self.args.output_dir)
             lock(folder / LOCK, "output_dir", folder)
-        # TRL warns of options for a model that is loaded already.
-        if loads_others or isinstance(model, str):
+        # TRL warns of options for a model that is loaded already, and what is loaded already needs no others.
+        if isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}
         return kind(
             model=model,
@@ -122,6 +120,8 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
     """
     args = trainer.args
     trainer.eval_dataset_name = data.eval_dataset_name
+    others = {"pretraining text": "pretrain_dataset_name", "rated outputs": "rated_dataset_name"}
+    trainer.other_datasets = {what: name for what, key in others.items() if (name := getattr(data, key, None))}
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     push = args.push_to_hub

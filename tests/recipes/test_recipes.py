@@ -1,6 +1,7 @@
 """The recipes on tiny models: what one step writes, the next one reads, full models and LoRA adapters alike."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -47,7 +48,21 @@ def run(recipe, folder, model, rows, output, *extra):
     recipe.main([*common, "--output_dir", str(folder / output), *SHORT, *map(str, extra)])
 
 
-def test_the_steps_chain_with_lora_adapters(files):
+@pytest.fixture
+def warned():
+    """What transformers and TRL log."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield records
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_the_steps_chain_with_lora_adapters(files, warned):
     run(sft, files, "base", "demos.jsonl", "sft", *LORA)
     run(reward, files, "sft", "rankings.jsonl", "rm", "--center_on", files / "demos.jsonl")
     ppo = [
@@ -64,6 +79,13 @@ def test_the_steps_chain_with_lora_adapters(files):
     ppo += ["--pretrain_dataset_name", str(files / "text.jsonl")]
     run(ppo_ptx, files, "sft", "prompts.jsonl", "ppo", *ppo)
     run(dpo, files, "sft", "rankings.jsonl", "dpo")
+    run(reward, files, "rm", "rankings.jsonl", "rm-again")
+    load_reward_model(files / "rm")
+    # Nothing was missing, and nobody has set this.
+    assert not [text for text in warned if "LOAD REPORT" in text or "model_init_kwargs" in text]
+    # What they say of a model that lacks something is heard.
+    AutoModelForSequenceClassification.from_pretrained(files / "base", num_labels=1)
+    assert [text for text in warned if "LOAD REPORT" in text and "score.weight" in text]
     for name in ("sft", "rm", "ppo", "dpo"):
         assert (files / name / "adapter_model.safetensors").is_file()
     assert (files / "ppo" / "value_function.safetensors").is_file()

@@ -1,12 +1,14 @@
 """Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from prefopt.errors import UserError
+from prefopt.errors import UserError, UserTypeError
 from prefopt.trainers.shared.precision import is_asked_for
 from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges
 
@@ -109,6 +111,52 @@ REFUSED = {
     "label_smoothing_factor": "no term of Eq. 2 has labels to smooth",
     "data_seed": "prompts and pretraining text are drawn by `seed`",
 }
+
+# Arguments and options of TRL's PPOTrainer, PPOConfig (until 1.12) and GRPOTrainer that are called otherwise here or are not
+# taken, and what is: the tables of docs/from_trl_ppo.md.
+_ONE_RESPONSE = "an episode is a prompt and one response"
+ELSEWHERE = {
+    "cliprange": "set `epsilon`",
+    "cliprange_value": "set `value_clip_range`",
+    "config": "the third argument is `args`, a PPOPtxConfig",
+    "data_collator": "batches are made here",
+    "environment_factory": _ONE_RESPONSE,
+    "gamma": "set `discount`",
+    "lam": "set `gae_lambda`",
+    "local_rollout_forward_batch_size": "set `per_device_train_batch_size`",
+    "num_mini_batches": "set `generation_batch_size`",
+    "num_ppo_epochs": "set `num_iterations`",
+    "num_sample_generations": "set `log_completions`",
+    "policy": "give it as `model`",
+    "policy_model": "give it as `model`",
+    "ref_model": "the reference is the model that the run starts from",
+    "ref_policy": "the reference is the model that the run starts from",
+    "response_length": "set `max_completion_length`",
+    "reward_model": "give it in `reward_funcs`",
+    "reward_model_path": "give it in `reward_funcs`; in the recipe, `reward_model_name_or_path`",
+    "reward_processing_classes": "reward models score the policy's token ids, with its tokenizer",
+    "rollout_func": _ONE_RESPONSE,
+    "sft_model_path": "give it as `model`; in the recipe, `model_name_or_path`",
+    "stop_token": "completions stop at the EOS tokens of the model's generation config",
+    "stop_token_id": "completions stop at the EOS tokens of the model's generation config",
+    "tokenizer": "give it as `processing_class`",
+    "tools": "tools that are called are not supported; a prompt's own schemas stand in the column `tools`",
+    "total_episodes": "set `max_steps` or `num_train_epochs`; a step takes one minibatch",
+    "whiten_rewards": "advantages are whitened: `whiten_advantages`",
+}
+
+
+def refuse_unknown(owner: str, names: Iterable[str]) -> None:
+    """Raise a UserTypeError for the first of names that `owner` has no argument for.
+
+    >>> refuse_unknown("PPOPtxConfig", ["lam"])
+    Traceback (most recent call last):
+    prefopt.errors.UserTypeError: PPOPtxConfig takes no 'lam': set `gae_lambda`; TRL's names here: docs/from_trl_ppo.md
+    """
+    for name in names:
+        why = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise UserTypeError(f"{owner} takes no {name!r}{why}; TRL's names here: docs/from_trl_ppo.md")
+
 
 # Of generation_kwargs, what says how tokens are computed or where a completion stops, and not which tokens are drawn. A
 # token that is suppressed is one that the policy is not to say at all.
@@ -326,6 +374,12 @@ class PPOPtxConfig(GRPOConfig):
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value function."})
     ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
     ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
+
+    def __new__(cls, *args: Any, **options: Any) -> "PPOPtxConfig":
+        # Before the generated __init__, which would answer a name of TRL's with the bare name.
+        known = {f.name for f in fields(cls) if f.init}
+        refuse_unknown(cls.__name__, [name for name in options if name not in known])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._refuse_options()

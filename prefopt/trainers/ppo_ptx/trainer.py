@@ -42,7 +42,7 @@ from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import plain_messages, template_kwargs, without_second_bos
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig, refuse_unknown
 from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
     Roles,
@@ -167,7 +167,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         optimizers: tuple = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown(type(self).__name__, unknown)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOPtxConfig(f"{os.path.basename(name) or 'model'}-PPO-ptx")
@@ -565,8 +567,24 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
         data["reward"] = ", ".join(name for name in [*names, *functions] if name)
         if self.pretraining is not None:
-            data["pretraining text"] = f"sequences of {self.args.ptx_max_length} tokens"
+            text = [data.get("pretraining text"), f"sequences of {self.args.ptx_max_length} tokens"]
+            data["pretraining text"] = ", ".join(filter(None, text))
+        data["episodes per optimizer step"] = data.pop("rows per optimizer step")
         return data
+
+    def _card_facts(self) -> dict[str, Any]:
+        facts = super()._card_facts()
+        if self.args.ptx_coef == 0:
+            facts["method"] = "PPO"
+            facts["summary"] = "PPO with a value function and the KL penalty in the reward."
+            facts["tags"] = ["ppo" if tag == "ppo-ptx" else tag for tag in facts["tags"]]
+        kept = facts["hyperparameters"].items()
+        facts["hyperparameters"] = {
+            name: value
+            for name, value in kept
+            if name == "ptx_coef" or self.args.ptx_coef > 0 or not name.startswith("ptx_")
+        }
+        return facts
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside this context the policy has its averaged weights: `with trainer.averaged_weights(): ...evaluate()`.

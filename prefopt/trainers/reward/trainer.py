@@ -9,6 +9,7 @@ require_seams("RankedRewardTrainer")
 import copy
 import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +34,7 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
-from prefopt.models.checkpoints import head_loaded_in_fp32, keep_pad_from_eos, save_config_beside
+from prefopt.models.checkpoints import head_comes_later, head_loaded_in_fp32, keep_pad_from_eos, save_config_beside
 from prefopt.models.loading import saved_config, saved_pad_token
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import (
@@ -88,7 +89,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
     """
 
     _tag_names = ["trl", "prefopt", "reward-trainer", "ranked-reward"]  # noqa: RUF012 (TRL's attribute)
-    _name = "Ranked Reward"
+    _name = "ranked reward modeling"
     _paper = {  # noqa: RUF012
         "title": "Training language models to follow instructions with human feedback",
         "id": "2203.02155",
@@ -126,7 +127,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         if args.reward_token is not None:
             model = self._read_at_reward_token(model, args, peft_config, kwargs)
 
-        with head_loaded_in_fp32():
+        with head_loaded_in_fp32(), head_comes_later() if head_is_new else nullcontext():
             super().__init__(model=model, args=args, data_collator=data_collator, peft_config=peft_config, **kwargs)
         args.model_init_kwargs = init_kwargs
         refuse_several_devices(self.model)
@@ -179,7 +180,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
             if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
                 init_kwargs["device_map"] = None
             set_seed(args.seed)
-            with head_loaded_in_fp32():
+            with head_loaded_in_fp32(), head_comes_later():
                 model = create_model_from_path(model, AutoModelForSequenceClassification, num_labels=1, **init_kwargs)
         if isinstance(model, PeftModel):
             if getattr(model.config, "reward_token_id", None) is None:

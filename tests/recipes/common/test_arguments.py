@@ -71,6 +71,31 @@ def test_unknown_command_line_key_is_an_error_with_a_suggestion(tmp_path):
         reward.main(["--learnin_rate", "0.1", "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "key", "said"),
+    [
+        (dpo, "torch_dtype", "'torch_dtype' (did you mean 'dtype'?)"),
+        (sft, "torch_dtype", "'torch_dtype' (did you mean 'dtype'?)"),
+        (
+            dpo,
+            "dataset_mixture",
+            "'dataset_mixture' (mixtures of data sets are not taken: write their rows into one file",
+        ),
+        (dpo, "max_prompt_length", "'max_prompt_length' (prompts are not cut; rows that are too long are left out"),
+        (dpo, "warmup_ratio", "'warmup_ratio' (did you mean 'warmup_steps'?)"),
+        (ppo_ptx, "total_episodes", "'total_episodes' (set `max_steps` or `num_train_epochs`"),
+        (ppo_ptx, "response_length", "'response_length' (set `max_completion_length`"),
+    ],
+)
+def test_keys_of_others_are_answered_by_what_is_taken_here(tmp_path, recipe, key, said):
+    config = tmp_path / "step.yaml"
+    config.write_text(f"model_name_or_path: {NO_MODEL}\n{key}: 1\n")
+    for argv in (["--config", str(config)], [f"--{key}", "1"]):
+        with pytest.raises(UserError) as stop:
+            recipe.main(argv)
+        assert said in str(stop.value)
+
+
 def test_command_line_wins_over_the_file(tmp_path):
     config = tmp_path / "step.yaml"
     config.write_text(f"model_name_or_path: {NO_MODEL}\ndataset_name: from_file.jsonl\n")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors import SafetensorError
+from transformers import LlamaForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from prefopt import cli
 from prefopt.errors import UserError, UserImportError, UserTypeError
@@ -77,12 +79,28 @@ GPU_MEMORY = torch.OutOfMemoryError(
             "sft",
             "no usable GPU: Found no NVIDIA driver",
         ),
+        (
+            ImportError(
+                "FlashAttention2 has been toggled on, but it cannot be used due to the following error: the package for "
+                "FlashAttention2 doesn't seem to be installed."
+            ),
+            "dpo",
+            "attn_implementation does not work here: the package for FlashAttention2 doesn't seem to be installed; install",
+        ),
         (RuntimeError("WandbCallback requires wandb. Run `pip install wandb`."), "sft", "pip install wandb"),
     ],
 )
 def test_a_common_error_is_one_sentence_with_its_remedy(error, command, said, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert said in explain(error, command)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash attention is installed")
+def test_an_attention_that_is_not_installed_is_a_sentence(tmp_path, causal_lm):
+    causal_lm.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="Flash") as raised:
+        LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+    assert explain(raised.value, "dpo").startswith("attn_implementation does not work here: ")
 
 
 def test_broken_logits_are_said_to_be_so():

@@ -1,12 +1,14 @@
 """PPOPtxConfig: defaults, refusals, and a decision for every field of GRPOConfig."""
 
+import inspect
 from dataclasses import fields
 
 import pytest
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
-from prefopt.trainers.ppo_ptx.config import FIXED, HONORED, REFUSED, PPOPtxConfig
+from prefopt.trainers.ppo_ptx.config import ELSEWHERE, FIXED, HONORED, REFUSED, PPOPtxConfig
+from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
 
 def grpo_fields():
@@ -33,6 +35,44 @@ def test_every_grpo_field_has_one_decision():
     decided = [*HONORED, *FIXED, *REFUSED]
     assert grpo_fields() <= set(decided) <= grpo_fields() | {f.name for f in fields(TrainingArguments)}
     assert len(decided) == len(set(decided))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lam", "takes no 'lam': set `gae_lambda`"),
+        ("total_episodes", "takes no 'total_episodes': set `max_steps` or `num_train_epochs`"),
+        ("learnin_rate", "takes no 'learnin_rate'; "),
+    ],
+)
+def test_options_of_trls_ppo_are_answered_by_what_is_taken_here(name, said, tmp_path):
+    with pytest.raises(TypeError, match=r"^PPOPtxConfig takes no ") as stop:
+        PPOPtxConfig(str(tmp_path), use_cpu=True, **{name: 1})
+    assert said in str(stop.value)
+    assert "docs/from_trl_ppo.md" in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("reward_processing_classes", "reward models score the policy's token ids"),
+        ("ref_model", "the reference is the model that the run starts from"),
+        ("reward_model", "give it in `reward_funcs`"),
+        ("tools", "tools that are called are not supported"),
+        ("rollout_func", "an episode is a prompt and one response"),
+        ("environment_factory", "an episode is a prompt and one response"),
+    ],
+)
+def test_arguments_of_trls_trainers_are_answered_by_what_is_taken_here(name, said):
+    with pytest.raises(TypeError, match=r"^PPOPtxTrainer takes no ") as stop:
+        PPOPtxTrainer("model", "reward", **{name: object()})
+    assert said in str(stop.value)
+    assert "docs/from_trl_ppo.md" in str(stop.value)
+
+
+def test_what_is_answered_so_is_not_taken():
+    taken = {f.name for f in fields(PPOPtxConfig)} | set(inspect.signature(PPOPtxTrainer.__init__).parameters)
+    assert not taken & set(ELSEWHERE)
 
 
 OTHER = {bool: True, int: 3, float: 0.375, str: "other", type(None): 0.375}

@@ -536,7 +536,7 @@ def test_best_model_comes_with_its_value_function(make, tmp_path):
 
 
 def test_model_card_names_the_method(make, tmp_path):
-    trainer = make()
+    trainer = make(ptx_coef=1.0)
     trainer.save_model()
     trainer.create_model_card(model_name="x")
     card = (tmp_path / "run" / "README.md").read_text()
