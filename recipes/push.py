@@ -3,6 +3,7 @@
     prefopt push rm me/my-reward-model
     prefopt push policy me/my-policy --merge true --private true
     prefopt push policy me/my-policy --results evaluation/results.json
+    prefopt push policy me/my-policy --dry_run look        # writes what would be published into the folder `look`
 
 Needs a token that may write: `hf auth login`, or HF_TOKEN. A LoRA adapter is published as an adapter, or with `merge`
 as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is set.
@@ -12,10 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.hub.cards import is_handwritten, read_facts, write_card
-from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged
+from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder, save_merged, write_published
 from prefopt.inference.jsonl import read_json
 from prefopt.recipes.common.arguments import parse, setting
 
@@ -46,6 +48,9 @@ class PushArguments:
         False, "Also publish what PPO-ptx and DPO keep next to the policy: value function, reference, ..."
     )
     results: str | None = setting(None, "results.json of `prefopt eval`, whose numbers go into the card.")
+    dry_run: str | None = setting(
+        None, "New folder: write there what would be published, card included; nothing is sent."
+    )
     results_name: str | None = setting(None, "The model's name in it; default: the folder's name.")
 
 
@@ -58,8 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     retry = push_command(**vars(args))
     try:
         files_to_publish(folder)
-        if args.results:
-            add_results(folder, args.results, args.results_name)
+        rows = results_of(args.results, args.results_name or folder.resolve().name) if args.results else []
+        if rows and is_handwritten(folder):
+            raise UserError(
+                f"{folder / 'README.md'} was edited by hand, so no results are added to it: leave --results away, or move "
+                "the file aside to have it written again"
+            )
+        if rows and not args.dry_run:
+            add_results(folder, rows)
         with ExitStack() as stack:
             source = folder
             if args.merge:
@@ -68,6 +79,16 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"merging {folder} into its base")
                 save_merged(folder, merged)
                 source = Path(merged)
+            if args.dry_run:
+                names = write_published(source, args.repo_id, args.dry_run, args.roles)
+                if rows:
+                    add_results(Path(args.dry_run), rows, args.repo_id)
+                print("would be published:")
+                for name in names:
+                    size = (Path(args.dry_run) / name).stat().st_size
+                    print(f"  {name:<32} {size / 1e6:10.3f} MB")
+                print(f"written: {args.dry_run}; nothing was sent")
+                return
             commit = push_folder(
                 source,
                 args.repo_id,
@@ -82,26 +103,25 @@ def main(argv: list[str] | None = None) -> None:
     print(f"published: {commit.repo_url}")
 
 
-def add_results(folder: Path, results: str, name: str | None) -> None:
-    """Put the numbers of a results.json that belong to this model into its card."""
-    if is_handwritten(folder):
-        raise UserError(
-            f"{folder / 'README.md'} was edited by hand, so no results are added to it: leave --results away, or move "
-            "the file aside to have it written again"
-        )
-    measures = read_json(results, "measures")["measures"]
+def results_of(results: str, name: str) -> list[dict[str, Any]]:
+    """The numbers of a results.json that belong to the model of that name, as rows of a card."""
+    content = read_json(results, "measures")
+    measures, judge = content["measures"], (content.get("settings") or {}).get("judge")
     needed = {"name", "model", "against", "status", "value", "ci_low", "ci_high", "n"}
     if not isinstance(measures, list) or not all(isinstance(m, dict) and needed <= m.keys() for m in measures):
         raise UserError(f"--results {results}: expected the results.json of `prefopt eval`")
-    rows = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     for m in measures:
         title = _title(m["name"])
         if title is None or m["status"] != "ok" or (m["against"] and not m["name"].startswith("winrate")):
             # Of other measures than win rates, `against` marks a difference.
             continue
+        title += f" against {m['against']}" if m["against"] else ""
+        if judge and title.startswith("win rate") and not m["name"].startswith("winrate_judge"):
+            title += f", judged by {judge}"
         rows.setdefault(m["model"], []).append(
             {
-                "title": title + (f" against {m['against']}" if m["against"] else ""),
+                "title": title,
                 "metric": m["name"],
                 "value": m["value"],
                 "low": m["ci_low"],
@@ -110,15 +130,19 @@ def add_results(folder: Path, results: str, name: str | None) -> None:
                 "dataset": EVALUATION,
             }
         )
-    name = name or folder.resolve().name
     if name not in rows:
         raise UserError(
             f"--results {results} has no numbers of {name!r}; name the model with --results_name, one of: "
             f"{', '.join(sorted(rows)) or 'none'}"
         )
+    return rows[name]
+
+
+def add_results(folder: Path, rows: list[dict[str, Any]], location: str | None = None) -> None:
+    """Put rows of `prefopt eval` into a model's card, in place of earlier ones; `location` as in `write_card`."""
     facts = read_facts(folder)
     kept = [row for row in facts.get("results", []) if row["dataset"] != EVALUATION]
-    write_card(folder, {**facts, "results": [*kept, *rows[name]]})
+    write_card(folder, {**facts, "results": [*kept, *rows]}, location)
 
 
 def _title(measure: str) -> str | None:

@@ -71,7 +71,10 @@ class SFTStepConfig(SFTConfig):
 
 
 class SFTStepTrainer(CompleteCheckpointsMixin, PublishingMixin, SFTTrainer):
-    """TRL's SFTTrainer with checkpoints that survive a kill, and prefopt's model cards."""
+    """Supervised fine-tuning: the likelihood of the text to be learned is maximized.
+
+    TRL's SFTTrainer with checkpoints that survive a kill, and prefopt's model cards.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -142,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     train, evaluation, rated = load_sft_rows(data, args)
     tokenizer = step.tokenizer(train, evaluation, rated)
+    is_chat = kind_of(train) == "messages" or not isinstance(train[0].get("prompt", ""), str)
     if kind_of(train) != "text":
         options = {"tokenizer": tokenizer, "max_length": args.max_length, "loss_on": data.loss_on}
         train = tokenize_demonstrations(train, source="train", **options)
@@ -161,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         train = mix_pretraining(train, texts, data.pretrain_mix, tokenizer, args)
     policy = load_policy(step.model_args, step.init_kwargs)
     trainer = step.trainer(SFTStepTrainer, policy, tokenizer, train, evaluation)
+    trainer.rows_are_chat = is_chat
     keep_4bit_gradients(trainer.model)
     if "labels" in train.column_names:
         end_as_learned(trainer.model, tokenizer, train[:64]["input_ids"])

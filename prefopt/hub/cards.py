@@ -79,14 +79,15 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
     location = os.fspath(folder) if location is None else location
     model = _describe(folder, facts)
     base, datasets = model["base"] or facts.get("base_model"), facts.get("datasets", [])
+    is_public = is_public_base(base, facts, folder)
     title = location.rstrip("/").split("/")[-1]
     task = "text-classification" if model["is_reward"] else "text-generation"
     tags = {"trl", "prefopt", *facts.get("tags", ())} | ({"lora"} if model["is_adapter"] else set())
     data = ModelCardData(
         model_name=title,
-        base_model=base if is_hub_id(base) else None,
-        base_model_relation="adapter" if model["is_adapter"] and is_hub_id(base) else None,
-        datasets=[name for name in datasets if is_hub_id(name)] or None,
+        base_model=base if is_public else None,
+        base_model_relation="adapter" if model["is_adapter"] and is_public else None,
+        datasets=[name for name in datasets if _may_be_hub_id(name)] or None,
         library_name="peft" if model["is_adapter"] else "transformers",
         pipeline_tag=task,
         tags=sorted(tags),
@@ -97,9 +98,9 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
         **facts,
         **model,
         "title": title,
-        "base": base and (f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else Path(base).name),
+        "base": base and (f"[{base}](https://huggingface.co/{base})" if is_public else Path(base).name),
         "datasets": [
-            f"[{name}](https://huggingface.co/datasets/{name})" if is_hub_id(name) else Path(name).name
+            f"[{name}](https://huggingface.co/datasets/{name})" if _may_be_hub_id(name) else Path(name).name
             for name in datasets
         ],
         "location": json.dumps(location),
@@ -117,7 +118,22 @@ def is_hub_id(name: str | None) -> bool:
     >>> is_hub_id("Qwen/Qwen3-0.6B-Base"), is_hub_id("runs/demo/sft"), is_hub_id("./sft"), is_hub_id(None)
     (True, False, False, False)
     """
-    if not name or name.count("/") != 1 or os.path.exists(name):
+    return _may_be_hub_id(name) and not os.path.exists(name)
+
+
+def is_public_base(base: str | None, facts: Mapping[str, Any], folder: Path) -> bool:
+    """Whether the base of a saved model is on the Hub, wherever this is asked: `runs/base` may be a folder there, not here.
+
+    The trainer knew it and wrote down the Hub id, or that there is none. Without its word a path that leads to something
+    from the model's own folder, or from one around it, is no Hub id.
+    """
+    if "base_model" in facts:
+        return base == facts["base_model"] and _may_be_hub_id(base)
+    return is_hub_id(base) and not any((around / base).exists() for around in folder.resolve().parents)
+
+
+def _may_be_hub_id(name: str | None) -> bool:
+    if not name or name.count("/") != 1:
         return False
     try:
         validate_repo_id(name)
@@ -169,14 +185,16 @@ def _quantization_code(quantization: Mapping[str, Any]) -> str:
 
 def _eval_result(row: Mapping[str, Any], task: str) -> EvalResult:
     interval, dataset = _interval(row), row["dataset"]
-    is_public = is_hub_id(dataset)
+    is_public = _may_be_hub_id(dataset)
+    said = [f"n = {row['n']}"] if row.get("n") else []
+    said += [f"95 % interval {interval}"] if interval else []
     return EvalResult(
         task_type=task,
         dataset_type=dataset if is_public else "local",
         dataset_name=dataset if is_public else Path(dataset).name,
         dataset_split=row.get("split"),
         metric_type=row["metric"],
-        metric_name=row["title"] + (f" (95 % interval {interval})" if interval else ""),
+        metric_name=row["title"] + (f" ({', '.join(said)})" if said else ""),
         metric_value=row["value"],
     )
 
@@ -200,7 +218,7 @@ def _drop_local_base(path: Path) -> None:
     """PEFT writes the base's local path into the metadata at every save, and the Hub then refuses the upload."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
     base = card.data.get("base_model")
-    if isinstance(base, str) and not is_hub_id(base):
+    if isinstance(base, str) and not is_public_base(base, read_facts(path.parent), path.parent):
         card.data.pop("base_model")
         card.save(path)
 

@@ -119,8 +119,7 @@ def push_folder(
         f"{saved_in} was not published as {repo_id}", f"the model is whole in {saved_in}; try again: {retry}"
     ):
         repo_id = create_repo(api, repo_id, private=private, revision=revision)
-        average_of = read_facts(folder.parent) if folder.name == "ema" else {}
-        write_card(folder, read_facts(folder) or average_of, repo_id)
+        write_card(folder, _facts(folder), repo_id)
         _warn_of_local_base(folder)
         wanted = files_to_publish(folder, roles)
         if not is_handwritten(folder) and _is_card_edited(api, repo_id, revision):
@@ -134,6 +133,24 @@ def push_folder(
             revision=revision,
             run_as_future=run_as_future,
         )
+
+
+def write_published(folder: str | os.PathLike, repo_id: str, out: str | os.PathLike, roles: bool = False) -> list[str]:
+    """Write into the new folder `out` the files that `push_folder` would publish, their card among them; returns their names.
+
+    Raises:
+        UserError: the folder holds no model, or `out` holds something.
+    """
+    folder, out = Path(folder), Path(out)
+    wanted = files_to_publish(folder, roles)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already; name a new folder")
+    for name in {*wanted, *([FACTS] if (folder / FACTS).is_file() else [])}:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, out / name)
+    write_card(out, _facts(folder), repo_id)
+    _warn_of_local_base(out)
+    return files_to_publish(out, roles)
 
 
 def save_merged(folder: str | os.PathLike, out: str | os.PathLike) -> None:
@@ -220,6 +237,11 @@ def _reason(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What is known of a model; of PPO-ptx's averaged policy that of the policy."""
+    return read_facts(folder) or (read_facts(folder.parent) if folder.name == "ema" else {})
 
 
 def _is_card_edited(api: HfApi, repo_id: str, revision: str | None) -> bool:

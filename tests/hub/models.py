@@ -54,13 +54,14 @@ def reward_trainer(
     lora: bool = True,
     four_bit: bool = False,
     rows: list[dict[str, Any]] = ROWS,
+    stream: bool = False,
     **overrides: Any,
 ) -> RankedRewardTrainer:
     settings = {**SETTINGS, "output_dir": str(out), "per_device_train_batch_size": 2, **overrides}
     return RankedRewardTrainer(
         model=base,
         args=RankedRewardConfig(**settings),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows).to_iterable_dataset() if stream else Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:2]) if "eval_strategy" in overrides else None,
         processing_class=tokenizer,
         quantization_config=nf4() if four_bit else None,

@@ -2,13 +2,19 @@
 
 import json
 import logging
+import math
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard
+from transformers import AutoModelForCausalLM
 
 from prefopt.hub.cards import FACTS, README, build_card, is_handwritten, read_facts, write_card
 from prefopt.hub.push import push_folder
-from tests.hub.models import ROWS, dpo_trainer, ppo_trainer, reward_trainer, run_card
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes import sft
+from tests.hub.models import ROWS, chat, dpo_trainer, ppo_trainer, reward_trainer, run_card
 
 pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 
@@ -57,7 +63,7 @@ def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
     assert table["seed"] == "3"
     assert table["ties"] == "drop"
     assert table["base in training"] == "4-bit nf4"
-    assert table["adapter"] == "LORA adapter, rank 4, alpha 8, on q_proj v_proj"
+    assert table["adapter"] == "LoRA adapter, rank 4, alpha 8, on q_proj v_proj"
     for bookkeeping in ("output_dir", "report_to", "use_cpu", "logging_steps", "eval_strategy"):
         assert bookkeeping not in table
     assert "https://huggingface.co/papers/2203.02155" in card.text
@@ -79,7 +85,7 @@ def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
     assert isinstance(accuracy, EvalResult)
     assert accuracy.metric_value == logged["eval_accuracy"]
     low, high = logged["eval_accuracy_ci_low"], logged["eval_accuracy_ci_high"]
-    assert accuracy.metric_name == f"pairwise accuracy (95 % interval {low:.4g} to {high:.4g})"
+    assert accuracy.metric_name == f"pairwise accuracy (n = 2, 95 % interval {low:.4g} to {high:.4g})"
     assert (accuracy.dataset_type, accuracy.dataset_split) == ("me/rankings", "test")
 
 
@@ -106,13 +112,21 @@ def test_ppo_ptx_reports_its_kl_and_score(base, tokenizer, tmp_path):
     trainer = ppo_trainer(str(tmp_path / "sft"), tokenizer, tmp_path / "ppo", length, kl_coef=0.07)
     trainer.train()
     trainer.save_model()
+    trainer.other_datasets = {"pretraining text": str(tmp_path / "text.jsonl")}
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "ppo" / README)
-    logged = [entry for entry in trainer.state.log_history if "objective/kl" in entry][-1]
-    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert found["kl"] == logged["objective/kl"]
-    assert found["reward"] in (logged["objective/scores"], logged["reward"])
+    first, second = (entry for entry in trainer.state.log_history if "objective/kl" in entry)
+    # Not measures of the model, which was another from step to step.
+    assert card.data.eval_results is None
     table = facts_table(card.text)
+    for key, title in (("objective/kl", "KL to the SFT model per episode in training (nats)"),
+                       ("objective/scores", "score of an episode in training, before the KL penalty"),
+                       ("loss/ptx", "loss on pretraining text in training (nats per token)")):  # fmt: skip
+        said = f"{first[key]:.4g} in the first half of the steps, {second[key]:.4g} in the second half"
+        assert table[title] == said
+    assert table["pretraining text"] == "text.jsonl, sequences of 8 tokens"
+    assert table["episodes per optimizer step"] == "4"
+    assert not {"beta", "loss_type", "scale_rewards", "top_p"} & set(table)  # TRL's, which PPO has no use for
     assert (table["kl_coef"], table["ptx_coef"], table["reward"]) == ("0.07", "27.8", "length")
     assert card.data.pipeline_tag == "text-generation"
     assert "ppo-ptx" in card.data.tags
@@ -141,6 +155,112 @@ def test_a_chain_of_steps_names_the_model_it_began_with(base, causal_lm, tokeniz
     elsewhere.create_model_card()
     # A path of this machine is no base model on the Hub, which would refuse the card.
     assert ModelCard.load(tmp_path / "dpo" / README).data.base_model is None
+
+
+def test_without_pretraining_text_it_is_ppo(base, tokenizer, tmp_path):
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    dpo_trainer(base, tokenizer, tmp_path / "sft").save_model()
+    trainer = ppo_trainer(str(tmp_path / "sft"), tokenizer, tmp_path / "ppo", length, ptx_coef=0.0)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "ppo" / README)
+    table = facts_table(card.text)
+    assert "Trained with PPO (" in card.text
+    assert "pretraining" not in card.text.replace(str(tmp_path), "")
+    assert table["ptx_coef"] == "0.0"
+    assert not [name for name in table if name.startswith("ptx_") and name != "ptx_coef"]
+    assert "ppo" in card.data.tags
+    assert "ppo-ptx" not in card.data.tags
+
+
+def test_what_was_measured_in_training_is_told_by_halves_of_the_steps(saved, tmp_path):
+    """Of 7 steps 1-3 are logged together, 4 alone, 5-6 together; step 7 has no number. Half of 7 is after step 3."""
+    saved.state.log_history = [
+        {"step": 3, "accuracy": 0.5},
+        {"step": 3, "grad_norm": 1.0},
+        {"step": 4, "accuracy": 1.0},
+        {"step": 6, "accuracy": 0.75},
+        {"step": 7, "accuracy": math.nan},
+    ]
+    saved.create_model_card()
+    card = ModelCard.load(tmp_path / "rm" / README)
+    assert card.data.eval_results is None
+    second = (1.0 + 2 * 0.75) / 3
+    said = f"0.5 in the first half of the steps, {second:.4g} in the second half"
+    assert facts_table(card.text)["pairwise accuracy in training"] == said
+
+
+def test_each_of_several_evaluation_sets_is_named_with_its_rows(saved, tmp_path):
+    rows = Dataset.from_list(ROWS)
+    saved.eval_dataset = {"ann": rows, "bob": rows.select(range(3))}
+    saved.state.log_history = [
+        {"step": 1, "eval_ann_accuracy": 0.1, "eval_bob_accuracy": 0.2},
+        {"step": 2, "eval_ann_accuracy": 0.6, "eval_ann_accuracy_ci_low": 0.5, "eval_ann_accuracy_ci_high": 0.7},
+        {"step": 2, "eval_bob_accuracy": 0.8},
+    ]
+    saved.create_model_card(dataset_name="me/rankings")
+    text = (tmp_path / "rm" / README).read_text()
+    assert "| pairwise accuracy | 0.6 | 0.5 to 0.7 | 4 | rankings ann, test, step 2 |" in text
+    assert "| pairwise accuracy | 0.8 |  | 3 | rankings bob, test, step 2 |" in text
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_local_base_is_no_hub_id_wherever_the_card_is_written(is_known, causal_lm, tokenizer, tmp_path, monkeypatch):
+    """`runs/base` has the form of a Hub id, and is a folder where training was started."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    causal_lm.save_pretrained(project / "runs" / "base")
+    monkeypatch.chdir(project)
+    trainer = reward_trainer("runs/base", tokenizer, Path("rm"))
+    trainer.save_model()
+    trainer.create_model_card()
+    monkeypatch.chdir(elsewhere)
+    facts = read_facts(project / "rm") if is_known else {}
+    card = build_card(project / "rm", facts, "me/rm")
+    assert (card.data.base_model, card.data.get("base_model_relation")) == (None, None)
+    assert "huggingface.co/runs" not in card.text
+    assert "A LoRA adapter on base." in card.text
+
+
+def test_a_public_base_stays_public_where_a_folder_has_its_name(saved, tmp_path, monkeypatch):
+    saved.create_model_card()
+    (tmp_path / "me" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert build_card(tmp_path / "rm", read_facts(tmp_path / "rm")).data.base_model == "me/base"
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages", "chat", "text"])
+def test_the_code_uses_an_sft_model_as_it_was_trained(kind, base, chat_tokenizer, tmp_path):
+    """Whether or not the tokenizer has a chat template."""
+    user, answer = {"role": "user", "content": "the"}, {"role": "assistant", "content": " cat"}
+    row = {
+        "prompt": {"prompt": "the", "completion": " cat"},
+        "messages": {"messages": [user, answer]},
+        "chat": {"prompt": [user], "completion": [answer]},
+        "text": {"text": "the cat"},
+    }[kind]
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "start")
+    chat_tokenizer.save_pretrained(tmp_path / "start")
+    write_jsonl(tmp_path / "rows.jsonl", [row] * 4)
+    argv = ["--model_name_or_path", str(tmp_path / "start"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    argv += ["--output_dir", str(tmp_path / "sft"), "--max_steps", "1", "--report_to", "none", "--use_cpu", "true"]
+    sft.main([*argv, "--disable_tqdm", "true", "--max_length", "64"])
+    text = (tmp_path / "sft" / README).read_text()
+    assert ("apply_chat_template" in text) == (kind in ("messages", "chat"))
+    assert "on rows.jsonl" in text
+    assert "Supervised fine-tuning" in text
+    run_card(text)
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_the_code_uses_a_model_of_a_stream_as_it_was_trained(is_chat, base, chat_tokenizer, tmp_path):
+    rows = [chat(row) if is_chat else row for row in ROWS]
+    trainer = reward_trainer(base, chat_tokenizer, tmp_path / "rm", rows=rows, stream=True)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert ("apply_chat_template" in (tmp_path / "rm" / README).read_text()) == is_chat
 
 
 # ---- cards that somebody has edited ----

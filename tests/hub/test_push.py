@@ -11,7 +11,7 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 from prefopt import cli
-from prefopt.hub.cards import README
+from prefopt.hub.cards import FACTS, README
 from prefopt.hub.push import HubError, files_to_publish, push_command, push_folder
 from tests.hub.models import dpo_trainer, reward_trainer
 
@@ -240,7 +240,7 @@ def test_win_rates_go_into_the_card_and_stay(hub, folder, tmp_path):
         measure("kl_to_sft", "ppo", 0.9, status="skipped"),
     ]
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"measures": measures}))
+    results.write_text(json.dumps({"measures": measures, "settings": {"judge": "the reward model rm"}}))
     with pytest.raises(
         SystemExit, match="has no numbers of 'policy'; name the model with --results_name, one of: dpo"
     ):
@@ -249,14 +249,39 @@ def test_win_rates_go_into_the_card_and_stay(hub, folder, tmp_path):
     push(folder)
     card = ModelCard(hub.files("me/policy")[README].decode())
     found = {(r.metric_type, r.metric_value, r.metric_name) for r in card.data.eval_results}
+    rate = "win rate against sft, judged by the reward model rm"
     assert found == {
-        ("winrate", 0.7, "win rate against sft (95 % interval 0.6 to 0.8)"),
-        ("gold_reward", 1.5, "gold reward (95 % interval 1.4 to 1.6)"),
+        ("winrate", 0.7, f"{rate} (n = 50, 95 % interval 0.6 to 0.8)"),
+        ("gold_reward", 1.5, "gold reward (n = 50, 95 % interval 1.4 to 1.6)"),
     }
-    assert "| win rate against sft | 0.7 | 0.6 to 0.8 | 50 | prefopt eval |" in card.text
+    assert f"| {rate} | 0.7 | 0.6 to 0.8 | 50 | prefopt eval |" in card.text
     (folder / README).write_text("My own.")
     with pytest.raises(SystemExit, match="edited by hand, so no results are added"):
         push(folder, "--results", str(results), "--results_name", "ppo")
+
+
+def test_a_dry_run_writes_what_would_be_published_and_changes_nothing(hub, base, tokenizer, tmp_path, capsys):
+    reward_trainer(base, tokenizer, tmp_path / "rm").save_model()
+    (tmp_path / "rm" / "optimizer.pt").write_bytes(b"0")
+    before = contents(tmp_path / "rm")
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"measures": [measure("rm.accuracy.g", "rm", 0.7)]}))
+    out = tmp_path / "look"
+    cli.main(["push", str(tmp_path / "rm"), "me/rm", "--dry_run", str(out), "--results", str(results)])
+    assert "nothing was sent" in capsys.readouterr().out
+    assert hub.repositories.keys() == {"me/base"}
+    assert contents(tmp_path / "rm") == before
+    written = contents(out)
+    assert "optimizer.pt" not in written
+    cli.main(["push", str(tmp_path / "rm"), "me/rm", "--results", str(results)])
+    published = hub.files("me/rm")
+    facts = [json.loads(files[FACTS]) for files in (written, published)]
+    assert facts[0] == facts[1]
+    assert all(published[name] == content for name, content in written.items() if name != FACTS)
+    assert b'from_pretrained(base, "me/rm")' in written[README]
+    assert b"pairwise accuracy, g (n = 50" in written[README]
+    with pytest.raises(SystemExit, match="is there already; name a new folder"):
+        cli.main(["push", str(tmp_path / "rm"), "me/rm", "--dry_run", str(out)])
 
 
 def test_an_adapter_on_a_folder_of_this_machine_is_said(hub, causal_lm, tokenizer, tmp_path, caplog):

@@ -187,6 +187,10 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         margins = args.margin_coef > 0
         if isinstance(dataset, IterableDataset):
             if dataset is self._given_stream:
+                first = next(iter(dataset.take(1)), {})
+                text = first.get("prompt", first.get("chosen"))
+                # For the card, which sees the tokens only.
+                self.rows_are_chat = None if text is None else not isinstance(text, str)
                 return ComparisonStream(
                     dataset, processing_class, max_length=args.max_length, ties=args.ties, margins=margins
                 )

@@ -1,5 +1,6 @@
 """What all trainers share on their way to the Hub: the model card, and `push_to_hub`."""
 
+import math
 import os
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -27,10 +29,17 @@ METRICS = {
     "top1": ("best completion ranked first", "top1"),
     "kendall_tau": ("Kendall's tau-b", "kendall_tau"),
     "rewards/accuracies": ("pairwise accuracy of the implicit reward", "accuracy"),
-    "objective/scores": ("score of an episode, before the KL penalty", "reward"),
-    "reward": ("score of an episode", "reward"),
+    "reward": ("score of an episode, before the KL penalty", "reward"),
     "objective/kl": ("KL to the SFT model per episode (nats)", "kl"),
-    "loss": ("loss", "loss"),
+    "loss": ("loss (nats per token)", "loss"),
+}
+# Of these the card tells how they changed in training: no measure of the model, which they were measured while it learned.
+IN_TRAINING = {
+    "accuracy": "pairwise accuracy in training",
+    "rewards/accuracies": "pairwise accuracy of the implicit reward in training",
+    "objective/scores": "score of an episode in training, before the KL penalty",
+    "objective/kl": "KL to the SFT model per episode in training (nats)",
+    "loss/ptx": "loss on pretraining text in training (nats per token)",
 }
 # Settings that a reader looks for even where they are the default.
 ALWAYS = {
@@ -58,7 +67,7 @@ BOOKKEEPING = (
     "steps_per_generation", "num_completions_to_print", "model_init_kwargs", "chat_template_path", "accelerator_config",
     "include_", "batch_eval", "remove_unused", "label_names", "fsdp", "deepspeed", "num_train_epochs", "max_steps",
     "torch_", "skip_memory", "enable_jit", "ignore_data_skip", "activation_", "gradient_checkpointing", "debug",
-    "trust_remote_code",
+    "trust_remote_code", "pad_to_multiple_of",
 )  # fmt: skip
 
 
@@ -71,7 +80,11 @@ class PublishingMixin:
     """
 
     _builds_on: tuple[str, str] | None = None  # a method beside that of `_paper`, and its number on arXiv
-    eval_dataset_name: str | None = None  # for the card; None: it is a split of the dataset trained on
+    # For the card. None: a split of the dataset trained on; as the prompts of `train_dataset` are.
+    eval_dataset_name: str | None = None
+    rows_are_chat: bool | None = None
+    # What was learned from besides the rows, "pretraining text": its file or Hub id.
+    other_datasets: Mapping[str, str] = MappingProxyType({})
     _card_dataset: str | None = None
     _card_tags: Sequence[str] = ()
 
@@ -177,7 +190,7 @@ class PublishingMixin:
             "paper": self._paper,
             "builds_on": self._builds_on,
             "base_model": _origin(self.model),
-            "datasets": [self._card_dataset] if self._card_dataset else [],
+            "datasets": [*filter(None, [self._card_dataset]), *map(_public_name, self.other_datasets.values())],
             "data": {**self._card_data(), **_adapter(self.model, quantization)},
             "hyperparameters": _settings(self.args),
             "quantization": quantization,
@@ -207,15 +220,36 @@ class PublishingMixin:
         args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         data["rows per optimizer step"] = rows
-        return data
+        data |= {what: _public_name(name) for what, name in self.other_datasets.items()}
+        return data | self._card_course()
+
+    def _card_course(self) -> dict[str, str]:
+        """What the log says of the first and the second half of the run, each a mean over its steps."""
+        found = {}
+        for key, title in IN_TRAINING.items():
+            log = [(entry["step"], entry[key]) for entry in self.state.log_history if key in entry]
+            steps = [0, *(step for step, _ in log)]
+            halves: tuple[list, list] = ([], [])
+            for before, (step, value) in zip(steps, log, strict=False):
+                if value is not None and math.isfinite(value) and step > before:
+                    halves[2 * step > steps[-1]].append((step - before, value))
+            said = [
+                f"{sum(n * value for n, value in half) / sum(n for n, _ in half):.4g} in the {name}"
+                for name, half in zip(("first half of the steps", "second half"), halves, strict=True)
+                if half
+            ]
+            found |= {title: ", ".join(said)} if said else {}
+        return found
 
     def _card_results(self) -> list[dict[str, Any]]:
-        """The last evaluation; without one, the last log of training. The loss counts only where nothing else does."""
+        """The last evaluation of each set: nothing that was measured in training, while the model was another from step to
+        step. The loss counts only where nothing else does."""
         evaluated_on = _public_name(self.eval_dataset_name) if self.eval_dataset_name else self._card_dataset
-        for prefix, split, rows, name in (
-            ("eval_", "test", self.eval_dataset, evaluated_on),
-            ("", "train", None, self._card_dataset),
-        ):
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        results = []
+        for name, rows in several.items():
+            prefix = f"eval_{name}_" if name else "eval_"
+            dataset = " ".join(filter(None, [evaluated_on or "local rows", name]))
             for entry in reversed(self.state.log_history):
                 found = [
                     {
@@ -225,23 +259,26 @@ class PublishingMixin:
                         "low": entry.get(f"{prefix}{key}_ci_low"),
                         "high": entry.get(f"{prefix}{key}_ci_high"),
                         "n": len(rows) if isinstance(rows, Dataset) else None,
-                        "dataset": name or "local rows",
-                        "split": split,
+                        "dataset": dataset,
+                        "split": "test",
                         "step": entry.get("step"),
                     }
                     for key, (title, metric) in METRICS.items()
                     if isinstance(entry.get(prefix + key), int | float)
                 ]
                 if found:
-                    return [row for row in found if row["metric"] != "loss"] or found
-        return []
+                    results += [row for row in found if row["metric"] != "loss"] or found
+                    break
+        return results
 
     def _card_format(self) -> dict[str, bool]:
         """Whether rows are chat messages, and whether the template ends an answer with text, behind which EOS is added."""
-        dataset = self.train_dataset
-        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) == 0:
-            return {}
-        if isinstance(dataset[0]["prompt"], str):
+        is_chat, dataset = self.rows_are_chat, self.train_dataset
+        if is_chat is None:
+            if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or len(dataset) == 0:
+                return {}
+            is_chat = not isinstance(dataset[0]["prompt"], str)
+        if not is_chat:
             return {"is_chat": False}
         tokenizer = self.processing_class
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -272,15 +309,19 @@ def _names(modules: str | Collection[str] | None) -> str:
 
 
 def _settings(args: TrainingArguments) -> dict[str, Any]:
-    """Hyperparameters that are not the default of their class, and those of `ALWAYS`."""
+    """Hyperparameters that are not the default of their class, and those of `ALWAYS`, without what the trainer fixes."""
     values, found = args.to_dict(), {}
+    module = sys.modules[type(args).__module__]
+    fixed = {*getattr(module, "FIXED", ()), *getattr(module, "REFUSED", ())}
     for field in fields(args):
         default = field.default_factory() if field.default is MISSING else field.default
         value, name = values.get(field.name), field.name
-        if name.endswith("_token"):  # a secret, or a token of the text, which the tokenizer has: to_dict hides both
+        # A secret, or a token of the text, which the tokenizer has: to_dict hides both.
+        if name.endswith("_token") or name in fixed:
             continue
         is_default = value == default or (default is None and value is False)
         if name in ALWAYS or not (is_default or name.startswith(BOOKKEEPING)):
+            value = ", ".join(map(str, value)) if isinstance(value, list) else value
             found[name] = value if isinstance(value, bool | int | float | str) or value is None else str(value)
     return found
 
@@ -293,7 +334,7 @@ def _adapter(model: PreTrainedModel | PeftModel, quantization: Mapping[str, Any]
         rows["adapter"] = ", ".join(
             f"{name} {value}"
             for name, value in (
-                (config.peft_type.value, "adapter"),
+                (config.peft_type.value.replace("LORA", "LoRA"), "adapter"),
                 ("rank", getattr(config, "r", None)),
                 ("alpha", getattr(config, "lora_alpha", None)),
                 ("dropout", getattr(config, "lora_dropout", None)),
