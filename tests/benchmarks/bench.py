@@ -6,8 +6,8 @@
 A line for each measurement, in a process of its own, one after the other: steps of the reward and DPO trainers with shared
 prefixes against K rows and against TRL's trainers on all pairs (`ranking_step.py`, processor time, so that other work on
 the machine does not count), and an update of PPO against TRL 1.12's trainer (`ppo_step.py`). FOLDER, or the environment's
-PREFOPT_REAL_MODELS, has a pretrained SmolLM2 (or a folder `smollm2` with one), of which there are lines too. Under 15
-minutes on two quiet cores without it.
+PREFOPT_REAL_MODELS, has a pretrained SmolLM2 (or a folder `smollm2` with one), of which there are lines too. About 15
+minutes on a quiet machine.
 
 Columns: median ratio over the repeats after the self-check, [lowest, highest], and the bound, which is the ratio of tokens;
 peak memory of a step, theirs / ours, above what lies there before it. What could not be measured says why, and the rest
@@ -26,18 +26,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RANKINGS = {
-    **{f"{method} K={k}": ["--method", method, "--k", str(k)] for method in ("reward", "dpo") for k in (2, 4, 9)},
+    **{
+        f"{method} K={k}": ["--method", method, "--k", str(k), "--repeats", "3" if k == 9 else "5"]
+        for method in ("reward", "dpo")
+        for k in (2, 4, 9)
+    },
     "reward K=4 LoRA": ["--method", "reward", "--k", "4", "--lora"],
     "dpo K=4 LoRA": ["--method", "dpo", "--k", "4", "--lora"],
     "reward K=4 prompt 1024": ["--method", "reward", "--k", "4", "--prompt", "1024", "--no-trl"],
     "reward K=4 completions 256": ["--method", "reward", "--k", "4", "--completion", "256", "--no-trl"],
     "dpo K=2 completions 256": ["--method", "dpo", "--k", "2", "--completion", "256", "--no-trl"],
 }
-PRETRAINED = {
-    f"SmolLM2 {method} K={k} LoRA": ["--method", method, "--k", str(k), "--lora", "--repeats", "3", "--prompt", "128",
-                                    "--completion", "32"]
-    for method in ("reward", "dpo") for k in (4, 6)
-}  # fmt: skip
+OF_SMOLLM2 = ["--k", "4", "--lora", "--prompt", "128", "--completion", "32", "--repeats", "3"]
+PRETRAINED = {f"SmolLM2 {method} K=4 LoRA": ["--method", method, *OF_SMOLLM2] for method in ("reward", "dpo")}
 PPO = {"ppo LoRA": ["--lora", "--updates", "20"]}
 SMALL = {
     "ranking_step.py": ["--layers", "2", "--hidden", "32", "--vocab", "64", "--prompt", "32", "--completion", "8",

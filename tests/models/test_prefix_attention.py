@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     LlamaConfig,
     LlamaForSequenceClassification,
     MistralConfig,
@@ -278,6 +279,41 @@ def test_which_way_a_layer_takes(plain, dim, dtype, rule, expected, monkeypatch,
     tried.clear()
     choose(plain, *tensors, Rule(**rule))
     assert "flex" not in tried
+
+
+def test_a_model_with_flash_attention_shares_and_is_otherwise_as_it_was_loaded(monkeypatch):
+    """Without a layout its own attention runs, which reads in the configuration which kernel it is."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, num_labels=1, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    ids, mask, prompts = random_rows(random.Random(3))
+    expected = sequence_scores(model, ids, mask)
+    names = []
+
+    def flash_on_the_cpu(module, *args, **kwargs):
+        names.append(module.config._attn_implementation)
+        return AttentionInterface()["sdpa"](module, *args, **kwargs)
+
+    name = "kernels-community/flash-attn2"
+    AttentionInterface.register(name, flash_on_the_cpu)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", name)
+    try:
+        assert prefix_sharing.why_not(model) is None
+        prefix_sharing.enable(model)
+        assert model.config._attn_implementation != name
+        torch.testing.assert_close(sequence_scores(model, ids, mask), expected, rtol=0, atol=1e-6)
+        assert names == [name] * 2
+        packed = sequence_scores(model, ids, mask, packed=pack(ids, mask, prompts))
+        torch.testing.assert_close(packed, expected, rtol=0, atol=1e-6)
+        assert len(names) == 2
+        monkeypatch.setattr(model, "set_attn_implementation", lambda name: names.append(name))
+        prefix_sharing.disable(model)
+        assert names[2:] == [name]
+    finally:
+        del AttentionInterface._global_mapping[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -69,7 +69,8 @@ def prefix_sharing_attention(
         prefix_layout: of the packed row.
     """
     if prefix_layout is None:
-        with _loaded_with(module.config, plain):
+        # Flash attention looks up in the configuration which kernel it is.
+        with _loaded_with(module.config, plain) if is_flash(plain) else nullcontext():
             return _plain_attention(module, plain)(module, query, key, value, attention_mask, **kwargs)
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
@@ -96,7 +97,6 @@ def _plain_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor
 
 @contextmanager
 def _loaded_with(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    # Flash attention looks up there which kernel it is.
     enabled, config._attn_implementation_internal = config._attn_implementation_internal, name
     try:
         yield
