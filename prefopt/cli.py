@@ -30,6 +30,7 @@ GROUPS = {
     "start and help": {
         "pipeline": ("prefopt.recipes.pipeline", "all steps on a small closed world, ending in a report"),
         "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),
+        "frontier": ("prefopt.recipes.frontier", "reward against KL of every method on a pretrained model"),
         "recipes": ("prefopt.recipes.recipes", "settings that work, one folder per purpose: list, copy"),
         "env": ("prefopt.recipes.env", "versions and hardware, for a bug report"),
     },

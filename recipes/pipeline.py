@@ -1,17 +1,19 @@
-"""The whole of InstructGPT on the sandbox: from random weights to PPO-ptx, DPO and a report, in one command.
+"""The whole of InstructGPT in one command: to PPO-ptx, DPO and a report, from random weights or a pretrained model.
 
     prefopt pipeline --config recipes/tiny/pipeline.yaml
+    prefopt pipeline --config recipes/smollm2/pipeline.yaml
 
-Every step below is one `prefopt` command with one YAML file of `config_dir`, and the data between the steps are JSONL
-files in `output_dir/data`; so any step can be replaced by one's own. A finished step is kept: run the command again
-after an interruption and it goes on where it was.
+Without a model the sandbox's closed world is pretrained on; a pretrained model learns to finish sentences of real text
+with a good feeling, of which a lexicon is the gold reward. Every step below is one `prefopt` command with one YAML file of
+`config_dir`, and the data between the steps are JSONL files in `output_dir/data`; so any step can be replaced by one's
+own. A finished step is kept: run the command again after an interruption and it goes on where it was.
 """
 
 import json
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from prefopt.errors import UserError
@@ -21,19 +23,41 @@ from prefopt.inference.jsonl import read_json, read_jsonl, write_json, write_jso
 from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
-from prefopt.recipes import dpo, evaluate, ppo_ptx, reward, sample, sft
+from prefopt.recipes import best_of_n, dpo, evaluate, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
+from prefopt.recipes.common.sources import load_source
 from prefopt.recipes.common.steps import Steps
-from prefopt.sandbox import World, build_model, build_tokenizer, labelers
+from prefopt.sandbox import SentimentWorld, World, build_model, build_tokenizer, labelers
 
-MODELS = ("sft", "ppo", "ppo_ptx", "dpo")
-CONFIGS = ("pretrain", "sft", "sample", "reward", "ppo_start", "ppo", "ppo_ptx", "dpo", "evaluate")
 TINY = Path(__file__).parent / "tiny"
+Step = tuple[str, str, Callable[[], None]]
+# Steps that are no command with settings of its own.
+WITHOUT_FILE = ("data", "label", "select")
 
 
 @dataclass
-class PipelineArguments:
-    """Sizes of the sandbox run; the training settings are in the YAML files of `config_dir`."""
+class RealTextArguments:
+    """A pretrained model and text, in place of the sandbox's."""
+
+    model_name_or_path: str | None = setting(
+        None, "Pretrained model to start from, folder or Hub id; default: a small one from random weights."
+    )
+    texts: list[str] = setting(
+        lambda: [], "With a pretrained model: rows {text} whose sentences it learns to finish, files or Hub ids."
+    )
+    pretrain_text: str | None = setting(None, "With a pretrained model: rows {text} that PPO-ptx trains on.")
+    pretrain_config: str | None = setting(None, "Configuration of pretrain_text, if that is a Hub id.")
+    heldout_text: str | None = setting(
+        None, "Rows {text} of which the alignment tax is measured; default: the split `test` of pretrain_text."
+    )
+
+
+REAL_TEXT = [field.name for field in fields(RealTextArguments)]
+
+
+@dataclass
+class PipelineArguments(RealTextArguments):
+    """Sizes of the run; the training settings are in the YAML files of `config_dir`."""
 
     output_dir: str = setting("runs/demo", "Folder of models, data and the report.")
     config_dir: str | None = setting(
@@ -58,44 +82,80 @@ def command_line(config: Path | str, **keys: object) -> list[str]:
 class Pipeline:
     """The steps, in the order of the paper; each method is one."""
 
+    models = ("sft", "ppo", "ppo_ptx", "dpo")
+    # The model that is sampled from for the labelers, and that the reward model starts from.
+    sampled = "sft-epochs"
+    recipe = "tiny"
+
     def __init__(self, args: PipelineArguments) -> None:
         self.args = args
         self.root = Path(args.output_dir)
         self.data = self.root / "data"
         self.configs = Path(args.config_dir or TINY)
-        self.world = World(seed=args.seed)
+        self.world = self.make_world()
 
-    def run(self) -> None:
-        """All steps; those that are done are skipped."""
-        plan: list[tuple[str, str, Callable[[], None]]] = [
+    def make_world(self) -> World | SentimentWorld:
+        return World(seed=self.args.seed)
+
+    def plan(self) -> list[Step]:
+        """Name, title and work of every step."""
+        return [
             ("data", "the world: corpus, prompts, demonstrations", self.write_data),
             ("pretrain", "pretrain the base model", self.pretrain),
             ("sft", "supervised fine-tuning, every epoch saved", self.sft),
+            *self.to_reward_model(),
+            ("select", "choose the SFT epoch by reward-model score", self.select),
+            ("ppo_start", "the start of PPO: demonstrations + 10 % pretraining text", self.ppo_start),
+            *self.policies(),
+            ("evaluate", "evaluate and report", self.evaluate),
+        ]
+
+    def to_reward_model(self) -> list[Step]:
+        return [
             ("sample", "sample K = 4..9 completions per prompt", self.sample),
             ("label", "simulated labelers rank them", self.label),
             ("reward", "reward model from the rankings", self.reward),
-            ("select", "choose the SFT epoch by reward-model score", self.select),
-            ("ppo_start", "the start of PPO: demonstrations + 10 % pretraining text", self.ppo_start),
+        ]
+
+    def policies(self) -> list[Step]:
+        return [
             ("ppo", "PPO", self.ppo),
             ("ppo_ptx", "PPO-ptx", self.ppo_ptx),
             ("dpo", "DPO from rankings", self.dpo),
-            ("evaluate", "evaluate and report", self.evaluate),
         ]
+
+    def run(self, steps: Sequence[Step] | None = None) -> None:
+        """All steps, or the first ones; those that are done are skipped. A report ends the last one."""
+        every = self.plan()
         # All files at once: a mistake in a later step would be met after an hour.
-        settings = {name: read_config(str(self.configs / f"{name}.yaml")) for name in CONFIGS}
-        steps = Steps(self.root, total=len(plan))
+        settings = {name: read_config(str(self.config(name))) for name, _, _ in every if name not in WITHOUT_FILE}
+        done = Steps(self.root, total=len(every))
         sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
-        for name, title, work in plan:
-            steps.run(name, title, {"pipeline": sizes, "step": settings.get(name)}, work)
-        # On every run, so that the wall time of the evaluation itself is in it.
-        self.evaluation("report", steps.seconds)
-        steps.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
+        # What is at its default of no model is not in the markers of runs before there were these keys.
+        if self.args.model_name_or_path is None:
+            sizes = {key: value for key, value in sizes.items() if key not in REAL_TEXT}
+        for name, title, work in every if steps is None else steps:
+            done.run(name, title, {"pipeline": sizes, "step": settings.get(name)}, work)
+        if steps is None:
+            # On every run, so that the wall time of the evaluation itself is in it.
+            self.evaluation("report", done.seconds)
+            done.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
+
+    def config(self, name: str) -> Path:
+        """The settings of a step."""
+        path = self.configs / f"{name}.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"config_dir {str(self.configs)!r} has no {path.name}; `prefopt recipes copy {self.recipe}` copies a "
+                "folder that has all"
+            )
+        return path
 
     def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
         """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""
         if "output_dir" in keys and name != "evaluate":  # what a try of this step left that did not end
             shutil.rmtree(str(keys["output_dir"]), ignore_errors=True)
-        main(command_line(self.configs / f"{name}.yaml", seed=self.args.seed, **keys))
+        main(command_line(self.config(name), seed=self.args.seed, **keys))
 
     # ---- the three steps ----------------------------------------------------------------------------------------
     def write_data(self) -> None:
@@ -106,7 +166,8 @@ class Pipeline:
             prompts = world.prompts(split, getattr(args, f"{split}_prompts"))
             rows = [{"prompt": prompt, "use_case": world.use_case(prompt)} for prompt in prompts]
             write_jsonl(self.data / f"prompts_{split}.jsonl", rows)
-        write_jsonl(self.data / "tasks.jsonl", [asdict(task) for task in world.knowledge_tasks()])
+        if isinstance(world, World):
+            write_jsonl(self.data / "tasks.jsonl", [asdict(task) for task in world.knowledge_tasks()])
         for split in ("sft", "tuning"):
             rows = world.demonstrations(split, getattr(args, f"{split}_prompts"))
             write_jsonl(self.data / f"demonstrations_{split}.jsonl", rows)
@@ -127,7 +188,7 @@ class Pipeline:
 
     def sample(self) -> None:
         for split in ("rm", "test"):
-            self.step(sample.main, "sample", model_name_or_path=self.root / "sft-epochs",
+            self.step(sample.main, "sample", model_name_or_path=self.root / self.sampled,
                       dataset_name=self.data / f"prompts_{split}.jsonl", output=self.data / f"samples_{split}.jsonl", overwrite=True,
                       max_new_tokens=self.args.max_new_tokens)  # fmt: skip
 
@@ -144,7 +205,7 @@ class Pipeline:
             write_jsonl(self.data / f"rankings_{split}_{group}_labelers.jsonl", rows)
 
     def reward(self) -> None:
-        self.step(reward.main, "reward", model_name_or_path=self.root / "sft-epochs",
+        self.step(reward.main, "reward", model_name_or_path=self.root / self.sampled,
                   dataset_name=self.data / "rankings_rm_train_labelers.jsonl",
                   center_on=self.data / "demonstrations_sft.jsonl", output_dir=self.root / "reward")  # fmt: skip
 
@@ -223,9 +284,8 @@ class Pipeline:
         keys = {
             "output_dir": root / "evaluation",
             "report_dir": root,
-            "models": json.dumps({name: str(root / name) for name in MODELS}),
+            "models": json.dumps(self.evaluated()),
             "prompts": data / "prompts_test.jsonl",
-            "heldout_use_case": self.world.held_out_use_case,
             "max_new_tokens": self.args.max_new_tokens,
             "human_judgements": root / "evaluation" / "labels.jsonl",
             "labeler_groups": json.dumps(
@@ -236,8 +296,7 @@ class Pipeline:
             "rankings": json.dumps({f"{g}_labelers": str(data / f"rankings_test_{g}_labelers.jsonl") for g in groups}),
             "reward_demonstrations": data / "demonstrations_sft.jsonl",
             "pretraining_text": data / "corpus_test.jsonl",
-            "heldout_tasks": data / "tasks.jsonl",
-            "sft_selection": root / "sft_selection.json",
+            **self.more_to_evaluate(),
         }
 
         def run(argv: list[str]) -> None:
@@ -245,10 +304,22 @@ class Pipeline:
 
         self.step(run, "evaluate", **keys)
 
+    def evaluated(self) -> dict[str, str]:
+        """Name and place of every model."""
+        return {name: str(self.root / name) for name in self.models}
+
+    def more_to_evaluate(self) -> dict[str, object]:
+        """What only a closed world has."""
+        return {
+            "heldout_use_case": self.world.held_out_use_case,
+            "heldout_tasks": self.data / "tasks.jsonl",
+            "sft_selection": self.root / "sft_selection.json",
+        }
+
     def label_completions(self) -> None:
         """A labeler of each group ranks, rates and flags the models' samples of every held-out prompt."""
         run = EvaluationRun(self.root / "evaluation")
-        drawn = {name: [row for row in run.completions(name) if row["sample"] == 0] for name in MODELS}
+        drawn = {name: [row for row in run.completions(name) if row["sample"] == 0] for name in self.evaluated()}
         rng = random.Random(f"{self.args.seed} evaluation")
         people = [labelers(self.world, group) for group in ("train", "heldout")]
         rows = []
@@ -260,14 +331,69 @@ class Pipeline:
         write_jsonl(run.folder / "labels.jsonl", rows)
 
 
+class PretrainedPipeline(Pipeline):
+    """The steps from a pretrained model on, on real text: one SFT run, in which what `sft` means ends, and best-of-n."""
+
+    sampled = "sft"
+    recipe = "smollm2"
+
+    def make_world(self) -> SentimentWorld:
+        args = self.args
+        if not args.texts or not args.pretrain_text:
+            raise UserError("texts and pretrain_text are required with model_name_or_path: rows {text}")
+        held_out = (
+            (args.heldout_text, None, "train")
+            if args.heldout_text
+            else (args.pretrain_text, args.pretrain_config, "test")
+        )
+        return SentimentWorld(
+            [text for name in args.texts for text in _texts(name, "texts")],
+            _texts(args.pretrain_text, "pretrain_text", args.pretrain_config),
+            _texts(held_out[0], "heldout_text", *held_out[1:]),
+            seed=args.seed,
+        )
+
+    def plan(self) -> list[Step]:
+        return [
+            ("data", "the text: sentences to finish, demonstrations, documents", self.write_data),
+            ("sft", "supervised fine-tuning", self.sft),
+            *self.to_reward_model(),
+            *self.policies(),
+            ("best_of_n", "best of n by the reward model", self.best_of_n),
+            ("evaluate", "evaluate and report", self.evaluate),
+        ]
+
+    def sft(self) -> None:
+        self.step(sft.main, "sft", model_name_or_path=self.args.model_name_or_path,
+                  dataset_name=self.data / "demonstrations_sft.jsonl", output_dir=self.root / "sft")  # fmt: skip
+
+    def best_of_n(self) -> None:
+        self.step(best_of_n.main, "best_of_n", model_name_or_path=self.root / "sft",
+                  reward_model_name_or_path=self.root / "reward", dataset_name=self.data / "prompts_test.jsonl",
+                  output=self.root / "best_of_n.jsonl", overwrite=True,
+                  max_new_tokens=self.args.max_new_tokens)  # fmt: skip
+
+    def evaluated(self) -> dict[str, str]:
+        return super().evaluated() | {"best_of_n": str(self.root / "best_of_n.jsonl")}
+
+    def more_to_evaluate(self) -> dict[str, object]:
+        return {}
+
+
+def _texts(name: str, key: str, config: str | None = None, split: str = "train") -> list[str]:
+    rows = load_source(name, key, split, config)
+    if "text" not in rows.column_names:
+        raise UserError(f"{key}: {name} has no column 'text'; its columns are {', '.join(rows.column_names)}")
+    return [text for text in rows["text"] if text]
+
+
+def pipeline_of(args: PipelineArguments) -> Pipeline:
+    """The pipeline that the arguments ask for."""
+    return (Pipeline if args.model_name_or_path is None else PretrainedPipeline)(args)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
     (args,) = parse((PipelineArguments,), argv, "prefopt pipeline", __doc__)
     args.config_dir = str(args.config_dir or config_folder(argv) or TINY)
-    missing = [name for name in CONFIGS if not Path(args.config_dir, f"{name}.yaml").is_file()]
-    if missing:
-        raise UserError(
-            f"config_dir {args.config_dir!r} has no {missing[0]}.yaml; `prefopt recipes copy tiny` copies a folder "
-            "that has all"
-        )
-    Pipeline(args).run()
+    pipeline_of(args).run()

@@ -26,7 +26,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "hub": ({"models"}, {"huggingface_hub", "peft", "safetensors", "torch", "transformers"}),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy"}),
     "labeling": ({"rankings", "statistics", "inference"}, {"numpy", "scipy", "markdown_it"}),
-    "sandbox": ({"rankings", "labeling"}, MODELS | {"numpy"}),
+    "sandbox": ({"rankings", "labeling"}, MODELS | {"numpy", "vaderSentiment"}),
     "memory": ({"models"}, MODELS),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
     "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory"}, None),

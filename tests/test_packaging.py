@@ -99,7 +99,7 @@ def test_the_wheel_tells_what_it_is(wheel):
     assert metadata["Version"] == prefopt.__version__
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().startswith("# prefopt")
-    assert set(metadata.get_all("Provides-Extra")) == {"eval", "label", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"eval", "sentiment", "label", "dev"}
     required = {
         (requirement := Requirement(line)).name: requirement.specifier
         for line in metadata.get_all("Requires-Dist")

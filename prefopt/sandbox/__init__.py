@@ -4,6 +4,7 @@ from prefopt.sandbox.corpus import Task
 from prefopt.sandbox.gold import GoldScore
 from prefopt.sandbox.labeling import FLAGS, Labeler, labelers
 from prefopt.sandbox.model import build_model, build_tokenizer
+from prefopt.sandbox.sentiment import SentimentWorld
 from prefopt.sandbox.world import SPLIT_SIZES, World
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "SPLIT_SIZES",
     "GoldScore",
     "Labeler",
+    "SentimentWorld",
     "Task",
     "World",
     "build_model",

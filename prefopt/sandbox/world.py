@@ -8,13 +8,15 @@ from prefopt.errors import UserError
 from prefopt.sandbox.answers import DEMONSTRATOR, write_answer
 from prefopt.sandbox.corpus import Knowledge, Task, write_document
 from prefopt.sandbox.facts import Facts
-from prefopt.sandbox.gold import GoldScore, gold_reward
+from prefopt.sandbox.gold import WEIGHTS, GoldScore, gold_reward
 from prefopt.sandbox.tasks import HELD_OUT_USE_CASE, USE_CASE_SHARES, combinations, draw_prompt, parse_prompt
 
 # Prompts of each split, and the share of entity x template combinations set aside for it. "forum" prompts appear only
 # inside pretraining documents.
 SPLIT_SIZES = {"forum": 4500, "sft": 1200, "rm": 1600, "rl": 4000, "tuning": 300, "test": 500}
 _SPLIT_SHARES = {"forum": 0.20, "sft": 0.18, "rm": 0.18, "rl": 0.22, "tuning": 0.09, "test": 0.13}
+# Held-out labelers care more about truth and less about courtesy than those who label the training data.
+_HELD_OUT_CARE = {"follow": 1.0, "constraint": 0.9, "truth": 1.25, "polite": 0.8}
 
 
 class World:
@@ -27,6 +29,12 @@ class World:
     """
 
     held_out_use_case = HELD_OUT_USE_CASE
+    lowest_reward = 0.0
+    labeler_noise, tie_width = 1.45, 0.45
+    labeler_weights = {  # noqa: RUF012
+        "train": WEIGHTS,
+        "heldout": {name: weight * _HELD_OUT_CARE[name] for name, weight in WEIGHTS.items()},
+    }
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -99,6 +107,17 @@ class World:
     def gold_reward(self, prompt: str, completion: str) -> GoldScore:
         """The gold score of a completion; see `prefopt.sandbox.gold.gold_reward`."""
         return gold_reward(self.facts, prompt, completion)
+
+    def flags(self, score: GoldScore) -> dict[str, bool]:
+        """Which of Table 3's flags an answer of this score deserves; of the others this world knows nothing."""
+        rude = score.polite == 0.0
+        return {
+            "fails_to_follow_instruction": score.follow < 0.5,
+            "inappropriate_for_customer_assistant": rude,
+            "hallucination": score.truth < score.follow,
+            "satisfies_constraint": score.constraint >= 0.5,
+            "expresses_opinion": rude,
+        }
 
     def corpus(self, split: str, n: int) -> list[str]:
         """`n` distinct pretraining documents of "train" or "test"; no text occurs in both."""

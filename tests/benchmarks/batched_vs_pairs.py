@@ -29,7 +29,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
-from math import cos, pi
+from math import cos, inf, pi
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class Budget(TrainerCallback):
 
     def __init__(self, match: str, limit: float, learning_rate: float):
         self.match, self.limit, self.learning_rate = match, limit, learning_rate
+        self.seconds = inf  # at the latest
         self.spent = dict.fromkeys(MATCHES, 0)
         self.is_training = False
 
@@ -81,7 +82,7 @@ class Budget(TrainerCallback):
         self.is_training, self.start = True, (time.perf_counter(), time.process_time())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any, **kwargs: Any) -> None:
-        share = min(1.0, self.spent[self.match] / self.limit)
+        share = min(1.0, max(self.spent[self.match] / self.limit, self.spent["seconds"] / self.seconds))
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate * min(1, share / 0.05 + 0.02) * (0.55 + 0.45 * cos(pi * share))
 
@@ -89,7 +90,7 @@ class Budget(TrainerCallback):
         self.spent["steps"] += 1
         self.spent["seconds"] = time.perf_counter() - self.start[0]
         self.spent["cpu_seconds"] = time.process_time() - self.start[1]
-        control.should_training_stop = self.spent[self.match] >= self.limit
+        control.should_training_stop = self.spent[self.match] >= self.limit or self.spent["seconds"] >= self.seconds
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.is_training = False

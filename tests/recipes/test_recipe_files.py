@@ -14,7 +14,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import get_reward_bias
-from prefopt.recipes import best_of_n, dpo, evaluate, pipeline, ppo_ptx, reward, sample, sft, sweep
+from prefopt.recipes import best_of_n, dpo, evaluate, frontier, pipeline, ppo_ptx, reward, sample, sft, sweep
 from prefopt.recipes.common import training
 from prefopt.recipes.recipes import copy
 from tests.conftest import tiny_config
@@ -37,6 +37,7 @@ STEPS = {
     "evaluate": evaluate,
     "pipeline": pipeline,
     "sweep": sweep,
+    "frontier": frontier,
 }
 
 
