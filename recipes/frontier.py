@@ -230,6 +230,9 @@ class Frontier:
         if self.args.dry_run:
             return
         (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        for seed in self.seeds:
+            if seed.is_prepared:  # by the same settings, or this stops
+                seed.pipeline.run(seed.first_steps())
         while (job := self.next_job()) is not None:
             name, work, lock = job
             start = time.monotonic()
