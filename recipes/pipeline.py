@@ -92,6 +92,8 @@ class Pipeline:
         self.root = Path(args.output_dir)
         self.data = self.root / "data"
         self.configs = Path(args.config_dir or TINY)
+        for name in self.steps_with_file():
+            self.config(name)
         self.world = self.make_world()
 
     def make_world(self) -> World | SentimentWorld:
@@ -128,7 +130,7 @@ class Pipeline:
         """All steps, or the first ones; those that are done are skipped. A report ends the last one."""
         every = self.plan()
         # All files at once: a mistake in a later step would be met after an hour.
-        settings = {name: read_config(str(self.config(name))) for name, _, _ in every if name not in WITHOUT_FILE}
+        settings = {name: read_config(str(self.config(name))) for name in self.steps_with_file()}
         done = Steps(self.root, total=len(every))
         sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
         # What is at its default of no model is not in the markers of runs before there were these keys.
@@ -140,6 +142,9 @@ class Pipeline:
             # On every run, so that the wall time of the evaluation itself is in it.
             self.evaluation("report", done.seconds)
             done.console.print(f"report: {self.root / 'report.html'}\nresults: {self.root / 'results.json'}")
+
+    def steps_with_file(self) -> list[str]:
+        return [name for name, _, _ in self.plan() if name not in WITHOUT_FILE]
 
     def config(self, name: str) -> Path:
         """The settings of a step."""
