@@ -88,6 +88,10 @@ def _light(results: Results, stage: Stage, question: Question, model: str, again
         return Light(compared[0]["status"], reason=compared[0]["reason"])
     if not known:
         note = (results.content.get("notes") or {}).get(stage.key)
+        # A missing number of the model's own says why; its difference to the baseline is then not even named.
+        alone = next((m for m in of_model if m["against"] is None and m["reason"]), None)
+        if alone and not note:
+            return Light(alone["status"], reason=alone["reason"])
         has_run = stage.key in (results.content.get("stages") or {})
         remedy = "was run without it" if has_run else "gives it"
         why = no_number(note or f"not measured; `prefopt eval {stage.name}` {remedy}")
@@ -120,7 +124,7 @@ def verdict(results: Results) -> str:
     if not parts:
         return f"No model was compared with {label(baseline)}."
     judge = results.settings.get("judge") or "a judge that is not named"
-    sentence = f"By win rate under {judge} " + "; ".join(parts)
+    sentence = f"By win rate under {judge}, " + "; ".join(parts)
     tax = results.find("pretraining_bits_per_byte", "ppo_ptx", "ppo")
     if tax and tax["value"] is not None:
         sure = {"good": "less", "bad": "more", "": ""}[better_or_worse(tax)]
@@ -314,7 +318,8 @@ def numbers(results: Results) -> list[Block]:
     for (definition, source), members in families(measures).items():
         rows += [Line(Cell(definition, source), kind="group"), *map(_row, members)]
     heads = ["name", "model", "value", "95 % interval", Cell("n", "prompts"), "status"]
-    settings = ", ".join(f"{k} = {v}" for k, v in results.settings.items())
+    shown = {k: ", ".join(v) if isinstance(v, list) else v for k, v in results.settings.items() if v is not None}
+    settings = "; ".join(f"{k} = {v}" for k, v in shown.items())
     title = f"All {len(measures)} numbers with their definitions"
     why, line = "Missing numbers and why", "{reason} — {names}"
     missing = missing_numbers(why, measures, lambda m: f"{m['name']} ({label(m['model'])})", line)

@@ -23,6 +23,9 @@ LABELS = {
 }
 
 
+# Of numbers that one reason leaves missing, as many are named; all of them stand in the table of every number.
+MOST_NAMES = 12
+
 # Characters that a browser or an editor obeys instead of showing: control codes, changes of the writing direction,
 # halves of characters.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -212,7 +215,10 @@ def missing_numbers(
     for m in measures:
         if m["status"] != "ok":
             names.setdefault(f"{m['status']}: {m['reason']}", {})[called(m)] = None
-    items = [("", line.format(names=", ".join(of), reason=reason)) for reason, of in names.items()]
+    items = []
+    for reason, of in names.items():
+        more = f" and {len(of) - MOST_NAMES} more" if len(of) > MOST_NAMES else ""
+        items.append(("", line.format(names=", ".join([*of][:MOST_NAMES]) + more, reason=reason)))
     return [Fold(title, [Items(items)])] if items else []
 
 

@@ -428,7 +428,7 @@ def section(results: tables.Results) -> list[tables.Block]:
         *(t for s, ask in minus for t in results.table([ask], [tables.Column(_group(g), s, f".{g}") for g in groups])),
         "Share of strictly ranked pairs in the labelers' order. Longer wins and majority (always the first, or always "
         "the last) see no quality. Labelers: how often two of them order a pair alike, within the group where two "
-        "ranked the same completions, else with those of another group; gold: the gold reward's own accuracy. Ratio: "
+        "ranked the same two completions, else with those of another group; gold: the gold reward's own accuracy. Ratio: "
         "the first reward model to the labelers' agreement, or to gold where nobody's rankings overlap. A policy's "
         "reward is DPO's implicit one, beta times its log-probability ratio to the baseline.",
         *(_reliability(scorer, bins) for scorer, bins in data["reliability"].items()),

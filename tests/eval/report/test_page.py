@@ -206,7 +206,7 @@ def test_a_broken_section_does_not_cost_the_others(results, tmp_path, caplog):
 
 def test_verdict(results):
     assert verdict(Results(results)) == (
-        "By win rate under the gold reward PPO-ptx (0.61, 95 % interval 0.58 to 0.64) beats SFT; "
+        "By win rate under the gold reward, PPO-ptx (0.61, 95 % interval 0.58 to 0.64) beats SFT; "
         "DPO (0.44, 95 % interval 0.41 to 0.47) loses to SFT; "
         "PPO (0.51, 95 % interval 0.48 to 0.54) cannot be told from SFT; "
         "PPO-ptx forgets less of the pretraining text than PPO (−0.050 bits per byte, −0.070 to −0.030)."
@@ -255,7 +255,7 @@ def test_what_was_not_tried_is_said_once(results, tmp_path):
         results["measures"].append(measure("winrate_heldout_use_case", model, Skipped(reason), against="sft"))
     build_report(results, tmp_path)
     for name in ("report.html", "report.md"):
-        text = (tmp_path / name).read_text(encoding="utf-8").replace("\\", "")
+        text = re.sub("</?code>", "`", (tmp_path / name).read_text(encoding="utf-8").replace("\\", ""))
         glance = text.partition("The models in numbers")[0]
         shown = re.sub(r' title="[^"]*"', "", glance)
         assert shown.count(reason) == 1
@@ -269,9 +269,26 @@ def test_what_was_not_tried_is_said_once(results, tmp_path):
 def test_the_judge_is_the_one_that_judged(results, tmp_path):
     results["settings"]["judge"] = "the reward model rm300"
     _, page = page_of(results, tmp_path)
-    assert page.text.count("By win rate under the reward model rm300 PPO-ptx") == 1
+    assert page.text.count("By win rate under the reward model rm300, PPO-ptx") == 1
     assert "Is it better? The judge: the reward model rm300" in page.text
     assert "gold reward as the judge" not in page.text
+
+
+def test_a_light_is_out_for_the_reason_that_its_own_number_gives(results):
+    results["stages"] = {"diversity": {"baseline": "sft"}, "tax": {"baseline": "sft"}}
+    reason = "one sample per prompt"
+    results["measures"].append(measure("diversity.unique.per_prompt", "ppo", Skipped(reason)))
+    assert row(results, "… to the same prompt?")[1]["ppo"].reason == reason
+    # Running again a stage that has run would give nothing more.
+    results["measures"] = [m for m in results["measures"] if m["name"] != "pretraining_bits_per_byte"]
+    assert row(results, "Still predicts")[1]["ppo"].reason == "not measured; `prefopt eval tax` was run without it"
+
+
+def test_many_numbers_that_one_reason_leaves_missing_are_counted(results, tmp_path):
+    results["measures"] += [measure(f"flag.a{i}", "ppo", Skipped("nobody said")) for i in range(30)]
+    _, page = page_of(results, tmp_path)
+    assert "flag.a11 (PPO) and 18 more" in page.text
+    assert page.text.count("flag.a12") == 1  # in the table of every number
 
 
 def test_of_several_benchmarks_one_that_is_worse_makes_the_light(results, tmp_path):
