@@ -9,11 +9,15 @@ export TOKENIZERS_PARALLELISM = false
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
 	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
 
-test: .venv/installed  ## One worker per core, one thread each: tiny tensors gain nothing from more
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+# One worker per core, one thread each: tiny tensors gain nothing from more. A worker has whole files, whose fixtures are
+# made once, until it takes from the other's rest.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test: .venv/installed  ## Everything
+	$(PYTEST)
 
 test-fast: .venv/installed  ## Without the files marked slow: the arithmetic, the rows, the commands, each in moments
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: .venv/installed  ## Ratios against K rows and against TRL in one table, with the bound of each; FOLDER=models/smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench.py $(FOLDER)

@@ -37,6 +37,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# The shape of Qwen3-8B-Base, from its public config.json.
+QWEN3_8B = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -82,6 +93,12 @@ def forget_prefopt() -> None:
 def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of most tests are too short for shared prefixes to pay; they are shared all the same."""
     monkeypatch.setattr(prefix_sharing, "MIN_SAVED_TOKENS", 0)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts of tests/benchmarks can be imported."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The benchmarks run and their three sides compute the same step; nothing here looks at a time."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ TINY = ["--layers", "2", "--hidden", "32", "--vocab", "64", "--repeats", "2", "-
 
 
 @pytest.fixture
-def ranking_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+def ranking_step(monkeypatch, benchmarks):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # what it would set for good
     import ranking_step
 
@@ -88,7 +86,7 @@ def test_scaling_fits_exponents(ranking_step, tmp_path):
 
 
 @pytest.fixture
-def file_switches(ranking_step):
+def file_switches(benchmarks):
     import file_switches
 
     return file_switches
@@ -128,8 +126,7 @@ def test_file_switches_of_every_trainer(file_switches, capsys, monkeypatch):
 
 
 @pytest.fixture
-def label_next(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+def label_next(benchmarks):
     import label_next
 
     return label_next

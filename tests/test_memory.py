@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,20 +28,10 @@ from prefopt.memory import (
     peak,
 )
 from prefopt.models.prefix import sharing as prefix_sharing
+from tests.conftest import QWEN3_8B
 
 pytestmark = pytest.mark.slow
 
-# Qwen3-8B-Base, from its public config.json.
-QWEN3_8B = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
 LORA = LoraConfig(r=16, target_modules="all-linear", lora_dropout=0.0)
 GIB = 2**30
 
@@ -336,10 +325,9 @@ def test_what_cannot_fit_says_so_and_what_fits_shorter_is_found():
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def benchmark(monkeypatch, benchmarks):
     # as users have it; other tests share all prefixes
     monkeypatch.setattr(prefix_sharing, "MIN_SAVED_TOKENS", 64)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
     import memory_plan_error
 
     return memory_plan_error

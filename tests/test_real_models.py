@@ -15,18 +15,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
-from prefopt import (
-    PPOPtxConfig,
-    PPOPtxTrainer,
-    RankedDPOConfig,
-    RankedDPOTrainer,
-    RankedRewardConfig,
-    RankedRewardTrainer,
-    load_reward_model,
-)
+from prefopt import PPOPtxConfig, PPOPtxTrainer, load_reward_model
 from prefopt.models.reward import sequence_scores
 from prefopt.rankings.tokens import build_ids
 from tests.test_matrix import LANGUAGE, SCALAR, padded
+from tests.trainers.conftest import CLASSES, settings
 
 FOLDER = os.environ.get("PREFOPT_REAL_MODELS")
 MODELS = sorted(path.parent for path in Path(FOLDER).glob("*/config.json")) if FOLDER else []
@@ -51,18 +44,26 @@ def model_folder(request):
     return str(request.param)
 
 
-def settings(tmp_path, **options):
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "max_steps": 2,
-        "learning_rate": 1e-4,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "per_device_train_batch_size": 2,
+def two_steps(tmp_path, **options):
+    return settings(
+        tmp_path / "run",
+        max_steps=2,
+        learning_rate=1e-4,
+        logging_steps=1,
+        per_device_train_batch_size=2,
         **options,
-    }
+    )
+
+
+def ranked_trainer(kind, model_folder, tmp_path):
+    trainer, config = CLASSES[kind]
+    return trainer(
+        model_folder,
+        args=config(**two_steps(tmp_path)),
+        train_dataset=Dataset.from_list(RANKED),
+        peft_config=LoraConfig(task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", **LORA),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+    )
 
 
 def logged(trainer, key):
@@ -86,38 +87,20 @@ def test_padded_batches_equal_single_rows(model_folder):
 
 
 def test_a_reward_model_is_saved_and_scores_as_trained(model_folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    args = RankedRewardConfig(**settings(tmp_path))
-    adapter = LoraConfig(task_type="SEQ_CLS", **LORA)
-    trainer = RankedRewardTrainer(
-        model_folder,
-        args=args,
-        train_dataset=Dataset.from_list(RANKED),
-        peft_config=adapter,
-        processing_class=tokenizer,
-    )
+    trainer = ranked_trainer("reward", model_folder, tmp_path)
     trainer.train()
     assert logged(trainer, "loss")[0] < 1.2  # log 2 on average, whatever the scale of the hidden states
     texts = [row["prompt"] for row in RANKED], [row["completions"][0] for row in RANKED]
     trained = trainer.score(*texts)
     trainer.save_model()
-    rows = [x + y for x, y in (build_ids(tokenizer, *text) for text in zip(*texts, strict=True))]
+    rows = [x + y for x, y in (build_ids(trainer.processing_class, *text) for text in zip(*texts, strict=True))]
     with torch.no_grad():
         loaded = sequence_scores(load_reward_model(tmp_path / "run"), *padded(rows, "right"))
     assert loaded.tolist() == pytest.approx(trained, abs=1e-4)
 
 
 def test_dpo_starts_at_its_reference(model_folder, tmp_path):
-    args = RankedDPOConfig(**settings(tmp_path))
-    adapter = LoraConfig(task_type="CAUSAL_LM", **LORA)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    trainer = RankedDPOTrainer(
-        model_folder,
-        args=args,
-        train_dataset=Dataset.from_list(RANKED),
-        peft_config=adapter,
-        processing_class=tokenizer,
-    )
+    trainer = ranked_trainer("dpo", model_folder, tmp_path)
     trainer.train()
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
@@ -127,7 +110,8 @@ def test_dpo_starts_at_its_reference(model_folder, tmp_path):
 def test_ppo_ptx_starts_at_its_reference(model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     args = PPOPtxConfig(
-        **settings(tmp_path, max_completion_length=8, ptx_max_length=64, ptx_batch_ratio=0.5, learning_rate=1e-5)
+        **two_steps(tmp_path, max_completion_length=8, ptx_max_length=64, ptx_batch_ratio=0.5)
+        | {"learning_rate": 1e-5}
     )
     adapter = LoraConfig(task_type="CAUSAL_LM", **LORA)
     trainer = PPOPtxTrainer(

@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +49,7 @@ OPTIONS = [
 
 
 @pytest.fixture
-def allocations(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def allocations(benchmarks):
     import memory_plan_error
 
     return memory_plan_error.allocations

@@ -12,25 +12,15 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.memory import STEPS
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
+from tests.conftest import QWEN3_8B
 
 pytestmark = pytest.mark.slow
-
-SIZES = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
 
 
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "qwen3-8b"
-    Qwen3Config(**SIZES).save_pretrained(folder)
+    Qwen3Config(**QWEN3_8B).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     return str(folder)
 
@@ -132,7 +122,7 @@ def settings_from(tmp_path):
     def settings_from(step, **options):
         args = on_its_machine(ARGUMENTS[step][1])(output_dir=str(tmp_path), report_to="none", **options)
         model_args = ModelConfig(model_name_or_path=str(tmp_path))
-        return settings_of(step, Qwen3Config(**SIZES), PlanArguments(), args, model_args)
+        return settings_of(step, Qwen3Config(**QWEN3_8B), PlanArguments(), args, model_args)
 
     return settings_from
 
@@ -166,7 +156,7 @@ def test_dpo_can_compute_its_reference_before(settings_from):
 
 @pytest.mark.usefixtures("plain_activations")
 def test_an_adapter_of_the_step_before_is_planned_as_it_is(tmp_path):
-    config = Qwen3Config(**{**SIZES, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
+    config = Qwen3Config(**{**QWEN3_8B, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8,
                             "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2})  # fmt: skip
     base = AutoModelForCausalLM.from_config(config)
     base.save_pretrained(tmp_path / "base")

@@ -197,7 +197,8 @@ def test_rated_outputs_alone_or_beside_demonstrations(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["--assistant_only_loss", "--completion_only_loss"])
-def test_trls_words_for_what_the_loss_is_on_name_ours(key):
+def test_trls_words_for_what_the_loss_is_on_name_ours(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="say it with loss_on"):
         sft.main(["--model_name_or_path", "x", "--dataset_name", "y", key, "true", "--report_to", "none"])
 
