@@ -25,6 +25,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import finite, write_json, write_jsonl
 from prefopt.rankings.checks import contradictions
 from prefopt.rankings.formats import FORMATS, convert, detect
+from prefopt.rankings.formats.pairs import as_messages
 from prefopt.rankings.formats.unpaired import label
 from prefopt.rankings.prompts import PARTS
 from prefopt.rankings.row import from_preference
@@ -167,6 +168,8 @@ def _notes(row: Row, tokenizer: Any = None) -> Iterator[str]:
             "have a completion that follows the prompt without a space, which models read as the rest of a word: let "
             "completions begin with a space, or write messages"
         )
+    if isinstance(prompt, str) and as_messages(prompt) is not prompt:
+        yield "have messages as JSON in 'prompt', which are read as one text: write them as a list"
     if unread := [name for name in PARTS if row.get(name)]:
         yield f"have a field {unread[0]!r}, which is not read: write it into the prompt"
     if label(row) is False:

@@ -30,10 +30,10 @@ def check_sft_rows(rows: Rows, source: str) -> None:
             "them like the good ones; leave them out, or compare good with bad ones: "
             f"`prefopt data convert {source} --out rankings.jsonl`"
         )
-    if "text" in names:
-        check_fields("text")(rows, source)
-    elif "messages" in names and "completion" not in names:
+    if "messages" in names and "completion" not in names:
         check_conversations(rows, source)
+    elif "text" in names and "completion" not in names:
+        check_fields("text")(rows, source)
     elif "completions" in names:
         raise UserError(
             f"{source}: the rows are ranked comparisons; give them as rated_dataset_name to learn from their best outputs"
@@ -43,8 +43,8 @@ def check_sft_rows(rows: Rows, source: str) -> None:
 
 
 def kind_of(rows: Dataset) -> str:
-    """What a row is: "completion" (a demonstration), "messages" (a conversation) or "text"."""
-    return next(name for name in ("text", "completion", "messages") if name in rows.column_names)
+    """What a row is: "completion" (a demonstration), "messages" (a conversation) or, if it has neither, "text"."""
+    return next(name for name in ("completion", "messages", "text") if name in rows.column_names)
 
 
 def rated_demonstrations(rows: Dataset, min_rating: float, source: str) -> Dataset:

@@ -21,7 +21,7 @@ from rich.progress import track
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import iter_jsonl
 from prefopt.rankings.checks import row_problem
-from prefopt.rankings.formats import fields, needs_conversion
+from prefopt.rankings.formats import fields, needs_conversion, pairs
 from prefopt.rankings.formats.unpaired import with_own_names
 from prefopt.rankings.prompts import with_prompt
 from prefopt.recipes.common.arguments import setting
@@ -58,7 +58,7 @@ def load_source(
     """The rows called `name`; `key` is the argument the name came from, so that an error can say which one to change.
 
     `config`, `data_dir` and `revision` are those of a Hub dataset. A file is the split `train` of itself. Cells of a CSV are
-    texts (an answer may be "null", "NA" or "06"), empty ones nothing.
+    texts (an answer may be "null", "NA" or "06"), empty ones nothing; where the first of a column is JSON of messages, all are.
     """
     import pandas
     from datasets import Features, Value, load_dataset, load_from_disk
@@ -74,9 +74,7 @@ def load_source(
                 cells = Features(dict.fromkeys(pandas.read_csv(name, nrows=0).columns, Value("string")))
                 how |= {"features": cells, "keep_default_na": False, "na_values": [""]}
             rows = load_dataset(_BUILDERS[path.suffix], data_files=name, **how)
-            if path.suffix == ".csv" and "margin" in (rows.column_names or ()):
-                rows = rows.map(lambda row: {"margin": fields.number(row["margin"], "margin")})
-            return rows
+            return _typed_cells(rows) if path.suffix == ".csv" else rows
         if (path / "dataset_info.json").is_file():
             return part_of(load_from_disk(name), _split_of_file(split))
         if (path / "dataset_dict.json").is_file():
@@ -96,6 +94,22 @@ def load_source(
                 f"(`prefopt data convert {name} --revision refs/convert/parquet --data_dir {config or 'default'}`)"
             )
         raise UserError(f"{key}: cannot load {name!r} (split {split!r}): {reason}{remedy}") from error
+
+
+# Columns of a row that may be messages.
+_MAY_BE_CHATS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+
+
+def _typed_cells(rows: Any) -> Any:
+    """The rows of a CSV with what its texts stand for: margins are numbers, JSON of messages is messages."""
+    first = next(iter(rows), {})
+    chats = [name for name in _MAY_BE_CHATS if pairs.as_messages(first.get(name)) is not first.get(name)]
+
+    def typed(row: dict[str, Any]) -> dict[str, Any]:
+        cells = {name: pairs.as_messages(row[name]) for name in chats}
+        return cells | ({"margin": fields.number(row["margin"], "margin")} if "margin" in row else {})
+
+    return rows.map(typed) if chats or "margin" in first else rows
 
 
 def _split_of_file(split: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from prefopt.rankings.checks import joined_parts, validate_comparisons
 from prefopt.rankings.formats import FORMATS, convert, detect, needs_conversion
+from prefopt.rankings.formats.pairs import as_messages
 
 
 def user(text):
@@ -585,6 +586,22 @@ def test_messages_as_json_in_a_cell_are_messages():
     texts = {"prompt": "p", "chosen": '["a"]', "rejected": "[b"}
     assert needs_conversion(texts) is None
     assert converted([texts])[0][0]["completions"] == ['["a"]', "[b"]
+
+
+def test_calls_of_functions_in_sharegpt_are_the_assistants():
+    call = {"name": "find", "arguments": {"a": 1}}
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]
+    turns += [{"from": "observation", "value": "4"}, {"from": "function_call", "value": "find it"}]
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    assert as_messages(turns) == [user("q"), calls, {"role": "tool", "content": "4"}, assistant("find it")]
+    several = [{"from": "function_call", "value": json.dumps([call, call])}]
+    assert as_messages(several)[0]["tool_calls"] == calls["tool_calls"] * 2
+
+
+@pytest.mark.parametrize("row", [{"messages": FRUIT}, {"conversations": [{"from": "human", "value": "q"}]}])
+def test_rows_without_a_preference_are_called_so(row):
+    with pytest.raises(ValueError, match=r"have one answer each and no preference.*`prefopt sft` learns from them"):
+        converted([row])
 
 
 def test_parts_of_content_under_another_name():

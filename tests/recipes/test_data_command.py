@@ -372,6 +372,22 @@ def test_stats_counts_tokens_as_training_does(tmp_path, capsys, tokenizer):
     assert lengths["tokens of both"]["max"] == prompt + max(ends)
 
 
+def test_messages_as_json_in_a_csv_are_messages(tmp_path, capsys):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    cells = {"prompt": [user], "chosen": [answer], "rejected": [{**answer, "content": "b"}], "margin": 2}
+    for name, row in (("pairs", cells), ("chats", {"messages": [user, answer]})):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([row, [json.dumps(cell) for cell in row.values()]])
+    assert "1 rows of comparisons, all as" in run(capsys, "validate", tmp_path / "pairs.csv")
+    assert "1 rows of conversations, all as" in run(capsys, "validate", tmp_path / "chats.csv")
+    rows = load_rows(str(tmp_path / "pairs.csv"), key="dataset_name", check=validate_comparisons)
+    assert rows.to_list() == [cells]
+    # A text of JSON in a file that has lists may be meant.
+    said = run(capsys, "validate", _one(tmp_path, {"prompt": json.dumps([user])}))
+    assert "but 1 of 1 rows have messages as JSON in 'prompt', which are read as one text" in said
+
+
 def test_stats_has_the_notes_of_validate(tmp_path, capsys, chat_tokenizer):
     chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
     glued = {"prompt": "A:", "completions": ["His", "No"], "ranks": [1, 2], "system": "Be kind."}

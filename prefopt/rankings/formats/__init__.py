@@ -10,6 +10,7 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem, shorten
 from prefopt.rankings.formats import dialogues, openassistant, pairs, rated, shp, tables, unpaired
 from prefopt.rankings.formats.cleaning import Cleaner
+from prefopt.rankings.formats.unpaired import with_own_names
 
 __all__ = ["FORMATS", "Format", "convert", "detect", "needs_conversion"]
 
@@ -181,6 +182,11 @@ def _chosen(format: str | None, first: Row, rating: str | None, source: str) -> 
     if format is not None and format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     name = format or detect(first)
+    if name is None and {"messages", "completion"} & with_own_names(first).keys():
+        raise UserError(
+            f"{source}: the rows ({', '.join(map(str, first))}) have one answer each and no preference, so there is nothing to "
+            "convert; `prefopt sft` learns from them"
+        )
     if name is None:
         told = "; ".join(f"{name}: {', '.join(sorted(known.columns))}" for name, known in FORMATS.items())
         raise UserError(

@@ -170,10 +170,19 @@ def as_messages(value: Any) -> Any:
         return value
     if messages is value and not any("from" in turn for turn in messages):
         return value
-    return [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")} if "from" in turn else turn
-        for turn in messages
-    ]
+    return [_turn(turn["from"], turn.get("value")) if "from" in turn else turn for turn in messages]
+
+
+def _turn(speaker: str, said: Any) -> dict[str, Any]:
+    """A turn of ShareGPT; what calls functions is the assistant's, as JSON of one call or of several."""
+    if speaker != "function_call":
+        return {"role": _ROLES.get(speaker, speaker), "content": said}
+    try:
+        calls = json.loads(said)
+    except (TypeError, ValueError):
+        return {"role": "assistant", "content": said}
+    calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:

@@ -158,7 +158,9 @@ def test_validate_counts_what_may_not_be_meant(row, note, tmp_path, capsys):
     good |= {"context": None} if "context" in row else {}
     good |= {"prompt": "A: "} if "space" in note else {}
     write_jsonl(tmp_path / "rows.jsonl", [good, row])
-    data.main(["validate", str(tmp_path / "rows.jsonl")])
+    # By themselves rows with labels are those of KTO, which are to be converted.
+    kind = ["--kind", "demonstrations"] if "label" in row else []
+    data.main(["validate", str(tmp_path / "rows.jsonl"), *kind])
     assert f"but 1 of 2 rows {note}" in capsys.readouterr().out
 
 
