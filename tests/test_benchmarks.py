@@ -123,6 +123,7 @@ def test_file_switches_of_every_trainer(file_switches, capsys, monkeypatch):
     # Who spreads a loss over more files should have a reason.
     assert figures["RankedRewardTrainer.compute_loss"]["switches"] <= 25
     assert figures["RankedDPOTrainer.compute_loss"]["switches"] <= 45
+    assert figures["PPOPtxTrainer.training_step"]["switches"] <= 90
 
 
 @pytest.fixture

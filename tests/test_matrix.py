@@ -27,9 +27,10 @@ from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.layout import Rows, pack
 from prefopt.models.reward import keep_4bit_gradients, sequence_scores, token_scores
 from prefopt.rankings.tokens import build_ids
-from prefopt.trainers.ppo_ptx import step
+from prefopt.trainers.ppo_ptx import episodes
+from prefopt.trainers.ppo_ptx.episodes import Roles
 from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
-from prefopt.trainers.ppo_ptx.roles import Roles, ValueFunction
+from prefopt.trainers.ppo_ptx.roles import ValueFunction
 from tests.trainers.conftest import CLASSES, RAGGED, settings
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, logs_of
 
@@ -147,8 +148,8 @@ def roles(policy):
 
 
 def policy_role(model, ids, mask):
-    logps, _ = token_logps(model, ids, mask, ids.shape[1] - 1)
-    return after_the_first(torch.nn.functional.pad(logps, (1, 0)), mask)
+    completion = mask.bool() & (mask.cumsum(1) > 1)
+    return token_logps(model, Rows(ids, mask, completion, torch.arange(len(ids))))[0]
 
 
 def reference_role(model, ids, mask):
@@ -157,11 +158,14 @@ def reference_role(model, ids, mask):
 
 def value_head_role(model, ids, mask):
     of_model = roles(model)
-    of_model.logps(model, ids, mask, ids.shape[1] - 1)
-    return after_the_first(torch.nn.functional.pad(of_model.values(ids, mask, ids.shape[1] - 1), (1, 0)), mask)
+    values = of_model.logps(model, of_model.episodes(ids, mask, ids.shape[1] - 1)).values
+    return after_the_first(torch.nn.functional.pad(values, (1, 0)), mask)
 
 
 def ptx_role(model, ids, mask):
+    # Blocks of text are padded at their end alone.
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
     labels = ids.masked_fill(mask == 0, -100)
     labels.scatter_(1, mask.argmax(1, keepdim=True), -100)  # nothing stands before the first token
     losses = []
@@ -254,13 +258,13 @@ def test_ppo_starts_from_ratio_1_and_kl_0_and_stays_there_at_learning_rate_0(
     if name not in NO_REWARD_MODEL:
         rewards = build(name, AutoModelForSequenceClassification, policy.dtype)
     moved = []
-    loss = step.clipped_policy_loss
+    loss = episodes.clipped_policy_loss
 
     def watched(logps, old_logps, advantages, mask, *rest):
         moved.append((logps - old_logps)[mask].abs().max().item())
         return loss(logps, old_logps, advantages, mask, *rest)
 
-    monkeypatch.setattr(step, "clipped_policy_loss", watched)
+    monkeypatch.setattr(episodes, "clipped_policy_loss", watched)
     rates = {"learning_rate": 0.0, "value_learning_rate": 0.0, "max_completion_length": 4, "ptx_coef": 1.0}
     args = config(tmp_path, router_aux_loss_coef=0.0, **rates, **options)
     trainer = PPOPtxTrainer(

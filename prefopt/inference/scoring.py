@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, all_prompt_ids, evaluating, pad
-from prefopt.models.heads import last_mlp_at
 from prefopt.models.prefix import sharing as prefix_sharing
-from prefopt.models.reward import append_reward_token, last_read, sequence_scores
-from prefopt.models.roles import active
+from prefopt.models.reward import append_reward_token, sequence_scores
+from prefopt.models.roles import AdapterScorer
 from prefopt.rankings.tokens import build_ids, template_kwargs
 
 Prompt = str | list[dict]
@@ -158,33 +157,35 @@ def score_ids(
         widths[group] = max(widths.get(group, 0), len(row))
     order = sorted(range(len(ids)), key=lambda i: (-widths[groups[i]], groups[i]))
     scores = [0.0] * len(ids)
+    role = reward_model.active() if isinstance(reward_model, AdapterScorer) else nullcontext()
     # Switched once for all batches.
-    with evaluating(reward_model), active(reward_model), _sharing_allowed(reward_model, prompts is not None):
+    with evaluating(reward_model), role, _sharing_allowed(reward_model, prompts is not None) as is_shared:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             input_ids, attention_mask = pad([ids[i] for i in batch], pad_id, device)
             input_ids, attention_mask = append_reward_token(reward_model, input_ids, attention_mask)
-            # In the order of the batch.
-            numbers = {groups[i]: n for n, i in reversed([*enumerate(batch)])}
-            rows = torch.tensor([numbers[groups[i]] for i in batch])
-            packed = prefix_sharing.plan(reward_model, input_ids, attention_mask, rows)
-            first = int(last_read(reward_model, input_ids, attention_mask).min())
-            cut = nullcontext() if packed is not None else last_mlp_at(reward_model, first, input_ids.shape[1])
-            with cut:
-                found = sequence_scores(reward_model, input_ids, attention_mask, packed)
+            packed = None
+            if is_shared:
+                # In the order of the batch.
+                numbers = {groups[i]: n for n, i in reversed([*enumerate(batch)])}
+                rows = torch.tensor([numbers[groups[i]] for i in batch])
+                packed = prefix_sharing.pack_if_faster(input_ids, attention_mask, rows)
+            found = sequence_scores(reward_model, input_ids, attention_mask, packed)
             for i, score in zip(batch, found.tolist(), strict=True):
                 scores[i] = score
     return scores
 
 
 @contextmanager
-def _sharing_allowed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Inside, the model shares prefixes if it is wanted and it can; afterwards if it did before."""
-    switches = wanted and not prefix_sharing.is_enabled(model) and prefix_sharing.why_not(model) is None
-    if switches:
-        prefix_sharing.enable(model)
+def _sharing_allowed(model: nn.Module, wanted: bool) -> Iterator[bool]:
+    """Inside, the model shares prefixes if it is wanted and it can, and whether it does; afterwards if it did before."""
+    if not wanted or (not prefix_sharing.is_enabled(model) and prefix_sharing.why_not(model)):
+        yield False
+        return
+    was_enabled = prefix_sharing.is_enabled(model)
+    prefix_sharing.enable(model)
     try:
-        yield
+        yield True
     finally:
-        if switches:
+        if not was_enabled:
             prefix_sharing.disable(model)

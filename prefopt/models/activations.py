@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prefopt.models.heads import last_mlp_at
-from prefopt.models.prefix.sharing import enable, plan, sharing, why_not
+from prefopt.models.passes import last_mlp_at, sharing
+from prefopt.models.prefix.sharing import enable, plan, why_not
 from prefopt.models.reward import checkpoint_activations
 
 

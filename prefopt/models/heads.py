@@ -1,7 +1,6 @@
 """Ways to read an LM head next to TRL's: at the positions that are read, in tiles, in fp32.
 
-`completion_logps` sums over completions (DPO), `token_logps` gives every token's (PPO); `last_mlp_at` spares the last
-layer's MLP where nothing is read.
+`completion_logps` sums over completions (DPO), `token_logps` gives every token's (PPO).
 """
 
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prefopt.models.passes import backbone, padded_inputs, unwrapped
+from prefopt.models.passes import backbone, forward, padded_inputs, unwrapped
 from prefopt.models.prefix.layout import Rows
-from prefopt.models.prefix.sharing import sharing
 
 # Up to so many logits of the positions that are read, 16 MiB in fp32, are kept for the backward pass.
 DENSE_LOGITS = 2**22
@@ -25,49 +23,29 @@ TILE_LOGITS = 2**25
 TOKEN_STATISTICS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-@contextmanager
-def reading_positions(transformer: nn.Module, index: Tensor) -> Iterator[list[int]]:
-    """Inside, the LM head on top of a transformer sees the positions `index` alone, as one row `[1, N]`.
-
-    `index` `[N]` counts the positions of the model's input `[B, T]` row by row. What is given lists the forwards so far.
-    """
-    forwards: list[int] = []
-
-    def select(module: nn.Module, args: tuple, output: Any) -> Any:
-        forwards.append(len(index))
-        hidden_states = output.last_hidden_state
-        rows = hidden_states.flatten(0, 1).index_select(0, index.to(hidden_states.device))
-        output.last_hidden_state = rows.unsqueeze(0)
-        return output
-
-    handle = transformer.register_forward_hook(select)
-    try:
-        yield forwards
-    finally:
-        handle.remove()
-
-
 def read_head(
-    model: nn.Module, index: Tensor, labels: Tensor, cast_lm_head_to_fp32: bool = False, **inputs: Any
-) -> tuple[Any, bool]:
-    """One forward with the LM head at the positions `index [N]`: the model's output, and whether the head was fused.
+    model: nn.Module, rows: Rows, cast_lm_head_to_fp32: bool = False, **options: Any
+) -> tuple[Any, bool, Tensor]:
+    """One forward with the LM head at the positions that are read (`rows.read`): the model's output, whether the head was
+    fused, and the hidden states that it saw, `[M, hidden]`.
 
-    Few logits are computed once, by the model's own head: `output.logits [1, N, V]`. More are left to TRL's fused head,
+    Few logits are computed once, by the model's own head: `output.logits [1, M, V]`. More are left to TRL's fused head,
     which computes tiles, and again in the backward pass. So are those of a copy of a model that had the fused head
     already, whose own forward would run the model that it is a copy of.
     """
-    transformer = backbone(model)
-    num_logits = len(index) * transformer.config.get_text_config().vocab_size
-    with reading_positions(transformer, index) as forwards:
-        if num_logits <= DENSE_LOGITS:
-            in_fp32 = nullcontext()
-            if cast_lm_head_to_fp32:
-                in_fp32 = fp32_output(unwrapped(model).get_output_embeddings(), True)
-            with in_fp32:
-                output = model(**inputs)
-            if forwards:
-                return output, False
-        return model(**inputs, shift_labels=labels[None], fused_lm_head=True), True
+    row, position, labels = rows.read
+    config = getattr(model, "module", model).config.get_text_config()
+    if len(labels) * config.vocab_size <= DENSE_LOGITS:
+        in_fp32 = nullcontext()
+        if cast_lm_head_to_fp32:
+            in_fp32 = fp32_output(unwrapped(model).get_output_embeddings(), True)
+        with in_fp32:
+            output, states = forward(model, rows, row, position, **options)
+        if states is not None:
+            return output, False, states
+    options |= {"shift_labels": labels[None], "fused_lm_head": True}
+    output, states = forward(model, rows, row, position, **options)
+    return output, True, states
 
 
 @torch.no_grad()
@@ -130,21 +108,9 @@ def completion_logps(model: nn.Module, rows: Rows, output_router_logits: bool = 
     Returns:
         Sums `[N]` in fp32 of `log_probs`, and of the other `TOKEN_STATISTICS` that the head was added with.
     """
-    row, position = rows.completion_mask[:, 1:].nonzero(as_tuple=True)
-    labels = rows.input_ids[row, position + 1]
-    if rows.packed is None:
-        read = row * rows.input_ids.shape[1] + position
-        inputs = padded_inputs(model, rows.input_ids, rows.attention_mask)
-        shared = nullcontext()
-    else:
-        # The packed row is the only one.
-        read = rows.packed.index[row, position]
-        inputs = {"input_ids": rows.packed.input_ids, "position_ids": rows.packed.position_ids}
-        shared = sharing(model, rows.packed)
-    if output_router_logits:
-        inputs["output_router_logits"] = True
-    with shared:
-        output, is_fused = read_head(model, read, labels, **inputs, use_cache=False)
+    options = {"output_router_logits": True} if output_router_logits else {}
+    output, is_fused, _ = read_head(model, rows, **options)
+    row, position, labels = rows.read
     statistics = output if is_fused else _statistics(output.logits, labels[None])
 
     def sums(per_token: Tensor) -> Tensor:
@@ -176,60 +142,41 @@ def _statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def token_logps(
     model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    length: int,
+    rows: Rows,
     *,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     compute_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the last `length` tokens of each row, and the entropies they were drawn with.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probabilities of the completions' tokens, and the entropies that they were drawn with.
 
         logps[t] = log pi(y_t | x, y_<t),  entropies[t] = -sum over v of pi(v | x, y_<t) log pi(v | x, y_<t)
 
-    The LM head reads the positions that predict a real one of these tokens and no others; of the prompts the last layer
-    computes no MLP (`last_mlp_at`). Where their logits are few
-    (`DENSE_LOGITS`) they are computed once; else TRL's fused head computes them in tiles, and again in the backward
-    pass.
+    The LM head reads the positions that predict one of these tokens and no others; of the prompts the last layer
+    computes no MLP (`last_mlp_at`). Where their logits are few (`DENSE_LOGITS`) they are computed once; else TRL's fused
+    head computes them in tiles, and again in the backward pass.
 
     Args:
         model: a causal language model with TRL's `add_fused_lm_head`, wrapped or not.
-        input_ids, attention_mask: `[B, T]`; 0 = padding.
-        length: below T: the first token has no prediction.
+        rows: the completions; every one must have a prompt.
         temperature, cast_lm_head_to_fp32: as the fused head was added with.
         compute_entropy: for the log: there is no gradient.
 
     Returns:
-        Both `[B, length]` in fp32, 0 at padding; None for entropies that were not asked for.
+        Of each position of `rows.read`: both `[M]` in fp32, None for entropies that were not asked for, and the hidden
+        states `[M, hidden]`.
     """
-    row, column = attention_mask[:, -length:].nonzero(as_tuple=True)
-    position = column + input_ids.shape[1] - length
-    labels, index = input_ids[row, position], row * input_ids.shape[1] + position - 1
-    end = input_ids.shape[1] - 1
-    with last_mlp_at(model, end - length, end):
-        output, is_fused = read_head(
-            model,
-            index,
-            labels,
-            cast_lm_head_to_fp32,
-            **padded_inputs(model, input_ids, attention_mask),
-            use_cache=False,
-        )
+    output, is_fused, states = read_head(model, rows, cast_lm_head_to_fp32)
     if is_fused:
         logps = output.log_probs[0]
         entropies = output.entropy[0].detach() if compute_entropy else None
     else:
         log_softmax = (output.logits[0].float() / temperature).log_softmax(-1)
-        logps = log_softmax.gather(-1, labels.to(log_softmax.device).unsqueeze(-1)).squeeze(-1)
+        labels = rows.read.labels.to(log_softmax.device)
+        logps = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         log_softmax = log_softmax.detach()
         entropies = -(log_softmax.exp() * log_softmax).sum(-1) if compute_entropy else None
-
-    def in_rows(per_token: Tensor) -> Tensor:
-        where = row.to(per_token.device), column.to(per_token.device)
-        return per_token.new_zeros(input_ids.shape[0], length).index_put(where, per_token)
-
-    return in_rows(logps), None if entropies is None else in_rows(entropies)
+    return logps, entropies, states
 
 
 @contextmanager
@@ -246,51 +193,4 @@ def fp32_output(head: nn.Linear, enabled: bool) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            handle.remove()
-
-
-@contextmanager
-def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
-    """Inside, a forward whose hidden states are read at the positions `first` to `end - 1` alone does no more MLP.
-
-    No attention follows the last layer's MLP: what it gives at one position reaches the last hidden state of that
-    position and no other. At the other positions, prompts above all, it gives 0 here, so that their last hidden states
-    are wrong and those that are read are the same. One MLP of one layer is little in a deep model, much in a small one.
-
-    Nothing happens where the last layer is not `layers[-1]` of the backbone or has no `mlp`, nor where gradient
-    checkpointing is to run the forward a second time, after this context.
-
-    Args:
-        model: a causal language model or a sequence classifier, wrapped or not.
-        first, end: columns of the model's input `[B, T]`; `end` may lie beyond it.
-    """
-    layers = getattr(backbone(model), "layers", None)
-    last = layers[-1] if layers else None
-    mlp = getattr(last, "mlp", None)
-    runs_again = torch.is_grad_enabled() and getattr(last, "gradient_checkpointing", False)
-    if not isinstance(mlp, nn.Module) or runs_again:
-        yield
-        return
-    widths: list[int] = []  # of the input that is under way
-
-    def cut(module: nn.Module, args: tuple) -> tuple | None:
-        if not args:
-            return None
-        widths.append(args[0].size(1))
-        # A copy: on a view the same weights gave results that differ in the last digit, and a first KL that is not 0.
-        return args[0][:, first:end].contiguous(), *args[1:]
-
-    def pad(module: nn.Module, args: tuple, output: Any) -> Any:
-        if not widths:
-            return output
-        padding = (0, 0, first, max(0, widths.pop() - end))
-        if isinstance(output, tuple):  # of experts, with what their router said
-            return F.pad(output[0], padding), *output[1:]
-        return F.pad(output, padding)
-
-    handles = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(pad)]
-    try:
-        yield
-    finally:
-        for handle in handles:
             handle.remove()

@@ -1,13 +1,19 @@
-"""What every forward pass keeps to: positions that do not depend on padding, and no randomness where it is unwanted."""
+"""What every forward pass keeps to: positions that do not depend on padding, nothing computed that is not read, and no
+randomness where it is unwanted."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from prefopt.errors import UserError
+from prefopt.models.prefix.layout import PackedRows, Rows
 
 
 def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -36,6 +42,124 @@ def padded_inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
     if "position_ids" in inspect.signature(backbone(model).forward).parameters:
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return inputs
+
+
+def forward(
+    model: nn.Module, rows: Rows, row: Tensor, position: Tensor, *, of_head: bool = True, **options: Any
+) -> tuple[Any, Tensor | None]:
+    """One forward over rows, packed or as they are, that is read at some positions and nowhere else.
+
+    Args:
+        model: any model, wrapped or not, or its transformer alone (`backbone`).
+        rows: what goes in.
+        row, position: `[M]`, where it is read.
+        of_head: the model's head sees these positions alone, as one row `[1, M]`; else it sees all, of which those that are
+            not read may be wrong (`last_mlp_at`).
+        options: of the model's forward.
+
+    Returns:
+        The model's output, and its last hidden states `[M, hidden]` there; None where it ran another model's transformer.
+    """
+    seen: list[Tensor] = []
+    if rows.packed is None:
+        cut = last_mlp_at(model, int(position.min()), int(position.max()) + 1)
+        inputs, index = (
+            padded_inputs(model, rows.input_ids, rows.attention_mask),
+            row * rows.input_ids.shape[1] + position,
+        )
+    else:
+        cut = sharing(model, rows.packed)
+        # The packed row is the only one.
+        inputs = {"input_ids": rows.packed.input_ids, "position_ids": rows.packed.position_ids}
+        index = rows.packed.index[row, position]
+
+    def select(module: nn.Module, args: tuple, output: Any) -> Any:
+        states = output.last_hidden_state
+        seen.append(states.flatten(0, 1).index_select(0, index.to(states.device)))
+        if of_head:
+            output.last_hidden_state = seen[0].unsqueeze(0)
+        return output
+
+    handle = backbone(model).register_forward_hook(select)
+    try:
+        with cut:
+            output = model(**inputs, use_cache=False, **options)
+    finally:
+        handle.remove()
+    return output, seen[0] if seen else None
+
+
+def last_states(model: nn.Module, rows: Rows) -> Tensor:
+    """The last hidden states `[M, hidden]` of a model's transformer at `rows.read`; no head is run."""
+    return forward(backbone(model), rows, rows.read.row, rows.read.position)[1]
+
+
+@contextmanager
+def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
+    """While it lasts, the forward of the backbone treats its input as the packed row.
+
+    Call the model with `packed.input_ids` and `packed.position_ids`. The whole model may be called (data parallel,
+    PEFT, a head on top): the layout is handed over where the backbone is entered, past wrappers that would not pass
+    it on.
+    """
+
+    def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # A mask of four dimensions is taken as it is: none is built for the packed row, and the attention uses none.
+        mask = packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        return args, {**kwargs, "attention_mask": mask, "prefix_layout": packed.layout}
+
+    handle = backbone(model).register_forward_pre_hook(hand_over, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
+    """Inside, a forward whose hidden states are read at the positions `first` to `end - 1` alone does no more MLP.
+
+    No attention follows the last layer's MLP: what it gives at one position reaches the last hidden state of that
+    position and no other. At the other positions, prompts above all, it gives 0 here, so that their last hidden states
+    are wrong and those that are read are the same. One MLP of one layer is little in a deep model, much in a small one.
+
+    Nothing happens where the last layer is not `layers[-1]` of the backbone or has no `mlp`, nor where gradient
+    checkpointing is to run the forward a second time, after this context.
+
+    Args:
+        model: a causal language model or a sequence classifier, wrapped or not.
+        first, end: columns of the model's input `[B, T]`; `end` may lie beyond it.
+    """
+    layers = getattr(backbone(model), "layers", None)
+    last = layers[-1] if layers else None
+    mlp = getattr(last, "mlp", None)
+    runs_again = torch.is_grad_enabled() and getattr(last, "gradient_checkpointing", False)
+    if not isinstance(mlp, nn.Module) or runs_again:
+        yield
+        return
+    widths: list[int] = []  # of the input that is under way
+
+    def cut(module: nn.Module, args: tuple) -> tuple | None:
+        if not args:
+            return None
+        widths.append(args[0].size(1))
+        # A copy: on a view the same weights gave results that differ in the last digit, and a first KL that is not 0.
+        return args[0][:, first:end].contiguous(), *args[1:]
+
+    def pad(module: nn.Module, args: tuple, output: Any) -> Any:
+        if not widths:
+            return output
+        padding = (0, 0, first, max(0, widths.pop() - end))
+        if isinstance(output, tuple):  # of experts, with what their router said
+            return F.pad(output[0], padding), *output[1:]
+        return F.pad(output, padding)
+
+    handles = [mlp.register_forward_pre_hook(cut), mlp.register_forward_hook(pad)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def stop_randomness(model: nn.Module) -> None:

@@ -21,9 +21,8 @@ from torch import nn
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
-from prefopt.models.passes import padded_inputs
+from prefopt.models.passes import forward, last_states, padded_inputs
 from prefopt.models.prefix.layout import PackedRows, Rows
-from prefopt.models.prefix.sharing import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +59,7 @@ def _padding_allowed(config: PreTrainedConfig) -> Iterator[None]:
             config.pad_token_id = None
 
 
-def _hidden_states(
-    model: nn.Module,
-    **inputs: torch.Tensor,
-) -> torch.Tensor:
+def _hidden_states(model: nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
     """Last hidden states `[N, T, hidden]` of the backbone.
 
     The whole (possibly wrapped) model is called, not the backbone alone: mixed precision, data parallel gradient
@@ -109,6 +105,14 @@ def token_scores(model: nn.Module, input_ids: torch.Tensor, attention_mask: torc
     """
     hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))
     return _apply_head(model, hidden_states)
+
+
+def token_values(model: nn.Module, rows: Rows) -> torch.Tensor:
+    """`token_scores` `[M]` of the states in which the completions' tokens were drawn (`rows.read`).
+
+    The transformer is called, not the model: this one must neither be wrapped (data parallel) nor sharded.
+    """
+    return _apply_head(model, last_states(model, rows))
 
 
 def append_reward_token(
@@ -177,19 +181,16 @@ def sequence_scores(
     """
     input_ids, attention_mask = append_reward_token(model, input_ids, attention_mask)
     last = last_read(model, input_ids, attention_mask)
-    row = torch.arange(len(last), device=last.device)
-    if packed is None:
-        hidden_states = _hidden_states(model, **padded_inputs(model, input_ids, attention_mask))
-        device = hidden_states.device
-        return _apply_head(model, hidden_states[row.to(device), last.to(device)]).to(input_ids.device)
-    if packed.index.shape != input_ids.shape:
+    if packed is not None and packed.index.shape != input_ids.shape:
         raise UserError(
             f"packed rows {tuple(packed.index.shape)} are not those of input_ids {tuple(input_ids.shape)}; append the "
             "reward token (`append_reward_token`) before packing"
         )
-    with sharing(model, packed):
-        hidden_states = _hidden_states(model, input_ids=packed.input_ids, position_ids=packed.position_ids)
-    return _apply_head(model, hidden_states[0, packed.index[row, last]])
+    row = torch.arange(len(last), device=last.device)
+    rows = Rows(input_ids, attention_mask, attention_mask, row, packed)
+    with _padding_allowed(_classifier(model).config):
+        _, states = forward(model, rows, row, last, of_head=False)
+    return _apply_head(model, states).to(input_ids.device)
 
 
 def read_scores(model: nn.Module, rows: Rows) -> dict[str, torch.Tensor]:

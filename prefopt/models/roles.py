@@ -15,7 +15,7 @@ reads scores (`prefopt.models.reward`) reads it.
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -114,11 +114,6 @@ class AdapterScorer(nn.Module):
         save_file(weights, os.path.join(folder, _ADAPTER_WEIGHTS), metadata={"format": "pt"})
         self.peft_config.save_pretrained(folder)
         self.config.save_pretrained(folder)
-
-
-def active(model: nn.Module) -> AbstractContextManager:
-    """`AdapterScorer.active` of a role on a shared base; nothing for a model with a base of its own."""
-    return model.active() if isinstance(model, AdapterScorer) else nullcontext()
 
 
 def adapter_weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:

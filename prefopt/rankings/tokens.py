@@ -259,6 +259,11 @@ def without_second_bos(tokenizer: Any, prompt: str) -> str:
     return prompt.removeprefix(bos) if is_added else prompt
 
 
+def prompts_as_read(tokenizer: Any, prompts: list[str] | list[list[dict]]) -> list[str] | list[list[dict]]:
+    """Prompts as `build_ids` reads them, for whatever else tokenizes them."""
+    return [without_second_bos(tokenizer, p) if isinstance(p, str) else plain_messages(p) for p in prompts]
+
+
 # What JSON Schema itself may say with null.
 _OWN_NULLS = frozenset({"default", "const", "enum"})
 

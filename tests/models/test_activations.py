@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModel, Gemma3TextConfig, GPT2Config, LlamaConfig, Phi3Config, Qwen3Config
 
 from prefopt.models.activations import activation_bytes
-from prefopt.models.heads import last_mlp_at
-from prefopt.models.prefix.sharing import enable, plan, sharing
+from prefopt.models.passes import last_mlp_at, sharing
+from prefopt.models.prefix.sharing import enable, plan
 
 pytestmark = pytest.mark.slow
 

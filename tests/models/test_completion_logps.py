@@ -80,10 +80,10 @@ def test_a_copy_of_a_model_with_the_fused_head_is_read_itself():
     reference = copy.deepcopy(model)
     rows = Rows(IDS, MASK, COMPLETIONS, PROMPTS)
     before = completion_logps(model, rows)["log_probs"]
-    tokens = lm_heads.token_logps(model, IDS, MASK, 3)[0]
+    tokens = lm_heads.token_logps(model, rows)[0]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert not torch.allclose(completion_logps(model, rows)["log_probs"], before, atol=0.1)
     torch.testing.assert_close(completion_logps(reference, rows)["log_probs"], before, rtol=0, atol=1e-5)
-    torch.testing.assert_close(lm_heads.token_logps(reference, IDS, MASK, 3)[0], tokens, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lm_heads.token_logps(reference, rows)[0], tokens, rtol=0, atol=1e-5)

@@ -19,11 +19,11 @@ from trl.trainer import add_fused_lm_head
 
 from prefopt.losses import ranking_loss
 from prefopt.models.heads import completion_logps
+from prefopt.models.passes import backbone, sharing
 from prefopt.models.prefix import attention as prefix_attention
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import Rule, flex_attention, grouped_attention, prefix_sharing_attention
 from prefopt.models.prefix.layout import Layout, PackedRows, Rows, pack
-from prefopt.models.prefix.sharing import sharing
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, sequence_scores
 
 VOCABULARY = 64
@@ -536,7 +536,7 @@ def test_gradient_checkpointing(variant, use_reentrant, adapter):
     checkpoint_activations(model, {"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     calls = []
-    layer = prefix_sharing.backbone(model).layers[0].self_attn
+    layer = backbone(model).layers[0].self_attn
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, shared, _ = loss_and_gradients(model, batch, batch.packed())
     assert len(calls) == 2  # the layer was indeed run again in the backward pass
@@ -614,9 +614,7 @@ def test_without_the_layout_the_packed_row_leaks():
     model, batch = make_model("llama"), BATCHES["ragged"]
     packed = batch.packed()
     exact = scores(model, batch, None)
-    hidden = prefix_sharing.backbone(model)(
-        input_ids=packed.input_ids, position_ids=packed.position_ids
-    ).last_hidden_state[0]
+    hidden = backbone(model)(input_ids=packed.input_ids, position_ids=packed.position_ids).last_hidden_state[0]
     last = packed.index[torch.arange(len(exact)), batch.mask.sum(1) - 1]
     assert (model.score(hidden[last])[:, 0] - exact).abs().max() > 0.1
 
@@ -663,7 +661,7 @@ def test_no_hook_is_left_after_an_exception():
     add_fused_lm_head(model)
     prefix_sharing.enable(model)
     exact = model(batch.ids, attention_mask=batch.mask).logits
-    norm = prefix_sharing.backbone(model).norm
+    norm = backbone(model).norm
 
     def fail(*_):
         raise KeyboardInterrupt

@@ -11,9 +11,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prefopt.inference.scoring import score_ids
 from prefopt.models import heads as lm_heads
-from prefopt.models.heads import last_mlp_at, token_logps
+from prefopt.models.heads import token_logps
+from prefopt.models.passes import last_mlp_at
 from prefopt.models.reward import checkpoint_activations, sequence_scores, token_scores
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.ppo_ptx.episodes import Episodes
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 
 VOCABULARY = 320
@@ -69,7 +71,9 @@ def test_logps_and_gradients_equal_a_loop(kind, logits, temperature, causal_lm, 
     projected = []
     causal_lm.lm_head.register_forward_hook(lambda module, args, output: projected.append(output.numel()))
     ids, mask = episodes
-    logps, entropies = token_logps(model, ids, mask, LENGTH, temperature=temperature, compute_entropy=True)
+    batch = Episodes.of(ids, mask, LENGTH)
+    both = token_logps(model, batch.batches[0], temperature=temperature, compute_entropy=True)[:2]
+    logps, entropies = (batch.in_rows([x]) for x in both)
     expected, slow_entropies = slow_logps(plain, ids, mask, temperature)
     torch.testing.assert_close(logps, expected.float(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(entropies, slow_entropies.float(), atol=1e-6, rtol=1e-6)
@@ -179,9 +183,13 @@ def test_forwards_end_with_the_longest_episode(
     trunk.register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
     with torch.no_grad():
         logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, 1)
-        values = trainer.roles.values(ids, mask, length, 1)
+        if value == "network":
+            values = trainer.roles.values(trainer.roles.episodes(ids, mask, length, 1))
+        else:
+            values = trainer._sampled.of_policy.values
         assert widths == ([9, 12, 7] if multiple is None else [12, 12, 8])
-        whole = token_logps(trainer.model, ids, mask, length)[0]
+        batch = Episodes.of(ids, mask, length)
+        whole = batch.in_rows([token_logps(trainer.model, batch.batches[0])[0]])
         counts = mask[:, -length:].bool()
         torch.testing.assert_close(logps, whole, atol=1e-6, rtol=1e-6)
         if value == "network":

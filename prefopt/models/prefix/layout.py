@@ -5,7 +5,7 @@ rows [N, T] --pack--> PackedRows: [prefix of prompt 1 | prefix of prompt 2 | ...
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +189,14 @@ class PackedRows:
     num_row_tokens: int
 
 
+class Read(NamedTuple):
+    """Where rows are read, `[M]` each: a position in a row, and the token that is predicted there."""
+
+    row: Tensor
+    position: Tensor
+    labels: Tensor
+
+
 @dataclass(frozen=True)
 class Rows:
     """Some completions, a row each, and the number of each one's prompt: what a model is read on.
@@ -202,6 +210,12 @@ class Rows:
     completion_mask: Tensor
     prompts: Tensor
     packed: PackedRows | None = None
+
+    @cached_property
+    def read(self) -> Read:
+        """Where the completions' tokens are predicted: at the token before each."""
+        row, position = self.completion_mask[:, 1:].nonzero(as_tuple=True)
+        return Read(row, position, self.input_ids[row, position + 1])
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows:

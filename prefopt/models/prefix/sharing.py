@@ -22,14 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefopt.errors import UserError
-from prefopt.models.passes import backbone, unwrapped
+from prefopt.models.passes import unwrapped
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import PackedRows, Rows, pack
 
@@ -175,27 +174,6 @@ def is_faster(num_packed_tokens: int, num_row_tokens: int) -> bool:
     """Whether so many packed tokens save enough to be forwarded instead of the rows' own tokens."""
     saved = num_row_tokens - num_packed_tokens
     return saved >= MIN_SAVED_TOKENS and saved >= MIN_SAVING * num_row_tokens
-
-
-@contextmanager
-def sharing(model: nn.Module, packed: PackedRows) -> Iterator[None]:
-    """While it lasts, the forward of the backbone treats its input as the packed row.
-
-    Call the model with `packed.input_ids` and `packed.position_ids`. The whole model may be called (data parallel,
-    PEFT, a head on top): the layout is handed over where the backbone is entered, past wrappers that would not pass
-    it on.
-    """
-
-    def hand_over(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # A mask of four dimensions is taken as it is: none is built for the packed row, and the attention uses none.
-        mask = packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-        return args, {**kwargs, "attention_mask": mask, "prefix_layout": packed.layout}
-
-    handle = backbone(model).register_forward_pre_hook(hand_over, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass

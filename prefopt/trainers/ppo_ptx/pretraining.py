@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
-from prefopt.models.passes import padded_inputs
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -391,7 +390,7 @@ def pretraining_loss(
 
     Args:
         model: the policy, wrapped or not, with TRL's fused LM head.
-        batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, -100 = ignored.
+        batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, padded on the right; -100 = ignored.
         num_tokens: divides the summed loss.
         has_untempered_head: whether the policy has one (`add_untempered_head`); without, its temperature must be 1.
 
@@ -399,6 +398,5 @@ def pretraining_loss(
         A scalar.
     """
     options = {"untempered": True} if has_untempered_head else {}
-    inputs = padded_inputs(model, batch["input_ids"], batch["attention_mask"])
-    labels = batch["labels"]
-    return model(**inputs, labels=labels, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss
+    # Padded at the end alone, where no position depends on it.
+    return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss

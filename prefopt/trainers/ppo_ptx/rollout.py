@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, gae, k1, k3, kl_shaped_rewards, masked_whiten
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.roles import Roles
+from prefopt.trainers.ppo_ptx.episodes import OfTokens, Roles
 
 logger = get_logger(__name__)
 
@@ -125,11 +126,12 @@ def base_kept(model: nn.Module) -> Iterator[None]:
 class Sampled:
     """What TRL's rollout computes on its way and does not return.
 
-    `prompt_ids` are the token ids of the prompts, not padded; `scores` `[B]` the weighted sum of the rewards, NaN where
-    no reward function gave one.
+    `prompt_ids` are the token ids of the prompts, not padded; `of_policy` its pass, if TRL asked for it; `scores` `[B]` the
+    weighted sum of the rewards, NaN where no reward function gave one.
     """
 
     prompt_ids: list[list[int]] = field(default_factory=list)
+    of_policy: OfTokens | None = None
     scores: Tensor | None = None
 
 
@@ -156,16 +158,17 @@ class Rollouts:
     ) -> None:
         self.roles, self.args, self.accelerator, self.eos_token_ids = roles, args, accelerator, eos_token_ids
         self.kl_controller, self.score_statistics = kl_controller, score_statistics
+        self.sum_over_processes = partial(accelerator.reduce, reduction="sum")
 
-    def complete(self, rollout: dict[str, Any], sampled_scores: Tensor, is_training: bool) -> dict[str, float]:
+    def complete(self, rollout: dict[str, Any], sampled: Sampled, is_training: bool) -> dict[str, float]:
         """Add to TRL's batch what a PPO step needs; evaluation moves neither coefficient nor statistics.
 
         Added are `loss_mask` (the tokens of episodes with a usable reward), `old_values`, `returns`, `advantages`, and
-        `old_per_token_logps` where TRL has not computed them.
+        `old_per_token_logps`.
 
         Args:
             rollout: TRL's `prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`.
-            sampled_scores: `[B]`; one that is not finite is unscored.
+            sampled: with scores; one that is not finite is unscored.
 
         Returns:
             What is logged of the rollout, by log key.
@@ -176,7 +179,7 @@ class Rollouts:
         mask = rollout["completion_mask"].bool()
         length, num_episodes = mask.size(1), len(ids) * self.accelerator.num_processes
         size = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
-        logps, ref_logps, values = roles.read(ids, attention_mask, length, size, rollout.get("old_per_token_logps"))
+        logps, ref_logps, values = roles.read(ids, attention_mask, length, size, sampled.of_policy)
         if args.kl_estimator == "full":
             kl = roles.full_kl(ids, attention_mask, length)
         else:
@@ -184,8 +187,8 @@ class Rollouts:
 
         last = rollout["completion_ids"].gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
         has_eos = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
-        is_scored = sampled_scores.isfinite()
-        scores = sampled_scores.masked_fill(~is_scored, 0.0)
+        is_scored = sampled.scores.isfinite()
+        scores = sampled.scores.masked_fill(~is_scored, 0.0)
         if args.normalize_scores:
             if is_training:
                 self.score_statistics.update(scores, is_scored, self.sum_over_processes)
@@ -224,9 +227,6 @@ class Rollouts:
             tokens = self.sum_over_processes(sum(batch["loss_mask"].sum() for batch in minibatch))
             for batch in minibatch:
                 batch["num_tokens"] = tokens
-
-    def sum_over_processes(self, x: Tensor) -> Tensor:
-        return self.accelerator.reduce(x, "sum")
 
 
 def divided_anew(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -41,11 +41,11 @@ from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, loa
 from prefopt.models.passes import stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
-from prefopt.rankings.tokens import plain_messages, template_kwargs, without_second_bos
+from prefopt.rankings.tokens import prompts_as_read, template_kwargs
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig, refuse_unknown
+from prefopt.trainers.ppo_ptx.episodes import Roles, ppo_loss
 from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
-    Roles,
     ValueFunction,
     add_reference_adapter,
     add_untempered_head,
@@ -64,7 +64,7 @@ from prefopt.trainers.ppo_ptx.rollout import (
     check_vllm,
     divided_anew,
 )
-from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, ppo_loss, warm_up_from
+from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, warm_up_from
 from prefopt.trainers.ppo_ptx.watch import TrainingWatch
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.cards import PublishingMixin
@@ -355,24 +355,18 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         self._prompt_order.sampler = super()._get_train_sampler(dataset)
         return self._prompt_order.sampler
 
-    def _as_read(self, prompt: str | list[dict]) -> str | list[dict]:
-        """The prompt as `build_ids` reads it."""
-        if isinstance(prompt, str):
-            return without_second_bos(self.processing_class, prompt)
-        return plain_messages(prompt)
-
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
         is_sent = self.use_vllm and self.state.global_step != self._last_loaded_step
         kept = base_kept(self.model) if is_sent else nullcontext()
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
         with plain_generation(self.model), kept:
-            generated = super()._generate([self._as_read(prompt) for prompt in prompts])
+            generated = super()._generate(prompts_as_read(self.processing_class, prompts))
         # TRL leaves the model in training mode after continuous batching.
         self.model.train(was_training)
         if len(generated[1]) != len(prompts):
             raise RuntimeError(f"generation gave {len(generated[1])} completions for {len(prompts)} prompts")
-        self._sampled.prompt_ids = generated[0]
+        self._sampled = Sampled(prompt_ids=generated[0])
         return generated
 
     def _calculate_rewards(self, inputs: list, *args: Any) -> Tensor:
@@ -398,7 +392,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         rollout = super()._generate_and_score_completions(inputs)
         is_training = self.model.training
         logged = self._metrics["train" if is_training else "eval"]
-        for name, value in self._rollouts.complete(rollout, self._sampled.scores, is_training).items():
+        for name, value in self._rollouts.complete(rollout, self._sampled, is_training).items():
             logged[name].append(value)
         # Of groups of one it is always 1.
         if (self.num_generations if is_training else self.num_generations_eval) == 1:
@@ -425,10 +419,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         compute_entropy: bool = False,
         **not_of_text: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        logps, entropies = self.roles.logps(
-            model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy
-        )
-        return logps, entropies, None
+        episodes = self.roles.episodes(input_ids, attention_mask, logits_to_keep, batch_size)
+        self._sampled.of_policy = self.roles.logps(model, episodes, compute_entropy)
+        return self._sampled.of_policy.logps, self._sampled.of_policy.entropies, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         is_training = self.model.training
@@ -456,7 +449,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         # Trainer zeroes the gradients of the policy alone.
         if self._step % self.args.gradient_accumulation_steps == 0:
-            self.value_function.zero_grad()
+            for parameter in self.value_function.parameters:
+                parameter.grad = None
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Synchronized with the last micro-batch: PPO's part of the minibatch's gradient is complete.
         if self.accelerator.sync_gradients:
@@ -474,7 +468,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 )
             ptx_loss, metrics = complete_gradient(
                 [p for p in self.model.parameters() if p.requires_grad],
-                self.value_function,
+                self.value_function.parameters,
                 backward,
                 self.state.global_step < self.args.value_warmup_steps,
                 self.accelerator,

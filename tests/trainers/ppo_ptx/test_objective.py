@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from prefopt.losses import lm_loss
 from prefopt.models import heads as lm_heads
 from prefopt.models.heads import fp32_output
-from prefopt.trainers.ppo_ptx import roles
+from prefopt.trainers.ppo_ptx import episodes as of_episodes
 from prefopt.trainers.ppo_ptx import rollout as module
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
@@ -81,7 +81,7 @@ def test_kl_equals_the_loop(kind, estimator, make, causal_lm, rewarded, monkeypa
     causal_lm.generation_config.eos_token_id = END_IDS
     model = lora(causal_lm) if kind == "lora" else causal_lm
     reference = copy.deepcopy(model)
-    monkeypatch.setattr(roles, "KL_POSITIONS", 2 * LENGTH)  # of eight rows two at a time
+    monkeypatch.setattr(of_episodes, "KL_POSITIONS", 2 * LENGTH)  # of eight rows two at a time
     trainer = make(model=model, kl_estimator=estimator, kl_coef=0.3, temperature=0.7, missing_eos_penalty=0.25)
     move(trainer.model)
     rollout = rollout_of(trainer)
@@ -283,7 +283,7 @@ def test_no_tensor_of_batch_time_vocabulary(estimator, make, causal_lm, monkeypa
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 8)
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 100)
     monkeypatch.setattr(lm_heads, "DENSE_LOGITS", 8 * VOCABULARY)
-    monkeypatch.setattr(roles, "KL_POSITIONS", 8)
+    monkeypatch.setattr(of_episodes, "KL_POSITIONS", 8)
     trainer = make(ptx_coef=1.0, max_steps=1, temperature=0.9, kl_estimator=estimator, ptx_per_device_batch_size=2)
     limit = 4 * LENGTH * VOCABULARY  # both the rollout (4 x 6) and the text (2 x 16) have at least these positions
     with Largest() as largest:

@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from prefopt.models.passes import backbone
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
 from tests.trainers.conftest import CLASSES, in_two_processes, settings
@@ -62,7 +63,7 @@ class Forwards:
 
     def __init__(self, model):
         self.sizes = []
-        prefix_sharing.backbone(model).register_forward_pre_hook(self.count, with_kwargs=True)
+        backbone(model).register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
         self.sizes.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
