@@ -27,7 +27,7 @@ from prefopt.models.checkpoints import load_classifier
 from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
-from prefopt.rankings.tokens import build_ids, template_kwargs
+from prefopt.rankings.tokens import Spans, row_ids, template_kwargs
 from prefopt.statistics.agreement import labeler_agreement
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.rankings import pair_accuracy
@@ -279,7 +279,7 @@ class Scorer:
                 scores = implicit_rewards(model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size)
             else:
                 scores = score_rows(model, tokenizer, rows, self.args.batch_size)
-            lengths = [[len(y) for _, y in _ids(tokenizer, row)] for row in rows]
+            lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in rows]
             return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
 
         path = self.run.folder / "reward_model" / f"{self.name}.{group}.jsonl"
@@ -305,23 +305,24 @@ def implicit_rewards(
     """DPO's implicit reward of every completion, up to a term that is the same for all of a prompt.
 
     beta * sum_t [log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)]   (arXiv:2305.18290, Eq. 5)
+
+    Of several turns the sum is over the assistant's tokens, as in training.
     """
     ids = []
-    for x, y in (pair for row in rows for pair in _ids(tokenizer, row)):
+    for row in rows:
+        x, completions, said = _ids(tokenizer, row)
         if not x:
             raise UserError("an implicit reward needs a prompt: one of the rows has none")
-        ids.append((x + y, len(x)))
+        for y, spans in zip(completions, said, strict=True):
+            ids.append((x + y, [len(x) + t for span in spans for t in range(*span)]))
     nats, ref_nats = (scored_nats(m, ids, batch_size) for m in (model, reference))
     flat = iter((beta * (ref_nats - nats)).tolist())
     return [[next(flat) for _ in row["completions"]] for row in rows]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[tuple[list[int], list[int]]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[list[int]], list[Spans]]:
     cuts = row.get("truncated") or [False] * len(row["completions"])
-    return [
-        build_ids(tokenizer, row["prompt"], y, truncated=cut, **template_kwargs(row))
-        for y, cut in zip(row["completions"], cuts, strict=True)
-    ]
+    return row_ids(tokenizer, row["prompt"], row["completions"], cuts, template_kwargs(row))
 
 
 def _of_scores(

@@ -232,8 +232,10 @@ def _positions(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray:
-    """-sum log pi(ids[t] | ids[:t]) over t >= first, for rows (ids, first) -> [N] float64.
+def scored_nats(
+    model: PreTrainedModel, rows: Sequence[tuple[list[int], int | Sequence[int]]], batch_size: int
+) -> np.ndarray:
+    """-sum log pi(ids[t] | ids[:t]) over t >= first, for rows (ids, first), or over places, for (ids, places) -> [N] float64.
 
     The head reads the positions before the scored tokens alone. Rows that differ in their last token only, such as a
     question with one answer or another, are one row of a batch.
@@ -250,7 +252,7 @@ def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], b
             (number, row * width + t - 1, rows[number][0][t])
             for row, i in enumerate(batch)
             for number in rows_of[inputs[i]]
-            for t in range(rows[number][1], len(rows[number][0]))
+            for t in _places(*rows[number])
         ]
         numbers, index, labels = torch.tensor(read, dtype=torch.long).reshape(-1, 3).T
         with evaluating(model):
@@ -262,3 +264,7 @@ def scored_nats(model: PreTrainedModel, rows: Sequence[tuple[list[int], int]], b
     if np.isnan(nats).any():
         raise UserError("the model's logits are NaN: its weights are broken")
     return nats
+
+
+def _places(ids: Sequence[int], scored: int | Sequence[int]) -> Sequence[int]:
+    return range(scored, len(ids)) if isinstance(scored, int) else scored

@@ -8,6 +8,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 
 from prefopt import RankedDPOTrainer
+from prefopt.evaluation.stages.reward_model import implicit_rewards
 from prefopt.rankings.dataset import (
     ComparisonStream,
     RankedCollator,
@@ -143,8 +144,14 @@ def test_dpo_learns_what_the_assistant_says_alone(share, causal_lm, chat_tokeniz
             expected = sum(logps[t - 1, label] for t, label in enumerate(labels) if label != -100)
             assert values["log_probs"][b, k].item() == pytest.approx(expected.item(), abs=1e-4)
             assert batch["completion_mask"][b, k].sum() == sum(label != -100 for label in labels)
+    perturbed = trainer.model
+    with torch.no_grad():
+        for parameter in perturbed.parameters():
+            parameter.mul_(1.1)
     scores = trainer.score([PROMPT] * 2, [CALLS, TALK])
-    assert scores == pytest.approx([0, 0], abs=1e-5)
+    of_evaluation = implicit_rewards(perturbed, trainer.ref_model, chat_tokenizer, ROWS[:1], beta=trainer.beta)
+    assert scores == pytest.approx(of_evaluation[0], rel=1e-4)
+    assert min(map(abs, scores)) > 1e-3
 
 
 def test_answers_that_differ_in_the_words_of_a_tool_alone_have_nothing_to_teach_a_policy(
