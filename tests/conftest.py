@@ -64,22 +64,25 @@ def run_in_fork(main: Callable[[], int | None], log: Path) -> int:
         status = 1
         try:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for stream in {1, 2, sys.stdout.fileno(), sys.stderr.fileno()}:
+            for stream in (1, 2):
                 os.dup2(file, stream)
-            # Pytest's handlers keep what is logged from standard error.
+            # Those of pytest are no longer of use, nor its handlers, which keep what is logged from standard error.
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
             logging.getLogger().handlers.clear()
             # The threads of OpenMP do not live on in a forked process, which would wait for them.
             torch.set_num_threads(1)
-            status = main() or 0
+            status = main()
         except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-            print(stop.code, file=sys.stderr)
+            status = stop.code
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(status)
+            os._exit(status or 0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -1,12 +1,16 @@
 """The benchmarks run and their three sides compute the same step; nothing here looks at a time."""
 
 import json
+import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
+from tests.conftest import run_in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -200,9 +204,22 @@ def test_what_to_label_next_has_the_interval_of_the_differences(label_next):
     assert sums.tolist() == [[4.5, 5.0]]
 
 
-def test_bench_prints_a_line_for_each_and_goes_on(ranking_step, monkeypatch, capsys):
+def test_bench_prints_a_line_for_each_and_goes_on(benchmarks, monkeypatch, capsys, tmp_path):
     import bench
 
+    def forked(command, **_):
+        script, *arguments = map(str, command[1:])
+
+        def program():
+            sys.argv[:] = [script, *arguments]
+            runpy.run_path(script, run_name="__main__")
+
+        (tmp_path / "log").unlink(missing_ok=True)
+        status = run_in_fork(program, tmp_path / "log")
+        printed = (tmp_path / "log").read_text()
+        return subprocess.CompletedProcess(command, status, stdout=printed, stderr=printed)
+
+    monkeypatch.setattr(subprocess, "run", forked)
     names = [*bench.lines(bench.parse(["folder"]))]
     assert names == [*bench.RANKINGS, *bench.PPO, *bench.PRETRAINED]
     monkeypatch.setattr(bench, "PPO", {})

@@ -1,6 +1,8 @@
 """Common errors end a command with a sentence and a remedy; a bug keeps its traceback."""
 
 import errno
+import json
+import os
 import re
 import runpy
 import sys
@@ -219,7 +221,11 @@ def test_a_help_and_a_success_pass_through():
     [(["explain-run", "run"], "matplotlib", "eval"), (["label", "agreement", "x"], "krippendorff", "label")],
 )
 def test_a_package_of_an_extra_that_is_missing_is_named_with_it(argv, package, extra, tmp_path):
+    rows = [{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "labeler": name} for name in ("ann", "bob")]
+    (tmp_path / "x").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def program():
+        os.chdir(tmp_path)
         forget_prefopt()
         for name in [name for name in sys.modules if name.partition(".")[0] == package]:
             del sys.modules[name]
