@@ -296,6 +296,9 @@ class PPOPtxConfig(GRPOConfig):
         value_learning_rate (`float`, defaults to `9e-6`): of the value function, on the schedule of `learning_rate`.
         value_warmup_steps (`int`, defaults to `0`): first optimizer steps in which the value function learns and the
             policy stays (no pretraining text is taken either). Worth having where no reward model gives it a start.
+        fit_value_head (`bool`, defaults to `True`): a value function that starts as a reward model gets, once, the linear
+            head that fits the returns of the first rollout (`value_start`). A reward model's own head was never trained
+            at the tokens before the last, where it explains less than a constant; False keeps it, as in the paper.
         warmup_start_ratio (`float`, defaults to `0.1`): the warm-up rises from this share of both learning rates.
         warmup_steps (`float`, *optional*): as in `TrainingArguments`; None is the paper's, the optimizer steps of the
             first 10 rollouts.
@@ -370,6 +373,9 @@ class PPOPtxConfig(GRPOConfig):
     value_clip_range: float = field(default=0.2, metadata={"help": "Clip range of the values."})
     value_warmup_steps: int = field(
         default=0, metadata={"help": "First steps in which only the value function learns."}
+    )
+    fit_value_head: bool = field(
+        default=True, metadata={"help": "Fit the head of a copied reward model to the returns of the first rollout."}
     )
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value function."})
     ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})

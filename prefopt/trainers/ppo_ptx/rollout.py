@@ -23,6 +23,7 @@ from prefopt.losses.advantages import clip_scores, gae, k1, k3, kl_shaped_reward
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.episodes import OfTokens, Roles
+from prefopt.trainers.ppo_ptx.value_start import fitted_values
 
 logger = get_logger(__name__)
 
@@ -159,6 +160,8 @@ class Rollouts:
         self.roles, self.args, self.accelerator, self.eos_token_ids = roles, args, accelerator, eos_token_ids
         self.kl_controller, self.score_statistics = kl_controller, score_statistics
         self.sum_over_processes = partial(accelerator.reduce, reduction="sum")
+        # At the first rollout of a run, where the value function is a copy of a reward model.
+        self.fits_values = False
 
     def complete(self, rollout: dict[str, Any], sampled: Sampled, is_training: bool) -> dict[str, float]:
         """Add to TRL's batch what a PPO step needs; evaluation moves neither coefficient nor statistics.
@@ -197,6 +200,13 @@ class Rollouts:
         counts = mask & is_scored.unsqueeze(1)
         kl_coef = self.kl_controller.kl_coef
         rewards = kl_shaped_rewards(scores, kl, counts, kl_coef)
+        if is_training and self.fits_values:
+            self.fits_values = False
+            _, targets = gae(rewards, values, counts, args.discount, 1.0)
+            values = fitted_values(
+                roles.value_function, ids, attention_mask, values, targets, counts, size, self.accelerator.autocast,
+                self.sum_over_processes,
+            )  # fmt: skip
         advantages, returns = gae(rewards, values, counts, args.discount, args.gae_lambda)
         metrics = rollout_metrics(
             scores, is_scored, rewards, kl, logps, ref_logps, mask, values, returns, self.sum_over_processes

@@ -267,6 +267,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.kl_controller,
             self.score_statistics,
         )
+        self._rollouts.fits_values = args.fit_value_head and value_model is None
         self.weight_average = None
         if args.ema_decay is not None:
             values = {id(p) for p in self.value_function.parameters}
@@ -627,6 +628,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 )
             self.pretraining.position = position
         self._metrics["train"].update(state["metrics"])
+        self._rollouts.fits_values = False
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         # TRL restarts at 0, which would put rollouts out of phase with the prompts.

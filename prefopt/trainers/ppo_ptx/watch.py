@@ -23,10 +23,12 @@ WINDOW = 5
 KL_PER_TOKEN = 2.0
 # Share of the entropy at the start; the sandbox ends at .35 to .6.
 ENTROPY_LEFT = 0.1
-# Errors with twice the variance of the returns, where a constant value gets 0.
-EXPLAINED_VARIANCE = -1.0
-# Log entries before that counts: a copy of the reward model may start there.
+# Errors with 1.3 times the variance of the returns, where a constant value gets 0.
+EXPLAINED_VARIANCE = -0.3
+# Log entries before that counts: a copy of the reward model whose head was not fitted starts there.
 LEARNING_TO_VALUE = 20
+# By so much more in the last WINDOW entries than in those before, it is on its way.
+IMPROVING = 0.1
 # Times the lowest value loss so far.
 VALUE_LOSS_GROWTH = 10.0
 # Of two norms: the smaller term turns the sum by at most asin(1 / 10), 6 degrees.
@@ -82,6 +84,7 @@ class Diagnosis:
         self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
         self._first: dict[str, list[float]] = defaultdict(list)
         self._values_seen = 0
+        self._explained: deque[float] = deque(maxlen=2 * WINDOW)
         self._lowest_value_loss = math.inf
         self._evaluations: dict[tuple[str, str], list[Evaluation]] = defaultdict(list)
 
@@ -174,21 +177,26 @@ class Diagnosis:
         loss, explained = self._now("loss/value"), self._now("value/explained_variance")
         if loss is not None:
             self._lowest_value_loss = min(self._lowest_value_loss, loss)
-        self._values_seen += entry.get("value/explained_variance") is not None
+        if entry.get("value/explained_variance") is not None:
+            self._values_seen += 1
+            self._explained.append(entry["value/explained_variance"])
         if explained is None:
             return None
+        improves = explained > fmean(list(self._explained)[:WINDOW]) + IMPROVING
         grown = loss is not None and loss > VALUE_LOSS_GROWTH * self._lowest_value_loss and explained < 0
-        if not grown and (explained > EXPLAINED_VARIANCE or self._values_seen < LEARNING_TO_VALUE):
+        is_early = improves or self._values_seen < LEARNING_TO_VALUE
+        if not grown and (explained > EXPLAINED_VARIANCE or is_early):
             return None
-        seen = f"explained variance {explained:.2g}"
+        seen, remedy = f"explained variance {explained:.2g}", "raise value_learning_rate (an adapter's: to about 5e-4)"
         if grown:
             seen += f", value loss {loss:.2g} after {self._lowest_value_loss:.2g}"
+            remedy = "lower value_learning_rate"
         return (
             "value divergence",
             "value/explained_variance",
-            f"the value function is worse than a constant ({seen}), so the advantages are noise: lower "
-            "value_learning_rate, start it from the reward model that gives the scores, or let it learn alone for "
-            "some value_warmup_steps",
+            f"the value function is worse than a constant ({seen}), so the advantages are noise: {remedy}, start it "
+            "from the reward model that gives the scores with its head fitted to the first rollout (fit_value_head), or "
+            "let it learn alone for some value_warmup_steps",
         )
 
     def _unbalanced_gradients(self) -> tuple[str, str, str] | None:

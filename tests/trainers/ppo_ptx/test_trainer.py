@@ -194,15 +194,36 @@ def test_reward_model_from_path(kind, make, reward_model, tmp_path):
 def test_value_function_starts_as_the_reward_model(make, reward_model):
     """V of the state before token t is the reward model's score of everything up to t - 1, bias included."""
     set_reward_bias(reward_model, 0.5)
-    trainer = make()
-    rollout = rollout_of(trainer)
+    trainer = make(fit_value_head=False)
+    assert_values_are_of(reward_model, rollout_of(trainer))
+
+
+def assert_values_are_of(model, rollout):
     for row in range(8):
         prompt = rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()]
         completion = rollout["completion_ids"][row][rollout["completion_mask"][row].bool()]
         for t in range(len(completion)):
             state = torch.cat([prompt, completion[:t]]).unsqueeze(0)
-            expected = token_scores(reward_model, state, torch.ones_like(state))[0, -1]
+            expected = token_scores(model, state, torch.ones_like(state))[0, -1]
             torch.testing.assert_close(rollout["old_values"][row, t], expected, atol=1e-5, rtol=0)
+
+
+def test_the_head_of_a_copied_reward_model_is_fitted_to_the_first_rollout(make, reward_model):
+    set_reward_bias(reward_model, 0.5)
+    rewards = reward_model.score.weight.clone()
+    explained = {}
+    for fits in (False, True):
+        trainer = make(fit_value_head=fits)
+        values = trainer.value_function.module
+        rollout = rollout_of(trainer)
+        assert_values_are_of(values, rollout)
+        explained[fits] = trainer._metrics["train"]["value/explained_variance"][0]
+        assert torch.equal(values.score.weight, rewards) != fits
+        head = values.score.weight.clone()
+        assert_values_are_of(values, rollout_of(trainer))
+        assert torch.equal(values.score.weight, head)
+    assert explained[True] > max(0, explained[False])
+    assert torch.equal(reward_model.score.weight, rewards)
 
 
 def test_scores_and_python_functions_are_weighted_and_logged(make, reward_model):

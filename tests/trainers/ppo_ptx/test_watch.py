@@ -158,9 +158,16 @@ def test_a_value_function_may_start_badly_but_not_stay_so():
     assert diagnose(run(value__explained_variance=lambda t: -5 + 30 * t), SETTINGS) == []
     (trouble,) = diagnose(run(value__explained_variance=-1.5), SETTINGS)
     assert (trouble.name, trouble.step) == ("value divergence", watch.LEARNING_TO_VALUE)
+    assert "raise value_learning_rate" in trouble.message
+    assert "fit_value_head" in trouble.message
+    # Of the first run on a pretrained model, by thirds of its 24 entries.
+    thirds = (-1.39, -0.25, -0.61)
+    (trouble,) = diagnose(run(24, value__explained_variance=lambda t: thirds[min(2, int(3 * t))]), SETTINGS)
+    assert trouble.name == "value divergence"
     exploded = {"loss__value": late(0.1, 2.0), "value__explained_variance": late(0.5, -0.5)}
     (trouble,) = diagnose(run(**exploded), SETTINGS)
     assert "value loss" in trouble.message
+    assert "lower value_learning_rate" in trouble.message
     assert diagnose(run(loss__value=late(0.1, 2.0)), SETTINGS) == []  # larger returns, still well predicted
 
 
