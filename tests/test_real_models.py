@@ -16,8 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt import PPOPtxConfig, PPOPtxTrainer, load_reward_model
+from prefopt.inference.generate import end_token_ids, generate
+from prefopt.inference.jsonl import write_jsonl
+from prefopt.models.loading import load_language_model
 from prefopt.models.reward import sequence_scores
 from prefopt.rankings.tokens import build_ids
+from prefopt.recipes import sft
 from tests.test_matrix import LANGUAGE, SCALAR, padded
 from tests.trainers.conftest import CLASSES, settings
 
@@ -86,6 +90,21 @@ def test_padded_batches_equal_single_rows(model_folder):
                 torch.testing.assert_close(role(model, *padded(rows, side)), alone, rtol=0, atol=1e-5 * scale)
 
 
+def test_sft_teaches_where_to_end(model_folder, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": " I do not know."} for row in RANKED]
+    write_jsonl(tmp_path / "rows.jsonl", rows * 8)
+    keys = settings(tmp_path / "run", max_steps=16, learning_rate=1e-3, per_device_train_batch_size=4)
+    keys |= {"model_name_or_path": model_folder, "dataset_name": tmp_path / "rows.jsonl", "dtype": "float32"}
+    keys |= {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear", "gradient_checkpointing": False}
+    sft.main([text for key, value in keys.items() for text in (f"--{key}", str(value))])
+    model, tokenizer = load_language_model(tmp_path / "run")
+    ends = end_token_ids(model, tokenizer)
+    for (drawn,) in generate(model, tokenizer, [row["prompt"] for row in RANKED] * 4, max_new_tokens=24):
+        assert drawn.ids[-1] in ends
+        assert not drawn.truncated
+        assert tokenizer.convert_ids_to_tokens(drawn.ids[-1]) not in drawn.text
+
+
 def test_a_reward_model_is_saved_and_scores_as_trained(model_folder, tmp_path):
     trainer = ranked_trainer("reward", model_folder, tmp_path)
     trainer.train()
@@ -105,6 +124,12 @@ def test_dpo_starts_at_its_reference(model_folder, tmp_path):
     losses = logged(trainer, "loss")
     assert losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-5)
     assert losses[1] < losses[0]
+    trainer.save_model()
+    ids = torch.tensor([trainer.processing_class(TEXTS[0])["input_ids"]])
+    model, _ = load_language_model(tmp_path / "run", dtype="float32")
+    with torch.no_grad():
+        trained, loaded = (m.eval()(input_ids=ids, use_cache=False).logits for m in (trainer.model, model))
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-4)
 
 
 def test_ppo_ptx_starts_at_its_reference(model_folder, tmp_path):

@@ -2,13 +2,15 @@
 
     python tests/benchmarks/memory_plan_error.py --count 25
     python tests/benchmarks/memory_plan_error.py --steps dpo --count 20 --bf16
+    python tests/benchmarks/memory_plan_error.py --model SmolLM2-135M-Instruct --lora_r 16
 
 Each shape is a tiny model (architecture, width, depth, heads, vocabulary), a batch (K, lengths) and settings (adapter or
 all weights, gradient checkpointing, prefix sharing, a token budget, accumulation; of PPO-ptx the rollout, the
 pretraining text and the KL estimator). The trainer takes two optimizer steps as a user's would; what is compared is the
 highest sum of live bytes in the second, when the optimizer has its state. The bytes are the CPU allocator's own events,
 all of them since before the model was built, as the profiler records them: no tensor and no operator's scratch space is
-missed, and what Python holds outside tensors is not counted.
+missed, and what Python holds outside tensors is not counted. With `--model` the shape is that of a pretrained model's
+config.json, at the lengths of recipes/smollm2; its weights are random, which take as much room.
 """
 
 import argparse
@@ -41,6 +43,7 @@ from torch._C._profiler import RecordScope, _ExperimentalConfig
 from torch.autograd import profiler
 from torch.profiler import record_function
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
@@ -101,10 +104,29 @@ def draw(step: str, rng: random.Random, bf16: bool = False) -> Shape:
     )
 
 
+def of_model(step: str, options: argparse.Namespace) -> Shape:
+    """A pretrained model's shape with short rows."""
+    config = AutoConfig.from_pretrained(options.model).get_text_config()
+    shape = draw(step, random.Random(0), options.bf16)
+    vars(shape).update(
+        model=options.model, layers=config.num_hidden_layers, hidden=config.hidden_size, vocab=config.vocab_size,
+        is_tied=config.tie_word_embeddings, k=options.k, prompt=options.prompt, completion=options.completion,
+        batch=options.batch, accumulation=1, lora_r=options.lora_r, targets="all-linear", dropout=0.0,
+        checkpointing=False, shares_prefixes=True, max_tokens=None, minibatches=2, ptx_length=128, ptx_batch=2,
+        ptx_coef=1.0, kl_estimator="k1", ema_decay=None,
+    )  # fmt: skip
+    return shape
+
+
 # ---- the plan ----
 
 
 def config_of(shape: Shape) -> PretrainedConfig:
+    if shape.model not in CONFIGS:
+        config = AutoConfig.from_pretrained(shape.model).get_text_config()
+        config.dtype, config.num_labels = torch.float32, 1
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, None, 2
+        return config
     return CONFIGS[shape.model](
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -308,6 +330,7 @@ def compare(shape: Shape) -> dict[str, Any]:
     measured, planned = measured_peak(shape), peak(plan(shape))
     return {
         "shape": vars(shape),
+        "step": shape.step,
         "measured": measured,
         "planned": planned.bytes,
         "moment": planned.name,
@@ -331,9 +354,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--seed", type=int, default=0, help="of the first shape; the next has the next")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--model", help="the shape of a pretrained model, folder or Hub id, instead of random ones")
+    parser.add_argument("--k", type=int, default=9, help="of --model, as all below")
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--completion", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--lora_r", type=int, help="default: all weights")
     options = parser.parse_args(argv)
     quiet()
     results = []
+    if options.model is not None:
+        for step in options.steps:
+            results.append(compare(of_model(step, options)))
+            gib = {name: results[-1][name] / 2**30 for name in ("planned", "measured")}
+            print(f"| {step} | {gib['planned']:.2f} | {gib['measured']:.2f} | {results[-1]['ratio']:.3f} | "
+                  f"{results[-1]['moment']} |", flush=True)  # fmt: skip
+        return summary(results)
     for seed in range(options.seed, options.seed + options.count):
         for step in options.steps:
             results.append(compare(draw(step, random.Random(f"{step} {seed}"), options.bf16)))
