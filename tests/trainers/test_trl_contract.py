@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -31,23 +32,26 @@ for modules in IMPORTS.values():
         INNER.setdefault(module, set()).update(names)
 
 
+@cache
 def source_of(cls):
     return "\n".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
 
 
-UPSTREAM = {
-    name for cls in (RewardTrainer, DPOTrainer, GRPOTrainer) for name in re.findall(r"\b_[a-z]\w*", source_of(cls))
-}
+@cache
+def upstream_names():
+    classes = (RewardTrainer, DPOTrainer, GRPOTrainer)
+    return {name for cls in classes for name in re.findall(r"\b_[a-z]\w*", source_of(cls))}
 
 
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
-def private_names(tree):
+@cache
+def private_names(path):
     """(used or overridden, defined) private attributes of a module; plain functions and variables are its own."""
     used, defined = set(), set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             used.add(node.attr)
             if isinstance(node.ctx, ast.Store):
@@ -85,9 +89,9 @@ def test_attributes_are_assigned_where_they_are_said_to_be():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_trainers_use_no_unlisted_private_name(path):
-    used, _ = private_names(ast.parse(path.read_text()))
-    own = set().union(*(private_names(ast.parse(file.read_text()))[1] for file in FILES))
-    unlisted = {name for name in used - LISTED if name in UPSTREAM or name not in own}
+    used, _ = private_names(path)
+    own = set().union(*(private_names(file)[1] for file in FILES))
+    unlisted = {name for name in used - LISTED if name in upstream_names() or name not in own}
     assert not unlisted, (
         f"{path.name} uses private names that the contract does not list, or defines names that exist upstream: "
         f"{sorted(unlisted)}"
@@ -109,7 +113,7 @@ def test_everything_listed_is_used():
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         names |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-        names |= private_names(tree)[1]
+        names |= private_names(file)[1]
     assert not (LISTED | set().union(*INNER.values())) - names
 
 
