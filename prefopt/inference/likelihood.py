@@ -11,6 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.errors import UserError
 from prefopt.inference.generate import all_prompt_ids, batches_by_length, evaluating, pad
 from prefopt.models.heads import logits_in_tiles
+from prefopt.models.passes import max_positions
+
+# Tokens that a model without a limit reads of a text at once.
+WINDOW = 2048
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ def bits_per_byte(
 
     bits per byte = sum_i nats_i / (ln 2 * sum_i bytes_i), nats_i = -sum_t log pi(x_t | BOS, x_<t), bytes_i = UTF-8
     bytes of text i. The first token is conditioned on BOS (on EOS where the tokenizer has no BOS); no EOS is scored.
-    A text longer than `max_length` (default: the model's positions) is cut into windows whose context starts anew
+    A text longer than `max_length` (default: the model's positions, or where it has no limit `WINDOW`) is cut into windows whose context starts anew
     with the last token of the window before, so that every token is scored exactly once.
 
     Raises:
@@ -41,7 +45,7 @@ def bits_per_byte(
     >>> bits_per_byte(model, tokenizer, ["the cat sat on the mat"]).nats  # doctest: +SKIP
     array([35.2])
     """
-    max_length = max_length or _positions(model)
+    max_length = max_length or max_positions(model.config) or WINDOW
     start = _start_id(tokenizer)
     rows, owner = [], []
     for number, text in enumerate(texts):
@@ -70,7 +74,7 @@ def task_accuracy(
     array([1.])
     """
     validate_tasks(tasks)
-    longest = _positions(model)
+    longest = max_positions(model.config)
     start = _start_id(tokenizer)
     rows = []
     for number, task in enumerate(tasks):
@@ -78,7 +82,7 @@ def task_accuracy(
             context_ids, choice_ids = _split_ids(tokenizer, task["context"], choice)
             if not choice_ids:
                 raise UserError(f"task {number}: choice {choice!r} has no tokens")
-            if len(context_ids) + len(choice_ids) > longest:
+            if longest is not None and len(context_ids) + len(choice_ids) > longest:
                 raise UserError(
                     f"task {number}: context and choice have {len(context_ids) + len(choice_ids)} tokens, "
                     f"the model has {longest} positions; shorten the task"
@@ -225,10 +229,6 @@ def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if start is None:
         raise UserError("the tokenizer has neither a BOS nor an EOS token to start a text with")
     return start
-
-
-def _positions(model: PreTrainedModel) -> int:
-    return model.config.max_position_embeddings
 
 
 @torch.no_grad()

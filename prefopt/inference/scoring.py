@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, all_prompt_ids, evaluating, pad
+from prefopt.models.passes import max_positions
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, sequence_scores
 from prefopt.models.roles import AdapterScorer
@@ -113,8 +114,7 @@ def _checked_scores(
     reward_model: PreTrainedModel, ids: Sequence[list[int]], batch_size: int, prompts: Sequence[int] | None = None
 ) -> list[float]:
     """`score_ids` of rows that must all have a score."""
-    config = reward_model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = max_positions(reward_model.config)
     extra = int(getattr(reward_model.config, "reward_token_id", None) is not None)
     for number, length in enumerate(len(row) + extra for row in ids):
         if longest is not None and length > longest:

@@ -8,9 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prefopt.errors import UserError
 from prefopt.models.passes import backbone, forward, padded_inputs, unwrapped
 from prefopt.models.prefix.layout import Rows
 
@@ -31,11 +33,12 @@ def read_head(
 
     Few logits are computed once, by the model's own head: `output.logits [1, M, V]`. More are left to TRL's fused head,
     which computes tiles, and again in the backward pass. So are those of a copy of a model that had the fused head
-    already, whose own forward would run the model that it is a copy of.
+    already, whose own forward would run the model that it is a copy of. The fused head knows the head's weights alone: with
+    an adapter on the head (`has_adapter`) all logits are computed once.
     """
     row, position, labels = rows.read
     config = getattr(model, "module", model).config.get_text_config()
-    if len(labels) * config.vocab_size <= DENSE_LOGITS:
+    if len(labels) * config.vocab_size <= DENSE_LOGITS or has_adapter(unwrapped(model).get_output_embeddings()):
         in_fp32 = nullcontext()
         if cast_lm_head_to_fp32:
             in_fp32 = fp32_output(unwrapped(model).get_output_embeddings(), True)
@@ -46,6 +49,11 @@ def read_head(
     options |= {"shift_labels": labels[None], "fused_lm_head": True}
     output, states = forward(model, rows, row, position, **options)
     return output, True, states
+
+
+def has_adapter(head: nn.Module) -> bool:
+    """Whether an LM head has an adapter of its own, or rows that an adapter trains, next to its weights."""
+    return any(isinstance(module, BaseTunerLayer) for module in head.modules())
 
 
 @torch.no_grad()
@@ -180,8 +188,17 @@ def token_logps(
 
 
 @contextmanager
-def fp32_output(head: nn.Linear, enabled: bool) -> Iterator[None]:
-    """Inside, an LM head computes in fp32 whatever autocast and its own dtype are: TRL's `cast_lm_head_to_fp32`."""
+def fp32_output(head: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, an LM head computes in fp32 whatever autocast and its own dtype are: TRL's `cast_lm_head_to_fp32`.
+
+    Raises:
+        UserError: the head has an adapter, whose weights are not the head's.
+    """
+    if enabled and has_adapter(head):
+        raise UserError(
+            "cast_lm_head_to_fp32=True knows no adapter on the LM head: leave it off, or the head out of the adapter's "
+            "target_modules and trainable_token_indices"
+        )
 
     def in_fp32(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         bias = None if module.bias is None else module.bias.float()

@@ -1,4 +1,4 @@
-"""What every forward pass keeps to: positions that do not depend on padding, nothing computed that is not read, and no
+"""What every forward pass keeps to: rows that are read in a batch as alone, nothing computed that is not read, and no
 randomness where it is unwanted."""
 
 import inspect
@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefopt.errors import UserError
 from prefopt.models.prefix.layout import PackedRows, Rows
@@ -162,6 +162,86 @@ def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
             handle.remove()
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens of a row a model reads, in a batch as alone; None where its config tells no limit.
+
+    With "longrope" (Phi-3, Phi-4-mini) one row beyond `original_max_position_embeddings` gives every row of its batch other
+    rotary frequencies, and a completion that grows beyond it was drawn with those of short rows: that is the limit.
+
+    Example:
+        >>> from transformers import BloomConfig, GPT2Config
+        >>> max_positions(GPT2Config(n_positions=64)), max_positions(BloomConfig())
+        (64, None)
+    """
+    config = config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        # Of MPT, whose table of ALiBi ends there.
+        return getattr(config, "max_seq_len", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One for each type of layers, or one for all.
+    for scaling in (value if isinstance(value, dict) else rope for value in rope.values()):
+        original = scaling.get("original_max_position_embeddings")
+        if original is None:
+            continue
+        if scaling.get("rope_type") == "longrope":
+            return original
+        limit = max(limit, int((scaling.get("factor") or 1) * original))
+    return limit
+
+
+@torch.no_grad()
+def check_rows(model: nn.Module) -> None:
+    """Refuse a model that reads a row otherwise in a batch than alone, or that reads ahead.
+
+    The proof is a forward of two rows, one of them padded on the left, and one after a change of its padding's ids and of
+    the other's last token: what is read elsewhere must stay as it is, and the padded row be what it is alone. Where weights
+    are sharded before they are loaded there is no proof.
+
+    Raises:
+        UserError: the model reads padding (RWKV, RecurrentGemma), counts it as positions (BART), or reads ahead (BERT).
+    """
+    weights = [*model.parameters()]
+    if _is_not_here(weights):
+        return
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2], [1, 1, 1, 1, 1, 2, 3, 1]], device=weights[0].device)
+    changed, mask = ids.clone(), torch.ones_like(ids)
+    changed[0, -1], changed[1, :5], mask[1, :5] = 3, 3, 0
+    # Of one shape nothing differs but the order in which experts add tokens up; of two, 16-bit weights round otherwise and
+    # may choose other experts.
+    in_fp32 = all(weight.dtype == torch.float32 for weight in weights)
+    of_one_shape, of_two = (1e-3, 1e-2) if in_fp32 else (1e-2, 0.5)
+
+    def states(ids: Tensor, mask: Tensor) -> Tensor:
+        return backbone(model)(**padded_inputs(model, ids, mask), use_cache=False).last_hidden_state.float()
+
+    def differ(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+        return bool((ours - theirs).norm() > tolerance * theirs.norm())
+
+    was_training = model.training
+    model.eval()
+    try:
+        first, second, alone = states(ids, mask), states(changed, mask), states(ids[1:, 5:], mask[1:, 5:])
+    finally:
+        model.train(was_training)
+    name = type(unwrapped(model)).__name__
+    if differ(second[0, :-1], first[0, :-1], of_one_shape):
+        raise UserError(
+            f"{name} reads ahead: what it says of a token depends on later ones, so it is no causal language model; "
+            "take a decoder (of BERT and its relatives, one whose config has is_decoder=True)"
+        )
+    if differ(second[1, 5:], first[1, 5:], of_one_shape) or differ(first[1, 5:], alone[0], of_two):
+        raise UserError(
+            f"{name} reads the padding of a row: in a batch it gives a row other values than alone, so neither samples nor "
+            "log-probabilities nor scores would be its own; take an architecture that docs/architectures.md names"
+        )
+
+
+def _is_not_here(weights: list[nn.Parameter]) -> bool:
+    """Whether weights are sharded, or still to be loaded."""
+    return any(weight.is_meta or hasattr(weight, "ds_id") for weight in weights)
+
+
 def stop_randomness(model: nn.Module) -> None:
     """Set every dropout of a model to 0, also those that are no modules, so that two passes can be compared.
 
@@ -196,8 +276,7 @@ def _zero_rates(owner: object) -> None:
 def is_random(model: nn.Module) -> bool:
     """Whether a forward in training mode draws random numbers; the model's mode and random state stay as they are."""
     weights = [*model.parameters()]
-    # Sharded ones are not here yet.
-    if any(weight.is_meta or hasattr(weight, "ds_id") for weight in weights):
+    if _is_not_here(weights):
         return False
     device = weights[0].device
     was_training = model.training

@@ -19,6 +19,7 @@ from transformers.trainer_utils import sort_checkpoints
 from prefopt.errors import UserError
 from prefopt.models.checkpoints import check_reward_model
 from prefopt.models.loading import is_adapter
+from prefopt.models.passes import max_positions
 from prefopt.rankings.tokens import plain_messages, template_kwargs
 from prefopt.recipes.common.errors import explain
 from prefopt.recipes.common.lock import LOCK
@@ -111,15 +112,11 @@ def positions(path: str, revision: str | None = None) -> int | None:
     try:
         if is_adapter(path, revision=revision):
             path, revision = PeftConfig.from_pretrained(path, revision=revision).base_model_name_or_path, None
-        config = AutoConfig.from_pretrained(path, revision=revision).get_text_config()
+        config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = explain(error) or str(error).splitlines()[0]
         raise UserError(f"cannot read the configuration of {path!r}: {reason}") from error
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if limit is not None and "factor" in rope and "original_max_position_embeddings" in rope:
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
-    return limit
+    return max_positions(config)
 
 
 def check_length(args: TrainingArguments, name: str, path: str, revision: str | None = None) -> None:

@@ -29,7 +29,7 @@ from prefopt.inference.generate import end_as_learned, evaluating
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
-from prefopt.models.passes import stop_randomness
+from prefopt.models.passes import check_rows, stop_randomness
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.models.roles import copy_adapter
 from prefopt.rankings.dataset import RankedCollator
@@ -174,6 +174,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             rows = self.train_dataset[:64]["completion_ids"]
             end_as_learned(self.model, self.processing_class, [ids for row in rows for ids in row])
         self._settle()
+        check_rows(self.model)
         if args.disable_dropout:
             stop_randomness(self.model)
 

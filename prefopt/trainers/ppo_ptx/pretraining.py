@@ -10,10 +10,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
+from prefopt.models.heads import has_adapter, read_head
+from prefopt.models.passes import unwrapped
+from prefopt.models.prefix.layout import Rows
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -386,7 +390,8 @@ def pretraining_loss(
 ) -> Tensor:
     """`losses.lm_loss` of a batch, without its logits `[B, T, V]`.
 
-    The fused LM head computes tiles of 4096 positions x 32768 words, and computes them again in the backward pass.
+    The fused LM head computes tiles of 4096 positions x 32768 words, and computes them again in the backward pass. An LM
+    head with an adapter, which the fused one does not know, gives the logits of the scored positions.
 
     Args:
         model: the policy, wrapped or not, with TRL's fused LM head.
@@ -398,5 +403,11 @@ def pretraining_loss(
         A scalar.
     """
     options = {"untempered": True} if has_untempered_head else {}
+    if has_adapter(unwrapped(model).get_output_embeddings()):
+        ids = batch["input_ids"]
+        prompts = torch.arange(len(ids), device=ids.device)
+        rows = Rows(ids, batch["attention_mask"], batch["labels"] != -100, prompts)
+        output, *_ = read_head(model, rows)
+        return F.cross_entropy(output.logits[0].float(), rows.read.labels, reduction="sum") / num_tokens
     # Padded at the end alone, where no position depends on it.
     return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss

@@ -38,7 +38,7 @@ from prefopt.inference.generate import plain_generation, prompt_ids
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
-from prefopt.models.passes import stop_randomness
+from prefopt.models.passes import check_rows, max_positions, stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
@@ -217,6 +217,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         check_vllm(args, self.model, None, [])
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, original)
+        check_rows(self.model)
         if args.disable_dropout:
             stop_randomness(self.model)
         # The saved policy shall not sample it either.
@@ -276,7 +277,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.add_callback(self.weight_average)
         self.pretraining = None
         if args.ptx_coef > 0:
-            longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+            longest = max_positions(self.model.config)
             if longest is not None and args.ptx_max_length > longest:
                 raise UserError(f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions")
             if isinstance(pretrain_dataset, IterableDataset):
@@ -382,11 +383,20 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
         """Each prompt with the `tools` and `chat_template_kwargs` of its row, as reward models and DPO read it."""
-        if not any(self._of_rows):
-            return super()._tokenize_prompts(prompts)
-        settings = [{**self.chat_template_kwargs, **of_row} for of_row in self._of_rows]
-        pairs = zip(prompts, settings, strict=True)
-        return [prompt_ids(self.processing_class, prompt, **kwargs) for prompt, kwargs in pairs], None, {}
+        if any(self._of_rows):
+            settings = [{**self.chat_template_kwargs, **of_row} for of_row in self._of_rows]
+            pairs = zip(prompts, settings, strict=True)
+            tokenized = [prompt_ids(self.processing_class, prompt, **kwargs) for prompt, kwargs in pairs], None, {}
+        else:
+            tokenized = super()._tokenize_prompts(prompts)
+        positions, room = max_positions(self.model.config), self.args.max_completion_length or 0
+        longest = max(map(len, tokenized[0]))
+        if positions is not None and longest + room > positions:
+            raise UserError(
+                f"a prompt of {longest} tokens and max_completion_length={room} are more than the {positions} tokens that "
+                "the model reads; lower max_completion_length or leave out the longest prompts"
+            )
+        return tokenized
 
     def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
         self._of_rows = [{} if isinstance(row["prompt"], str) else template_kwargs(row) for row in inputs]

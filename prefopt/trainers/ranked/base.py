@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOu
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import strict_pairs
+from prefopt.models.passes import max_positions
 from prefopt.models.prefix.layout import Rows
 from prefopt.models.prefix.sharing import PrefixSharing
 from prefopt.rankings.checks import validate_demonstrations
@@ -75,7 +76,7 @@ def check_positions(
     model: nn.Module, dataset: Dataset | ComparisonStream, max_length: int | None, source: str
 ) -> None:
     """Raise if a tokenized row, reward token included, is longer than the model has positions; a stream does later."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = max_positions(model.config)
     if positions is None or (max_length is not None and max_length <= positions):
         return
     extra = int(getattr(model.config, "reward_token_id", None) is not None)

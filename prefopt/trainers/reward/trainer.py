@@ -36,7 +36,7 @@ from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.models.checkpoints import head_comes_later, head_loaded_in_fp32, keep_pad_from_eos, save_config_beside
 from prefopt.models.loading import saved_config, saved_pad_token
-from prefopt.models.passes import stop_randomness
+from prefopt.models.passes import check_rows, stop_randomness
 from prefopt.models.reward import (
     add_reward_token,
     append_reward_token,
@@ -134,6 +134,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
 
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, given)
+        check_rows(self.model)
         if args.disable_dropout:
             stop_randomness(self.model)
         keep_head_fp32(self.model)
