@@ -28,7 +28,6 @@ from prefopt.models.loading import load_language_model
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import Spans, row_ids, template_kwargs
-from prefopt.statistics.agreement import labeler_agreement
 from prefopt.statistics.intervals import Estimate, mean_estimate
 from prefopt.statistics.rankings import pair_accuracy
 from prefopt.statistics.reward_models import (
@@ -41,6 +40,7 @@ from prefopt.statistics.reward_models import (
     reward_measures,
     tie_calibrated,
 )
+from prefopt.statistics.shared_pairs import labeler_agreement
 
 Row = Mapping[str, Any]
 Scores = list[dict[str, Any]]  # `scores` and `lengths` in tokens of every ranked row

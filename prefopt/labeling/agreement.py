@@ -20,15 +20,9 @@ from scipy.stats import rankdata
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem
-from prefopt.statistics.agreement import (
-    ALPHA_RESAMPLES,
-    agreement_of,
-    alpha,
-    kendall_w,
-    same_and_untied,
-    shared_pairs,
-)
+from prefopt.statistics.agreement import ALPHA_RESAMPLES, alpha, kendall_w
 from prefopt.statistics.intervals import Estimate, bootstrap_over_prompts, ratio_of_sums
+from prefopt.statistics.shared_pairs import agreement_of, same_and_untied, shared_pairs
 
 NOTHING = Estimate(np.nan, np.nan, np.nan, 0, 0)
 

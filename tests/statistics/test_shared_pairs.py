@@ -4,8 +4,8 @@ import random
 from itertools import combinations
 
 from prefopt.labeling.agreement import agreement
-from prefopt.statistics.agreement import agreement_of, labeler_agreement, shared_pairs
 from prefopt.statistics.intervals import ratio_of_sums
+from prefopt.statistics.shared_pairs import agreement_of, labeler_agreement, shared_pairs
 
 
 def campaign(seed, labelers=("ann", "bob", "cy"), prompts=15):
