@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Measures, jsonable
@@ -69,6 +69,8 @@ class Stage:
 @dataclass
 class EvaluationArguments:
     """What all stages need to know. Each has a dataclass of its own besides, whose keys stand in the same file."""
+
+    LEAST: ClassVar[dict[str, float]] = {"batch_size": 1, "seed": 0}
 
     output_dir: str = field(metadata={"help": "Folder of the evaluation; every stage reads and writes there."})
     # With `| None` in this place the command line passes on the text as it is, and __post_init__ reads the JSON in it.
@@ -143,8 +145,9 @@ def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, An
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f'{key}: expected JSON like {{"name": ...}}, got {value!r} ({error.msg})') from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deeply")
+            raise UserError(f'{key}: expected JSON like {{"name": ...}}, got {value!r:.80} ({reason})') from error
     if not isinstance(value or {}, dict):
         raise UserError(f"{key}: expected `name: ...` pairs, got {value!r}")
     return dict(value or {})
@@ -210,7 +213,12 @@ class EvaluationRun:
         path = self.completions_path(model)
         if not self.has_completions(model):
             raise FileNotFoundError(f"no completions of {model!r} at {path}; run `prefopt eval generate` first")
-        rows = [row for row in read_jsonl(path) if row["decoding"] == decoding]
+        rows = read_jsonl(path)
+        for number, row in enumerate(rows):
+            is_one = {"id", "decoding", "sample"} <= row.keys() and isinstance(row.get("completion"), str)
+            if not is_one or not isinstance(row.get("ids") or [], list):
+                raise UserError(f"{path} row {number}: not what `prefopt eval generate` writes; run that again")
+        rows = [row for row in rows if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 
     def first_samples(self, model: str) -> list[dict[str, Any]]:
@@ -267,7 +275,14 @@ class EvaluationRun:
 
     def _kept(self, stage: str) -> dict[str, Any] | None:
         path = self.stage_path(stage)
-        return read_json(path, "measures", "data") if path.is_file() else None
+        if not path.is_file():
+            return None
+        content = {"completions": None, **read_json(path, "measures", "data")}
+        measures = content["measures"]
+        is_list = isinstance(measures, list) and all(isinstance(m, dict) and "name" in m for m in measures)
+        if not is_list or not isinstance(content["data"], dict):
+            raise UserError(f"{path}: not what `prefopt eval {stage}` writes; run that again")
+        return content
 
     def forget_stage(self, stage: str) -> None:
         """Delete what an earlier run of the stage kept, because it no longer holds."""

@@ -133,8 +133,16 @@ def read_run(path: str | os.PathLike) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the output_dir of a run or one of its checkpoints")
     files = [folder / STATE_FILE, *sorted(folder.glob(f"checkpoint-*/{STATE_FILE}"))]
-    states = [state for state in map(_read_state, files) if state is not None]
+    states, problems = [], []
+    for file in files:
+        if file.exists():
+            try:
+                states.append(_read_state(file))
+            except UserError as error:
+                problems.append(str(error))
     if not states:
+        if problems:
+            raise UserError(problems[0])
         runs = sorted(str(file.parent) for file in folder.glob(f"*/{STATE_FILE}"))
         if runs:
             raise UserError(f"{folder} holds several runs, name one of them: {', '.join(runs)}")
@@ -143,21 +151,32 @@ def read_run(path: str | os.PathLike) -> Run:
             "when a `prefopt` command ends"
         )
     state = max(states, key=lambda state: state["global_step"])
-    log = [entry for entry in state["log_history"] if isinstance(entry, dict)]
-    watch = (state.get("stateful_callbacks") or {}).get("TrainingWatch") or {}
-    run = Run(folder, _kind(log), log, watch.get("attributes", {}).get("settings", {}))
+    # Numbers are all that a trainer logs.
+    entries = [entry for entry in state["log_history"] if "step" in entry]
+    log = [
+        {name: value for name, value in entry.items() if isinstance(value, int | float | None)} for entry in entries
+    ]
+    settings: Any = state
+    for key in ("stateful_callbacks", "TrainingWatch", "attributes", "settings"):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    run = Run(folder, _kind(log), log, settings if isinstance(settings, dict) else {})
     if not run.training:
         raise UserError(f"the log of {folder} has no step: the run is shorter than logging_steps; lower that")
     return run
 
 
-def _read_state(file: Path) -> dict[str, Any] | None:
-    """A trainer's state; None if the file is missing or was not written to its end."""
-    try:
-        state = read_json(file, "global_step", "log_history")
-    except UserError:
-        return None
-    return state if isinstance(state["log_history"], list) and isinstance(state["global_step"], int) else None
+def _read_state(file: Path) -> dict[str, Any]:
+    """A trainer's state; a UserError if the file is none, or was not written to its end."""
+    state = read_json(file, "global_step", "log_history")
+    log = state["log_history"]
+    is_log = isinstance(log, list) and all(isinstance(e, dict) and _is_step(e.get("step", 0)) for e in log)
+    if not is_log or not _is_step(state["global_step"]):
+        raise UserError(f"{file}: expected the steps and entries of a trainer's log; name the output_dir of a run")
+    return state
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _kind(log: Log) -> str:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -70,6 +70,8 @@ class StatsArguments:
 @dataclass
 class SplitArguments:
     """How to split (the paper: by user, at most 200 prompts each, a long common prefix once)."""
+
+    LEAST: ClassVar[dict[str, float]] = {"seed": 0}
 
     by: str = setting("prompt", "Field whose values stay on one side: user, labeler, prompt, ...")
     max_per_user: int | None = setting(None, "Most prompts of one value of `by` (paper: 200).")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.progress import track
 
@@ -32,7 +32,7 @@ from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
 from prefopt.recipes.common.arguments import dispatch, setting
 from prefopt.recipes.common.rows import check_fields, load_rows
-from prefopt.recipes.common.sources import keep_inputs
+from prefopt.recipes.common.sources import keep_inputs, rows_of_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ OUTPUTS = {
 @dataclass
 class ExportArguments:
     """Which rows go into the sheet."""
+
+    LEAST: ClassVar[dict[str, float]] = {"seed": 0}
 
     samples: str | None = setting(None, "Rows of `prompt` and `completions`, as `prefopt sample` writes them.")
     format: Format = setting("sheet", "What to write: our sheet, or tasks for Label Studio.")
@@ -98,6 +100,8 @@ class AgreementArguments:
 @dataclass
 class NextArguments:
     """What to choose from, and by which reward model."""
+
+    LEAST: ClassVar[dict[str, float]] = {"batch_size": 1}
 
     samples: str | None = setting(None, "Rows of `prompt` and `completions`, as `prefopt sample` writes them.")
     reward_model: list[str] = setting(list, "Reward models, e.g. checkpoints of one or of several seeds.")
@@ -213,8 +217,6 @@ def choose_tasks(args: NextArguments) -> None:
         raise UserError("reward_model is required: what `prefopt reward` saved, once or several times")
     if args.by == "disagreement" and len(args.reward_model) < 2:
         raise UserError("by is 'disagreement': give two reward models or more, or choose 'margin'")
-    if args.batch_size < 1:
-        raise UserError(f"batch_size is {args.batch_size}; expected at least 1")
     rows = list(_rows(args.samples, "samples"))
     for number, row in enumerate(rows):
         if problem := row_problem(row, ("prompt", "completions")):
@@ -260,7 +262,7 @@ def _skips(report: Path) -> dict[str, int]:
 def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     """As written where that is JSON lines: a table would give every row the fields of all. Checked when blinded."""
     if name and name.endswith(".jsonl") and Path(name).is_file():
-        return read_jsonl(name)
+        return list(rows_of_jsonl(name, "train"))
     return load_rows(name, key=key, check=check_fields("prompt"))
 
 

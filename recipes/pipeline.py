@@ -15,6 +15,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.evaluation.run import EvaluationRun
@@ -24,15 +27,37 @@ from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import best_of_n, dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
+from prefopt.recipes.common.arguments import ComparisonArguments, config_folder, parse, read_config, setting
+from prefopt.recipes.common.errors import collecting, raise_all
 from prefopt.recipes.common.sources import load_source
 from prefopt.recipes.common.steps import Steps
 from prefopt.sandbox import SentimentWorld, World, build_model, build_tokenizer, labelers
+from prefopt.trainers.dpo.config import RankedDPOConfig
+from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.reward.config import RankedRewardConfig
+from prefopt.trainers.shared.ranges import Range, check_ranges
 
 TINY = Path(__file__).parent / "tiny"
 Step = tuple[str, str, Callable[[], None]]
 # Steps that are no command with settings of its own.
 WITHOUT_FILE = ("data", "label", "select")
+SFT = (sft.SFTArguments, sft.SFTStepConfig, ModelConfig)
+PPO = (ppo_ptx.PPOPtxArguments, PPOPtxConfig, ModelConfig)
+# Step with a file -> the dataclasses of its keys.
+KINDS = {
+    "pretrain": SFT,
+    "sft": SFT,
+    "sample": (sample.SampleArguments, ModelConfig),
+    "reward": (reward.RewardArguments, RankedRewardConfig, ModelConfig),
+    "ppo_start": SFT,
+    "ppo": PPO,
+    "ppo_ptx": PPO,
+    "dpo": (ComparisonArguments, RankedDPOConfig, ModelConfig),
+    "best_of_n": (best_of_n.BestOfNArguments, ModelConfig),
+    "evaluate": evaluate.ARGUMENTS,
+}
+# More would not fit into a memory or a lifetime.
+SIZE = Range(1, most=10**7, is_whole=True)
 
 
 @dataclass
@@ -72,6 +97,10 @@ class PipelineArguments(RealTextArguments):
     tuning_prompts: int = setting(200, "Validation prompts; they choose the SFT epoch.")
     test_prompts: int = setting(450, "Held-out prompts of the evaluation.")
     max_new_tokens: int = setting(24, "Length limit of a completion, in tokens.")
+
+    def __post_init__(self) -> None:
+        counts = [name for name in vars(self) if name.endswith(("_documents", "_prompts", "_tokens"))]
+        check_ranges(self, {"seed": Range(is_whole=True), **dict.fromkeys(counts, SIZE)})
 
 
 def command_line(config: Path | str, **keys: object) -> list[str]:
@@ -129,8 +158,7 @@ class Pipeline:
     def run(self, steps: Sequence[Step] | None = None) -> None:
         """All steps, or the first ones; those that are done are skipped. A report ends the last one."""
         every = self.plan()
-        # All files at once: a mistake in a later step would be met after an hour.
-        settings = {name: read_config(str(self.config(name))) for name in self.steps_with_file()}
+        settings = self.settings()
         done = Steps(self.root, total=len(every))
         sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
         # What is at its default of no model is not in the markers of runs before there were these keys.
@@ -155,6 +183,21 @@ class Pipeline:
                 "folder that has all"
             )
         return path
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What each step's file says, all of them at once: a mistake in a later step would be met after an hour."""
+        settings: dict[str, dict[str, Any]] = {}
+        mistakes: list[str] = []
+        for name in self.steps_with_file():
+            path = str(self.config(name))
+            found: list[str] = []
+            with collecting(found):
+                settings[name] = read_config(path)
+                output = "output" if "sample" in name or "best" in name else "output_dir"
+                parse(KINDS[name], command_line(path, **{output: self.root / name}), path)
+            mistakes += [text if path in text else f"{path}: {text}" for text in found]
+        raise_all(mistakes)
+        return settings
 
     def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
         """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""

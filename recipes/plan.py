@@ -12,7 +12,8 @@ checkpointing, `max_tokens_per_forward`, a smaller batch, a smaller rollout, sho
 import json
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -36,6 +37,7 @@ from prefopt.memory import (
     moments,
     peak,
 )
+from prefopt.models.files import checked_config
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.models import is_adapter
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
@@ -63,6 +65,8 @@ ASSUMPTIONS = (
 @dataclass
 class PlanArguments:
     """What a plan is made for, beside the settings of the step."""
+
+    LEAST: ClassVar[dict[str, float]] = {"k": 2, "prompt_length": 1, "completion_length": 1}
 
     gpu: str | None = setting(None, "Memory of one GPU (with use_cpu, of the machine), such as 24GB.")
     k: int = setting(9, "Completions of a prompt in the rankings.")
@@ -239,9 +243,6 @@ def main(argv: list[str]) -> None:
             continue
         if plan.gpu is None or not (model_args.model_name_or_path or plan.after):
             raise UserError("plan needs --model (a folder or a Hub id) and --gpu (its memory, such as 24GB)")
-        for key in ("k", "prompt_length", "completion_length"):
-            if getattr(plan, key) < 1:
-                raise UserError(f"{key} is {getattr(plan, key)}; expected at least 1")
         first = None
         if plan.after is not None:
             classes = (SFTArguments, on_its_machine(SFTStepConfig), ModelConfig)
@@ -292,6 +293,8 @@ def load_config(model_args: ModelConfig) -> PreTrainedConfig:
     path, revision = model_args.model_name_or_path, model_args.model_revision
     if is_adapter(path):
         path, revision = PeftConfig.from_pretrained(path).base_model_name_or_path, None
+    if Path(path).is_dir():
+        return checked_config(Path(path))
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:

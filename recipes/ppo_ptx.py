@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 from prefopt.errors import UserError
 from prefopt.recipes.common.arguments import DataArguments, setting
@@ -29,6 +30,8 @@ from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
 @dataclass
 class PPOPtxArguments(DataArguments):
     """Data and models of the PPO step, apart from the policy."""
+
+    LEAST: ClassVar[dict[str, float]] = {"overoptimization_patience": 1}
 
     reward_model_name_or_path: str | None = setting(
         None, "Reward model: full checkpoint or LoRA adapter, folder or Hub id."
@@ -92,9 +95,12 @@ def _gold_reward(name: str) -> str | Callable[..., list[float]]:
     # As TRL's own scripts do for their reward functions.
     sys.path.append(os.getcwd())
     try:
-        return getattr(import_module(module), function)
+        reward = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"gold_reward: {name!r} is neither a folder nor a module.function: {error}") from error
+    if not callable(reward):
+        raise UserError(f"gold_reward: {name!r} is {reward!r:.80}; expected a function")
+    return reward
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from trl import ModelConfig
@@ -34,7 +34,7 @@ from prefopt.rankings.tokens import template_kwargs
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.lock import lock
-from prefopt.recipes.common.models import load_policy, load_tokenizer, model_init_kwargs
+from prefopt.recipes.common.models import check_model, load_policy, load_tokenizer, model_init_kwargs
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import check_fields, load_rows, require_chat_template
@@ -66,6 +66,8 @@ OF_LOADING = (
 @dataclass
 class SamplingArguments(DataArguments):
     """How to draw and where to write it."""
+
+    LEAST: ClassVar[dict[str, float]] = {"max_new_tokens": 1, "temperature": 0, "batch_size": 1, "seed": 0}
 
     output: str | None = setting(None, "JSONL file to write.")
     overwrite: bool = setting(False, "Draw anew what is finished, of other rows, another model or other settings.")
@@ -100,9 +102,6 @@ def check_sampling(args: SamplingArguments) -> None:
         raise UserError(
             f"output: {args.output} is there, and this command did not write it; name another file, or move that one"
         )
-    for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("temperature", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"{name} is {getattr(args, name)}; expected at least {least}")
 
 
 def load_prompts(args: SamplingArguments, model_args: ModelConfig, *scorers: str) -> tuple[Dataset, Any]:
@@ -115,6 +114,7 @@ def load_prompts(args: SamplingArguments, model_args: ModelConfig, *scorers: str
         convert=prompts_from_messages,
         key="dataset_name",
     )
+    check_model(model_args)
     tokenizer = load_tokenizer(model_args)
     require_chat_template(tokenizer, rows)
     for scorer in scorers:
@@ -164,7 +164,6 @@ def main(argv: list[str] | None = None) -> None:
     inputs = sampling_inputs(args, model_args, rows) | {"k": [args.k_min, args.k_max]}
     if is_kept(output, inputs):
         print(f"{output} is finished, of the same rows, model and settings; it stays as it is")
-        return
 
     def draw(journal: Journal) -> list[dict[str, Any]]:
         counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import BASELINE, write_results
@@ -33,6 +33,8 @@ SETTINGS = ("prompts", "heldout_use_case", "documents", "tasks", "max_new_tokens
 class SweepArguments:
     """Which pipeline run to start from, and the coefficients."""
 
+    LEAST: ClassVar[dict[str, float]] = {"ptx_coefs": 0, "kl_coefs": 0, "save_steps": 1, "batch_size": 1}
+
     run_dir: str = setting("runs/demo", "Folder of a finished `prefopt pipeline` run.")
     output_dir: str | None = setting(None, "Folder of the sweep; default: `sweep` in run_dir.")
     ppo_config: str | None = setting(
@@ -41,7 +43,8 @@ class SweepArguments:
         "ppo_ptx.yaml beside --config, else that of recipes/tiny.",
     )
     ptx_coefs: list[float] = setting(
-        lambda: [0, 1, 5, 20, 27.8, 50], "ptx_coef of Fig. 33, 0 (plain PPO) among them; at the smallest of kl_coefs."
+        lambda: [0, 1, 5, 20, 27.8, 50],
+        "ptx_coef of Fig. 33, 0 (plain PPO) among them; at the smallest of kl_coefs.",
     )
     kl_coefs: list[float] = setting(lambda: [0.05, 0.1, 0.2, 0.5, 1, 2, 5], "kl_coef of Fig. 34, at ptx_coef 0.")
     save_steps: int = setting(20, "Steps between checkpoints of a run.")
@@ -55,13 +58,13 @@ class Sweep:
         self.args = args
         self.run_dir = Path(args.run_dir)
         self.root = Path(args.output_dir) if args.output_dir else self.run_dir / "sweep"
-        self.pipeline, self.inputs = _finished_pipeline(self.run_dir)
         self.config = _ppo_config(args.ppo_config)
         ptx_coefs, kl_coefs = (sorted(set(map(float, c))) for c in (args.ptx_coefs, args.kl_coefs))
         if not ptx_coefs or ptx_coefs[0] != 0:
             raise UserError("ptx_coefs: expected numbers from 0 on, with 0 (plain PPO) among them")
         if not kl_coefs or kl_coefs[0] < 0:
             raise UserError("kl_coefs: expected one or more numbers, none below 0")
+        self.pipeline, self.inputs = _finished_pipeline(self.run_dir)
         self.ptx = [Point(c, kl_coefs[0]) for c in ptx_coefs]
         self.kl = [Point(0.0, c) for c in kl_coefs]
         self.points = list(dict.fromkeys([*self.ptx, *self.kl]))

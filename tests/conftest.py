@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.prefix import sharing as prefix_sharing
 
 collect_ignore = ["benchmarks"]  # scripts, which tests/test_benchmarks.py runs
@@ -178,3 +179,27 @@ def causal_lm() -> LlamaForCausalLM:
 def reward_model() -> LlamaForSequenceClassification:
     torch.manual_seed(1)
     return LlamaForSequenceClassification(tiny_config(num_labels=1))
+
+
+PROMPTS = ("the cat", "a dog", "the red house", "what is this?")
+
+
+@pytest.fixture
+def files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    causal_lm: LlamaForCausalLM,
+    reward_model: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """The working folder of a training step: models `base` and `rm`, and rows of each kind."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("base", causal_lm), ("rm", reward_model)):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    write_jsonl("prompts.jsonl", [{"prompt": p} for p in PROMPTS])
+    write_jsonl("demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
+    write_jsonl("text.jsonl", [{"text": "the cat sat on the mat and the dog ran"}] * 8)
+    rows = [{"prompt": p, "completions": [" sat", " ran"], "ranks": [1, 2]} for p in PROMPTS]
+    write_jsonl("rankings.jsonl", rows)
+    return tmp_path

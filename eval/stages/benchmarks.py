@@ -10,7 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions, paper_condition
@@ -60,6 +60,8 @@ Instruction:
 @dataclass
 class BenchArguments:
     """Keys of `prefopt eval bench`."""
+
+    LEAST: ClassVar[dict[str, float]] = {"bench_shots": 0, "bench_limit": 1, "toxicity_samples": 1}
 
     bench_tasks: list[str] | None = field(
         default=None, metadata={"help": f"Benchmarks, by default all: {', '.join(BENCHMARKS)}."}

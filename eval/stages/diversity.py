@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,6 +54,8 @@ for _scope, (_over, _interval) in SCOPES.items():
 @dataclass
 class DiversityArguments:
     """How self-BLEU is measured, which takes longest."""
+
+    LEAST: ClassVar[dict[str, float]] = {"self_bleu_group": 2, "self_bleu_prompts": 1}
 
     self_bleu_group: int = field(
         default=10, metadata={"help": "Across prompts: answers that are compared with one another."}

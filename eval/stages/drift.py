@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +51,8 @@ MEASURES = Measures(
 @dataclass
 class DriftArguments:
     """How much is measured."""
+
+    LEAST: ClassVar[dict[str, float]] = {"drift_prompts": 1}
 
     drift_prompts: int | None = field(
         default=None, metadata={"help": "Measure drift on the first so many prompts; default: all."}

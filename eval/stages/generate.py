@@ -1,5 +1,6 @@
 """Stage `generate`: every model draws completions of the same prompts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,8 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         for key, least in (("max_prompts", 1), ("samples_per_prompt", 1), ("max_new_tokens", 1), ("temperature", 0)):
             value = getattr(self, key)
-            if value is not None and value < least:
+            # Not `<`, which NaN is not.
+            if value is not None and not least <= value < math.inf:
                 raise UserError(f"{key} is {value}; expected at least {least}")
 
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,6 +35,8 @@ MEASURES = Measures(
 @dataclass
 class ReportArguments:
     """What the report shows besides the stages."""
+
+    LEAST: ClassVar[dict[str, float]] = {"worst_samples": 0}
 
     worst_samples: int = field(
         default=20, metadata={"help": "Prompts on which the main model loses most that the report shows."}

@@ -169,7 +169,7 @@ class RewardModelArguments:
         check_names("reward_models", self.reward_models)
         check_names("rankings", self.rankings)
         for name, beta in self.implicit_rewards.items():
-            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+            if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf:
                 raise UserError(f"implicit_rewards: {name}: expected the beta of its training, got {beta!r}")
             if name in self.reward_models:
                 raise UserError(f"implicit_rewards: {name} is the name of a reward model too; rename that one")

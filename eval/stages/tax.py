@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ MEASURES = Measures(
 class TaxArguments:
     """Held-out text and tasks of one's own."""
 
+    LEAST: ClassVar[dict[str, float]] = {"tax_max_length": 2}
+
     pretraining_text: str | None = field(
         default=None, metadata={"help": "JSONL file of documents kept out of pretraining; column `text`."}
     )
@@ -51,7 +53,8 @@ class TaxArguments:
         default=None, metadata={"help": "JSONL file of multiple-choice tasks: `context`, `choices` and `answer`."}
     )
     tax_max_length: int | None = field(
-        default=None, metadata={"help": "Window of bits per byte in tokens; default: the model's positions."}
+        default=None,
+        metadata={"help": "Window of bits per byte in tokens; default: the model's positions."},
     )
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import BitsAndBytesConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from prefopt.errors import UserError
 from prefopt.models.loading import saved_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -229,4 +230,12 @@ def _digest(text: str) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}); mend it, or move it to have it written anew"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; mend it, or move it to have it written anew")
+    return content

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prefopt.errors import UserError
 from prefopt.inference.journal import Journal
+from prefopt.models.passes import loaded_from
 from prefopt.rankings.tokens import build_ids, closing_token_id
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,7 @@ def generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            logits_processor=[_refuse_nan],
+            logits_processor=[partial(_refuse_nan, model)],
         )
         drawn = [_completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
         return [drawn[i : i + num_return] for i in range(0, len(drawn), num_return)]
@@ -215,10 +217,10 @@ def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[
     return [[Completion(**completion) for completion in mine] for mine in rows]
 
 
-def _refuse_nan(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def _refuse_nan(model: PreTrainedModel, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     """Greedy decoding would go on without a word, and write nonsense."""
     if scores.isnan().any():
-        raise UserError("the model's logits are NaN: its weights are broken")
+        raise UserError(f"the model's logits are NaN: its weights are broken{loaded_from(model)}")
     return scores
 
 

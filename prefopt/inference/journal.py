@@ -41,7 +41,7 @@ def kept_rows(path: Path, inputs: Any, compute: Callable[[], Rows]) -> list[dict
 def is_kept(path: Path, inputs: Any) -> bool:
     """Whether `path` has the finished rows that were made from `inputs`."""
     mark = _mark(path)
-    return path.is_file() and mark.is_file() and mark.read_text(encoding="utf-8") == fingerprint_of(inputs)
+    return path.is_file() and mark.is_file() and mark.read_bytes() == fingerprint_of(inputs).encode()
 
 
 def is_finished(path: Path) -> bool:
@@ -51,7 +51,8 @@ def is_finished(path: Path) -> bool:
 
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a file that `continued_rows` did not write: it has neither a fingerprint nor a journal beside it."""
-    return path.is_file() and not _mark(path).is_file() and not _journal(path).is_file()
+    # Also a link that leads nowhere.
+    return os.path.lexists(path) and not _mark(path).is_file() and not _journal(path).is_file()
 
 
 def set_aside(path: Path) -> None:
@@ -110,7 +111,9 @@ def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]
     if not is_kept(path, inputs):
         journal = Journal(_journal(path), inputs)
         kept_rows(path, inputs, lambda: compute(journal))
-        journal.path.unlink(missing_ok=True)
+    # Also one that a kill between the two has left; of other inputs, it may be gone on with.
+    if _journal(path).is_file() and _journal(path).open("rb").readline().strip() == fingerprint_of(inputs).encode():
+        _journal(path).unlink()
     return read_jsonl(path)
 
 
@@ -157,7 +160,7 @@ class Journal:
         for line in lines[:-1]:  # behind the last line break stands nothing, or what a kill left half written
             try:
                 number, entry = json.loads(line)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 break
             if number != len(entries):
                 break
@@ -184,9 +187,15 @@ def source_state(source: str) -> list[Any]:
     files = sorted(f for f in folder.glob("*") if f.suffix in suffixes and f.name != "trainer_state.json")
     state = [source, *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
     adapter = folder / "adapter_config.json"
-    config = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-    base = config.get("base_model_name_or_path")
-    return state if base is None else [*state, source_state(base)]
+    try:
+        base = (
+            json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else None
+        )
+    # What loads the model says what is wrong with it.
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        base = None
+    # An adapter cannot be its own base, which would never end.
+    return [*state, source_state(base)] if isinstance(base, str) and Path(base) != folder else state
 
 
 def function_state(name: str) -> list[Any]:

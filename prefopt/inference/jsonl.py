@@ -156,6 +156,8 @@ def _whole(path: str | os.PathLike, replace: bool) -> Iterator[TextIO]:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link that leads nowhere; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.errors import UserError
 from prefopt.inference.generate import all_prompt_ids, batches_by_length, evaluating, pad
 from prefopt.models.heads import logits_in_tiles
-from prefopt.models.passes import max_positions
+from prefopt.models.passes import loaded_from, max_positions
 
 # Tokens that a model without a limit reads of a text at once.
 WINDOW = 2048
@@ -262,7 +262,7 @@ def scored_nats(
             ]
         np.add.at(nats, numbers.numpy(), torch.cat(losses).double().cpu().numpy())
     if np.isnan(nats).any():
-        raise UserError("the model's logits are NaN: its weights are broken")
+        raise UserError(f"the model's logits are NaN: its weights are broken{loaded_from(model)}")
     return nats
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, all_prompt_ids, evaluating, pad
-from prefopt.models.passes import max_positions
+from prefopt.models.passes import loaded_from, max_positions
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.reward import append_reward_token, sequence_scores
 from prefopt.models.roles import AdapterScorer
@@ -122,7 +122,9 @@ def _checked_scores(
     scores = score_ids(reward_model, ids, batch_size, prompts)
     for number, score in enumerate(scores):
         if not math.isfinite(score):
-            raise UserError(f"completion {number}: the reward model's scores are not finite: its weights are broken")
+            raise UserError(
+                f"completion {number}: the reward model's scores are not finite: its weights are broken{loaded_from(reward_model)}"
+            )
     return scores
 
 

@@ -72,8 +72,9 @@ def read_label_studio(path: str | Path) -> list[Answer]:
     """
     try:
         tasks = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error.msg}); give Label Studio's JSON export") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", None) or "no UTF-8, or nested too deeply"
+        raise UserError(f"{path}: not valid JSON ({reason}); give Label Studio's JSON export") from None
     if not isinstance(tasks, list) or not all(isinstance(task, Mapping) and "annotations" in task for task in tasks):
         raise UserError(
             f"{path}: expected a list of tasks with 'annotations'; export in the format JSON, not JSON-MIN"

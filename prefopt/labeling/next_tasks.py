@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr, expit
 
 from prefopt.errors import UserError
+from prefopt.labeling.key import MAX_OUTPUTS, MIN_OUTPUTS
 from prefopt.rankings.checks import PER_COMPLETION, row_problem
 
 By = Literal["margin", "disagreement"]
@@ -97,9 +98,10 @@ def choose_next(
     Raises:
         UserError: "SOURCE row 12: field 'completions': expected ..., got ...; remedy", or an argument out of range.
     """
-    if n < 1 or k < 2 or not 0 <= random_share <= 1:
+    if n < 1 or not MIN_OUTPUTS <= k <= MAX_OUTPUTS or not 0 <= random_share <= 1:
         raise UserError(
-            f"n {n}, k {k}, random_share {random_share}: expected n from 1, k from 2, a share between 0 and 1"
+            f"n {n}, k {k}, random_share {random_share}: expected n from 1, k from {MIN_OUTPUTS} to the {MAX_OUTPUTS} that "
+            "a sheet shows, a share between 0 and 1"
         )
     if by not in BY:
         raise UserError(f"by is {by!r}; expected one of {', '.join(BY)}")

@@ -165,6 +165,9 @@ def gae(
         >>> returns
         tensor([[0.7500, 1.0000]])
     """
+    for name, share in (("discount", discount), ("gae_lambda", gae_lambda)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share!r}: expected a number from 0 to 1")
     rewards, values, mask = of_one_shape(rewards=rewards.detach(), values=values.detach(), mask=mask)
     if mask.dim() != 2:
         raise ValueError(f"expected [B, T], got {tuple(mask.shape)}")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefopt.losses.tensors import require_same_shape
+
 
 def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
     """Minus the log-likelihood of each prompt's ranking, in which tied completions may stand in any order.
@@ -35,6 +37,9 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
     Returns:
         `[B]` in nats, 0 for a prompt without a strict pair.
 
+    Raises:
+        ValueError: if the shapes differ.
+
     Example:
         A = B > C: either A > B > C or B > A > C.
 
@@ -44,6 +49,7 @@ def plackett_luce_nll(scores: Tensor, ranks: Tensor) -> Tensor:
         >>> torch.allclose(plackett_luce_nll(scores, torch.tensor([[1, 1, 2]])), -both_orders.log())
         True
     """
+    require_same_shape(scores=scores, ranks=ranks)
     present = ranks > 0
     same = (ranks.unsqueeze(2) == ranks.unsqueeze(1)) & present.unsqueeze(2)
     worse = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & present.unsqueeze(2)

@@ -34,7 +34,7 @@ def clipped_policy_loss(
         A scalar; 0 when no token counts.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or `clip_range` is not above 0.
 
     Example:
         The ratio is 2 where the advantage is 1: clipped at 1.2.
@@ -48,6 +48,7 @@ def clipped_policy_loss(
         >>> loss
         tensor(-1.2000)
     """
+    _check_clip_range(clip_range)
     logps, old_logps, advantages, mask = of_one_shape(
         logps=logps, old_logps=old_logps, advantages=advantages, mask=mask
     )
@@ -84,7 +85,7 @@ def clipped_value_loss(
         A scalar; 0 when no token counts.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or `clip_range` is not above 0.
 
     Example:
         The value moved from 0 to its target 1; only 0.2 of that is trusted.
@@ -93,6 +94,7 @@ def clipped_value_loss(
         >>> clipped_value_loss(values=one, old_values=0 * one, returns=one, mask=one)  # 0.5 * (0.2 - 1)^2
         tensor(0.3200)
     """
+    _check_clip_range(clip_range)
     *predicted, mask = of_one_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in predicted)
     clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
@@ -134,11 +136,18 @@ def lm_loss(logits: Tensor, labels: Tensor, num_tokens: Tensor | float | None = 
     return _token_mean(nats, torch.ones_like(nats, dtype=torch.bool), num_tokens)
 
 
+def _check_clip_range(clip_range: float) -> None:
+    if not clip_range > 0:
+        raise ValueError(f"clip_range={clip_range!r}: expected a number above 0")
+
+
 def _token_mean(x: Tensor, mask: Tensor, num_tokens: Tensor | float | None) -> Tensor:
     """Sum over the mask divided by `num_tokens`, by default the size of the mask."""
     total = torch.where(mask, x, 0.0).sum()
     if num_tokens is None:
         num_tokens = mask.sum()
+    elif isinstance(num_tokens, int | float) and not num_tokens > 0 and mask.any():
+        raise ValueError(f"num_tokens={num_tokens!r}: expected a number above 0, as there are tokens that count")
     # A sum over nothing is exactly 0 and stays it. The floor is below 1 because a trainer may pass a fraction
     # (the step's tokens divided by the number of processes).
     return total / torch.as_tensor(num_tokens, dtype=total.dtype, device=total.device).clamp(min=1e-8)

@@ -28,6 +28,9 @@ def strict_pairs(ranks: Tensor) -> Tensor:
     """
     if ranks.dim() != 2 or ranks.is_floating_point() or ranks.is_complex() or ranks.dtype == torch.bool:
         raise ValueError(f"ranks must be integers [B, K], got {ranks.dtype} {tuple(ranks.shape)}")
+    # Not on a GPU, which would be waited for.
+    if ranks.device.type == "cpu" and (ranks < 0).any():
+        raise ValueError("ranks must be 1 = best, 2, ... and 0 where a completion is absent, got some below 0")
     present = ranks > 0
     better = ranks.unsqueeze(2) < ranks.unsqueeze(1)
     return better & present.unsqueeze(2) & present.unsqueeze(1)

@@ -17,6 +17,9 @@ def require_same_shape(**tensors: Tensor) -> None:
         Traceback (most recent call last):
         ValueError: shapes differ: values (2,), rewards (3,)
     """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if len({tuple(x.shape) for x in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"shapes differ: {shapes}")

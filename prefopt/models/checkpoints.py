@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from prefopt.errors import UserError
-from prefopt.models.files import check_model_files
+from prefopt.models.files import check_model_files, check_reward_head
 from prefopt.models.loading import (
     Loaded,
     dequantized,
@@ -121,7 +121,10 @@ def load_reward_model(
     Raises:
         UserError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
     """
+    check_model_files(path, with_base=False)
     path = os.fspath(path)
+    if os.path.isdir(path):
+        check_reward_model(path, with_base=False)
     hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs = {"dtype": trained_dtype(path, **hub_arguments), **kwargs, "num_labels": 1}
     if not is_adapter(path, **hub_arguments):
@@ -168,19 +171,20 @@ def load_classifier(
         raise UserError(f"cannot load a reward model from {source!r}: {first_line(error)}") from error
 
 
-def check_reward_model(path: str | os.PathLike) -> None:
+def check_reward_model(path: str | os.PathLike, *, with_base: bool = True) -> None:
     """Raise what `load_reward_model` would raise about the head, without loading weights.
 
     Raises:
         UserError: the checkpoint is no one-label classifier, the adapter does not contain a head, or files are damaged.
     """
-    check_model_files(path)
+    check_model_files(path, with_base=with_base)
     if is_adapter(path):
         _require_head(os.fspath(path), PeftConfig.from_pretrained(path))
-        return
-    architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise UserError(_NO_HEAD.format(os.fspath(path)))
+    else:
+        architectures = PreTrainedConfig.get_config_dict(path)[0].get("architectures") or []
+        if not any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise UserError(_NO_HEAD.format(os.fspath(path)))
+    check_reward_head(path)
 
 
 def merge_reward_model(
@@ -304,6 +308,7 @@ def _adapter_base(
         raise UserError(f"the adapter {path} names no base model; pass `base_model`")
     if isinstance(base, PreTrainedModel):
         return base
+    check_model_files(base)
     of_adapter = set(_HUB_ARGUMENTS) - {"cache_dir", "token", "local_files_only"}
     kwargs = {name: value for name, value in kwargs.items() if name not in of_adapter}
     quantization = saved_config(path, **hub_arguments).get("quantization_config")

@@ -26,7 +26,7 @@ from transformers.utils import (
 )
 
 from prefopt.errors import UserError
-from prefopt.models.files import check_model_files
+from prefopt.models.files import check_decoder, check_model_files
 from prefopt.models.reward import keep_4bit_gradients
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -119,7 +119,17 @@ def put_on_base(
 ) -> PeftModel:
     """The adapter at `path` on its base, whose vocabulary is made the adapter's: the one way to do it."""
     fit_vocabulary(base, path, **hub_arguments)
-    model = PeftModel.from_pretrained(base, os.fspath(path), is_trainable=is_trainable, **hub_arguments)
+    try:
+        model = PeftModel.from_pretrained(base, os.fspath(path), is_trainable=is_trainable, **hub_arguments)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # Of others, such as the memory, the error says it itself.
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the adapter {os.fspath(path)} does not fit its base {base.name_or_path}: {reason}; name the base that it "
+            "was trained on in adapter_config.json (base_model_name_or_path)"
+        ) from error
     file = _file(path, SAFETENSORS_WEIGHTS_NAME, hub_arguments)
     if file is not None:
         with safe_open(file, "pt") as weights:
@@ -207,6 +217,18 @@ def check_language_model(source: str | os.PathLike, revision: str | None = None)
         raise UserError(f"{source!r} is a reward model; expected a language model")
 
 
+def check_policy(model: str | PreTrainedModel | PeftModel) -> None:
+    """Raise unless a model, or what is at a path, is a language model and a decoder."""
+    if isinstance(model, str):
+        check_language_model(model)
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "ForSequenceClassification" in type(base).__name__:
+        raise UserError(f"the policy is a {type(base).__name__}, a reward model; expected a language model")
+    # A class of somebody's own may be one as well.
+    check_decoder(base.config, "the policy", is_built_in=False)
+
+
 def load_language_model(
     source: str | os.PathLike,
     *,
@@ -245,14 +267,34 @@ def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
     replaced by EOS."""
     source = os.fspath(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    # Whatever a broken file meets in the class that reads it.
+    except Exception as error:
         if not is_adapter(source):
-            raise
-        tokenizer = AutoTokenizer.from_pretrained(PeftConfig.from_pretrained(source).base_model_name_or_path)
+            raise UserError(f"cannot load a tokenizer from {source!r}: {first_line(error)}") from error
+        return load_tokenizer(PeftConfig.from_pretrained(source).base_model_name_or_path)
+    if not is_adapter(source):
+        check_vocabulary(tokenizer, source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: str, **hub_arguments: Any) -> None:
+    """Raise unless the model at `source` has an embedding for every token that rows can have.
+
+    Added tokens may be beyond without ever standing in a row: Gemma 3's text models have one for images. The words of the
+    vocabulary, and the tokens that pad, begin and end rows, may not.
+    """
+    rows = AutoConfig.from_pretrained(source, **hub_arguments).get_text_config().vocab_size
+    used = [token for token in (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) if token is not None]
+    beyond = [token for token in used if tokenizer.convert_tokens_to_ids(token) >= rows]
+    if beyond or tokenizer.vocab_size > rows:
+        what = repr(beyond[0]) if beyond else f"{tokenizer.vocab_size} words"
+        raise UserError(
+            f"the tokenizer in {source!r} has ids beyond the model's embeddings for {rows} tokens ({what}): they are not of "
+            "one model, or the embeddings were not resized (model.resize_token_embeddings)"
+        )
 
 
 def known_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:

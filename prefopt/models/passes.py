@@ -293,6 +293,12 @@ def is_random(model: nn.Module) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def loaded_from(model: nn.Module) -> str:
+    """ " (PATH)" for an error, of a model that was loaded from there."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return f" ({name})" if name else ""
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The transformer below the head, inside wrappers (data parallel, PEFT)."""
     transformer = unwrapped(model).base_model

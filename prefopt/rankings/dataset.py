@@ -434,6 +434,8 @@ class RankedCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        if not rows or any(not row.keys() >= _TOKENIZED for row in rows):
+            raise UserError(f"expected one or more rows with {', '.join(sorted(_TOKENIZED))}, got {shorten(rows)}")
         k = max(len(row["ranks"]) for row in rows)
         t = max(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["completion_ids"])
         if self.pad_to_multiple_of:

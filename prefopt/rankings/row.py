@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from prefopt.errors import UserError
+from prefopt.errors import UserError, UserTypeError
 from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem, row_problem, shorten
 from prefopt.rankings.prompts import with_prompt
 
@@ -28,6 +28,8 @@ def parse_ranking(text: str, labels: Sequence[str] | None = None) -> list[int]:
     >>> parse_ranking("right > left", labels=["left", "right"])
     [2, 1]
     """
+    if not isinstance(text, str):
+        raise UserTypeError(f"ranking: expected a text such as 'B > A = C', got {shorten(text)}")
     groups = [[name.strip() for name in group.split("=")] for group in text.split(">")]
     names = [name for group in groups for name in group]
     labels = _default_labels(len(names)) if labels is None else _checked_labels(labels)
@@ -64,6 +66,8 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
     >>> format_ranking([2, 1], labels=["left", "right"])
     'right > left'
     """
+    if not isinstance(ranks, Sequence) or len(ranks) < 2:
+        raise UserTypeError(f"ranks: expected a list of two or more such as [2, 1, 2], got {shorten(ranks)}")
     labels = _default_labels(len(ranks)) if labels is None else _checked_labels(labels)
     if problem := ranks_problem(list(ranks), len(labels), "labels"):
         raise UserError(problem)
@@ -129,6 +133,8 @@ def _default_labels(k: int) -> list[str]:
 
 
 def _checked_labels(labels: Sequence[str]) -> list[str]:
+    if not isinstance(labels, Sequence) or not all(isinstance(label, str) for label in labels):
+        raise UserTypeError(f"labels {shorten(labels)}: expected a list of names")
     if len(set(labels)) != len(labels) or any(not s.strip() or s != s.strip() or set(s) & set(">=") for s in labels):
         raise UserError(f"labels {shorten(list(labels))}: expected distinct names without '>', '=' or outer spaces")
     return list(labels)

@@ -4,19 +4,22 @@ import argparse
 import copy
 import difflib
 import inspect
+import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from prefopt.errors import UserError
-from prefopt.recipes.common.errors import explain
+from prefopt.recipes.common.errors import collecting, explain, raise_all
 
 # Of the hundreds of keys that steps inherit, those that people set.
 USUAL = """
@@ -92,19 +95,22 @@ def parse(
     argv = _split_config(argv)
     argv = _named(argv, positional, {name for name, f in known.items() if f.default_factory is list})
     argv = [_with_underscores(argument) for argument in argv]
+    mistakes: list[str] = []
     if "--config" in argv:
         position = argv.index("--config") + 1
         if position == len(argv):
             raise UserError("--config needs a YAML file")
         keys = read_config(argv[position])
-        _refuse_unknown(set(keys) - {"env"}, set(known), argv[position], dataclass_types)
+        mistakes += _unknown(set(keys) - {"env"}, set(known), argv[position], dataclass_types)
+        mistakes += _of_another_type(keys, dataclass_types, argv[position])
         template = Path(argv[position]).parent / str(keys.get("chat_template_path"))
         if template.is_file() and not any(argument.startswith("--chat_template_path") for argument in argv):
             argv += ["--chat_template_path", str(template)]
     options = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
     options -= {"config", "help", "help_all"}
     negated = {f"no_{name}" for name in known}
-    _refuse_unknown(options, {*known, *negated}, "the command line", dataclass_types)
+    mistakes += _unknown(options, {*known, *negated}, "the command line", dataclass_types)
+    raise_all(mistakes)
 
     # Not above: a misspelt key is answered before TRL is loaded, which takes seconds.
     from trl import TrlParser
@@ -120,13 +126,69 @@ def parse(
             parsed = parser.parse_args_and_config(argv)
     except (ValueError, TypeError) as error:
         raise UserError(explain(error) or error) from error
+    mistakes = [mistake for arguments in parsed for mistake in _out_of_range(arguments)]
     for arguments in parsed:
         if hasattr(arguments, "report_to"):
             # Loads torch, which few commands need.
             from prefopt.recipes.common.preflight import check_reporting
 
-            check_reporting(arguments.report_to)
+            with collecting(mistakes):
+                check_reporting(arguments.report_to)
+    raise_all(mistakes)
     return parsed
+
+
+# What a value in YAML is called.
+TYPES = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "`name: value` pairs",
+}
+
+
+def _of_another_type(keys: Mapping[str, Any], dataclass_types: Sequence[type], path: str) -> Iterator[str]:
+    """A text may stand for anything, as it does on the command line; YAML's other types are what they are."""
+    hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+    for name, value in keys.items():
+        allowed = _types(hints.get(name, Any))
+        # true means the newest checkpoint.
+        if not allowed or isinstance(value, str) or name == "resume_from_checkpoint":
+            continue
+        kinds = {int, float} if isinstance(value, int) and not isinstance(value, bool) else {type(value)}
+        if not kinds & allowed:
+            expected = " or ".join(text for kind, text in TYPES.items() if kind in allowed)
+            quotes = "; put it in quotes" if str in allowed and not isinstance(value, list | dict) else ""
+            yield f"{path}: {name} is {value!r:.80}; expected {expected}{quotes}"
+
+
+def _types(hint: Any) -> set[type]:
+    """The types of YAML that a key's annotation allows; none where it allows what is not known here."""
+    if get_origin(hint) is Literal:
+        return {type(value) for value in get_args(hint)}
+    if get_origin(hint) in (Union, UnionType):
+        members = [_types(member) for member in get_args(hint) if member is not NoneType]
+        return set().union(*members) if all(members) else set()
+    kind = get_origin(hint) or hint
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return {str}
+    return {kind} & set(TYPES) if isinstance(kind, type) else set()
+
+
+def _out_of_range(arguments: Any) -> Iterator[str]:
+    """Of a command's own numbers, those that are not finite or below what `LEAST` of their dataclass says."""
+    # Trainers check theirs, some of which may be infinite.
+    if hasattr(arguments, "output_dir") and hasattr(arguments, "learning_rate"):
+        return
+    for key in fields(arguments):
+        value, least = getattr(arguments, key.name), getattr(arguments, "LEAST", {}).get(key.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                yield f"{key.name} is {number}; expected a finite number"
+            elif least is not None and isinstance(number, int | float) and number < least:
+                yield f"{key.name} is {number}; expected at least {least}"
 
 
 def config_folder(argv: list[str] | None) -> Path | None:
@@ -198,14 +260,14 @@ def read_config(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is nested too deeply to be read") from None
     if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
         raise UserError(f"{path}: expected lines `key: value` whose keys are words")
-    for key, value in keys.items():
-        if value is None:
-            raise UserError(f"{path}: key {key!r} has no value; give one or delete the line")
+    empty = ", ".join(repr(key) for key, value in keys.items() if value is None)
+    if empty:
+        raise UserError(f"{path}: key {empty} has no value; give one or delete the line")
     return keys
 
 
-def _refuse_unknown(keys: set[str], known: set[str], where: str, dataclass_types: Sequence[type]) -> None:
-    """Before anything is built from the keys, because a misspelt one may be the cause of another error."""
+def _unknown(keys: set[str], known: set[str], where: str, dataclass_types: Sequence[type]) -> list[str]:
+    """Asked before anything is built from the keys, because a misspelt one may be the cause of another error."""
     elsewhere = dict(NOT_TAKEN)
     for dataclass_type in dataclass_types:
         elsewhere |= getattr(sys.modules[dataclass_type.__module__], "ELSEWHERE", {})
@@ -214,8 +276,7 @@ def _refuse_unknown(keys: set[str], known: set[str], where: str, dataclass_types
         near = [RENAMED[key]] if RENAMED.get(key) in known else difflib.get_close_matches(key, known, n=1)
         hint = f" ({elsewhere[key]})" if key in elsewhere else f" (did you mean {near[0]!r}?)" if near else ""
         hints.append(repr(key) + hint)
-    if hints:
-        raise UserError(f"unknown key in {where}: {', '.join(hints)}")
+    return [f"unknown key in {where}: {', '.join(hints)}"] if hints else []
 
 
 # ---- commands of a command --------------------------------------------------------------------------------------
@@ -234,7 +295,7 @@ def dispatch(prog: str, commands: Mapping[str, Callable[..., None]], argv: list[
     except FileNotFoundError as error:
         raise UserError(f"there is no file {error.filename}") from error
     except OSError as error:
-        raise UserError(error) from error
+        raise UserError(explain(error) or error) from error
 
 
 def choose(kind: str, texts: Mapping[str, str], argv: list[str] | None, usage: str) -> tuple[str, list[str]]:

@@ -6,10 +6,14 @@
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from prefopt.errors import UserError
@@ -32,9 +36,26 @@ TO_LOWER = {
 # Of these `prefopt plan` knows the memory.
 PLANNED = ("sft", "reward", "dpo", "ppo-ptx")
 
-RESUMES = (
-    ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir"
-)
+# After an interruption.
+RESUMES = {
+    **dict.fromkeys(
+        PLANNED,
+        ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir",
+    ),
+    **dict.fromkeys(("sample", "best-of-n", "eval", "pipeline", "sweep"), ". The same command goes on where it was"),
+}
+
+# What the system says of a path -> what it is and what helps.
+PATHS = {
+    errno.EACCES: "permission denied; change its rights (chmod, chown), or name another place",
+    errno.EPERM: "not permitted; change its rights or owner, or name another place",
+    errno.EROFS: "is on a file system that cannot be written to; name another place",
+    errno.EISDIR: "is a folder; name a file",
+    errno.ENOTDIR: "a folder of this path is a file; name another place",
+    errno.EEXIST: "is a file where a folder is needed; name another place",
+    errno.ELOOP: "is a link that leads back to itself; name the file itself",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+}
 
 # Packages that no training step needs -> the extra that brings them.
 EXTRAS = {
@@ -58,12 +79,14 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     try:
-        main(argv)
-    except KeyboardInterrupt:
+        with _terminable():
+            main(argv)
+    except KeyboardInterrupt as error:
         if _wants_traceback():
             raise
-        print(f"interrupted{RESUMES if command in PLANNED else ''}", file=sys.stderr)
-        sys.exit(130)
+        is_term = isinstance(error, Terminated)
+        print(f"{'terminated' if is_term else 'interrupted'}{RESUMES.get(command, '')}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if is_term else signal.SIGINT))
     except Exception as error:
         sentence = explain(error, command)
         if sentence is None or _wants_traceback():
@@ -78,6 +101,55 @@ def run_command(main: Callable[[list[str] | None], Any], command: str, argv: lis
         release()
 
 
+@contextmanager
+def collecting(mistakes: list[str]) -> Iterator[None]:
+    """Inside, a UserError ends the block and is put into the list, so that what comes after it is checked as well.
+
+    >>> mistakes = []
+    >>> with collecting(mistakes):
+    ...     raise UserError("learning_rate=-1: expected a finite number from 0")
+    >>> mistakes
+    ['learning_rate=-1: expected a finite number from 0']
+    """
+    try:
+        yield
+    except UserError as error:
+        mistakes.append(str(error))
+
+
+def raise_all(mistakes: list[str]) -> None:
+    """One UserError for all mistakes that were collected, if there are any."""
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which job schedulers, containers and `kill` send: it ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`; a handler that is there already stays."""
+    is_free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Terminated
+        # A worker that was forked: it ends as it would have without us.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def explain(error: BaseException, command: str = "") -> str | None:
     """What a common error is and what to do about it; None for an error that is not one of them.
 
@@ -88,7 +160,7 @@ def explain(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
-        for rule in (_memory, _disk, _hub, _bitsandbytes, _device, _attention, _package, _weights, _template):
+        for rule in (_memory, _disk, _path, _hub, _bitsandbytes, _device, _attention, _package, _weights, _template):
             sentence = rule(cause, command)
             if sentence is not None:
                 return sentence
@@ -141,6 +213,14 @@ def _disk(error: BaseException, command: str) -> str | None:
             "save_total_limit keeps fewer"
         )
     return f"the disk is full{f' at {place}' if place else ''}: free some space or name an output elsewhere{kept}"
+
+
+def _path(error: BaseException, command: str) -> str | None:
+    # Without a name it is no path, or nobody would know which.
+    name = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    if not isinstance(error, OSError) or error.errno not in PATHS or not isinstance(name, str | os.PathLike):
+        return None
+    return f"{os.fspath(name)}: {PATHS[error.errno]}"
 
 
 def _hub(error: BaseException, command: str) -> str | None:
@@ -196,6 +276,16 @@ def _device(error: BaseException, command: str) -> str | None:
 
 
 def _weights(error: BaseException, command: str) -> str | None:
+    # Of files from the Hub; a local folder is looked at before.
+    name, text = type(error).__name__, str(error)
+    if name == "UnpicklingError":
+        return (
+            "a file of weights or of a checkpoint is damaged, or a pickle of more than tensors, which is never opened"
+        )
+    if name == "SafetensorError":
+        return f"a .safetensors file is damaged or cut ({_first_line(text)}): download or copy it again"
+    if isinstance(error, RuntimeError) and ("ignore_mismatched_sizes" in text or "size mismatch for" in text):
+        return "the weights have other shapes than the configuration beside them: they are not of one model"
     if isinstance(error, IndexError) and str(error) == "index out of range in self":
         return (
             "a row has a token id beyond the model's embeddings: the tokenizer is of another model, or tokens were added to "

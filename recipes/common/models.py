@@ -5,12 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.errors import UserError
 from prefopt.models.checkpoints import reward_model_from_adapter
-from prefopt.models.loading import check_language_model, first_line, is_adapter, load_causal_lm, placement
+from prefopt.models.files import check_model_files
+from prefopt.models.loading import (
+    check_language_model,
+    check_vocabulary,
+    first_line,
+    is_adapter,
+    load_causal_lm,
+    placement,
+)
 from prefopt.recipes.common.errors import explain
 
 
@@ -18,11 +27,23 @@ def model_init_kwargs(model_args: ModelConfig) -> dict[str, Any]:
     """`from_pretrained` arguments of a `ModelConfig`, as TRL's own scripts build them."""
     if not model_args.model_name_or_path:
         raise UserError("model_name_or_path is required: a local folder or a Hub id")
+    attention, known = model_args.attn_implementation, {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    # A name on the Hub is that of a kernel.
+    if attention is not None and attention not in known and "/" not in attention:
+        raise UserError(f"attn_implementation: {attention!r} is none of {', '.join(sorted(known))}")
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
+
+
+def check_model(model_args: ModelConfig) -> None:
+    """`check_model_files` of the model that a command names."""
+    try:
+        check_model_files(str(model_args.model_name_or_path))
+    except UserError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
 
 
 def load_tokenizer(model_args: ModelConfig, args: SFTConfig | RewardConfig | None = None) -> PreTrainedTokenizerBase:
@@ -33,21 +54,13 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig | RewardConfig | Non
     """
     path = model_args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model_args.model_revision, trust_remote_code=False)
     # Whatever a broken file meets in the class that reads it.
     except Exception as error:
         reason = explain(error) or first_line(error)
         raise UserError(f"model_name_or_path: cannot load a tokenizer from {path!r}: {reason}") from error
     if not is_adapter(path, revision=model_args.model_revision):
-        rows = AutoConfig.from_pretrained(path, revision=model_args.model_revision).get_text_config().vocab_size
-        # Others may be beyond without ever standing in a row: Gemma 3's text models have one for images.
-        beyond = [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) >= rows]
-        used = {tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token}
-        if used & set(beyond):
-            raise UserError(
-                f"the tokenizer in {path!r} has ids beyond the model's embeddings for {rows} tokens ({beyond[0]!r}): they are "
-                "not of one model, or the embeddings were not resized (model.resize_token_embeddings)"
-            )
+        check_vocabulary(tokenizer, path, revision=model_args.model_revision)
     if args is not None and args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
             raise UserError(f"eos_token: {args.eos_token!r} is no token of {path!r}; name one of its vocabulary")
@@ -59,7 +72,10 @@ def load_tokenizer(model_args: ModelConfig, args: SFTConfig | RewardConfig | Non
                 f"chat_template_path: expected a file with a .jinja template, got {args.chat_template_path!r}; of another "
                 "model's template, save tokenizer.chat_template into one"
             )
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"chat_template_path: {template} is not UTF-8 text ({error})") from error
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
             f"the tokenizer of {path!r} has neither a padding nor an end-of-sequence token: set tokenizer.eos_token and "

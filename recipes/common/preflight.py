@@ -1,6 +1,5 @@
 """What a step checks before any weights are loaded: lengths, logging, and that nothing trained is overwritten."""
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 
 from prefopt.errors import UserError
+from prefopt.inference.jsonl import read_json
 from prefopt.models.checkpoints import check_reward_model
 from prefopt.models.loading import is_adapter
 from prefopt.models.passes import max_positions
@@ -101,9 +101,10 @@ def _state(folder: Path) -> dict[str, Any] | None:
     if not any(next(folder.glob(pattern), None) for pattern in SAVED):
         return None
     try:
-        return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(folder / TRAINER_STATE_NAME, "max_steps", "num_train_epochs")
+    except UserError:
         return None
+    return state if all(isinstance(state[key], int | float) for key in ("max_steps", "num_train_epochs")) else None
 
 
 # ---- lengths ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from prefopt.rankings.formats import needs_conversion
 from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
 from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments
 from prefopt.recipes.common.conversations import is_message
+from prefopt.recipes.common.errors import explain
 from prefopt.recipes.common.sources import load_source, rows_of_jsonl
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.ranked.options import check_stream_options
@@ -131,13 +132,13 @@ def _arrow_problem(name: str, value: Any) -> str | None:
 def _load(name: str | None, key: str, split: str, config: str | None, stream: bool = False) -> Rows | IterableDataset:
     if not name:
         raise UserError(f"{key} is required: a .jsonl, .json, .csv or .parquet file, a folder or a Hub id")
-    if name.endswith(".jsonl") and Path(name).is_file():
+    if name.endswith((".jsonl", ".jsonl.gz")) and Path(name).is_file():
         if stream:
             return IterableDataset.from_generator(rows_of_jsonl, gen_kwargs={"name": name, "split": split})
         try:
             return list(rows_of_jsonl(name, split))
         except (OSError, ValueError) as error:
-            raise UserError(f"{key}: cannot load {name!r}: {error}") from error
+            raise UserError(f"{key}: cannot load {name!r}: {explain(error) or error}") from error
     rows = load_source(name, key, split, config, streaming=stream)
     return rows.to_iterable_dataset() if stream and isinstance(rows, Dataset) else rows
 

@@ -25,6 +25,7 @@ from prefopt.rankings.formats import fields, needs_conversion, pairs
 from prefopt.rankings.formats.unpaired import with_own_names
 from prefopt.rankings.prompts import with_prompt
 from prefopt.recipes.common.arguments import setting
+from prefopt.recipes.common.errors import explain
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -62,9 +63,11 @@ def load_source(
     """
     import pandas
     from datasets import Features, Value, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(name)
+    if problem := _no_file(name):
+        raise UserError(f"{key}: {problem}")
     try:
         if path.is_file():
             if path.suffix not in _BUILDERS:
@@ -79,15 +82,16 @@ def load_source(
             return part_of(load_from_disk(name), _split_of_file(split))
         if (path / "dataset_dict.json").is_file():
             return part_of(load_from_disk(name)[split.partition("[")[0]], split)
-        if path.suffix in _BUILDERS:
-            raise UserError(f"{key}: file {name} does not exist")
         return load_dataset(name, config, data_dir=data_dir, revision=revision, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-        reason = str(error)
+    except UserError:
+        raise
+    # Whatever a broken file meets in the library that reads it.
+    except Exception as error:
+        reason = explain(error) or str(error) or type(error).__name__
         if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
             # It names the line, where the error itself says nothing.
             reason = f"{error.__cause__}".strip()
-        remedy = ""
+        remedy = "; it is damaged, cut off or of another kind: copy or write it again" if path.exists() else ""
         if "scripts are no longer supported" in str(error):
             remedy = (
                 "; the Hub keeps a copy of its rows: revision refs/convert/parquet, and the configuration as data_dir "
@@ -110,6 +114,24 @@ def _typed_cells(rows: Any) -> Any:
         return cells | ({"margin": fields.number(row["margin"], "margin")} if "margin" in row else {})
 
     return rows.map(typed) if chats or "margin" in first else rows
+
+
+def _no_file(name: str) -> str | None:
+    """What stands where a file of rows is named, if none does."""
+    path = Path(name)
+    is_named_as_file = path.suffix in _BUILDERS or path.name.endswith(".jsonl.gz")
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link that leads nowhere; name the file itself"
+    if is_named_as_file and not path.exists():
+        return f"file {path} does not exist"
+    if is_named_as_file and path.is_dir() and not any(path.glob("dataset_*.json")):
+        return f"{path} is a folder; name a file"
+    # Not what a data set on the Hub can be called.
+    if not path.exists() and (name.startswith((".", "/", "~")) or len(path.parts) > 2):
+        return f"there is no file or folder {path}"
+    if path.is_file() and not os.access(path, os.R_OK):
+        return f"{path} may not be read: change its rights (chmod, chown)"
+    return None
 
 
 def _split_of_file(split: str) -> str:
@@ -137,8 +159,11 @@ def part_of(rows: Any, split: str) -> Any:
 
 def rows_of_jsonl(name: str, split: str) -> Iterator[Row]:
     """The rows of a split of a .jsonl file, as they are read where that is all of them."""
+    if problem := _no_file(name):
+        raise UserError(problem)
     _split_of_file(split)
-    yield from part_of(list(iter_jsonl(name)), split) if "[" in split else iter_jsonl(name)
+    rows = iter_jsonl(name)
+    yield from part_of(list(rows), split) if "[" in split else rows
 
 
 @dataclass

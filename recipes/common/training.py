@@ -1,5 +1,6 @@
 """What the training steps share: from the command line to a trainer, and from there to a saved model."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from trl import ModelConfig
 
 from prefopt.errors import UserError
 from prefopt.hub.push import HubError, create_repo, hub_errors
-from prefopt.models.files import check_model_files
 from prefopt.recipes.common.arguments import DataArguments, parse
+from prefopt.recipes.common.errors import collecting, raise_all
 from prefopt.recipes.common.lock import LOCK, lock
-from prefopt.recipes.common.models import load_tokenizer, model_init_kwargs, peft_config, quantization_for
+from prefopt.recipes.common.models import check_model, load_tokenizer, model_init_kwargs, peft_config, quantization_for
 from prefopt.recipes.common.preflight import check_length, is_finished
 from prefopt.recipes.common.progress import show_progress
 from prefopt.recipes.common.rows import require_chat_template
@@ -57,19 +58,26 @@ class TrainingStep:
         if self.args.process_index == 0:
             folder = Path(self.args.output_dir)
             lock(folder / LOCK, "output_dir", folder)
+            # Once more: another command may have finished there while this one read its rows.
+            if is_finished(self.args):
+                raise UserError(f"output_dir: another command has just finished the run in {folder}")
         # TRL warns of options for a model that is loaded already, and what is loaded already needs no others.
         if isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}
-        return kind(
-            model=model,
-            args=self.args,
-            processing_class=tokenizer,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            quantization_config=quantization_for(model, self.model_args),
-            peft_config=self.adapter,
-            **options,
-        )
+        try:
+            return kind(
+                model=model,
+                args=self.args,
+                processing_class=tokenizer,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                quantization_config=quantization_for(model, self.model_args),
+                peft_config=self.adapter,
+                **options,
+            )
+        except UserError as error:
+            # A trainer does not know where its rows come from.
+            raise UserError(re.sub("^train: ", f"{self.data.dataset_name}: ", str(error))) from error
 
 
 def begin(
@@ -84,14 +92,15 @@ def begin(
     """Read the keys and check what needs neither rows nor weights; None if the run is finished already."""
     data, args, model_args = parse((data_type, config_type, ModelConfig), argv, prog, description)
     init_kwargs = model_init_kwargs(model_args)
-    if is_finished(args):
-        return None
-    if model_args.model_name_or_path is not None:
-        try:
-            check_model_files(model_args.model_name_or_path)
-        except UserError as error:
-            raise UserError(f"model_name_or_path: {error}") from error
-    adapter = peft_config(model_args, task_type, modules_to_save)
+    mistakes: list[str] = []
+    with collecting(mistakes):
+        if is_finished(args):
+            return None
+    with collecting(mistakes):
+        check_model(model_args)
+    with collecting(mistakes):
+        adapter = peft_config(model_args, task_type, modules_to_save)
+    raise_all(mistakes)
     check_hub(args)
     return TrainingStep(data, args, model_args, init_kwargs, adapter)
 

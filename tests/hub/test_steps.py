@@ -104,7 +104,7 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_loaded(options, sai
     with pytest.raises(UserError, match=said):
         run(
             reward,
-            "/no/such/model",
+            "no-such/model",
             files / "rankings.jsonl",
             files / "rm",
             "--push_to_hub",

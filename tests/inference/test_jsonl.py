@@ -111,3 +111,10 @@ def test_what_parquet_has_and_json_has_not_is_written_or_named(tmp_path):
         TypeError, match=r"other\.jsonl row 1: field 'image': object has no form in JSON; leave the field"
     ):
         write_jsonl(tmp_path / "other.jsonl", [row, {"prompt": "p", "image": [object()]}])
+
+
+def test_a_link_that_leads_nowhere_is_not_written_over(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(UserError, match=r"link\.jsonl is a link that leads nowhere"):
+        write_jsonl(tmp_path / "link.jsonl", [{"a": 1}])
+    assert (tmp_path / "link.jsonl").is_symlink()

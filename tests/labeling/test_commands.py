@@ -193,7 +193,7 @@ def test_mistakes_are_named_before_anything_is_loaded(tmp_path):
         (["next", samples, "--reward_model", "rm", "--k", 1], "k from 2"),
         (["next", samples, "--reward_model", "rm", "--random_share", 2], "between 0 and 1"),
         (["next", broken, "--reward_model", "rm"], "row 0: field 'completions'"),
-        (["next", samples, "--reward_model", tmp_path / "rm"], "cannot load a reward model"),
+        (["next", samples, "--reward_model", tmp_path / "rm"], "there is no folder"),
         (["import", samples, "--format", "label-studio", "--key", samples], "expected a key|not valid JSON"),
     ]:
         with pytest.raises(SystemExit, match=words):

@@ -1,8 +1,11 @@
 """What a model's files tell before its weights are loaded: every kind of damage is named by its file."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -16,10 +19,10 @@ from transformers import (
 )
 from trl import ModelConfig
 
-from prefopt.errors import UserError
-from prefopt.models.checkpoints import check_reward_model
+from prefopt.errors import UserError, UserTypeError
+from prefopt.models.checkpoints import check_reward_model, load_reward_model
 from prefopt.models.files import check_model_files
-from prefopt.models.loading import load_causal_lm
+from prefopt.models.loading import check_policy, load_causal_lm
 from prefopt.recipes.common.models import load_tokenizer
 
 
@@ -80,10 +83,23 @@ def test_a_shard_that_is_missing_is_named(folder):
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", "5", "[" * 10000, '{"model_type": "llama", "hidden_size": "x"}', '{"model_type": "nope"}']
+    "content",
+    [
+        "[]",
+        "{",
+        "5",
+        "[" * 10000,
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": "llama", "hidden_act": "x"}',
+        '{"model_type": "llama", "architectures": [5]}',
+        '{"model_type": "llama", "architectures": "LlamaForCausalLM"}',
+        '{"model_type": "nope"}',
+    ],
 )
-@pytest.mark.parametrize("file", ["lm/config.json", "adapter/adapter_config.json"])
+@pytest.mark.parametrize("file", ["lm/config.json", "adapter/adapter_config.json", "lm/generation_config.json"])
 def test_a_broken_configuration_is_named(folder, file, content):
+    if "generation" in file and "model_type" in content:
+        content = "[5]"
     if "adapter" in file and "model_type" in content:
         content = '{"peft_type": "NOPE"}'
     (folder / file).write_text(content)
@@ -138,3 +154,153 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(folder, tokenizer):
     tokenizer.save_pretrained(folder / "lm")
     with pytest.raises(UserError, match=r"beyond the model's embeddings for 320 tokens .*'<more 19>'"):
         load_tokenizer(ModelConfig(model_name_or_path=str(folder / "lm")))
+
+
+def edited(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_words_beyond_the_embeddings_are_refused_before_a_row_has_one(folder, causal_lm):
+    causal_lm.resize_token_embeddings(200)
+    causal_lm.save_pretrained(folder / "lm")
+    with pytest.raises(UserError, match=r"beyond the model's embeddings for 200 tokens \(\d+ words\)"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(folder / "lm")))
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+    file = folder / "lm" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:5].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: layers\.0\.mlp\.up_proj\.weight has the shape \[5, \d+\]"
+    ):
+        check_model_files(folder / "lm")
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**12])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "max_position_embeddings"])
+def test_a_size_that_no_model_has_is_named(folder, name, value):
+    edited(folder / "lm" / "config.json", **{name: value})
+    with pytest.raises(
+        UserError, match=rf"config\.json.*({name} is {value}; expected a whole number from 1|cannot be used)"
+    ):
+        check_model_files(folder / "lm")
+
+
+def test_weights_in_pytorchs_own_format_are_looked_at_too(folder):
+    file, tensors = folder / "lm" / "pytorch_model.bin", load_file(folder / "lm" / "model.safetensors")
+    (folder / "lm" / "model.safetensors").unlink()
+    for is_zip in (True, False):
+        torch.save(tensors, file, _use_new_zipfile_serialization=is_zip)
+        check_model_files(folder / "lm")
+    del tensors["model.norm.weight"]
+    torch.save(tensors, file)
+    with pytest.raises(UserError, match=r"lack norm\.weight"):
+        check_model_files(folder / "lm")
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(folder):
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    edited(folder / "rm" / "config.json", **labels)
+    with pytest.raises(UserError, match="rm is a classifier of 3 labels; a reward model has one"):
+        check_reward_model(folder / "rm")
+
+
+def without_head(folder):
+    weights = load_file(folder / "rm" / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, folder / "rm" / "model.safetensors", metadata={"format": "pt"})
+
+
+def nan_head(folder):
+    weights = load_file(folder / "rm" / "model.safetensors")
+    weights["score.weight"][0, 0] = math.nan
+    save_file(weights, folder / "rm" / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without_head, "rm has no trained head, so its scores would be random"),
+        (nan_head, r"model\.safetensors: the head score\.weight is not finite"),
+        (lambda folder: edited(folder / "rm/config.json", reward_bias=math.nan), "reward_bias is nan"),
+        (lambda folder: edited(folder / "rm/config.json", reward_bias="x"), "reward_bias is 'x'"),
+        (lambda folder: edited(folder / "rm/config.json", reward_token_id=10**9), "reward_token_id is 1000000000"),
+        (lambda folder: edited(folder / "rm/config.json", reward_token_id="x"), "reward_token_id is 'x'"),
+    ],
+)
+def test_a_head_that_cannot_score_is_refused_before_weights_are_loaded(folder, damage, told):
+    check_reward_model(folder / "rm")
+    damage(folder)
+    for load in (check_reward_model, load_reward_model):
+        with pytest.raises(UserError, match=told):
+            load(folder / "rm")
+
+
+@pytest.mark.parametrize("path", [None, 5, "", [], b"lm"])
+def test_what_is_no_path_is_said_to_be_none(path):
+    for load in (check_model_files, load_reward_model):
+        with pytest.raises(UserTypeError, match="expected a folder or a name on the Hub"):
+            load(path)
+
+
+def test_a_path_that_leads_nowhere_is_no_question_to_the_hub(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("file").write_text("x")
+    Path("link").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    for path in ("/no/such", "./lm2", "a/b/c", "link", "loop", "runs/"):
+        with pytest.raises(UserError, match=f"there is no folder {path}"):
+            check_model_files(path)
+    with pytest.raises(UserError, match="file is a file; name the folder"):
+        check_model_files("file")
+    check_model_files("gpt2")
+
+
+def test_an_adapter_on_itself_and_one_that_does_not_fit_its_base_are_named(folder):
+    config = folder / "adapter" / "adapter_config.json"
+    saved = config.read_text()
+    edited(config, base_model_name_or_path=str(folder / "adapter"))
+    with pytest.raises(UserError, match="is an adapter on itself"):
+        check_model_files(folder / "adapter")
+    config.write_text(saved)
+    edited(config, target_modules=["nope"])
+    with pytest.raises(UserError, match=r"the adapter .*adapter does not fit its base .*lm: Target modules"):
+        load_causal_lm(folder / "adapter")
+    config.write_text(saved)
+    edited(config, r="x")
+    with pytest.raises(UserError, match=r"the adapter .*adapter does not fit its base .*lm"):
+        load_causal_lm(folder / "adapter")
+    config.write_text(saved)
+    edited(config, base_model_name_or_path=5)
+    with pytest.raises(UserError, match=r"adapter_config\.json names no base"):
+        check_model_files(folder / "adapter")
+    config.write_text(saved)
+    edited(config, r=3)
+    with pytest.raises(UserError, match=r"the adapter .*adapter does not fit its base .*size mismatch"):
+        load_causal_lm(folder / "adapter")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [[], "model.safetensors", {"model.norm.weight": 5}, {"model.norm.weight": "gone.safetensors"}]
+)
+def test_an_index_of_another_form_is_named(folder, weight_map):
+    (folder / "lm" / "model.safetensors").unlink()
+    (folder / "lm" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+        check_model_files(folder / "lm")
+
+
+def test_what_is_no_decoder_is_no_policy(tmp_path, reward_model, tokenizer):
+    encoder = BertForMaskedLM(
+        BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    encoder.save_pretrained(tmp_path / "bert")
+    for policy, told in (
+        (encoder, "is a bert model"),
+        (str(tmp_path / "bert"), "is a bert model"),
+        (reward_model, "reward model"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_policy(policy)

@@ -123,6 +123,31 @@ def test_errors_say_what_to_do(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"log_history": [{"los',
+        "[]",
+        '{"global_step": 2, "log_history": null}',
+        '{"global_step": 2, "log_history": [1]}',
+        '{"global_step": "a", "log_history": [{"step": 1, "loss": 1.0}]}',
+        '{"global_step": 2, "log_history": [{"step": "a", "loss": 1.0}]}',
+    ],
+)
+def test_a_log_that_is_none_is_named(tmp_path, state):
+    (tmp_path / "trainer_state.json").write_text(state)
+    with pytest.raises(UserError, match=r"trainer_state\.json: "):
+        explain_run.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("callbacks", [[], {"TrainingWatch": []}, {"TrainingWatch": {"attributes": 5}}])
+def test_odd_values_of_a_log_are_passed_over(tmp_path, callbacks):
+    log = [{"step": step, "loss": 0.5, "note": "x", "rewards/margins": None} for step in (1, 2)]
+    state = {"global_step": 2, "log_history": log, "stateful_callbacks": callbacks}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert read_run(tmp_path).settings == {}
+
+
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     save(tmp_path / "run", DPO_LOG)
     (tmp_path / "file").write_text("")

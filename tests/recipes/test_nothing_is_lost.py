@@ -111,7 +111,22 @@ def test_a_mistake_in_the_file_of_a_later_step_ends_the_pipeline_before_the_firs
     shutil.copytree(Path(pipeline.__file__).parent / "tiny", "tiny")
     with open("tiny/dpo.yaml", "a") as config:
         config.write("beta: 0.1\nbeta: 0.2\n")
-    told = run("pipeline", "--config_dir", "tiny", "--output_dir", "new")
-    assert "dpo.yaml" in told
-    assert "stands twice" in told
+    for name, line in {"reward": "learning_rate: .nan", "ppo": "sead: 3", "evaluate": "temperature: -1"}.items():
+        path = Path("tiny", f"{name}.yaml")
+        kept = [text for text in path.read_text().splitlines() if not text.startswith(line.split(":")[0])]
+        path.write_text("\n".join([*kept, line, ""]))
+    told = run("pipeline", "--config_dir", "tiny", "--output_dir", "new").splitlines()
+    assert len(told) == 4, told
+    assert "tiny/reward.yaml: learning_rate=nan: expected a finite number" in told[0]
+    assert "unknown key in tiny/ppo.yaml: 'sead' (did you mean 'seed'?)" in told[1]
+    assert "tiny/dpo.yaml" in told[2]
+    assert "stands twice" in told[2]
+    assert "tiny/evaluate.yaml: temperature is -1" in told[3]
+    assert not Path("new").exists()
+
+
+def test_sizes_that_no_pipeline_has_are_all_named(files):
+    told = run("pipeline", "--output_dir", "new", "--rl_prompts", "100000000000", "--sft_prompts", "0", "--seed", "-1")
+    for name in ("rl_prompts=100000000000", "sft_prompts=0", "seed=-1"):
+        assert f"{name}: expected a whole number" in told
     assert not Path("new").exists()

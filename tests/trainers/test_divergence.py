@@ -1,32 +1,20 @@
 """A run whose gradients or weights are no longer finite stops before they are saved."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sft
+from prefopt.trainers.shared.checkpoints import MARKER, superfluous
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 COMMON = ["--report_to", "none", "--bf16", "false", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch, causal_lm, reward_model, tokenizer):
-    monkeypatch.chdir(tmp_path)
-    for name, model in (("base", causal_lm), ("rm", reward_model)):
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    write_jsonl("prompts.jsonl", [{"prompt": p} for p in PROMPTS])
-    write_jsonl("demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
-    rows = [{"prompt": p, "completions": [" sat", " ran"], "ranks": [1, 2]} for p in PROMPTS]
-    write_jsonl("rankings.jsonl", rows)
-    return tmp_path
 
 
 def command(rows, *extra):
@@ -80,3 +68,18 @@ def test_weights_that_a_step_has_broken_are_not_saved(files):
             command("demos.jsonl", "--max_steps", "1", "--learning_rate", "1e39", "--lr_scheduler_type", "constant")
         )
     assert not list((files / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("limit", [None, 1, 2, 3])
+def test_a_good_checkpoint_is_never_deleted_for_a_broken_one(tmp_path, limit):
+    """The newest folder has lost its seal, and one is the best by its measure."""
+    for step in (1, 2, 3, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if step != 4:
+            (folder / MARKER).write_text("{}")
+        os.utime(folder, (1e9 + 10 * step, 1e9 + 10 * step))
+    left_out = [Path(path).name[-1] for path in superfluous(tmp_path, limit, str(tmp_path / "checkpoint-1"))]
+    assert left_out == {None: [], 1: ["2"], 2: ["2"], 3: ["2"]}[limit]
+    left_out = [Path(path).name[-1] for path in superfluous(tmp_path, limit)]
+    assert left_out == {None: [], 1: ["1", "2"], 2: ["1", "2"], 3: ["1"]}[limit]

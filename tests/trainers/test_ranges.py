@@ -57,6 +57,34 @@ def test_the_ends_of_ranges_are_refused(tmp_path, config, options):
         make(config, tmp_path, **options)
 
 
+def test_all_that_cannot_be_meant_is_named_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        make(SFTStepConfig, tmp_path, learning_rate=-1.0, save_steps=0, bf16="x")
+    for told in ("learning_rate=-1.0: expected", "save_steps=0: expected", "bf16='x': expected true or false"):
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        *(
+            (config, options)
+            for config in CONFIGS
+            for options in ({"max_steps": 1.5}, {"max_steps": None}, {"use_cpu": "yes"})
+        ),
+        (PPOPtxConfig, {"use_vllm": "yes"}),
+        (PPOPtxConfig, {"ptx_batch_ratio": 0}),
+        (PPOPtxConfig, {"steps_per_generation": 0}),
+        (PPOPtxConfig, {"reward_weights": "x"}),
+        (PPOPtxConfig, {"reward_weights": [1.0, math.nan]}),
+        (PPOPtxConfig, {"generation_kwargs": [1]}),
+    ],
+)
+def test_what_is_of_another_type_is_refused(tmp_path, config, options):
+    with pytest.raises(UserError, match=f"^{next(iter(options))}="):
+        config(str(tmp_path), **{"report_to": "none", "use_cpu": True, **options})
+
+
 def test_what_has_a_meaning_is_taken(tmp_path):
     make(SFTStepConfig, tmp_path, max_steps=3, num_train_epochs=-1, max_grad_norm=0, learning_rate=0.0)
     make(RankedDPOConfig, tmp_path, save_total_limit=None, eval_steps=None, save_steps=0.1, warmup_steps=0.05)

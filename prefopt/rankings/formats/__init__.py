@@ -155,12 +155,17 @@ def convert(
     Counter({'empty completions': 1})
     """
     at = -1
+    unread: Exception | None = None
 
     def counted() -> Iterator[Row]:
-        nonlocal at
-        for row in rows:
-            at += 1
-            yield row
+        nonlocal at, unread
+        try:
+            for row in rows:
+                at += 1
+                yield row
+        except ValueError as error:
+            unread = error
+            raise
 
     feed = counted()
     first = next(feed, None)
@@ -175,6 +180,9 @@ def convert(
                 raise UserError(problem)
             yield row
     except ValueError as error:
+        # What reads the rows names the place itself.
+        if error is unread:
+            raise
         raise UserError(f"{source} row {at}: {error}") from error
 
 

@@ -162,7 +162,7 @@ def as_messages(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             messages = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     if isinstance(messages, Mapping):
         messages = [messages]

@@ -85,7 +85,7 @@ def _list(row: Mapping[str, Any], name: str) -> list | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
         if not isinstance(value, list):
             raise UserError(

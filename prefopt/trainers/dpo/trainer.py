@@ -29,6 +29,7 @@ from prefopt.inference.generate import end_as_learned, evaluating
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
+from prefopt.models.loading import check_policy
 from prefopt.models.passes import check_rows, stop_randomness
 from prefopt.models.reward import keep_4bit_gradients
 from prefopt.models.roles import copy_adapter
@@ -124,6 +125,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     ):
         _check_models(model, ref_model)
         check_model(model, kwargs.get("processing_class"))
+        check_policy(model)
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedDPOConfig(f"{path.split('/')[-1] or 'model'}-RankedDPO")

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.trainers.shared.precision import is_asked_for
-from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges
+from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges, is_number
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
 HONORED = frozenset(
@@ -217,7 +217,9 @@ RANGES = {
     "score_clip": OPTIONAL,
     "missing_eos_penalty": Range(),
     "ptx_coef": Range(),
-    "ptx_batch_ratio": Range(),
+    "ptx_batch_ratio": POSITIVE,
+    "steps_per_generation": Range(1, is_whole=True, also=(None,)),
+    "generation_batch_size": Range(1, is_whole=True, also=(None,)),
     "ptx_max_length": Range(2, is_whole=True),
     "ptx_per_device_batch_size": COUNT,
 }
@@ -400,6 +402,8 @@ class PPOPtxConfig(GRPOConfig):
         super().__post_init__()
         self.num_generations = completions
         # Parsed by now, if it was a JSON string.
+        if not isinstance(self.generation_kwargs or {}, dict):
+            raise UserError(f"generation_kwargs={self.generation_kwargs!r}: expected `name: value` pairs")
         for name, value in (self.generation_kwargs or {}).items():
             plain, sentence = PLAIN_GENERATION.get(name, (getattr(GRPOConfig, name, None), _SAMPLER))
             if name not in GENERATION_KWARGS and value not in (None, plain):
@@ -442,6 +446,9 @@ class PPOPtxConfig(GRPOConfig):
                 raise UserError(f"{name}={value!r} is not supported by PPO-ptx: {sentence}")
         check_ranges(self)
         check_ranges(self, RANGES)
+        weights = self.reward_weights
+        if weights is not None and not (isinstance(weights, list | tuple) and all(map(is_number, weights))):
+            raise UserError(f"reward_weights={weights!r}: expected a finite number for each reward, or None")
         if self.kl_estimator not in ("k1", "k3", "full"):
             raise UserError(f"kl_estimator={self.kl_estimator!r}: expected 'k1', 'k3' or 'full'")
         if self.kl_target is not None and self.kl_coef == 0:

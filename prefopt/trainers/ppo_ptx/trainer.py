@@ -12,8 +12,9 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from prefopt.inference.generate import plain_generation, prompt_ids
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
+from prefopt.models.loading import check_policy
 from prefopt.models.passes import check_rows, max_positions, stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
@@ -627,8 +629,15 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        with open(os.path.join(checkpoint, STATE_FILE)) as file:
-            state = json.load(file)
+        path = os.path.join(checkpoint, STATE_FILE)
+        try:
+            with open(path) as file:
+                state = json.load(file)
+            missing = {"pretraining_sequences", "metrics", "rollout", *STATEFUL} - state.keys()
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"resume_from_checkpoint: {path} is damaged ({error}); name another checkpoint") from error
+        if missing:
+            raise UserError(f"resume_from_checkpoint: {path} lacks {min(missing)}; name another checkpoint")
         if self.pretraining is not None:
             position = state["pretraining_sequences"]
             if type(position) is not type(self.pretraining.position):
@@ -694,17 +703,24 @@ def _returning_scores(reward: Callable) -> Callable:
                 f"reward function {getattr(reward, '__name__', reward)!r} returned None; expected a list with a score, or "
                 "None, for each completion: does it end without `return`?"
             )
+        is_list = isinstance(returned, Iterable) and not isinstance(returned, str)
+        if not is_list or not all(one is None or isinstance(one, Real | Tensor) for one in returned):
+            raise UserTypeError(
+                f"reward function {getattr(reward, '__name__', reward)!r} returned {returned!r:.80}; expected a list with a "
+                "number, or None, for each completion"
+            )
         return returned
 
     return scores
 
 
 def _check_policy(model: str | PreTrainedModel | PeftModel) -> None:
+    if isinstance(model, str) and os.path.isfile(os.path.join(model, "adapter_config.json")):
+        raise UserError(
+            f"{model} is an adapter: pass peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)"
+        )
+    check_policy(model)
     if isinstance(model, str):
-        if os.path.isfile(os.path.join(model, "adapter_config.json")):
-            raise UserError(
-                f"{model} is an adapter: pass peft.AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True)"
-            )
         return
     if isinstance(model, PeftModel) and model.active_adapters != ["default"]:
         raise UserError(f"the policy adapter must be called 'default', got {model.active_adapters}")

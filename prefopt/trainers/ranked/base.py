@@ -129,6 +129,8 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         self._given_stream = kwargs.get("train_dataset")
         if isinstance(self._given_stream, IterableDataset):
             check_stream_options(kwargs["args"])
+        elif isinstance(self._given_stream, Dataset) and len(self._given_stream) == 0:
+            raise UserError("train: expected at least one row, got none")
         super().__init__(*args, **kwargs)
         self._given_stream = None
         self.add_callback(DefaultRates())

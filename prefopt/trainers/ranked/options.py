@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import ranking_loss, rating_margins
+from prefopt.models.files import check_model_files
 from prefopt.trainers.shared.ranges import check_ranges, is_number
 
 
@@ -145,5 +146,7 @@ def check_model(model: Any, processing_class: Any) -> None:
     """Raise for what is no model, or has no tokenizer."""
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise UserTypeError(f"`model` is {model!r}: expected a path, a PreTrainedModel or a PeftModel")
+    if isinstance(model, str):
+        check_model_files(model)
     if processing_class is None and not isinstance(model, str) and not model.config.name_or_path:
         raise UserError("`model` was not loaded from a path, where its tokenizer would be: pass `processing_class`")

@@ -14,7 +14,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     TrainOutput,
-    rotate_checkpoints,
     sort_checkpoints,
 )
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -69,7 +68,8 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
         sizes, checksums = dict(marker["files"]), dict(marker.get("crc32", {}))
     except FileNotFoundError:
         return f"no {MARKER}"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        sizes = {str(name): int(size) for name, size in sizes.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return f"{MARKER} is damaged"
     for name, size in sizes.items():
         path = checkpoint / name
@@ -77,7 +77,7 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
-    damaged = [name for name, checksum in checksums.items() if _checksum(checkpoint / name) != checksum]
+    damaged = [name for name in sizes if name in checksums and _checksum(checkpoint / name) != checksums[name]]
     return f"{damaged[0]} is damaged: it has changed since it was saved" if damaged else None
 
 
@@ -97,6 +97,20 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
             checkpoint,
         )
     return None
+
+
+def superfluous(
+    output_dir: str | os.PathLike, save_total_limit: int | None, best_model_checkpoint: str | None = None
+) -> list[str]:
+    """The oldest checkpoints beyond the limit; the newest, the newest that is sealed and the best one never are."""
+    checkpoints = sort_checkpoints(str(output_dir), use_mtime=True)
+    sealed = [path for path in sort_checkpoints(str(output_dir)) if (Path(path) / MARKER).exists()]
+    best = [str(Path(best_model_checkpoint))] if best_model_checkpoint else []
+    kept = {*checkpoints[-1:], *sealed[-1:], *best}
+    if not save_total_limit or save_total_limit < 1:
+        return []
+    surplus = len(checkpoints) - max(save_total_limit, len(kept))
+    return [path for path in checkpoints if path not in kept][: max(0, surplus)]
 
 
 class CompleteCheckpointsMixin:
@@ -125,7 +139,11 @@ class CompleteCheckpointsMixin:
         # Put last, after those that decide whether to save.
         self.pop_callback(StopAtNonFinite)
         self.add_callback(StopAtNonFinite)
-        return super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
+        output = super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
+        # What a run that was killed while it did so has left, if this one saved nothing more.
+        if resume_from_checkpoint and self.args.save_strategy != "no":
+            self._rotate(Path(self.args.output_dir))
+        return output
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         if wanted is None or str(wanted).lower() in ("false", "none", ""):
@@ -231,5 +249,18 @@ class CompleteCheckpointsMixin:
         self._sealed_step = step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
-        if self.args.should_save:
-            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._rotate(run)
+
+    def _rotate(self, run: Path) -> None:
+        """Delete what `save_total_limit` leaves out, and what kills have left unfinished.
+
+        Out of sight first: a folder of which a kill has deleted a part would look like a checkpoint, and a new one.
+        """
+        if not self.args.should_save:
+            return
+        out = run / UNFINISHED
+        shutil.rmtree(out, ignore_errors=True)
+        for checkpoint in superfluous(run, self.args.save_total_limit, self.state.best_model_checkpoint):
+            out.mkdir(exist_ok=True)
+            os.rename(checkpoint, out / Path(checkpoint).name)
+            shutil.rmtree(out, ignore_errors=True)

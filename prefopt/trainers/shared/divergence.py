@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import sort_checkpoints
 
 from prefopt.errors import UserError
+from prefopt.models.passes import loaded_from
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -43,26 +44,26 @@ class StopAtNonFinite(TrainerCallback):
             return
         parameters = _trained(kwargs["optimizer"])
         if not all_finite(p.grad for p in parameters if p.grad is not None):
-            raise UserError(_sentence(args, state.global_step + 1, "gradients", kwargs["optimizer"]))
+            raise UserError(_sentence(args, state.global_step + 1, "gradients", **kwargs))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         is_kept = control.should_save or control.should_training_stop
         if is_kept and not all_finite(p.detach() for p in _trained(kwargs["optimizer"])):
-            raise UserError(_sentence(args, state.global_step, "weights", kwargs["optimizer"]))
+            raise UserError(_sentence(args, state.global_step, "weights", **kwargs))
 
 
 def _trained(optimizer: Any) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-def _sentence(args: TrainingArguments, step: int, what: str, optimizer: Any) -> str:
+def _sentence(args: TrainingArguments, step: int, what: str, *, model: Any, optimizer: Any, **kwargs: Any) -> str:
     rate = max(group["lr"] for group in optimizer.param_groups)
     checkpoints = sort_checkpoints(args.output_dir)
     kept = f"the newest checkpoint before is {checkpoints[-1]}" if checkpoints else "no checkpoint was saved before"
     return (
         f"step {step}: the {what} are not finite (NaN or infinity; learning rate {rate:g}), so training has stopped and "
         f"nothing more was saved; {kept}. Lower learning_rate or set max_grad_norm; at the first step, look at the "
-        "model that training starts from"
+        f"model that training starts from{loaded_from(model)}"
     )

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from prefopt.errors import UserError
 
@@ -51,6 +54,7 @@ TRAINING: dict[str, Range] = {
     "adam_epsilon": Range(),
     "max_grad_norm": Range(also=(None, math.inf)),
     "warmup_steps": Range(also=(None,)),
+    "dataloader_num_workers": Range(is_whole=True),
     "per_device_train_batch_size": COUNT,
     "per_device_eval_batch_size": COUNT,
     "gradient_accumulation_steps": COUNT,
@@ -63,7 +67,7 @@ TRAINING: dict[str, Range] = {
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
-    """Raise for the first option that is outside its range, or in training for no step.
+    """Raise for all options that are outside their range; in training also for no step, and for switches that are none.
 
     Example:
         >>> from types import SimpleNamespace
@@ -71,11 +75,35 @@ def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
         Traceback (most recent call last):
         prefopt.errors.UserError: beta=0.0: expected a finite number above 0
     """
-    for name, allowed in ranges.items():
-        if getattr(args, name) not in allowed:
-            raise UserError(f"{name}={getattr(args, name)!r}: expected {allowed}")
-    if ranges is TRAINING and args.max_steps not in COUNT and args.num_train_epochs not in POSITIVE:
-        raise UserError(f"num_train_epochs={args.num_train_epochs!r}: expected {POSITIVE}, or max_steps from 1")
+    values = {name: getattr(args, name) for name in ranges}
+    problems = [
+        f"{name}={values[name]!r}: expected {allowed}"
+        for name, allowed in ranges.items()
+        if values[name] not in allowed
+    ]
+    if ranges is TRAINING:
+        # -1: as many as the epochs have.
+        if args.max_steps not in Range(-1, is_whole=True):
+            problems.append(f"max_steps={args.max_steps!r}: expected a whole number")
+        elif args.max_steps not in COUNT and args.num_train_epochs not in POSITIVE:
+            problems.append(f"num_train_epochs={args.num_train_epochs!r}: expected {POSITIVE}, or max_steps from 1")
+        for name in _switches(type(args)):
+            if getattr(args, name) not in (True, False, None):
+                problems.append(f"{name}={getattr(args, name)!r}: expected true or false")
+        if args.output_dir == "":
+            problems.append("output_dir='': expected a folder")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+@cache
+def _switches(config: type) -> list[str]:
+    hints = get_type_hints(config)
+    return [
+        field.name
+        for field in fields(config)
+        if {*(get_args(hints[field.name]) or [hints[field.name]])} - {NoneType} == {bool}
+    ]
 
 
 def is_number(value: Any) -> bool:

@@ -3,15 +3,16 @@
 import json
 
 import pytest
+from trl import ModelConfig
 
 from prefopt import cli
 from prefopt.errors import UserError
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import read_config
+from prefopt.recipes.common.arguments import parse, read_config
 from prefopt.recipes.common.rows import check_fields, load_rows
 
 GOOD = {"prompt": "2 + 2 =", "completions": [" 4", " 5"], "ranks": [1, 2]}
-NO_MODEL = "/no/such/model"  # loading it would raise OSError, not the error a test expects
+NO_MODEL = "no-such/model"  # loading it would raise OSError, not the error a test expects
 
 
 def write_rows(path, rows):
@@ -181,6 +182,10 @@ def test_a_missing_model_is_one_line(tmp_path):
     message = run_reward(tmp_path, [GOOD])
     assert message.startswith("model_name_or_path: cannot load")
     assert "\n" not in message
+    with pytest.raises(
+        UserError, match=r"^model_name_or_path: there is no folder /no/such/model, and no model on the Hub"
+    ):
+        reward.main(["--model_name_or_path", "/no/such/model", "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("beta", ["0", "-1"])
@@ -202,3 +207,33 @@ def test_a_yaml_file_that_cannot_be_meant_is_refused(tmp_path, content, said):
     (tmp_path / "step.yaml").write_text(content)
     with pytest.raises(UserError, match=rf"step\.yaml .*{said}"):
         read_config(str(tmp_path / "step.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("output_dir: [1]", r"output_dir is \[1\]; expected a text"),
+        ("dataset_name: 5", "dataset_name is 5; expected a text; put it in quotes"),
+        ("max_steps: [2]", r"max_steps is \[2\]; expected a whole number"),
+        ("learning_rate: {a: 1}", "learning_rate is {'a': 1}; expected a number"),
+        ("report_to: {a: 1}", "report_to is {'a': 1}; expected a text or a list"),
+        ("lora_target_modules: {a: b}", "lora_target_modules is {'a': 'b'}; expected"),
+        ("save_strategy: no", "save_strategy is False; expected a text; put it in quotes"),
+        ("bf16: 3", "bf16 is 3; expected true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_named_in_its_file(tmp_path, line, told):
+    (tmp_path / "step.yaml").write_text(line + "\n")
+    with pytest.raises(UserError, match=rf"step\.yaml: {told}"):
+        sft.main(["--config", str(tmp_path / "step.yaml")])
+
+
+def test_values_of_the_types_that_keys_have_are_taken(tmp_path):
+    (tmp_path / "step.yaml").write_text(
+        f"output_dir: {tmp_path}\nlearning_rate: 1e-5\nmax_steps: 3\nwarmup_steps: 2\nreport_to: [none]\n"
+        "lora_target_modules: all-linear\nresume_from_checkpoint: true\nmodel_init_kwargs: {a: 1}\nsave_strategy: 'no'\n"
+    )
+    kinds = (sft.SFTArguments, sft.SFTStepConfig, ModelConfig)
+    _, args, model = parse(kinds, ["--config", str(tmp_path / "step.yaml")], "prefopt sft")
+    assert (args.learning_rate, args.max_steps, args.warmup_steps) == (1e-5, 3, 2)
+    assert model.lora_target_modules == "all-linear"

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
+import time
 import types
 import warnings
 
@@ -62,6 +64,25 @@ GPU_MEMORY = torch.OutOfMemoryError(
             "disk is full",
         ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "sample", "the disk is full"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a.jsonl"),
+            "sft",
+            "a.jsonl: permission denied; change its",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "out"),
+            "sft",
+            "out: is on a file system that cannot be written",
+        ),
+        (OSError(errno.EISDIR, "Is a directory", ".d.tmp", None, "d"), "label", "d: is a folder; name a file"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"),
+            "sample",
+            "a/b: a folder of this path is a file",
+        ),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "data", "a: is a file where a folder is needed"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), "data", "a: is a link that leads back"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "eval", "aaa: the name is too long"),
         (hub_error(errors.GatedRepoError, "403"), "sft", "accept its terms on its page at huggingface.co"),
         (
             hub_error(errors.RepositoryNotFoundError, "404"),
@@ -147,6 +168,8 @@ def test_a_refusal_by_transformers_is_translated_where_the_settings_are_read(tmp
         ZeroDivisionError(),
         RuntimeError("shape mismatch"),
         AttributeError("y"),
+        FileNotFoundError(errno.ENOENT, "No such file", "a"),
+        PermissionError("of no path"),
     ],
 )
 def test_a_bug_is_no_common_error(error):
@@ -201,6 +224,46 @@ def test_an_interruption_says_how_to_go_on(capsys):
         run_command(raises(KeyboardInterrupt()), "dpo")
     assert stop.value.code == 130
     assert "resume_from_checkpoint: true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "told"), [("sft", "resume_from_checkpoint: true"), ("sample", "The same command goes on")]
+)
+def test_sigterm_ends_as_an_interruption_does(capsys, command, told):
+    """Schedulers and containers send it; it comes between any two lines."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5), command)
+    assert stop.value.code == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert err.startswith("terminated")
+    assert told in err
+    assert "Traceback" not in err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_ends_a_forked_worker_as_ever():
+    def main(argv):
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+
+    run_command(main, "sft")
+
+
+def test_a_handler_of_others_stays():
+    def of_others(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, of_others)
+    try:
+        run_command(lambda argv: os.kill(os.getpid(), signal.SIGTERM), "sft")
+        assert signal.getsignal(signal.SIGTERM) is of_others
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_of_several_processes_each_says_which_it_is(monkeypatch):

@@ -1,6 +1,7 @@
 """What stops a step before any weights are loaded, and what a finished run is left with."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,23 +15,8 @@ from prefopt.recipes.common import preflight as checks
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = ["the cat", "a dog", "the red house", "what is this?"]
 CONTEXT = 256  # max_position_embeddings of the tests' models
 SHORT = ["--max_steps", "2", "--report_to", "none", "--per_device_train_batch_size", "2"]
-
-
-@pytest.fixture
-def files(tmp_path, monkeypatch, causal_lm, reward_model, tokenizer):
-    monkeypatch.chdir(tmp_path)
-    for name, model in (("base", causal_lm), ("rm", reward_model)):
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    write_jsonl("prompts.jsonl", [{"prompt": p} for p in PROMPTS])
-    write_jsonl("demos.jsonl", [{"prompt": p, "completion": " sat on the mat"} for p in PROMPTS])
-    write_jsonl("text.jsonl", [{"text": "the cat sat on the mat and the dog ran"}] * 8)
-    rows = [{"prompt": p, "completions": [" sat", " ran"], "ranks": [1, 2]} for p in PROMPTS]
-    write_jsonl("rankings.jsonl", rows)
-    return tmp_path
 
 
 @pytest.fixture
@@ -85,7 +71,7 @@ def test_a_default_length_is_lowered_to_the_context(files, caplog):
 
 @pytest.mark.parametrize("recipe", [ppo_ptx, sample])
 def test_a_prompt_that_leaves_no_room_for_a_completion_is_named(files, no_weights, recipe, tokenizer):
-    rows = [*PROMPTS[:2], " cat" * 50, PROMPTS[3]]
+    rows = ["the cat", "a dog", " cat" * 50, "what is this?"]
     write_jsonl("prompts.jsonl", [{"prompt": p} for p in rows])
     length = len(tokenizer(rows[2])["input_ids"])
     room = CONTEXT - length
@@ -268,3 +254,40 @@ def test_a_run_that_was_killed_while_it_saved_its_model_starts_anew(files, monke
     sft.main(command("demos.jsonl", "--save_strategy", "no"))
     with pytest.raises(UserError, match="holds a finished run"):
         sft.main(command("demos.jsonl"))
+
+
+def test_a_run_that_another_command_has_just_finished_is_not_trained_over(files, monkeypatch):
+    """It ends between the first look at the folder and the lock."""
+    argv = command("demos.jsonl")
+    load = sft.load_sft_rows
+
+    def slow(data, args):
+        shutil.copytree("base", "out")
+        (files / "out" / "trainer_state.json").write_text('{"max_steps": 2, "num_train_epochs": 1}')
+        return load(data, args)
+
+    monkeypatch.setattr(sft, "load_sft_rows", slow)
+    with pytest.raises(UserError, match="out holds a finished run, which a new run would overwrite"):
+        sft.main(argv)
+
+
+def test_what_kills_have_left_of_older_checkpoints_goes_when_the_run_ends(files):
+    argv = command("demos.jsonl", "--save_steps", 1, "--save_total_limit", 1)
+    sft.main(argv)
+    # As a kill while the older one was being deleted leaves it, newer than the other for that.
+    for folder in ("checkpoint-1", "_unfinished/checkpoint-1"):
+        (files / "out" / folder).mkdir(parents=True)
+        (files / "out" / folder / "config.json").write_text("{}")
+    (files / "out" / "trainer_state.json").unlink()
+    (files / "out" / "model.safetensors").unlink()
+    sft.main([*argv, "--resume_from_checkpoint", "true"])
+    assert sorted(path.name for path in (files / "out").glob("*checkpoint*")) == ["checkpoint-2"]
+    assert not (files / "out" / "_unfinished").exists()
+
+
+def test_mistakes_of_several_keys_are_told_at_once(files):
+    with pytest.raises(UserError) as error:
+        sft.main(["--model_name_or_path", "./gone", "--output_dir", "demos.jsonl", *SHORT])
+    output_dir, model = str(error.value).splitlines()
+    assert output_dir.startswith("output_dir: demos.jsonl is a file")
+    assert model.startswith("model_name_or_path: there is no folder ./gone")

@@ -1,5 +1,7 @@
 """Rows as files and other tools have them: parts of a file, cells of a CSV, prompts in several fields."""
 
+import gzip
+import json
 import logging
 import re
 
@@ -173,3 +175,69 @@ def test_one_odd_dialogue_costs_one_row(tmp_path, capsys):
         (row,) = read_jsonl(tmp_path / "out.jsonl")
         assert row["prompt"] == [turn("user", "Hi")]
         assert "left out: 1 dialogues that do not begin with a speaker" in capsys.readouterr().out
+
+
+def broken(kind, path):
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "damaged":
+        path.write_bytes(b"PAR1 and more")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("missing", "does not exist"),
+        ("folder", "is a folder; name a file"),
+        ("link", "is a link that leads nowhere"),
+        ("loop", "is a link that leads nowhere"),
+        ("damaged", ""),
+    ],
+)
+def test_what_is_no_file_of_rows_is_said_once(tmp_path, suffix, kind, told, capsys):
+    path = tmp_path / f"rows{suffix}"
+    broken(kind, path)
+    with pytest.raises(UserError, match=told) as error:
+        load_rows(str(path), key="dataset_name", check=check_comparisons)
+    assert str(error.value).startswith("dataset_name: ")
+    assert str(error.value).count("dataset_name") == 1
+    with pytest.raises(UserError, match=told) as error:
+        data.main(["validate", str(path)])
+    assert str(path) in str(error.value)
+
+
+def test_a_line_that_cannot_be_read_is_named_once_in_a_conversion(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}\n{"cho'
+    )
+    with pytest.raises(UserError) as error:
+        data.main(["convert", str(path), "--out", str(tmp_path / "out.jsonl")])
+    assert str(error.value).startswith(f"{path} line 2: not valid JSON")
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "arrow"])
+def test_a_damaged_folder_of_rows_is_named(tmp_path, name):
+    folder = written(tmp_path, "")
+    file = next((tmp_path / "rows").glob("*.arrow")) if name == "arrow" else tmp_path / "rows" / name
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"dataset_name: cannot load .*: it is damaged|dataset_name: cannot load"):
+        load_rows(folder, key="dataset_name", check=check_comparisons)
+
+
+def test_rows_in_a_gzip_file_are_trained_on_too(tmp_path):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    assert len(load_rows(str(tmp_path / "rows.jsonl.gz"), key="dataset_name", check=check_comparisons)) == 8
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone/rows", "../gone", "a/b/c"])
+def test_a_path_that_leads_nowhere_is_no_question_to_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^dataset_name: there is no file or folder {name}$"):
+        load_rows(name, key="dataset_name", check=check_comparisons)
