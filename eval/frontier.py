@@ -141,7 +141,7 @@ def _beats_sft(method: str, points: Mapping[float, Sequence[Measured]], sft: Seq
             True if all(r.ci_low > 0.5 for r in rates) else False if any(r.ci_high < 0.5 for r in rates) else None
         )
     holds = True if True in verdicts else None if None in verdicts else False
-    return Finding(f"{METHODS[method]} beats SFT on gold reward with every seed", holds, evidence)
+    return Finding(f"SFT is beaten on gold reward with every seed by {METHODS[method]}", holds, evidence)
 
 
 def _ptx_keeps(

@@ -60,8 +60,8 @@ class FrontierArguments(RealTextArguments):
     seeds: list[int] = setting(lambda: [0, 1, 2], "Each with prompts, labelers, reward model and runs of its own.")
     methods: list[str] = setting(lambda: [*RUNS, "best_of_n"], f"Some of {', '.join(METHODS)}.")
     kl_coefs: list[float] = setting(lambda: [0.02, 0.1, 0.4], "kl_coef of PPO and PPO-ptx.")
-    betas: list[float] = setting(lambda: [0.03, 0.1, 0.5], "beta of DPO.")
-    best_of: list[int] = setting(lambda: [2, 4, 8, 16], "n of best-of-n; the greatest is drawn.")
+    betas: list[float] = setting(lambda: [0.05, 0.3], "beta of DPO.")
+    best_of: list[int] = setting(lambda: [2, 4, 8], "n of best-of-n; the greatest is drawn.")
     prompts: str = setting("test", "Which prompts are measured: `tuning` to choose settings, then `test`.")
     save_steps: int = setting(10, "Steps between checkpoints of a run.")
     batch_size: int = setting(48, "Sequences per forward of the measurements.")
@@ -348,7 +348,9 @@ class Frontier:
         print(f"page: {self.root / 'frontier.html'}\nnumbers: {self.root / 'frontier.json'}")
 
 
-def measured_speeds(model_name: str, size: int = 16, length: int = 32, new: int = 12) -> dict[str, float]:
+def measured_speeds(
+    model_name: str, size: int = 16, length: int = 32, drawn: int = 48, new: int = 12
+) -> dict[str, float]:
     """Tokens a second of a LoRA model on this machine: training (forward and backward), forward, and generation."""
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
     tokenizer = load_tokenizer(model_name)
@@ -367,11 +369,11 @@ def measured_speeds(model_name: str, size: int = 16, length: int = 32, new: int 
             model(input_ids=ids, logits_to_keep=1)
 
     training = rate(lambda: model(input_ids=ids, labels=ids).loss.backward(), size * length)
-    draw = partial(generate, model, tokenizer, ["It was"] * size, max_new_tokens=new, batch_size=size)
+    draw = partial(generate, model, tokenizer, ["It was"] * drawn, max_new_tokens=new, batch_size=drawn)
     return {
         "training": training,
         "forward": rate(forward, size * length),
-        "generation": rate(draw, size * new),
+        "generation": rate(draw, drawn * new),
     }
 
 

@@ -54,7 +54,7 @@ def test_best_of_n_is_what_the_proxy_picks():
 
 def test_ptx_that_keeps_what_ppo_loses():
     found = verdicts(ppo={0.1: (0.3, 0.05), 1.0: (0.1, 0.01)}, ppo_ptx={0.1: (0.3, 0.0)})
-    assert found["PPO-ptx beats SFT on gold reward with every seed"] is True
+    assert found["SFT is beaten on gold reward with every seed by PPO-ptx"] is True
     assert found["ptx keeps what PPO loses at equal reward"] is True
     # Either more tax or less reward, at each coefficient.
     assert found["A larger KL coefficient is no substitute for ptx"] is True
