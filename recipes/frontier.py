@@ -356,7 +356,8 @@ def measured_speeds(
     tokenizer = load_tokenizer(model_name)
     adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter)
-    ids = torch.randint(100, 1000, (size, length), generator=torch.Generator().manual_seed(0))
+    words = len(model.get_input_embeddings().weight)
+    ids = torch.randint(words, (size, length), generator=torch.Generator().manual_seed(0))
 
     def rate(work: Callable[[], Any], tokens: int) -> float:
         work()
