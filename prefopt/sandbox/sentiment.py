@@ -50,8 +50,8 @@ class SentimentWorld:
 
     held_out_use_case = None
     lowest_reward = -1.0
-    # Standard deviation of a labeler's noise, and the smallest difference that counts: two labelers agree on 73 to 77 %
-    # of the pairs that neither ties, on samples of SmolLM2-135M-Instruct.
+    # Standard deviation of a labeler's noise, and the smallest difference that counts: of ends of sentences in novels two
+    # labelers order 74 % (72 to 77 %) of the pairs alike that neither ties, and a labeler ties 11 %.
     labeler_noise, tie_width = 0.3, 0.1
     # Held-out labelers care more about language and less about feeling than those who label the training data.
     labeler_weights = {  # noqa: RUF012
