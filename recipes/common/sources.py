@@ -128,7 +128,7 @@ def _no_file(name: str) -> str | None:
         return f"{path} is a folder; name a file"
     # Not what a data set on the Hub can be called.
     if not path.exists() and (name.startswith((".", "/", "~")) or len(path.parts) > 2):
-        return f"there is no file or folder {path}"
+        return f"there is no file or folder {name}"
     if path.is_file() and not os.access(path, os.R_OK):
         return f"{path} may not be read: change its rights (chmod, chown)"
     return None

@@ -148,7 +148,7 @@ def test_convert_leaves_no_file_of_bad_or_useless_rows(tmp_path):
     assert not out.exists()
     assert "no known format has the columns text" in refused("convert", _one(tmp_path, {"text": "t"}), "--out", out)
     assert "does not exist" in refused("convert", tmp_path / "none.csv")
-    assert "there is no file" in refused("convert", tmp_path / "none.jsonl")
+    assert "none.jsonl does not exist" in refused("convert", tmp_path / "none.jsonl")
     assert "unknown key in the command line: 'fromat' (did you mean 'format'?)" in refused(
         "convert", source, "--fromat", "x"
     )
@@ -542,7 +542,7 @@ def test_training_says_how_to_convert(tmp_path):
 
 
 def test_a_file_that_is_missing_or_not_utf8_or_broken_is_named(tmp_path):
-    assert refused("validate", tmp_path / "no.jsonl") == f"error: there is no file {tmp_path / 'no.jsonl'}"
+    assert refused("validate", tmp_path / "no.jsonl") == f"error: file {tmp_path / 'no.jsonl'} does not exist"
     path = tmp_path / "latin1.jsonl"
     path.write_bytes('{"prompt": "Zoë"}\n'.encode("latin1"))
     assert refused("validate", path) == f"error: {path}: not UTF-8 text (it has the byte 0xeb); save it as UTF-8"
