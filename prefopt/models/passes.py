@@ -308,6 +308,8 @@ def backbone(model: nn.Module) -> nn.Module:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside wrappers (data parallel, PEFT); accelerate's own search walks all modules."""
+    # Of a role, the model that it shares.
+    model = getattr(model, "shared_model", model)
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -65,9 +65,14 @@ class AdapterScorer(nn.Module):
         self.adapter, self.score, self.config, self.peft_config = adapter, score.float(), config, peft_config
 
     @property
+    def shared_model(self) -> PeftModel:
+        """The model on whose base it is."""
+        return self._model[0]
+
+    @property
     def base_model(self) -> nn.Module:
         """The transformer below the head, which is the shared one."""
-        return backbone(self._model[0])
+        return backbone(self.shared_model)
 
     @contextmanager
     def active(self) -> Iterator[None]:

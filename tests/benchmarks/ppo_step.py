@@ -2,6 +2,7 @@ r"""One PPO update (a rollout and all optimizer steps on it): TRL 1.12's PPOTrai
 
     python tests/benchmarks/ppo_step.py
     python tests/benchmarks/ppo_step.py --lora
+    python tests/benchmarks/ppo_step.py --lora --completions 4 --upper-half
 
 With the default sizes a policy learns a random reward model's taste within the run, so that the rewards say something.
 For the time alone, a larger model whose rewards do not move in so few updates:
@@ -15,7 +16,8 @@ model, prompts and settings. The two take turns: one waits while the other makes
 
 How they are made equal:
 
-- Trained: policy and value function, in full, or LoRA rank 16 on all linear layers of both and the value head. The
+- Trained: policy and value function, in full, or LoRA rank 16 on all linear layers of both (or of their upper half) and
+  the value head. The
   reference is a frozen copy, with LoRA the base without an adapter. The value function starts as the reward model. With
   LoRA the reward model is an adapter on the policy's base: ours keeps all roles on one base, TRL 1.12 gets it merged,
   and the value function as an adapter on a base of its own.
@@ -68,6 +70,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from trl112_ppo_worker import targets
 
 WORKER = Path(__file__).with_name("trl112_ppo_worker.py")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -84,7 +87,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser.add_argument("--lora", action="store_true", help="rank 16 on all linear layers")
-    parser.add_argument("--batch", type=int, default=128, help="prompts of a rollout, one response each")
+    parser.add_argument(
+        "--upper-half", action="store_true", help="with --lora: adapters on the upper half of the layers"
+    )
+    parser.add_argument("--batch", type=int, default=128, help="samples of a rollout")
+    parser.add_argument("--completions", type=int, default=1, help="samples of a prompt; TRL 1.12 reads it as often")
     parser.add_argument("--minibatches", type=int, default=4, help="optimizer steps of an inner epoch")
     parser.add_argument("--epochs", type=int, default=4, help="inner epochs")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
@@ -101,8 +108,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--venv", type=Path, default=cache / "prefopt" / "trl112")
     options = parser.parse_args(argv)
-    if options.batch % options.minibatches:
-        parser.error("--batch must be a multiple of --minibatches")
+    if options.batch % options.minibatches or options.batch % options.completions:
+        parser.error("--batch must be a multiple of --minibatches and of --completions")
     if options.updates < 1 or options.prompt < 1 or options.hidden % 64:
         parser.error("expected --updates and --prompt of at least 1 and --hidden a multiple of 64")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,16 +185,14 @@ def build_reward_model(options: argparse.Namespace, folder: Path) -> nn.Module:
     model = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1, dtype=torch.float32)
     nn.init.normal_(model.score.weight, std=options.hidden**-0.5)
     if options.lora:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=16,
-                lora_alpha=32,
-                target_modules="all-linear",
-                task_type="SEQ_CLS",
-                modules_to_save=["score"],
-            ),
+        config = LoraConfig(
+            r=16,
+            lora_alpha=32,
+            task_type="SEQ_CLS",
+            modules_to_save=["score"],
+            **targets(options.layers, options.upper_half),
         )
+        model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.02)
@@ -209,7 +214,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> None:
     tokenizer = build_tokenizer(options.vocab)
     tokenizer.save_pretrained(folder / "policy")
     tokenizer.save_pretrained(folder / "reward")
-    prompts = build_prompts(options, (options.warmup + options.updates) * options.batch, seed=options.seed)
+    count = (options.warmup + options.updates) * options.batch // options.completions
+    prompts = build_prompts(options, count, seed=options.seed)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     (folder / "options.json").write_text(json.dumps(vars(options), default=str))
 
@@ -392,10 +398,11 @@ def compare(options: argparse.Namespace, results: dict[str, Any], rewards: dict[
 
 def report(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     trained = "LoRA rank 16 of policy and value function" if options.lora else "policy and value function"
+    trained += ", upper half of the layers" if options.upper_half else ""
     print(
         f"llama {options.layers} x {options.hidden}, vocabulary {options.vocab}, fp32, {options.device} "
         f"({figures['threads']} threads); trained: {trained}\n"
-        f"rollout of {options.batch} prompts ({options.prompt} + {options.response} tokens), {options.epochs} inner "
+        f"rollout of {options.batch} samples, {options.completions} of a prompt ({options.prompt} + {options.response} tokens), {options.epochs} inner "
         f"epochs of {options.minibatches} minibatches = {figures['optimizer_steps_per_update']} optimizer steps, "
         f"counted in both\n"
         f"{options.updates} timed updates in turn after {options.warmup} of warm-up; peak: {figures['peak_meter']}\n"

@@ -152,7 +152,16 @@ def common_settings(options: dict[str, Any], folder: Path, side: str) -> dict[st
 def lora_config(options: dict[str, Any]) -> LoraConfig | None:
     if not options["lora"]:
         return None
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    layers = targets(options["layers"], options["upper_half"])
+    return LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM", **layers)
+
+
+def targets(layers: int, upper_half: bool) -> dict[str, Any]:
+    """Where LoRA is: on all linear layers, or on those of the upper half."""
+    if not upper_half:
+        return {"target_modules": "all-linear"}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return {"target_modules": names, "layers_to_transform": list(range(layers // 2, layers))}
 
 
 def build_ours(options: dict[str, Any], folder: Path, turns: Turns) -> Any:
@@ -166,6 +175,7 @@ def build_ours(options: dict[str, Any], folder: Path, turns: Turns) -> Any:
         per_device_train_batch_size=options["batch"] // options["minibatches"],
         generation_batch_size=options["batch"],
         num_iterations=options["epochs"],
+        num_generations=options["completions"],
         max_completion_length=options["response"],
         max_steps=updates * steps,
         logging_steps=steps,  # once per rollout, as TRL 1.12 does
@@ -228,7 +238,11 @@ def build_trl112(options: dict[str, Any], folder: Path, turns: Turns) -> Any:
         reward_model=reward_model.eval().requires_grad_(False),
         value_model=value_model,
         train_dataset=Dataset.from_list(
-            [{"input_ids": tokenizer(text)["input_ids"]} for text in read(folder / "prompts.json")]
+            [
+                {"input_ids": tokenizer(text)["input_ids"]}
+                for text in read(folder / "prompts.json")
+                for _ in range(options["completions"])
+            ]
         ),
         eval_dataset=Dataset.from_dict({"input_ids": []}),  # None raises in a DataLoader
         peft_config=lora_config(options),

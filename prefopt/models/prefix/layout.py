@@ -218,6 +218,21 @@ class Rows:
         return Read(row, position, self.input_ids[row, position + 1])
 
 
+def longest_first(lengths: Tensor, prompts: Tensor) -> Tensor:
+    """An order of rows in which little is padding: those of one prompt together, the prompt with the longest row first.
+
+    Example:
+        >>> longest_first(torch.tensor([3, 5, 4, 5]), prompts=torch.tensor([7, 8, 7, 9]))
+        tensor([1, 3, 2, 0])
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    numbers = prompts.unique(return_inverse=True)[1][order]
+    # The place of each prompt's longest row.
+    places = torch.full_like(numbers, len(order))
+    first = places.scatter_reduce(0, numbers, torch.arange(len(order), device=order.device), "amin")[numbers]
+    return order[first.argsort(stable=True)]
+
+
 def pack(input_ids: Tensor, attention_mask: Tensor, prompts: Tensor) -> PackedRows:
     """Pack rows; rows of the same prompt share their longest common token prefix.
 

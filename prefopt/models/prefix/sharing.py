@@ -213,11 +213,14 @@ class PrefixSharing:
     def packed(self, model: nn.Module, rows: Rows) -> Rows:
         """Complete rows, packed where that is faster; the first that are packed are forwarded both ways first.
 
-        If they differ, so are the next: by rounding alone two batches of the same model hardly ever do.
+        If they differ, so are the next: by rounding alone two batches of the same model hardly ever do. Rows that are
+        packed already, for another model, are not packed again.
         """
+        packed, rows = rows.packed, replace(rows, packed=None)
         if not self.is_on:
             return rows
-        packed = pack_if_faster(rows.input_ids, rows.attention_mask, rows.prompts)
+        if packed is None:
+            packed = pack_if_faster(rows.input_ids, rows.attention_mask, rows.prompts)
         # A model whose rows never gain by it stays as it was loaded.
         if id(model) not in self.proved and self.on_any_process(packed is not None):
             if not self.can_share(model):

@@ -318,6 +318,12 @@ class PPOPtxConfig(GRPOConfig):
         ptx_per_device_batch_size (`int`, defaults to `1`): sequences per forward. Their hidden states are in memory;
             their logits are computed in tiles of 4096 positions x 32768 words, and again in the backward pass.
 
+        > Forward passes
+
+        prefix_sharing (`bool`, defaults to `True`): with `num_generations` above 1, forward a prompt once for all of its
+            completions in a batch, in the passes of every role. Minibatches then take whole prompts. Off for
+            architectures that are not proved to give equal results, with a warning that says why.
+
     > [!NOTE]
     > Rollouts come from transformers, from its continuous batching (with `bf16=False`), or from vLLM, as in
     > GRPOTrainer. The log-probabilities of PPO's ratio and of the KL are the policy's own in any case; what vLLM
@@ -382,6 +388,9 @@ class PPOPtxConfig(GRPOConfig):
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value function."})
     ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
     ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
+    prefix_sharing: bool = field(
+        default=True, metadata={"help": "Forward a prompt with several completions once, where the model allows it."}
+    )
 
     def __new__(cls, *args: Any, **options: Any) -> "PPOPtxConfig":
         # Before the generated __init__, which would answer a name of TRL's with the bare name.

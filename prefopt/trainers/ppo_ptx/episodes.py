@@ -1,14 +1,17 @@
 """Episodes, a prompt and a completion each: every forward pass of PPO's roles over them, and the loss."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
@@ -16,11 +19,15 @@ from prefopt.inference.generate import evaluating
 from prefopt.losses import clipped_policy_loss, clipped_value_loss
 from prefopt.losses.advantages import full_kl
 from prefopt.models.heads import fp32_output, token_logps
-from prefopt.models.passes import padded_inputs
-from prefopt.models.prefix.layout import Rows
+from prefopt.models.passes import padded_inputs, unwrapped
+from prefopt.models.prefix.layout import Rows, longest_first
+from prefopt.models.prefix.sharing import PrefixSharing, pack_if_faster
 from prefopt.models.reward import token_values
+from prefopt.models.trunk import num_shared_layers, trunk
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.roles import ValueFunction
+
+logger = get_logger(__name__)
 
 # The exact KL needs all logits, of two models: of this many tokens at a time.
 KL_POSITIONS = 1024
@@ -34,11 +41,13 @@ class Episodes:
         batches: rows that are forwarded together; `Rows.read` are their completions' tokens.
         where: the episode and the place in its completion of each token that is read, batch after batch.
         shape: number of episodes, and the width of what is said of their completions.
+        trunks: what `trunk` has kept, of each batch as it is or packed.
     """
 
     batches: list[Rows]
     where: tuple[Tensor, Tensor]
     shape: tuple[int, int]
+    trunks: defaultdict[tuple[int, bool], list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     @classmethod
     def of(
@@ -48,25 +57,43 @@ class Episodes:
         length: int,
         size: int | None = None,
         pad_to_multiple_of: int | None = None,
+        shares_prefixes: bool = False,
     ) -> "Episodes":
         """From TRL's `[B, T]`: prompts padded on the left, completions, the last `length` columns, on the right.
 
-        `size` rows are forwarded together (all, if None), without the columns at their end that are padding in each: a
-        rollout is padded to its longest episode.
+        Args:
+            size: rows that are forwarded together; None for all. They are of about one length, padded at their end alone.
+            pad_to_multiple_of: of their widths.
+            shares_prefixes: pack rows of one prompt, which follow each other in `ids`, where that is faster.
         """
-        # Pad tokens, which no role reads: one may have no embedding for the policy's.
-        ids = ids.masked_fill(attention_mask == 0, 0)
-        is_completion = attention_mask.bool()
+        is_real = attention_mask.bool()
+        is_completion = is_real.clone()
         is_completion[:, : ids.size(1) - length] = False
-        batches, where, size = [], [], size or len(ids)
-        for start in range(0, len(ids), size):
-            batch = slice(start, start + size)
-            padding = ids.size(1) - 1 - int(is_completion[batch].any(0).nonzero().max())
-            width = ids.size(1) - padding + padding % (pad_to_multiple_of or 1)
-            rows = (x[batch, :width] for x in (ids, attention_mask, is_completion))
-            batches.append(Rows(*rows, prompts=torch.arange(start, start + len(ids[batch]))))
-            read = batches[-1].read
-            where.append((start + read.row, read.position + 1 - (ids.size(1) - length)))
+        prompts = ids.masked_fill(~is_real | is_completion, -1)
+        # Numbers of the prompts, by where another one begins.
+        prompts = F.pad((prompts[1:] != prompts[:-1]).any(1).cumsum(0), (1, 0))
+        # Rolled to the left, over the padding. No role reads pad tokens: one may have no embedding for the policy's.
+        columns = torch.arange(ids.size(1), device=ids.device) + is_real.long().argmax(1, keepdim=True)
+        ids, is_real, is_completion = (
+            x.gather(1, columns % ids.size(1)) for x in (ids.masked_fill(~is_real, 0), is_real, is_completion)
+        )
+        starts, lengths = is_completion.long().argmax(1), is_real.sum(1)
+        if size is None or size >= len(ids):
+            order = torch.arange(len(ids), device=ids.device).split(len(ids))
+        else:
+            order = longest_first(lengths, prompts).split(size)
+        batches, where = [], []
+        for episode in order:
+            width = int(lengths[episode].max())
+            width = min(ids.size(1), width + -width % (pad_to_multiple_of or 1))
+            # In the order of the batch.
+            numbers = F.pad(prompts[episode].diff().ne(0).cumsum(0), (1, 0))
+            tensors = (x[episode, :width] for x in (ids, is_real.long(), is_completion))
+            rows = Rows(*tensors, prompts=numbers)
+            if shares_prefixes and int(numbers[-1]) + 1 < len(episode):
+                rows = replace(rows, packed=pack_if_faster(rows.input_ids, rows.attention_mask, numbers))
+            batches.append(rows)
+            where.append((episode[rows.read.row], rows.read.position + 1 - starts[episode][rows.read.row]))
         episode, place = zip(*where, strict=True)
         return cls(batches, (torch.cat(episode), torch.cat(place)), (len(ids), length))
 
@@ -99,6 +126,7 @@ class Roles:
         cast_lm_head_to_fp32: as the policy's fused head was added with.
         pad_to_multiple_of: widths that forwards are cut to; None for any.
         has_dropout: whether some is left in training mode; passes without gradients, which are compared, go without it.
+        shares_prefixes: whether rows of one prompt are forwarded as one, where a model allows it (`PrefixSharing`).
     """
 
     def __init__(
@@ -111,11 +139,19 @@ class Roles:
         cast_lm_head_to_fp32: bool,
         pad_to_multiple_of: int | None,
         has_dropout: bool = False,
+        shares_prefixes: bool = False,
     ) -> None:
         self.policy, self.value_function, self.accelerator = policy, value_function, accelerator
         self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
         self.pad_to_multiple_of, self.has_dropout = pad_to_multiple_of, has_dropout
-        self._reference = reference
+        self._reference, self.shares_prefixes = reference, shares_prefixes
+        # Dropout differs from pass to pass.
+        self.num_shared_layers = 0 if has_dropout else num_shared_layers(policy)
+        self._logps_prefixes = self._prefixes(lambda model, rows: {"logps": token_logps(model, rows)[0]})
+        self._value_prefixes = self._prefixes(lambda model, rows: {"values": token_values(model, rows)})
+
+    def _prefixes(self, read: Callable[[nn.Module, Rows], dict[str, Tensor]]) -> PrefixSharing:
+        return PrefixSharing(self.shares_prefixes, lambda model, *rows: rows, read, bool, logger.warning)
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
@@ -128,7 +164,7 @@ class Roles:
 
     def episodes(self, ids: Tensor, attention_mask: Tensor, length: int, size: int | None = None) -> Episodes:
         """`Episodes.of` as these roles read them."""
-        return Episodes.of(ids, attention_mask, length, size, self.pad_to_multiple_of)
+        return Episodes.of(ids, attention_mask, length, size, self.pad_to_multiple_of, self.shares_prefixes)
 
     @torch.no_grad()
     def read(
@@ -137,13 +173,14 @@ class Roles:
         attention_mask: Tensor,
         length: int,
         size: int | None = None,
+        episodes: Episodes | None = None,
         of_policy: OfTokens | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities under policy and reference, and values, each `[B, length]`; `size` rows at a time.
 
-        `of_policy`: the policy's pass, where it was already made.
+        `episodes` and `of_policy`: these and the policy's pass, where there are any already.
         """
-        episodes = self.episodes(ids, attention_mask, length, size)
+        episodes = episodes or self.episodes(ids, attention_mask, length, size)
         of_policy = self.logps(self.policy, episodes) if of_policy is None else of_policy
         values = of_policy.values if self.value_function.is_head else self.values(episodes)
         with self.reference() as reference:
@@ -154,7 +191,7 @@ class Roles:
         """A pass of the policy or the reference, without the LM head's work on prompts."""
         results = []
         with self.accelerator.autocast(), self._without_dropout(model):
-            for rows in episodes.batches:
+            for rows in self._shared(self._logps_prefixes, model, episodes):
                 logps, entropies, states = token_logps(
                     model,
                     rows,
@@ -170,7 +207,25 @@ class Roles:
         """Values `[B, length]` of the states before the completions' tokens, by a network of its own."""
         module = self.value_function.module
         with self.accelerator.autocast(), self.value_function.active(), self._without_dropout(module):
-            return episodes.in_rows([token_values(module, rows) for rows in episodes.batches])
+            return episodes.in_rows(
+                [token_values(module, rows) for rows in self._shared(self._value_prefixes, module, episodes)]
+            )
+
+    def _shared(self, prefixes: PrefixSharing, model: nn.Module, episodes: Episodes) -> Iterator[Rows]:
+        """The batches as this model forwards them, and while each of them is at hand, the model on its trunk."""
+        layers = self.num_shared_layers
+        if layers and unwrapped(model) is not unwrapped(self.policy):
+            layers = 0
+        for number, rows in enumerate(episodes.batches):
+            if rows.packed is not None:
+                # The model inside data parallel is checked, as a process that has nothing to share does not take part.
+                rows = prefixes.packed(getattr(model, "module", model), rows)
+                self.shares_prefixes = self.shares_prefixes and prefixes.is_on
+            if layers:
+                with trunk(model, layers, episodes.trunks[number, rows.packed is not None]):
+                    yield rows
+            else:
+                yield rows
 
     @torch.no_grad()
     def full_kl(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:

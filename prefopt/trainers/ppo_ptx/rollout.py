@@ -11,18 +11,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerState
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import split_tensor_dict
 
 from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, gae, k1, k3, kl_shaped_rewards, masked_whiten
 from prefopt.losses.kl_control import KLController, RunningStatistics
+from prefopt.models.prefix.layout import longest_first
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.episodes import OfTokens, Roles
+from prefopt.trainers.ppo_ptx.episodes import Episodes, OfTokens, Roles
 from prefopt.trainers.ppo_ptx.value_start import fitted_values
 
 logger = get_logger(__name__)
@@ -123,15 +124,37 @@ def base_kept(model: nn.Module) -> Iterator[None]:
             parameter.data.copy_(kept)
 
 
+@contextmanager
+def merged(model: PeftModel) -> Iterator[None]:
+    """Inside, a LoRA policy is one model: its adapter stands in the weights of the base, which are kept (`base_kept`).
+
+    Decoding a token is little work in many steps, of which an adapter takes several beside each layer of the base.
+    Quantized models, and adapters that are more than factors of a layer, stay as they are.
+    """
+    config = model.peft_config["default"]
+    has_more = not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save
+    if has_more or config.trainable_token_indices or getattr(model.config, "quantization_config", None):
+        yield
+        return
+    with base_kept(model):
+        model.merge_adapter(["default"])
+        try:
+            yield
+        finally:
+            model.unmerge_adapter()
+
+
 @dataclass
 class Sampled:
     """What TRL's rollout computes on its way and does not return.
 
-    `prompt_ids` are the token ids of the prompts, not padded; `of_policy` its pass, if TRL asked for it; `scores` `[B]` the
-    weighted sum of the rewards, NaN where no reward function gave one.
+    `prompt_ids` are the token ids of the prompts, not padded; `episodes` are prompts and completions, and
+    `of_policy` its pass over them, if TRL asked for that; `scores` `[B]` the weighted sum of the rewards, NaN where no
+    reward function gave one.
     """
 
     prompt_ids: list[list[int]] = field(default_factory=list)
+    episodes: Episodes | None = None
     of_policy: OfTokens | None = None
     scores: Tensor | None = None
 
@@ -182,7 +205,8 @@ class Rollouts:
         mask = rollout["completion_mask"].bool()
         length, num_episodes = mask.size(1), len(ids) * self.accelerator.num_processes
         size = args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size
-        logps, ref_logps, values = roles.read(ids, attention_mask, length, size, sampled.of_policy)
+        known = sampled.episodes, sampled.of_policy
+        logps, ref_logps, values = roles.read(ids, attention_mask, length, size, *known)
         if args.kl_estimator == "full":
             kl = roles.full_kl(ids, attention_mask, length)
         else:
@@ -239,14 +263,39 @@ class Rollouts:
                 batch["num_tokens"] = tokens
 
 
-def divided_anew(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A rollout in other minibatches, as TRL divides it before the first inner epoch."""
+def divided_anew(
+    batches: list[dict[str, Any]], size: int, is_shuffled: bool = True, has_groups: bool = False
+) -> list[dict[str, Any]]:
+    """A rollout in other minibatches of `size` micro-batches, as TRL divides it before the first inner epoch.
+
+    Args:
+        is_shuffled: else every minibatch keeps its episodes.
+        has_groups: prompts have several completions, which stay together.
+
+    Inside a minibatch, whose gradient is a sum, the longest come first, so that little of a micro-batch is padding.
+    """
+
+    def permuted(rollout: dict[str, Any], order: Tensor) -> dict[str, Any]:
+        return {name: x[order] if torch.is_tensor(x) and x.ndim > 0 else x for name, x in rollout.items()}
+
     rollout = {
         name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(x) and x.ndim > 0 else x
         for name, x in batches[0].items()
         if name != "num_tokens"
     }
-    return split_tensor_dict(shuffle_sequence_dict(rollout), len(batches))
+    prompts, device = torch.arange(len(rollout["prompt_ids"])), rollout["prompt_ids"].device
+    if has_groups:
+        ids = rollout["prompt_ids"].masked_fill(rollout["prompt_mask"] == 0, -1)
+        prompts = ids.unique(dim=0, return_inverse=True)[1].cpu()
+    if is_shuffled:
+        order = torch.randperm(int(prompts.max()) + 1)[prompts].argsort(stable=True)
+        rollout, prompts = permuted(rollout, order.to(device)), prompts[order]
+    if size > 1:
+        lengths = (rollout["prompt_mask"].sum(1) + rollout["completion_mask"].sum(1)).cpu()
+        places = torch.arange(len(prompts)).split(len(prompts) // (len(batches) // size))
+        order = torch.cat([place[longest_first(lengths[place], prompts[place])] for place in places])
+        rollout = permuted(rollout, order.to(device))
+    return split_tensor_dict(rollout, len(batches))
 
 
 def rollout_metrics(

@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from numbers import Real
 from typing import Any
 
@@ -65,6 +66,7 @@ from prefopt.trainers.ppo_ptx.rollout import (
     check_prompts,
     check_vllm,
     divided_anew,
+    merged,
 )
 from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, warm_up_from
 from prefopt.trainers.ppo_ptx.watch import TrainingWatch
@@ -261,6 +263,10 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             args.cast_lm_head_to_fp32,
             self.pad_to_multiple_of,
             has_dropout=not args.disable_dropout,
+            # Continuous batching has an attention of its own.
+            shares_prefixes=args.prefix_sharing
+            and args.num_generations > 1
+            and not args.use_transformers_continuous_batching,
         )
         self._rollouts = Rollouts(
             self.roles,
@@ -315,13 +321,15 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
     def _score(self, model: RewardModel, completion_ids: list[list[int]]) -> list[float]:
         """Scores of the rollout's prompts + completions, as sampled: never decoded and tokenized again."""
         sequences = [p + c for p, c in zip(self._sampled.prompt_ids, completion_ids, strict=True)]
-        size = self.args.per_device_train_batch_size
+        size, prompts = self.args.per_device_train_batch_size, None
+        if self.roles.shares_prefixes:
+            prompts = [number for number, (_, same) in enumerate(groupby(self._sampled.prompt_ids)) for _ in same]
         # A reward model may share the policy's base, whose dropout is not its own.
         was_training = self.model.training
         self.model.eval()
         try:
             with self.accelerator.autocast():
-                return score_ids(model, sequences, size, device=self.accelerator.device)
+                return score_ids(model, sequences, size, prompts, device=self.accelerator.device)
         finally:
             self.model.train(was_training)
 
@@ -363,6 +371,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         was_training = self.model.training
         is_sent = self.use_vllm and self.state.global_step != self._last_loaded_step
         kept = base_kept(self.model) if is_sent else nullcontext()
+        if isinstance(self.model, PeftModel) and not self.use_vllm:
+            kept = merged(self.model)
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
         with plain_generation(self.model), kept:
             generated = super()._generate(prompts_as_read(self.processing_class, prompts))
@@ -407,6 +417,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         logged = self._metrics["train" if is_training else "eval"]
         for name, value in self._rollouts.complete(rollout, self._sampled, is_training).items():
             logged[name].append(value)
+        # With what it keeps of the trunk.
+        self._sampled.episodes = None
         # Of groups of one it is always 1.
         if (self.num_generations if is_training else self.num_generations_eval) == 1:
             logged.pop("frac_reward_zero_std", None)
@@ -432,20 +444,25 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         compute_entropy: bool = False,
         **not_of_text: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        episodes = self.roles.episodes(input_ids, attention_mask, logits_to_keep, batch_size)
-        self._sampled.of_policy = self.roles.logps(model, episodes, compute_entropy)
-        return self._sampled.of_policy.logps, self._sampled.of_policy.entropies, None
+        sampled = self._sampled
+        sampled.episodes = self.roles.episodes(input_ids, attention_mask, logits_to_keep, batch_size)
+        sampled.of_policy = self.roles.logps(model, sampled.episodes, compute_entropy)
+        return sampled.of_policy.logps, sampled.of_policy.entropies, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        is_training = self.model.training
+        is_training, minibatch = self.model.training, self.args.gradient_accumulation_steps
+        has_groups = self.num_generations > 1
         is_new_epoch = is_training and self._step % self.args.steps_per_generation == 0
         if is_new_epoch and self._is_inside_rollout and self._buffered_inputs is not None:
-            self._buffered_inputs = divided_anew(self._buffered_inputs)
+            self._buffered_inputs = divided_anew(self._buffered_inputs, minibatch, has_groups=has_groups)
         inputs = super()._prepare_inputs(generation_batch)
-        # A new rollout, or a batch of evaluation.
+        # A new rollout, whose rows TRL has shuffled one by one, or a batch of evaluation.
         if "num_tokens" not in inputs:
             batches = self._buffered_inputs if is_training else [inputs]
-            self._rollouts.count_tokens(batches, self.args.gradient_accumulation_steps if is_training else 1)
+            if is_training and (has_groups or minibatch > 1):
+                batches = divided_anew(batches, minibatch, is_shuffled=has_groups, has_groups=has_groups)
+                self._buffered_inputs, inputs = batches, batches[self._step % self.args.steps_per_generation]
+            self._rollouts.count_tokens(batches, minibatch if is_training else 1)
         return inputs
 
     # ---- the step ---------------------------------------------------------------------------------------------

@@ -159,7 +159,6 @@ IMPORTS: dict[str, dict[str, tuple[str, ...]]] = {
     "PPOPtxTrainer": {
         "trl.trainer.utils": (
             "add_fused_lm_head",
-            "shuffle_sequence_dict",
             "split_tensor_dict",
             "use_adapter",
             *_CARDS,
