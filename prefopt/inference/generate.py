@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prefopt.errors import UserError
 from prefopt.inference.journal import Journal
-from prefopt.models.passes import loaded_from
+from prefopt.models.passes import loaded_from, max_positions
 from prefopt.rankings.tokens import build_ids, closing_token_id
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,8 @@ def generate(
         journal: has an entry for every batch; those that are there are not drawn again.
 
     Raises:
-        UserError: on a negative temperature, several greedy completions, a tokenizer without an end token, or a
-            model whose logits are NaN.
+        UserError: on a negative temperature, several greedy completions, a tokenizer without an end token, a prompt
+            that leaves the model no room for a completion, or a model whose logits are NaN.
 
     >>> completions = generate(model, tokenizer, ["Name a fruit:"], max_new_tokens=8)  # doctest: +SKIP
     >>> completions[0][0].text  # doctest: +SKIP
@@ -92,6 +92,13 @@ def generate(
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     ids = all_prompt_ids(tokenizer, prompts, of_rows)
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
+    limit = max_positions(model.config)
+    if longest is not None and limit is not None and len(ids[longest]) + max_new_tokens > limit:
+        raise UserError(
+            f"prompt {longest} of {len(ids[longest])} tokens and max_new_tokens {max_new_tokens} are more than the {limit} "
+            f"tokens that the model reads{loaded_from(model)}; lower max_new_tokens or leave out the longest prompts"
+        )
     batches = batches_by_length([len(row) for row in ids], max(1, batch_size // num_return))
     results: list[list[Completion]] = [[] for _ in ids]
     devices = [model.device] if model.device.type == "cuda" else []

@@ -3,6 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from prefopt.errors import UserError
 from prefopt.inference.generate import Completion, end_token_ids, generate, prompt_ids
 from prefopt.inference.journal import Journal
 from prefopt.rankings.tokens import build_ids
@@ -162,6 +163,15 @@ def test_training_mode_is_restored(causal_lm, tokenizer):
 def test_bad_settings(causal_lm, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         generate(causal_lm, tokenizer, PROMPTS, max_new_tokens=2, **settings)
+
+
+def test_a_prompt_without_room_for_its_completion_is_named(causal_lm, tokenizer, monkeypatch):
+    prompts = ["a", "one two three"]
+    length = len(prompt_ids(tokenizer, prompts[1]))
+    monkeypatch.setattr(causal_lm.config, "max_position_embeddings", length + 4)
+    assert len(generate(causal_lm, tokenizer, prompts, max_new_tokens=4)) == 2
+    with pytest.raises(UserError, match=f"prompt 1 of {length} tokens and max_new_tokens 5 are more than the {length + 4}"):
+        generate(causal_lm, tokenizer, prompts, max_new_tokens=5)
 
 
 def test_an_adapter_samples_plainly_and_keeps_its_settings(causal_lm, tokenizer):
