@@ -170,7 +170,9 @@ def test_a_prompt_without_room_for_its_completion_is_named(causal_lm, tokenizer,
     length = len(prompt_ids(tokenizer, prompts[1]))
     monkeypatch.setattr(causal_lm.config, "max_position_embeddings", length + 4)
     assert len(generate(causal_lm, tokenizer, prompts, max_new_tokens=4)) == 2
-    with pytest.raises(UserError, match=f"prompt 1 of {length} tokens and max_new_tokens 5 are more than the {length + 4}"):
+    with pytest.raises(
+        UserError, match=f"prompt 1 of {length} tokens and max_new_tokens 5 are more than the {length + 4}"
+    ):
         generate(causal_lm, tokenizer, prompts, max_new_tokens=5)
 
 

@@ -150,7 +150,7 @@ def test_broken_scores_stop(files):
     broken = AutoModelForSequenceClassification.from_pretrained(files / "rm")
     broken.score.weight.data[:] = float("nan")
     save_reward_model(broken, files / "rm")
-    with pytest.raises(UserError, match="the head score.weight is not finite"):
+    with pytest.raises(UserError, match=r"the head score\.weight is not finite"):
         run(files)
 
 
