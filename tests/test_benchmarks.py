@@ -90,7 +90,7 @@ def test_scaling_fits_exponents(ranking_step, tmp_path):
 
 
 @pytest.fixture
-def file_switches(benchmarks):
+def file_switches(ranking_step):
     import file_switches
 
     return file_switches
