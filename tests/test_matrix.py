@@ -157,9 +157,13 @@ def reference_role(model, ids, mask):
 
 
 def value_head_role(model, ids, mask):
+    # The first token is the prompt, which is padded on the left, and the others are the completion, padded on the right.
+    before = mask.argmax(1).max()
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    ids, mask = (torch.nn.functional.pad(x.gather(1, order), (before, 0)) for x in (ids, mask))
     of_model = roles(model)
-    values = of_model.logps(model, of_model.episodes(ids, mask, ids.shape[1] - 1)).values
-    return after_the_first(torch.nn.functional.pad(values, (1, 0)), mask)
+    values = of_model.logps(model, of_model.episodes(ids, mask, ids.shape[1] - 1 - before)).values
+    return after_the_first(torch.nn.functional.pad(values, (before + 1, 0)), mask)
 
 
 def ptx_role(model, ids, mask):
