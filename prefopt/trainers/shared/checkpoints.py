@@ -66,9 +66,9 @@ def what_is_missing(checkpoint: str | os.PathLike) -> str | None:
     try:
         marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
         sizes, checksums = dict(marker["files"]), dict(marker.get("crc32", {}))
+        sizes = {str(name): int(size) for name, size in sizes.items()}
     except FileNotFoundError:
         return f"no {MARKER}"
-        sizes = {str(name): int(size) for name, size in sizes.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return f"{MARKER} is damaged"
     for name, size in sizes.items():

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,13 +67,16 @@ KILLS = [
     ("write rng_state.pth", 1, 3),
     ("write trainer_state.json", 2, 3),
     ("rename checkpoint-6", 1, 3),
-    ("remove from checkpoint-3", 1, 6),  # the rotation
+    ("remove from checkpoint-3", 1, 6),  # the rotation: out of sight, and whole
     ("rollout", 1, 6),
     ("write value_function.safetensors", 1, 6),
-    ("remove from checkpoint-6", 7, 9),
+    ("remove from checkpoint-6", 7, 9),  # deleted in part
     ("optimizer step", 2, 9),
-    ("write scheduler.pt", 2, 12),
-    ("write model.safetensors", 2, 14),  # behind the last checkpoint, where the trained model is saved
+    ("move out checkpoint-9", 1, 12),  # still in its place
+    ("write scheduler.pt", 1, 12),
+    ("rmdir checkpoint-9", 1, 14),  # of which the empty folder is left
+    ("rmdir _unfinished", 1, 14),
+    ("write model.safetensors", 1, 14),  # behind the last checkpoint, where the trained model is saved
 ]
 
 
@@ -99,11 +103,16 @@ def die_at(event, number):
         if name == "open" and args[1] and set(str(args[1])) & set("wxa"):
             found = f"write {os.path.basename(str(args[0]))}"
         elif name == "os.rename":
-            found = f"rename {os.path.basename(str(args[0]))}"
+            kind = "move out" if os.path.basename(os.path.dirname(args[1])) == "_unfinished" else "rename"
+            found = f"{kind} {os.path.basename(args[0])}"
         elif name == "shutil.rmtree":
-            audit.folder, found = os.path.basename(str(args[0])), None
+            # Of the folder of what is unfinished: the checkpoint that is in it.
+            inner = [path.name for path in Path(args[0]).glob("checkpoint-*")]
+            audit.folder, found = " ".join(inner) or os.path.basename(args[0]), None
         elif name == "os.remove":
             found = f"remove from {audit.folder}"
+        elif name == "os.rmdir":
+            found = f"rmdir {os.path.basename(args[0])}"
         else:
             return
         if happens(found):
@@ -193,8 +202,8 @@ def run(recipe, files, output, options, kill=("nothing", 1)):
     return run_in_fork(killed, files / f"{output}.log")
 
 
-def newest_step(output):
-    """The step of the newest complete checkpoint, told here by its own files and not by the code under test."""
+def steps_of(output):
+    """The steps of the complete checkpoints, told here by their own files and not by the code under test."""
     steps = []
     for folder in output.glob("checkpoint-*"):
         marker = folder / "complete.json"
@@ -202,7 +211,15 @@ def newest_step(output):
         if all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in sizes.items()):
             assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= sizes.keys()
             steps.append(int(folder.name.removeprefix("checkpoint-")))
-    return max(steps, default=None)
+    return steps
+
+
+def newest_step(output):
+    return max(steps_of(output), default=None)
+
+
+def assert_all_in_place_are_complete(output):
+    assert len(steps_of(output)) == len(list(output.glob("checkpoint-*")))
 
 
 def end_of(output):
@@ -260,10 +277,12 @@ def test_killed_over_and_over_ends_as_if_never_killed(files):
         status = run("ppo-ptx", files, "killed", options, kill=(event, count))
         assert status == -signal.SIGKILL, (number, event, (files / "killed.log").read_text()[-3000:])
         assert newest_step(files / "killed") == newest, (number, event)
+        assert_all_in_place_are_complete(files / "killed")
     assert run("ppo-ptx", files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
     assert logs_of(files / "killed") == logs_of(files / "whole")
-    assert len(list((files / "killed").glob("checkpoint-*"))) == 1
+    assert [path.name for path in (files / "killed").glob("checkpoint-*")] == ["checkpoint-14"]
+    assert not (files / "killed" / "_unfinished").exists()
     log = (files / "killed.log").read_text()
     for step in (3, 6, 9, 14):
         assert f"_unfinished/checkpoint-{step} was left unfinished" in log
@@ -304,9 +323,13 @@ def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, file
         ("write optimizer.pt", 2, 3),
         ("write complete.json", 1, 3),
         ("remove from checkpoint-3", 4, 6),
+        ("move out checkpoint-6", 1, 7),
     ]:
         status = run(recipe, files, "killed", options, kill=(event, count))
         assert status == -signal.SIGKILL, (event, (files / "killed.log").read_text()[-3000:])
         assert newest_step(files / "killed") == newest
+        assert_all_in_place_are_complete(files / "killed")
     assert run(recipe, files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
+    assert [path.name for path in (files / "killed").glob("checkpoint-*")] == ["checkpoint-7"]
+    assert not (files / "killed" / "_unfinished").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -198,6 +199,7 @@ def test_inner_epochs_divide_the_rollout_anew(make):
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 def test_a_checkpoint_is_complete_with_every_file_whole(tmp_path):
+    PartialState()  # for the warnings
     for step in (1, 2, 10):
         (tmp_path / f"checkpoint-{step}" / "inner").mkdir(parents=True)
         (tmp_path / f"checkpoint-{step}" / "inner" / "weights").write_bytes(b"12345")
@@ -216,7 +218,7 @@ def test_a_checkpoint_is_complete_with_every_file_whole(tmp_path):
     assert what_is_missing(checkpoint) == "inner/weights has 3 of 5 bytes"
     (checkpoint / "inner" / "weights").unlink()
     assert what_is_missing(checkpoint) == "inner/weights is missing"
-    for content in ("", "[]", '{"files": 1}', '{"files": [1]}'):
+    for content in ("", "[]", '{"files": 1}', '{"files": [1]}', '{"files": {"more": null}}'):
         (checkpoint / MARKER).write_text(content)
         assert what_is_missing(checkpoint) == f"{MARKER} is damaged"
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
