@@ -150,11 +150,14 @@ def test_nothing_is_cut_where_checkpointing_runs_the_forward_again(reward_model,
     assert tokens == [[3 * WIDTH] * 2, [3 * WIDTH, 3 * 2]]  # without a backward pass no forward is run again
 
 
-# ---- padding that all rows share ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("multiple", [None, 4])
+# ---- padding ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("size", "multiple", "expected_widths"),
+    [(1, None, [8, 7, 6]), (2, None, [8, 6]), (1, 3, [9, 9, 6]), (2, 5, [10, 10])],
+)
 @pytest.mark.parametrize("value", ["head", "network"])
 def test_forwards_end_with_the_longest_episode(
-    value, multiple, causal_lm, reward_model, tokenizer, episodes, tmp_path
+    value, size, multiple, expected_widths, causal_lm, reward_model, tokenizer, episodes, tmp_path
 ):
     args = PPOPtxConfig(
         str(tmp_path),
@@ -176,18 +179,18 @@ def test_forwards_end_with_the_longest_episode(
     )
     if value == "head":
         torch.nn.init.normal_(trainer.value_function.module.weight, std=0.1)
-    ids, mask = (F.pad(x, (1, 0)) for x in episodes)  # 12 columns, completions of up to 3, 6 and 1 tokens
+    ids, mask = (F.pad(x, (1, 0)) for x in episodes)  # 12 columns, rows of 7, 8 and 6 tokens
     ids, mask, length = F.pad(ids, (0, 4)), F.pad(mask, (0, 4)), LENGTH + 4
     widths = []
     trunk = causal_lm.model if value == "head" else reward_model.model
     trunk.register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
     with torch.no_grad():
-        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, 1)
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length, size)
         if value == "network":
-            values = trainer.roles.values(trainer.roles.episodes(ids, mask, length, 1))
+            values = trainer.roles.values(trainer.roles.episodes(ids, mask, length, size))
         else:
             values = trainer._sampled.of_policy.values
-        assert widths == ([9, 12, 7] if multiple is None else [12, 12, 8])
+        assert widths == expected_widths
         batch = Episodes.of(ids, mask, length)
         whole = batch.in_rows([token_logps(trainer.model, batch.batches[0])[0]])
         counts = mask[:, -length:].bool()
