@@ -177,7 +177,7 @@ def ptx_role(model, ids, mask):
         counts = torch.full_like(labels, -100)
         counts[row] = labels[row]
         batch = {"input_ids": ids, "attention_mask": mask, "labels": counts}
-        losses.append(pretraining_loss(model, batch, 1.0, False))
+        losses.append(pretraining_loss(model, batch, 1.0, False, False))
     return torch.stack(losses)
 
 

@@ -201,7 +201,7 @@ def test_an_adapter_on_the_head_is_read_and_trained(kind, dense, monkeypatch):
     values = {
         "policy": token_logps(model, rows)[0].sum(),
         "dpo": completion_logps(model, rows)["log_probs"].sum(),
-        "ptx": -pretraining_loss(model, batch, 1.0, False),
+        "ptx": -pretraining_loss(model, batch, 1.0, False, heads.has_adapter(model.get_base_model().lm_head)),
     }
     expected = sum(logps)
     wanted = gradients(expected)

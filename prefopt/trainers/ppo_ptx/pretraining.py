@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
-from prefopt.models.heads import has_adapter, read_head
-from prefopt.models.passes import unwrapped
+from prefopt.models.heads import read_head
 from prefopt.models.prefix.layout import Rows
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
@@ -356,6 +355,7 @@ def backward_on_text(
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
     has_untempered_head: bool,
+    has_adapted_head: bool,
 ) -> tuple[Tensor, float]:
     """Backward of ptx_coef * LM over the text of an optimizer step (InstructGPT, appendix C.4).
 
@@ -379,14 +379,18 @@ def backward_on_text(
     for number, batch in enumerate(batches, start=1):
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with nullcontext() if number == len(batches) else accelerator.no_sync(model):
-            loss = pretraining_loss(model, batch, num_tokens / processes, has_untempered_head)
+            loss = pretraining_loss(model, batch, num_tokens / processes, has_untempered_head, has_adapted_head)
             accelerator.backward(args.ptx_coef * loss)
         total += loss.detach()
     return args.ptx_coef * total, accelerator.reduce(total, "mean").item()
 
 
 def pretraining_loss(
-    model: nn.Module, batch: dict[str, Tensor], num_tokens: float, has_untempered_head: bool
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    num_tokens: float,
+    has_untempered_head: bool,
+    has_adapted_head: bool,
 ) -> Tensor:
     """`losses.lm_loss` of a batch, without its logits `[B, T, V]`.
 
@@ -398,16 +402,17 @@ def pretraining_loss(
         batch: `input_ids`, `attention_mask` and `labels` `[B, T]`, padded on the right; -100 = ignored.
         num_tokens: divides the summed loss.
         has_untempered_head: whether the policy has one (`add_untempered_head`); without, its temperature must be 1.
+        has_adapted_head: `models.heads.has_adapter` of its LM head.
 
     Returns:
         A scalar.
     """
-    options = {"untempered": True} if has_untempered_head else {}
-    if has_adapter(unwrapped(model).get_output_embeddings()):
+    if has_adapted_head:
         ids = batch["input_ids"]
         prompts = torch.arange(len(ids), device=ids.device)
         rows = Rows(ids, batch["attention_mask"], batch["labels"] != -100, prompts)
         output, *_ = read_head(model, rows)
         return F.cross_entropy(output.logits[0].float(), rows.read.labels, reduction="sum") / num_tokens
+    options = {"untempered": True} if has_untempered_head else {}
     # Padded at the end alone, where no position depends on it.
     return model(**batch, fused_lm_head=True, num_items_in_batch=num_tokens, **options).loss

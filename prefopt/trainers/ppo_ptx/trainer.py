@@ -40,8 +40,9 @@ from prefopt.inference.generate import plain_generation, prompt_ids
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
+from prefopt.models.heads import has_adapter
 from prefopt.models.loading import check_policy
-from prefopt.models.passes import check_rows, max_positions, stop_randomness
+from prefopt.models.passes import check_rows, max_positions, stop_randomness, unwrapped
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
@@ -222,6 +223,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, original)
         check_rows(self.model)
+        self._positions = max_positions(self.model.config)
         if args.disable_dropout:
             stop_randomness(self.model)
         # The saved policy shall not sample it either.
@@ -285,9 +287,10 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.add_callback(self.weight_average)
         self.pretraining = None
         if args.ptx_coef > 0:
-            longest = max_positions(self.model.config)
-            if longest is not None and args.ptx_max_length > longest:
-                raise UserError(f"ptx_max_length={args.ptx_max_length} exceeds the model's {longest} positions")
+            if self._positions is not None and args.ptx_max_length > self._positions:
+                raise UserError(
+                    f"ptx_max_length={args.ptx_max_length} exceeds the model's {self._positions} positions"
+                )
             if isinstance(pretrain_dataset, IterableDataset):
                 self.pretraining = StreamedText(pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed)
             else:
@@ -296,6 +299,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 self.pretraining = PackedText(blocks, args.seed)
             if self.temperature != 1:
                 add_untempered_head(self.model, args.cast_lm_head_to_fp32)
+            self._has_adapted_head = has_adapter(unwrapped(self.model).get_output_embeddings())
 
     # ---- roles ------------------------------------------------------------------------------------------------
     def _as_function(self, reward: Any) -> Callable[..., list]:
@@ -401,7 +405,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             tokenized = [prompt_ids(self.processing_class, prompt, **kwargs) for prompt, kwargs in pairs], None, {}
         else:
             tokenized = super()._tokenize_prompts(prompts)
-        positions, room = max_positions(self.model.config), self.args.max_completion_length or 0
+        positions, room = self._positions, self.args.max_completion_length or 0
         longest = max(map(len, tokenized[0]))
         if positions is not None and longest + room > positions:
             raise UserError(
@@ -495,6 +499,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                     self.accelerator,
                     self._tokenizer,
                     has_untempered_head=self.temperature != 1,
+                    has_adapted_head=self._has_adapted_head,
                 )
             ptx_loss, metrics = complete_gradient(
                 [p for p in self.model.parameters() if p.requires_grad],

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.utils import add_fused_lm_head
 
@@ -220,7 +221,7 @@ def test_pretraining_loss_equals_lm_loss_in_value_and_gradient(kind, temperature
     labels = ids.masked_fill(mask == 0, -100)
     labels[2, :4] = -100
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    loss = pretraining_loss(model, batch, 17.0, temperature != 1)
+    loss = pretraining_loss(model, batch, 17.0, temperature != 1, False)
     logits = plain(ids, attention_mask=mask).logits
     expected = lm_loss(2.0 * torch.tanh(logits / 2.0) if kind == "capped" else logits, labels, 17.0)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
@@ -239,11 +240,19 @@ def test_pretraining_loss_equals_lm_loss_in_value_and_gradient(kind, temperature
     assert model(ids, attention_mask=mask).logits.shape == (3, 12, VOCABULARY)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_pretraining_loss_of_a_step_is_at_temperature_one(checkpointing, make, causal_lm, tokenizer):
+@pytest.mark.parametrize(("checkpointing", "adapts_head"), [(False, False), (True, False), (False, True)])
+def test_pretraining_loss_of_a_step_is_at_temperature_one(checkpointing, adapts_head, make, causal_lm):
     """Whatever the temperature of the rollouts, whose log-probs have it in them."""
-    start = copy.deepcopy(causal_lm)
+    policy = causal_lm
+    if adapts_head:
+        causal_lm.config.tie_word_embeddings = True
+        causal_lm.tie_weights()
+        rows = {"trainable_token_indices": [*range(5, VOCABULARY, 2)]}
+        policy = get_peft_model(causal_lm, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **rows))
+        move(policy)
+    start = copy.deepcopy(policy)
     trainer = make(
+        model=policy,
         ptx_coef=1.0,
         max_steps=1,
         temperature=0.5,
