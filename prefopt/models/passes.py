@@ -3,7 +3,7 @@ randomness where it is unwanted."""
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ def forward(
     """
     seen: list[Tensor] = []
     if rows.packed is None:
-        cut = last_mlp_at(model, int(position.min()), int(position.max()) + 1)
+        # The loss of a mixture's router is of all tokens.
+        of_router = options.get("output_router_logits", False)
+        cut = nullcontext() if of_router else last_mlp_at(model, int(position.min()), int(position.max()) + 1)
         inputs, index = (
             padded_inputs(model, rows.input_ids, rows.attention_mask),
             row * rows.input_ids.shape[1] + position,
@@ -133,7 +135,7 @@ def last_mlp_at(model: nn.Module, first: int, end: int) -> Iterator[None]:
     layers = getattr(backbone(model), "layers", None)
     last = layers[-1] if layers else None
     mlp = getattr(last, "mlp", None)
-    runs_again = torch.is_grad_enabled() and getattr(last, "gradient_checkpointing", False)
+    runs_again = torch.is_grad_enabled() and getattr(last, "gradient_checkpointing", False) and last.training
     if not isinstance(mlp, nn.Module) or runs_again:
         yield
         return

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 
 from prefopt import cli
+from prefopt.errors import UserError
 from prefopt.labeling.answers import Answer, import_answers, read_answers
 from prefopt.labeling.flags import FLAGS
 from prefopt.labeling.key import blind, read_key, write_key
@@ -291,9 +292,14 @@ def test_two_devices_give_the_newest_finished_answer_and_alike_names_are_reporte
         assert "one person? Ann / a nn / ann" in "\n".join(report.lines())
 
 
+def test_half_a_character_has_no_place_in_a_sheet():
+    with pytest.raises(UserError, match=r"samples row 1: field 'completions\[1\]': .*half of a character"):
+        blind([ROWS[0], {"prompt": "p", "completions": ["a", "cut \ud83d"]}], seed=1)
+
+
 def test_a_key_survives_the_file_and_no_other_key_is_written_over_it(tmp_path):
     chat = {
-        "prompt": [{"role": "user", "content": "\ud800 \u2028 猫"}],
+        "prompt": [{"role": "user", "content": "\u202e \u2028 猫"}],
         "completions": [[{"role": "assistant", "content": c}] for c in "ab"],
     }
     key, _ = blind([*ROWS, chat], seed=None, screening=[{**ROWS[0], "ranks": [1, 2, 1]}], group="train")

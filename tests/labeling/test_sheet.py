@@ -12,7 +12,7 @@ from prefopt.labeling.flags import FLAG_WORDS
 from prefopt.labeling.key import Key, blind, read_key, shown, write_with_key
 from prefopt.labeling.sheet import default_instructions, render_instructions, sheet_page
 
-HOSTILE = "</script><!--<script>\u2028\u202e\ud800\ufeff&amp;{{script}}]]>"
+HOSTILE = "</script><!--<script>\u2028\u202e\ufeff&amp;{{script}}]]>"
 ROWS = [
     {"prompt": f"p{i} {HOSTILE}", "completions": [f"a{i}", f"b{i}", HOSTILE], "model": "secret-model",
      "truncated": [True, False, False]}

@@ -21,7 +21,7 @@ HOSTILE = [
     "</script><script>document.title = 'taken over'</script>",
     "<img src=x onerror=alert(2)> <!-- & &amp; {{sheet}} {{script}}",
     "abc \u202e txt.exe \u202d",
-    "\u0000\u0007\u001b[31m \ud800 alone",
+    "\u0000\u0007\u001b[31m alone",
     "x" * 100_000,
     "line\u2028line\u2029\nמה שלומך? 猫はよく眠る 👩‍👩‍👧",
 ]
@@ -267,7 +267,7 @@ def test_hostile_text_is_shown_as_text(browser, tmp_path):
                     assert len(box.locator(".prose").text_content()) == 4000
                     box.locator("button").click()
                 expected = text
-                for character in "\u202e\u202d\u0000\u0007\u001b\ud800":
+                for character in "\u202e\u202d\u0000\u0007\u001b":
                     expected = expected.replace(character, f"U+{ord(character):04X}")
                 assert box.text_content() == expected
         assert page.evaluate("[document.scripts.length, document.images.length]") == [2, 0]

@@ -197,7 +197,7 @@ def test_a_step_whose_model_is_not_there_yet_is_planned_after_the_first(model, t
         (["rewards", "--model", "{model}", "--gpu", "24GB"], "unknown step 'rewards'"),
         (["--model", "{model}", "--gpu", "24GB", "--load_in_4bit", "true"], "add use_peft"),
         (["--model", "nowhere/nothing", "--gpu", "24GB"], "cannot load the config.json of 'nowhere/nothing'"),
-        (["sft", "--model", "{t5}", "--gpu", "24GB"], "no memory arithmetic for the architecture 't5'"),
+        (["sft", "--model", "{t5}", "--gpu", "24GB"], "is a t5 model; prefopt trains decoders"),
         (["sft", "--model", "{model}", "--gpu", "24GB", "--optim", "lomo"], "no arithmetic for optim='lomo'"),
         (["sft", "--model", "{model}", "--gpu", "24GB", "--attn_implementation", "eager"], "attn_implementation"),
     ],

@@ -60,14 +60,15 @@ def test_the_first_step_of_nan_ends_the_run_and_saves_nothing(files, monkeypatch
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
-def test_weights_that_a_step_has_broken_are_not_saved(files):
-    """A step of 1e39 is beyond fp32."""
+@pytest.mark.parametrize(
+    "of_run", [("--max_steps", "1", "--save_strategy", "no"), ("--max_steps", "2", "--save_steps", "1")]
+)
+def test_weights_that_a_step_has_broken_are_not_saved(files, of_run):
+    """A step of 1e39 is beyond fp32; the step after which the run ends without a checkpoint, and one before its end."""
     told = r"step 1: the weights are not finite .*learning rate 1e\+39.*no checkpoint was saved before"
     with pytest.raises(UserError, match=told):
-        sft.main(
-            command("demos.jsonl", "--max_steps", "1", "--learning_rate", "1e39", "--lr_scheduler_type", "constant")
-        )
-    assert not list((files / "out").glob("*.safetensors"))
+        sft.main(command("demos.jsonl", *of_run, "--learning_rate", "1e39", "--lr_scheduler_type", "constant"))
+    assert not list((files / "out").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 3])

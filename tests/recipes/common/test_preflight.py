@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerFast, Trainer
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
@@ -243,6 +243,21 @@ def test_a_second_command_in_one_folder_is_refused_while_the_first_lives(files, 
         first.wait()
         with pytest.raises(AssertionError, match="weights were loaded"):
             sft.main(command("demos.jsonl"))
+
+
+def test_a_run_holds_its_folder_until_it_ends(files, monkeypatch):
+    code = "from filelock import FileLock; FileLock('out/_lock').acquire(timeout=0)"
+    step, is_free = Trainer.training_step, []
+
+    def look(self, *args, **kwargs):
+        is_free.append(subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 0)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", look)
+    sft.main(command("demos.jsonl", "--save_strategy", "no"))
+    assert is_free
+    assert not any(is_free)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_that_was_killed_while_it_saved_its_model_starts_anew(files, monkeypatch):

@@ -206,6 +206,7 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
             epsilon=CLIP,
             value_clip_range=VALUE_CLIP,
             missing_eos_penalty=PENALTY,
+            fit_value_head=False,
             ptx_batch_ratio=0.75,
             ptx_max_length=11,
             ptx_per_device_batch_size=2,

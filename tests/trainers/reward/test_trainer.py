@@ -541,7 +541,9 @@ def test_rows_longer_than_the_models_positions(which, max_length, tokenizer, tmp
 
 
 def test_adapter_path_is_refused(reward_model, tokenizer, tmp_path):
-    lora(reward_model, "SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    reward_model.save_pretrained(tmp_path / "base")
+    base = type(reward_model).from_pretrained(tmp_path / "base")
+    lora(base, "SEQ_CLS").save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="merge it into its base"):
         trainer_on(str(tmp_path / "adapter"), PAIRS, tokenizer, tmp_path)
 
