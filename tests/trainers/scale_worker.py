@@ -85,6 +85,7 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
             ptx_batch_ratio=0.4,
             ptx_max_length=16,
             max_completion_length=32,
+            fit_value_head=False,
             max_grad_norm=0.7,
             missing_eos_penalty=0.3,
             shuffle_dataset=False,
