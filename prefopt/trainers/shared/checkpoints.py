@@ -24,6 +24,7 @@ from prefopt.trainers.shared.divergence import StopAtNonFinite
 logger = get_logger(__name__)
 
 MARKER = "complete.json"
+NOT_YET_LOGGED = "not_yet_logged"  # in trainer_state.json, with what callbacks keep
 UNFINISHED = "_unfinished"  # neither a checkpoint to Trainer nor pushed to the Hub, for the underscore
 
 
@@ -192,6 +193,10 @@ class CompleteCheckpointsMixin:
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
     ) -> tuple[int, int]:
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        if NOT_YET_LOGGED in self.state.stateful_callbacks:
+            kept = self.state.stateful_callbacks[NOT_YET_LOGGED]["attributes"]
+            self._total_train_tokens = kept["num_tokens"]
+            self._metrics["train"].update(kept["metrics"])
         # Trainer would take one step more on a run that was killed between its last step and its end.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
@@ -214,7 +219,14 @@ class CompleteCheckpointsMixin:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _add_to_checkpoint(self, folder: str) -> None:
-        """Write to `folder`, on every process, what a checkpoint of this trainer holds beside Trainer's files."""
+        """Write to `folder`, on every process, what a checkpoint of this trainer holds beside Trainer's files.
+
+        By default no file; Trainer's state takes along the tokens seen and the metrics to be logged, which TRL keeps
+        nowhere.
+        """
+        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+        kept = {"num_tokens": self._total_train_tokens, "metrics": metrics}
+        self.state.stateful_callbacks[NOT_YET_LOGGED] = {"args": {}, "attributes": kept}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step

@@ -270,6 +270,10 @@ def logs_of(output):
     return [{k: v for k, v in entry.items() if k not in unlike} for entry in history if "grad_norm" in entry]
 
 
+def tokens_of(output):
+    return [(entry["step"], entry["num_tokens"]) for entry in logs_of(output)]
+
+
 def test_killed_over_and_over_ends_as_if_never_killed(files):
     options = ppo_options(files, "base")
     assert run("ppo-ptx", files, "whole", options) == 0
@@ -331,5 +335,9 @@ def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, file
         assert_all_in_place_are_complete(files / "killed")
     assert run(recipe, files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
+    assert tokens_of(files / "killed") == tokens_of(files / "whole")
+    if recipe == "sft":
+        assert logs_of(files / "killed") == logs_of(files / "whole")
+    assert [step for step, _ in tokens_of(files / "whole")] == [2, 4, 6]
     assert [path.name for path in (files / "killed").glob("checkpoint-*")] == ["checkpoint-7"]
     assert not (files / "killed" / "_unfinished").exists()
