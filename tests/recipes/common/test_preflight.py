@@ -12,6 +12,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common import preflight as checks
+from prefopt.recipes.common.lock import release
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +258,8 @@ def test_a_run_holds_its_folder_until_it_ends(files, monkeypatch):
     sft.main(command("demos.jsonl", "--save_strategy", "no"))
     assert is_free
     assert not any(is_free)
+    # As every command does at its end (`recipes.common.errors`).
+    release()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
