@@ -270,6 +270,15 @@ SMALL = {
     "tie_word_embeddings": False,
 }
 WINDOW = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
+    "attn_pdrop": 0,
+}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 VARIANTS = {
     "apertus": {},
@@ -307,34 +316,9 @@ VARIANTS = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "resid_pdrop": 0,
-        "embd_pdrop": 0,
-        "attn_pdrop": 0,
-    },
-    "gpt2-scaled": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "resid_pdrop": 0,
-        "embd_pdrop": 0,
-        "attn_pdrop": 0,
-        "scale_attn_by_inverse_layer_idx": True,
-    },
-    "gpt_bigcode": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 64,
-        "resid_pdrop": 0,
-        "embd_pdrop": 0,
-        "attn_pdrop": 0,
-    },
+    "gpt2": GPT2,
+    "gpt2-scaled": {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode": GPT2,
     "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": 4},
     "gpt_neox-sequential": {"use_parallel_residual": False, "num_key_value_heads": 4},
     "gpt_oss": {**WINDOW, **EXPERTS},

@@ -344,6 +344,7 @@ def _try_kernel(
         found = both_ways(kernel, dtype)
         expected = both_ways(grouped_attention, torch.float32)
         worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    # Whatever a kernel of another package says to such tensors: it is told, and another back-end is tried.
     except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, NotImplementedError) as error:
         logger.warning(f"{name} is not used for the attention of packed rows: {error}")
         return False
