@@ -223,8 +223,11 @@ class Model:
             raise self._unknown(error) from error
 
 
-def head_bytes(m: Model, positions: int, *, is_cuda: bool, copies: int = 1, is_fused: bool = False) -> tuple[int, int]:
-    """What the LM head holds at so many positions: in a forward pass that keeps nothing, and at most in training.
+def head_bytes(
+    m: Model, positions: int, *, is_cuda: bool, copies: int = 1, is_fused: bool = False
+) -> tuple[int, int, int]:
+    """What the LM head holds at so many positions: in a forward pass that keeps nothing, at most in training, and what it
+    keeps there for the backward pass.
 
     Few logits (`DENSE_LOGITS`) are computed at once: `copies` of them exist while statistics are computed; their
     log-softmax is kept, with gradients of it and of the logits. More, or where `is_fused`, are computed in tiles, and
@@ -235,14 +238,15 @@ def head_bytes(m: Model, positions: int, *, is_cuda: bool, copies: int = 1, is_f
         logits, kept = 4 * positions * vocab, positions * (hidden * m.compute + 4 * vocab)
         weight = m.weights * vocab * hidden * is_trained
         forward = kept + (copies - 1) * logits
-        return forward, max(forward, kept + 2 * logits, kept + logits * m.compute // 4 + weight)
+        return forward, max(forward, kept + 2 * logits, kept + logits * m.compute // 4 + weight), kept
     rows, words = min(positions, TILE_POSITIONS), min(vocab, TILE_WORDS)
     tile = 0 if is_cuda else 4 * rows * words
     # TRL's buffer is as wide as a tile however small the vocabulary
     always = positions * hidden * m.weights + rows * TILE_WORDS * m.compute
     always += 2 * words * hidden * (m.compute < m.weights)
     grads = 4 * positions * hidden + (4 if m.weights == 4 else 6) * vocab * hidden * is_trained
-    return round(always + FORWARD_TILES * tile), round(always + BACKWARD_TILES * tile + grads)
+    kept = positions * hidden * m.weights
+    return round(always + FORWARD_TILES * tile), round(always + BACKWARD_TILES * tile + grads), kept
 
 
 # ---- steps ----
@@ -366,20 +370,30 @@ def _training(
     ]
 
 
-def _reading(s: Settings, name: str, batch: Batch, in_head: int, gradients: int = 0, cache: int = 0) -> list[Moment]:
-    """The moments of a forward pass of which nothing is kept."""
+def _reading(
+    s: Settings,
+    name: str,
+    batch: Batch,
+    in_head: int,
+    gradients: int = 0,
+    cache: int = 0,
+    beside: tuple[int, int] = (0, 0),
+) -> list[Moment]:
+    """The moments of a forward pass of which nothing is kept, `beside` activations and logits of one that waits for its
+    backward pass."""
     kept, most = s.model.activations(batch, is_trained=False)
+    activations, head = beside
     always = {"gradients": gradients, "KV cache": cache}
     return [
-        Moment(f"{name}: layers", always | {"activations": most}),
-        Moment(f"{name}: head", always | {"activations": kept, "head": in_head}),
+        Moment(f"{name}: layers", always | {"activations": activations + most, "head": head}),
+        Moment(f"{name}: head", always | {"activations": activations + kept, "head": head + in_head}),
     ]
 
 
 def _sft(s: Settings) -> list[Moment]:
     # Without Triton the fused head scores every position, with it those that have a label.
     read = s.completion if s.is_cuda and not s.labels_prompt else s.length - 1
-    _, in_head = head_bytes(s.model, s.batch * read, is_cuda=s.is_cuda, is_fused=True)
+    _, in_head, _ = head_bytes(s.model, s.batch * read, is_cuda=s.is_cuda, is_fused=True)
     batch, head = Batch(s.batch, 1, s.length), s.model.sizes.lm_head
     return _training(s, "training", batch, head, in_head, s.accumulation > 1)
 
@@ -388,15 +402,20 @@ def _ranked(s: Settings) -> list[Moment]:
     m, (batch, several, is_divided) = s.model, forwards(s)
     rows, accumulates = batch.prompts * batch.k, several or s.accumulation > 1
     if s.step == "reward":
-        head, others = m.config.hidden_size, "values of the other completions"
+        head = m.config.hidden_size
         # one number of a row's last token, in fp32
         in_reading = in_training = 4 * rows * head
     else:
-        head, others = m.sizes.lm_head, "reference"
-        in_reading, in_training = head_bytes(m, rows * s.completion, is_cuda=s.is_cuda, copies=4)
+        head = m.sizes.lm_head
+        in_reading, in_training, in_keeping = head_bytes(m, rows * s.completion, is_cuda=s.is_cuda, copies=3)
     result = _training(s, "training", batch, head, in_training, accumulates)
-    if is_divided or (s.step == "dpo" and not s.precomputes_reference):
-        result += _reading(s, others, batch, in_reading, m.gradients(head) * accumulates)
+    gradients = m.gradients(head) * accumulates
+    if is_divided:
+        result += _reading(s, "values of the other completions", batch, in_reading, gradients)
+    if s.step == "dpo" and not s.precomputes_reference:
+        # after the policy's forward, whose graph waits
+        kept, _ = m.activations(batch, checkpointing=s.checkpointing)
+        result += _reading(s, "reference", batch, in_reading, gradients, beside=(kept, in_keeping))
     return result
 
 
@@ -408,7 +427,9 @@ def forwards(s: Settings) -> tuple[Batch, bool, bool]:
     """
     whole = [(prompts, s.k) for prompts in range(s.batch, 0, -1)]
     for prompts, k in [*whole, *((1, k) for k in range(s.k - 1, 0, -1))]:
-        batch = Batch(prompts, k, s.length, s.prompt if s.shares_prefixes and k > 1 else 0)
+        # Rows that are not packed compute the last layer where they are read alone: the reward's of the last token.
+        first = s.length - 2 if s.step == "reward" else s.prompt - 2
+        batch = Batch(prompts, k, s.length, s.prompt if s.shares_prefixes and k > 1 else 0, max(0, first))
         if s.max_tokens is None or batch.tokens <= s.max_tokens:
             break
     return batch, (prompts, k) != (s.batch, s.k), k < s.k
@@ -429,8 +450,8 @@ def _ppo(s: Settings) -> list[Moment]:
 
     rows, read = Batch(s.batch, 1, s.length, first=s.prompt - 1), s.batch * s.completion
     values = 4 * rows.tokens * score
-    in_reading, _ = head_bytes(m, read, is_cuda=s.is_cuda, copies=3)
-    _, in_training = head_bytes(m, read, is_cuda=s.is_cuda, copies=4)
+    in_reading, _, _ = head_bytes(m, read, is_cuda=s.is_cuda, copies=3)
+    _, in_training, _ = head_bytes(m, read, is_cuda=s.is_cuda, copies=3)
     result += _reading(s, "log-probabilities", rows, in_reading)
     result += _reading(s, "scores and values", rows, values)
     if s.has_full_kl:
@@ -445,7 +466,7 @@ def _ppo(s: Settings) -> list[Moment]:
     result += _training(s, "policy", rows, head, in_training, accumulates, value)
     if s.ptx_blocks:
         blocks = Batch(min(s.ptx_batch, s.ptx_blocks), 1, s.ptx_length)
-        _, in_ptx = head_bytes(m, blocks.prompts * (s.ptx_length - 1), is_cuda=s.is_cuda, is_fused=True)
+        _, in_ptx, _ = head_bytes(m, blocks.prompts * (s.ptx_length - 1), is_cuda=s.is_cuda, is_fused=True)
         # The policy's gradients are set aside, so that the norms of both parts are known.
         several = s.ptx_blocks > blocks.prompts
         result += _training(s, "pretraining", blocks, head, in_ptx, several, policy + value)

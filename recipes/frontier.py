@@ -69,7 +69,7 @@ class FrontierArguments(RealTextArguments):
 
 
 @dataclass(frozen=True)
-class Point:
+class Run:
     """One run: a method at one value of its knob. SFT and best-of-n, which train nothing, have the knob 0."""
 
     method: str
@@ -107,7 +107,7 @@ class Seed:
     def is_prepared(self) -> bool:
         return (self.root / "start" / "data" / "rankings_rm_best_worst.jsonl").is_file()
 
-    def inputs(self, point: Point) -> dict[str, Any]:
+    def inputs(self, point: Run) -> dict[str, Any]:
         """All that the numbers of a run depend on."""
         args, start = self.args, self.root / "start"
         measured = [args.prompts, args.best_of if point.method == "best_of_n" else None]
@@ -115,13 +115,13 @@ class Seed:
         run = read_json(start / "steps" / "reward.json", "run")["run"]
         return {"point": asdict(point), "measured": measured, "config": config, "start": run}
 
-    def rows_of(self, point: Point) -> Path:
+    def rows_of(self, point: Run) -> Path:
         return self.root / "runs" / point.name / f"measured_{self.args.prompts}.jsonl"
 
-    def is_done(self, point: Point) -> bool:
+    def is_done(self, point: Run) -> bool:
         return self.is_prepared and is_kept(self.rows_of(point), self.inputs(point))
 
-    def run(self, point: Point) -> None:
+    def run(self, point: Run) -> None:
         """Train and measure, unless it is done."""
         folder = self.rows_of(point).parent
         known = folder / "settings.json"
@@ -139,7 +139,7 @@ class Seed:
         for checkpoint in (folder / "model").glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
-    def train(self, point: Point, folder: Path) -> None:
+    def train(self, point: Run, folder: Path) -> None:
         pipeline, (config, knob, more) = self.pipeline, RUNS[point.method]
         rankings = "best_worst" if point.method == "dpo_best_worst" else "train_labelers"
         keys: dict[str, Any] = {
@@ -164,7 +164,7 @@ class Seed:
             keys["pretrain_dataset_name"] = pipeline.data / "corpus_train.jsonl"
         pipeline.train_ppo(command_line(pipeline.config(config), **keys))
 
-    def measure(self, point: Point, folder: Path) -> Iterator[dict[str, Any]]:
+    def measure(self, point: Run, folder: Path) -> Iterator[dict[str, Any]]:
         """A row per prompt (gold reward, proxy, KL to SFT of a sample) and per held-out document (nats, bytes)."""
         pipeline, size = self.pipeline, self.args.batch_size
         prompts = [row["prompt"] for row in read_jsonl(pipeline.data / f"prompts_{self.args.prompts}.jsonl")]
@@ -217,10 +217,10 @@ class Frontier:
         self.settings = settings
         self.seeds = [Seed(args, settings, seed) for seed in args.seeds]
         knobs = {"kl_coef": args.kl_coefs, "beta": args.betas}
-        self.points = [Point("sft", 0.0)]
+        self.points = [Run("sft", 0.0)]
         for method in args.methods:
             self.points += (
-                [Point(method, knob) for knob in knobs[RUNS[method][1]]] if method in RUNS else [Point(method, 0.0)]
+                [Run(method, knob) for knob in knobs[RUNS[method][1]]] if method in RUNS else [Run(method, 0.0)]
             )
 
     def run(self) -> None:

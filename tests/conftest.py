@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,6 +92,38 @@ def forget_prefopt() -> None:
     """In a fork: what is imported of prefopt from here on is imported anew."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "prefopt"]:
         del sys.modules[name]
+
+
+class WebPage(HTMLParser):
+    """Collects tags, attributes and text, and checks that the tags close in order."""
+
+    VOID = ("meta", "br", "img", "link", "hr")
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.open = [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(autouse=True)

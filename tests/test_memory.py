@@ -141,17 +141,18 @@ def test_shared_prefixes_run_once(monkeypatch):
 
 def test_a_fused_head_has_tiles_and_no_logits():
     model = Model(Qwen3Config(**QWEN3_8B), 2, True, NF4, LORA)
-    forward, training = head_bytes(model, 10_000, is_cuda=True)
+    forward, training, kept = head_bytes(model, 10_000, is_cuda=True)
     # the hidden states of all positions, and one tile in bf16; in the backward pass their gradients in fp32
     assert forward == 10_000 * 4096 * 2 + 4096 * 32_768 * 2
     assert training - forward == 10_000 * 4096 * 4
+    assert kept == 10_000 * 4096 * 2
     assert head_bytes(model, 10_000, is_cuda=False)[1] - training == BACKWARD_TILES * 4096 * 32_768 * 4
 
 
 def test_a_dense_head_keeps_its_log_softmax():
-    forward, training = head_bytes(Model(tiny(), lora=LORA), 100, is_cuda=False, copies=2)
     kept, logits = 4 * 100 * (64 + 512), 4 * 100 * 512
-    assert (forward, training) == (kept + logits, kept + 2 * logits)
+    result = head_bytes(Model(tiny(), lora=LORA), 100, is_cuda=False, copies=2)
+    assert result == (kept + logits, kept + 2 * logits, kept)
     assert head_bytes(Model(tiny(), lora=LORA), 100, is_cuda=False, copies=4)[0] == kept + 3 * logits
 
 
@@ -333,14 +334,12 @@ def benchmark(monkeypatch, benchmarks):
     return memory_plan_error
 
 
-@pytest.fixture(scope="module")
-def seed():
-    return random.SystemRandom().randrange(10**6)
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_the_planned_peak_of_a_shape_drawn_now_is_the_measured_one(benchmark, seed, step):
+# Of each step the first draws, and some that were planned wrongly once: the reference of DPO runs while the policy's
+# graph waits, and the last layer of rows that are not packed is computed where they are read alone.
+@pytest.mark.parametrize(
+    ("step", "seed"),
+    [*((step, seed) for step in STEPS for seed in (0, 1)), ("reward", 609233), ("dpo", 609233), ("dpo", 5007)],
+)
+def test_the_planned_peak_of_a_drawn_shape_is_the_measured_one(benchmark, step, seed):
     shape = benchmark.draw(step, random.Random(f"{step} {seed}"))
-    print(f"seed {seed}: {shape}")
-    result = benchmark.compare(shape)
-    assert result["ratio"] == pytest.approx(1, abs=0.15), f"seed {seed}, {result}"
+    assert benchmark.compare(shape)["ratio"] == pytest.approx(1, abs=0.15)

@@ -142,7 +142,8 @@ def _statistics(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
         return {
             "log_probs": of_labels,
-            "entropy": -(log_probs.exp() * log_probs).sum(-1),
+            # In place: one more copy of the logits is what a batch may not have room for.
+            "entropy": -log_probs.exp().mul_(log_probs).sum(-1),
             "mean_logits": logits.float().mean(-1),
             "is_top1": logits.argmax(-1) == labels,
         }
@@ -183,7 +184,7 @@ def token_logps(
         labels = rows.read.labels.to(log_softmax.device)
         logps = log_softmax.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         log_softmax = log_softmax.detach()
-        entropies = -(log_softmax.exp() * log_softmax).sum(-1) if compute_entropy else None
+        entropies = -log_softmax.exp().mul_(log_softmax).sum(-1) if compute_entropy else None
     return logps, entropies, states
 
 

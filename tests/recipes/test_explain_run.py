@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
@@ -12,6 +11,7 @@ from prefopt.errors import UserError
 from prefopt.evaluation.training_run import build_page, ptx_share, read_run, sentences, summary, table, thirds
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import explain_run, ppo_ptx
+from tests.conftest import WebPage
 
 pytestmark = pytest.mark.slow
 
@@ -224,32 +224,6 @@ def test_a_log_too_short_to_judge_is_not_called_free_of_trouble(tmp_path, capsys
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
-class Page(HTMLParser):
-    """Tags, attributes and text of a page whose tags close in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.words, self.open = [], [], [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
 def test_the_page_stands_by_itself_and_runs_nothing(tmp_path):
     attack = "</svg><script>alert(1)</script><img src=https://example.org/x.png> $\\alpha$ & " + "long " * 30
     log = ppo_log(30, **{f"rewards/{attack}/mean": 1.0, "rewards/reward_model/mean": 0.5})
@@ -258,15 +232,15 @@ def test_the_page_stands_by_itself_and_runs_nothing(tmp_path):
     folder = save(tmp_path / "a <b> run", log, settings={**SETTINGS, "<i>": 1})
     build_page(read_run(folder), tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
-    page = Page(html)
+    page = WebPage(html)
     assert not {"script", "img", "link", "iframe", "i"} & set(page.tags)
-    for name, value in page.attributes:
+    for _, name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("href", "xlink:href", "src"):
             assert value.startswith("#")
     assert not re.search(r"url\((?!#)", html)
     assert "mathdefault" not in html
-    ids = [value for name, value in page.attributes if name == "id"]
+    ids = [value for _, name, value in page.attributes if name == "id"]
     references = re.findall(r"url\(#([^)]*)\)", html)
     assert references
     assert set(references) <= set(ids)

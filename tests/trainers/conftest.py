@@ -50,6 +50,18 @@ def first_loss(trainer):
     return trainer.compute_loss(trainer.model, inputs)
 
 
+def shape_of_one_forward(trainer, share):
+    """The shape of the ids when every completion of a batch of all rows is forwarded once, prefixes once where shared."""
+    rows = [[[*row["prompt_ids"], *ids] for ids in row["completion_ids"]] for row in trainer.train_dataset]
+    if not share:
+        return sum(map(len, rows)), max(len(ids) for row in rows for ids in row)
+    count = 0
+    for row in rows:
+        shared = sum(len({tuple(ids[:n]) for ids in row}) == 1 for n in range(1, min(map(len, row))))
+        count += shared + sum(len(ids) - shared for ids in row)
+    return 1, count
+
+
 def lora(model, task_type, std=0.3, targets=("q_proj", "v_proj"), **options):
     """The model with an adapter that has moved away from 0, and with a head to train where it has one."""
     torch.manual_seed(3)

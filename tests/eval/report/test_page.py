@@ -1,6 +1,5 @@
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -9,6 +8,7 @@ from prefopt.evaluation.report.sections import lights, verdict
 from prefopt.evaluation.report.tables import Results
 from prefopt.evaluation.results import MODELS, Skipped, build_results
 from prefopt.statistics.intervals import Estimate
+from tests.conftest import WebPage
 from tests.eval.measures import measure
 
 pytestmark = pytest.mark.slow
@@ -57,42 +57,10 @@ def results():
     )
 
 
-class Page(HTMLParser):
-    """Collects tags, attributes and text, and checks that the tags close in order."""
-
-    VOID = ("meta", "br", "img", "link", "hr")
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.words, self.open = [], [], [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
 def page_of(results, folder):
     build_report(results, folder)
     html = (folder / "report.html").read_text(encoding="utf-8")
-    return html, Page(html)
+    return html, WebPage(html)
 
 
 def test_the_whole_report(results, tmp_path):

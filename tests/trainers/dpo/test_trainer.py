@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from prefopt.rankings.tokens import build_ids
 from prefopt.trainers.dpo.config import HONORED, REFUSED, RankedDPOConfig
 from prefopt.trainers.dpo.trainer import RankedDPOCollator, RankedDPOTrainer
-from tests.trainers.conftest import PAIRS, RAGGED, first_loss, lora
+from tests.trainers.conftest import PAIRS, RAGGED, first_loss, lora, shape_of_one_forward
 from tests.trainers.dpo.conftest import BETA, config
 
 pytestmark = pytest.mark.slow
@@ -262,15 +262,7 @@ def test_every_token_is_forwarded_once(share, causal_lm, tokenizer, tmp_path):
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     first_loss(trainer)
-    rows = [[[*row["prompt_ids"], *ids] for ids in row["completion_ids"]] for row in trainer.train_dataset]
-    if share:
-        expected = 0
-        for row in rows:
-            shared = sum(len({tuple(ids[:n]) for ids in row}) == 1 for n in range(1, min(map(len, row))))
-            expected += shared + sum(len(ids) - shared for ids in row)
-        assert seen == [(1, expected)]
-    else:
-        assert seen == [(sum(map(len, rows)), max(len(ids) for row in rows for ids in row))]
+    assert seen == [shape_of_one_forward(trainer, share)]
 
 
 def test_loss_does_not_depend_on_padding(causal_lm, tokenizer, tmp_path):

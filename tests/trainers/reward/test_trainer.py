@@ -27,7 +27,7 @@ from prefopt.statistics.rankings import pair_accuracy
 from prefopt.trainers.reward.config import HONORED, REFUSED, RankedRewardConfig
 from prefopt.trainers.reward.trainer import RankedRewardTrainer
 from tests.trainers import conftest
-from tests.trainers.conftest import PAIRS, first_loss, lora, settings
+from tests.trainers.conftest import PAIRS, first_loss, lora, settings, shape_of_one_forward
 
 pytestmark = pytest.mark.slow
 
@@ -130,15 +130,7 @@ def test_every_token_is_forwarded_once(share, reward_model, tokenizer, tmp_path)
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     first_loss(trainer)
-    rows = [[[*row["prompt_ids"], *ids] for ids in row["completion_ids"]] for row in trainer.train_dataset]
-    if share:
-        expected = 0
-        for row in rows:
-            shared = sum(len({tuple(ids[:n]) for ids in row}) == 1 for n in range(1, min(map(len, row))))
-            expected += shared + sum(len(ids) - shared for ids in row)
-        assert seen == [(1, expected)]
-    else:
-        assert seen == [(sum(map(len, rows)), max(len(ids) for row in rows for ids in row))]
+    assert seen == [shape_of_one_forward(trainer, share)]
 
 
 def test_loss_does_not_depend_on_padding(reward_model, tokenizer, tmp_path):
