@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -36,7 +36,7 @@ from prefopt.models.roles import copy_adapter
 from prefopt.rankings.dataset import RankedCollator
 from prefopt.trainers.dpo.config import RANKED_LOSSES, RankedDPOConfig
 from prefopt.trainers.ranked.base import RankedTrainer, Ratio
-from prefopt.trainers.ranked.options import check_model
+from prefopt.trainers.ranked.options import check_arguments, check_model
 from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
 
 
@@ -120,11 +120,16 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
         ref_model: PreTrainedModel | None = None,
         args: RankedDPOConfig | None = None,
         data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        check_arguments(RankedDPOTrainer, DPOTrainer, RankedDPOConfig, kwargs)
         _check_models(model, ref_model)
-        check_model(model, kwargs.get("processing_class"))
+        check_model(model, processing_class)
         check_policy(model)
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
@@ -158,6 +163,9 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 ref_model=ref_model,
                 args=args,
                 data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
                 peft_config=peft_config,
                 **kwargs,
             )

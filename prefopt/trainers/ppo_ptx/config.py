@@ -1,14 +1,14 @@
 """Settings of PPO-ptx (InstructGPT Eq. 2): PPO's own fields, and what becomes of every field of TRL's GRPOConfig."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from prefopt.errors import UserError, UserTypeError
+from prefopt.errors import UserError
+from prefopt.trainers.shared.arguments import refuse_unknown
 from prefopt.trainers.shared.precision import is_asked_for
 from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges, is_number
 
@@ -144,19 +144,7 @@ ELSEWHERE = {
     "total_episodes": "set `max_steps` or `num_train_epochs`; a step takes one minibatch",
     "whiten_rewards": "advantages are whitened: `whiten_advantages`",
 }
-
-
-def refuse_unknown(owner: str, names: Iterable[str]) -> None:
-    """Raise a UserTypeError for the first of names that `owner` has no argument for.
-
-    >>> refuse_unknown("PPOPtxConfig", ["lam"])
-    Traceback (most recent call last):
-    prefopt.errors.UserTypeError: PPOPtxConfig takes no 'lam': set `gae_lambda`; TRL's names here: docs/from_trl_ppo.md
-    """
-    for name in names:
-        why = f": {ELSEWHERE[name]}" if name in ELSEWHERE else ""
-        raise UserTypeError(f"{owner} takes no {name!r}{why}; TRL's names here: docs/from_trl_ppo.md")
-
+PAGE = "docs/from_trl_ppo.md"
 
 # Of generation_kwargs, what says how tokens are computed or where a completion stops, and not which tokens are drawn. A
 # token that is suppressed is one that the policy is not to say at all.
@@ -394,8 +382,7 @@ class PPOPtxConfig(GRPOConfig):
 
     def __new__(cls, *args: Any, **options: Any) -> "PPOPtxConfig":
         # Before the generated __init__, which would answer a name of TRL's with the bare name.
-        known = {f.name for f in fields(cls) if f.init}
-        refuse_unknown(cls.__name__, [name for name in options if name not in known])
+        refuse_unknown(cls.__name__, options, [f.name for f in fields(cls) if f.init], ELSEWHERE, PAGE)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ from prefopt.models.passes import check_rows, max_positions, stop_randomness, un
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig, refuse_unknown
+from prefopt.trainers.ppo_ptx.config import ELSEWHERE, PAGE, PPOPtxConfig
 from prefopt.trainers.ppo_ptx.episodes import Roles, ppo_loss
 from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
@@ -71,6 +71,7 @@ from prefopt.trainers.ppo_ptx.rollout import (
 )
 from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, warm_up_from
 from prefopt.trainers.ppo_ptx.watch import TrainingWatch
+from prefopt.trainers.shared.arguments import arguments_of, refuse_unknown, set_in
 from prefopt.trainers.shared.averaging import WeightAverage
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
@@ -174,7 +175,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         peft_config: PeftConfig | None = None,
         **unknown: Any,
     ) -> None:
-        refuse_unknown(type(self).__name__, unknown)
+        elsewhere = {**set_in(PPOPtxConfig), **ELSEWHERE}
+        refuse_unknown(type(self).__name__, unknown, arguments_of(PPOPtxTrainer), elsewhere, PAGE)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPOPtxConfig(f"{os.path.basename(name) or 'model'}-PPO-ptx")

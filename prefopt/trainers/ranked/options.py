@@ -1,9 +1,9 @@
 """Options of both ranked trainers, and the checks that name an option, what it may be and what it was."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -13,7 +13,27 @@ from transformers.utils import is_torch_bf16_gpu_available
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import ranking_loss, rating_margins
 from prefopt.models.files import check_model_files
+from prefopt.trainers.shared.arguments import arguments_of, refuse_unknown, set_in
 from prefopt.trainers.shared.ranges import check_ranges, is_number
+
+# Arguments that TRL's trainers take, or took, and the ranked ones do not: the table of docs/from_trl.md.
+_RANKED_ALREADY = "rows are ranked already; `PPOPtxTrainer` learns from rewards"
+ELSEWHERE = {
+    "compute_loss_func": "the loss is chosen by `loss_type` of `args`",
+    "config": "it is called `args`",
+    "dataset": "it is called `train_dataset`",
+    "formatting_func": "rows are formatted before: `dataset.map`",
+    "max_prompt_length": "prompts are not cut: `max_length` of `args` leaves out completions that are too long",
+    "model_init": "give the model itself",
+    "ref_model": "only a policy is held to a reference, as in `RankedDPOTrainer`; a reward model has none",
+    "ref_model_init_kwargs": "the reference is loaded as the policy is, or give it as `ref_model`",
+    "reward_funcs": _RANKED_ALREADY,
+    "reward_model": _RANKED_ALREADY,
+    "reward_processing_classes": _RANKED_ALREADY,
+    "tokenizer": "it is called `processing_class`",
+    "value_model": _RANKED_ALREADY,
+}
+PAGE = "docs/from_trl.md"
 
 
 @dataclass
@@ -38,6 +58,17 @@ class RankedOptions:
         default=None,
         metadata={"help": "Split a batch into forwards of at most this many tokens; the batch stays what it is."},
     )
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        # Before the generated __init__, which would answer another name with the bare name.
+        refuse_unknown(cls.__name__, options, [f.name for f in fields(cls) if f.init], ELSEWHERE, PAGE)
+        return super().__new__(cls)
+
+
+def check_arguments(trainer: type, of_trl: type, config: type, given: Iterable[str]) -> None:
+    """Raise for an argument that neither a ranked trainer nor TRL's, which it passes them to, takes."""
+    taken = arguments_of(trainer, of_trl)
+    refuse_unknown(trainer.__name__, given, taken, {**set_in(config), **ELSEWHERE}, PAGE)
 
 
 def check_ranked_options(args: RankedOptions, losses: Iterable[str]) -> None:

@@ -51,7 +51,7 @@ from prefopt.models.reward import (
 from prefopt.rankings.checks import validate_demonstrations
 from prefopt.rankings.dataset import ComparisonStream, RankedCollator
 from prefopt.trainers.ranked.base import RankedTrainer, Ratio
-from prefopt.trainers.ranked.options import check_model
+from prefopt.trainers.ranked.options import check_arguments, check_model
 from prefopt.trainers.reward.config import RankedRewardConfig
 from prefopt.trainers.shared.precision import refuse_several_devices, trainable_weights, undo_rounding
 
@@ -107,10 +107,20 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
         model: str | PreTrainedModel | PeftModel,
         args: RankedRewardConfig | None = None,
         data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        check_model(model, kwargs.get("processing_class"))
+        check_arguments(RankedRewardTrainer, RewardTrainer, RankedRewardConfig, kwargs)
+        kwargs |= {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+        }
+        check_model(model, processing_class)
         if args is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             args = RankedRewardConfig(f"{path.split('/')[-1] or 'model'}-RankedReward")

@@ -42,7 +42,7 @@ def test_every_grpo_field_has_one_decision():
     [
         ("lam", "takes no 'lam': set `gae_lambda`"),
         ("total_episodes", "takes no 'total_episodes': set `max_steps` or `num_train_epochs`"),
-        ("learnin_rate", "takes no 'learnin_rate'; "),
+        ("learnin_rate", "takes no 'learnin_rate' (did you mean 'learning_rate'?); "),
     ],
 )
 def test_options_of_trls_ppo_are_answered_by_what_is_taken_here(name, said, tmp_path):
