@@ -157,6 +157,27 @@ ROWS = {
         ],
         ["bark", ASK],
     ),
+    "RLHFlow, scored answers": ([{"prompt": [USER], "responses": [BAD, GOOD], "rewards": [-1.5, 0.25]}], [ASK]),
+    "distilabel, scored answers": ([{"instruction": ASK, "generations": [BAD, GOOD], "ratings": [2, 5]}], [ASK]),
+    "UltraFeedback and its kin": (
+        [{"instruction": ASK, "completions": [{"response": BAD, "score": 2}, {"response": GOOD, "score": 5}]}],
+        [ASK],
+    ),
+    "LMArena, votes": ([{"conversation_a": BAD_CHAT, "conversation_b": GOOD_CHAT, "winner": "model_b"}], [ASK]),
+    "LMArena, 55k": (
+        [
+            {
+                "prompt": json.dumps([ASK]),
+                "response_a": json.dumps([BAD]),
+                "response_b": json.dumps([GOOD]),
+                "winner_model_a": 0,
+                "winner_model_b": 1,
+                "winner_tie": 0,
+            }
+        ],
+        [ASK],
+    ),
+    "any, answers with a score each": ([{"prompt": f"{ASK} ", "responses": [BAD, GOOD], "scores": [0.1, 0.9]}], [ASK]),
 }
 TABLE = table("| from | rows | here |")
 
@@ -196,10 +217,16 @@ def trained_on(command: str, arguments: list[str]):
     return begun.value.args[0]
 
 
+def _keys(values: list) -> set[str]:
+    return {key for value in values if isinstance(value, dict) for key in value}
+
+
 def test_the_table_has_the_rows_that_are_run():
     assert [cells[0] for cells in TABLE] == list(ROWS)
     for name, columns, _ in TABLE:
         of_file = set().union(*ROWS[name][0])
+        # Of answers that are objects, also their fields.
+        of_file |= {key for value in ROWS[name][0][0].values() if isinstance(value, list) for key in _keys(value)}
         assert set(re.findall(r"`(\w+)`", columns)) <= of_file | (
             {"messages"} if "or `messages`" in columns else set()
         )

@@ -611,7 +611,135 @@ def test_parts_of_content_under_another_name():
         joined_parts([{"type": "image", "value": "a.png"}])
 
 
+ARENA = {
+    "conversation_a": [*FRUIT, assistant("Plum.")],
+    "conversation_b": [*FRUIT, assistant("No.")],
+    "winner": "model_a",
+}
+ARENA_ANSWERS = {"prompt": '["Name a fruit."]', "response_a": '["Plum."]', "response_b": '["No."]'}
+
+
+def test_votes_of_the_arena():
+    second = [user("Another."), assistant("Pear.")]
+    rows = [
+        {**ARENA, "judge": "arena_user_3", "question_id": "q", "language": "English", "turn": 1, "tstamp": 1.5},
+        {**ARENA, "winner": "model_b"},
+        {**ARENA, "winner": "tie"},
+        {**ARENA, "winner": "tie (bothbad)"},
+        # The second turn of both asks the same after other answers: it is part of what is compared.
+        {**ARENA, "conversation_a": [*ARENA["conversation_a"], *second], "turn": 2},
+        # MT-bench judges the first of two turns: what follows it was not judged.
+        {**ARENA, "conversation_b": [*FRUIT, assistant("Never."), *second], "turn": 1},
+        # As in the 140k: texts are parts, and other fields stand beside them.
+        {
+            **ARENA,
+            "conversation_b": [
+                {**FRUIT[0], "num_tokens": 4},
+                {"role": "assistant", "content": [{"type": "text", "text": "N", "image": None}, {"type": "text", "text": "o!"}]},
+            ],
+        },
+        {**ARENA, "conversation_a": [*FRUIT, assistant([{"type": "image", "image": "a.png"}])]},
+        {**ARENA, "conversation_a": [user("Name a tree."), assistant("Oak.")]},
+    ]  # fmt: skip
+    plum, no = [assistant("Plum.")], [assistant("No.")]
+    found, counts = converted(rows)
+    assert found == [
+        {"prompt": FRUIT, "completions": [plum, no], "ranks": [1, 2], "labeler": "arena_user_3", "id": "q", "lang": "English"},
+        {"prompt": FRUIT, "completions": [plum, no], "ranks": [2, 1]},
+        {"prompt": FRUIT, "completions": [[*plum, *second], no], "ranks": [1, 2]},
+        {"prompt": FRUIT, "completions": [plum, [assistant("Never.")]], "ranks": [1, 2]},
+        {"prompt": FRUIT, "completions": [plum, [assistant("No!")]], "ranks": [1, 2]},
+    ]  # fmt: skip
+    assert counts == {
+        "rows in which all completions tie": 2,
+        "pairs with a turn that is no text": 1,
+        "pairs that share no prompt": 1,
+    }
+    assert [row["ranks"] for row in converted(rows[:4], keep_tied=True)[0]] == [[1, 2], [2, 1], [1, 1]]
+
+
+def test_answers_of_the_arena_by_turn():
+    won = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    two = {name: json.dumps([*json.loads(value), f"{name}?"]) for name, value in ARENA_ANSWERS.items()}
+    rows = [
+        {"id": 7, **ARENA_ANSWERS, **won},
+        # A cell of a CSV file.
+        {**ARENA_ANSWERS, "winner_model_a": "1", "winner_model_b": "0"},
+        {**ARENA_ANSWERS, "winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1},
+        {**two, **won},
+        {**ARENA_ANSWERS, "response_a": "[null]", **won},
+        {"prompt": "[1, 2] Which?", "response_a": "1", "response_b": "2", "winner": "B", "judge": 3},
+    ]
+    plum, no = [assistant("Plum.")], [assistant("No.")]
+    found, counts = converted(rows)
+    assert found == [
+        {"prompt": FRUIT, "completions": [plum, no], "ranks": [2, 1], "id": 7},
+        {"prompt": FRUIT, "completions": [plum, no], "ranks": [1, 2]},
+        {
+            "prompt": FRUIT,
+            "completions": [
+                [*said, user("prompt?"), assistant(f"response_{side}?")] for said, side in ((plum, "a"), (no, "b"))
+            ],
+            "ranks": [2, 1],
+        },
+        {
+            "prompt": [user("[1, 2] Which?")],
+            "completions": [[assistant("1")], [assistant("2")]],
+            "ranks": [2, 1],
+            "labeler": "3",
+        },
+    ]
+    assert counts == {
+        "rows in which all completions tie": 1,
+        "pairs with a turn that has no question or no answer": 1,
+    }
+
+
+@pytest.mark.parametrize("completions", ["completions", "responses", "generations", "candidates", "answers"])
+@pytest.mark.parametrize("ratings", ["ratings", "scores", "rewards"])
+@pytest.mark.parametrize("asked", ["prompt", "instruction"])
+def test_lists_of_scored_answers_under_the_names_of_other_tools(asked, completions, ratings):
+    row = {asked: "p", completions: ["a", "b", "c"], ratings: [0.5, 2, 2], "models": ["x", "y", "z"]}
+    prompt = "p" if asked == "prompt" else [user("p")]
+    expected = {"prompt": prompt, "completions": ["a", "b", "c"], "ranks": [2, 1, 1], "ratings": [0.5, 2, 2]}
+    assert needs_conversion(row) in ("table", "table-instruction")
+    assert converted([row])[0] == [{**expected, "models": ["x", "y", "z"]}]
+    # As cells of a CSV file.
+    cells = {asked: "p", completions: '["a", "b", "c"]', ratings: "[0.5, 2, 2]"}
+    assert converted([cells])[0] == [expected]
+
+
+@pytest.mark.parametrize("text", ["text", "response", "completion", "generation", "answer", "content", "output"])
+@pytest.mark.parametrize("rated", ["rating", "score", "reward", "overall_score"])
+def test_answers_that_are_objects_with_a_score_each(text, rated):
+    answers = [{text: "a", rated: 1.5, "model": "x"}, {text: "b", rated: None}, {text: "c", rated: "4"}, None]
+    found, counts = converted([{"prompt": "p", "responses": answers}])
+    assert found == [{"prompt": "p", "completions": ["a", "c"], "ranks": [2, 1], "ratings": [1.5, 4]}]
+    assert counts == {"completions without a rank": 1, "empty completions": 1}
+
+
+def test_answers_that_are_objects_with_a_rank_each():
+    row = {
+        "instruction": "p",
+        "input": "q",
+        "system": "s",
+        "completions": [{"text": "a", "rank": 2}, {"text": "b", "rank": 1}],
+    }
+    prompt = [{"role": "system", "content": "s"}, user("p\nq")]
+    assert converted([row])[0] == [{"prompt": prompt, "completions": ["a", "b"], "ranks": [2, 1]}]
+
+
+def test_names_of_other_tools_give_way_to_our_own():
+    """Scores beside ranks are no ratings, which would become margins; a text called `answers` is no list."""
+    row = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "scores": [3, 4], "answers": "two"}
+    assert needs_conversion(row) is None
+    assert converted([row])[0] == [row]
+
+
 SAMPLES = {
+    "arena": ARENA,
+    "arena-answers": {**ARENA_ANSWERS, "winner_model_a": 1, "winner_model_b": 0},
+    "table-instruction": {"instruction": "p", "generations": ["a", "b"], "ratings": [1, 2]},
     "pairs-messages": {
         "chosen_messages": [*FRUIT, assistant("Plum.")],
         "rejected_messages": [*FRUIT, assistant("No.")],
@@ -725,6 +853,16 @@ def test_streams_stay_streams():
             [{"prompt": "p", "A": "a", "ranking": "A > B"}],
             {},
             "row 0: field 'ranking': expected names of columns, got 'B'",
+        ),
+        (
+            [{**ARENA, "winner": "the first"}],
+            {},
+            "row 0: field 'winner': expected model_a, model_b or one of tie, .*, got 'the first'",
+        ),
+        (
+            [{**SAMPLES["arena-answers"], "winner_model_b": None}],
+            {},
+            "row 0: field 'winner': expected model_a, model_b or a tie, got nothing",
         ),
         (
             [{**OASST[0], "role": "system"}],

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import row_problem, shorten
-from prefopt.rankings.formats import dialogues, openassistant, pairs, rated, shp, tables, unpaired
+from prefopt.rankings.formats import arena, dialogues, openassistant, pairs, rated, shp, tables, unpaired
 from prefopt.rankings.formats.cleaning import Cleaner
 from prefopt.rankings.formats.unpaired import with_own_names
 
@@ -28,13 +28,18 @@ class Format:
     ratings: tuple[str, ...] = ()
 
 
+def _is_nectar(row: Row) -> bool:
+    return dialogues.is_nectar(row) and not tables.is_scored(row)
+
+
 FORMATS = {
-    "nectar": Format("berkeley-nest/Nectar", {"prompt", "answers"}, dialogues.nectar, dialogues.is_nectar),
+    "nectar": Format("berkeley-nest/Nectar", {"prompt", "answers"}, dialogues.nectar, _is_nectar),
     "hh-rlhf": Format("Anthropic/hh-rlhf", {"chosen", "rejected"}, dialogues.hh_rlhf, dialogues.is_hh_rlhf),
     "ultrafeedback": Format(
         "openbmb/UltraFeedback",
         {"instruction", "completions"},
         rated.ultrafeedback,
+        rated.is_ultrafeedback,
         ratings=rated.ULTRAFEEDBACK_RATINGS,
     ),
     "helpsteer": Format(
@@ -66,6 +71,17 @@ FORMATS = {
     "webgpt": Format(
         "openai/webgpt_comparisons", {"question", "answer_0", "answer_1", "score_0", "score_1"}, pairs.webgpt
     ),
+    "arena": Format(
+        "lmsys/chatbot_arena_conversations, lmarena-ai/arena-human-preference-100k, -140k",
+        {"conversation_a", "conversation_b", "winner"},
+        arena.conversations,
+    ),
+    "arena-answers": Format(
+        "lmsys/lmsys-arena-human-preference-55k",
+        {"prompt", "response_a", "response_b"},
+        arena.answers,
+        arena.has_winner,
+    ),
     "pairs": Format(
         "any with chosen and rejected, as HuggingFaceH4/ultrafeedback_binarized",
         {"chosen", "rejected"},
@@ -89,6 +105,9 @@ FORMATS = {
     ),
     "table": Format(
         "any with a ranking, ranks or ratings next to the completions", {"prompt"}, tables.table, tables.is_table
+    ),
+    "table-instruction": Format(
+        "the same with an instruction, as distilabel's", {"instruction"}, tables.table, tables.is_table
     ),
 }
 
@@ -115,7 +134,7 @@ def needs_conversion(row: Row) -> str | None:
     name = detect(row)
     if name == "pairs" and not pairs.needs_one_prompt(row):
         return None
-    if name == "table" and isinstance(row.get("completions"), list) and isinstance(row.get("ranks"), list):
+    if name == "table" and tables.is_ranked(row):
         return None
     return name
 

@@ -14,6 +14,15 @@ HELPSTEER_RATINGS = ("helpfulness", "correctness", "coherence", "complexity", "v
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
+def is_ultrafeedback(row: Mapping[str, Any]) -> bool:
+    """Its answers have annotations, or one of its scores; a few rows have no answers."""
+    completions = row["completions"]
+    if not isinstance(completions, list):
+        return False
+    names = {name for one in completions if isinstance(one, Mapping) for name in one}
+    return not completions or bool(names & {"annotations", *ULTRAFEEDBACK_RATINGS})
+
+
 def ultrafeedback(
     rows: Iterable[Mapping[str, Any]], counts: Counter[str], rating: str = "fine-grained_score"
 ) -> Iterator[dict]:

@@ -7,15 +7,42 @@ from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.rankings.checks import PER_COMPLETION, shorten
-from prefopt.rankings.formats.fields import number, rank
+from prefopt.rankings.formats.fields import entries, number, rank
+from prefopt.rankings.formats.pairs import with_one_prompt
+from prefopt.rankings.prompts import OTHER_NAMES
 from prefopt.rankings.row import parse_ranking
 
 _JUDGEMENTS = ("ranking", "ranks", "ratings")
+# What other tools call the lists: RLHFlow responses and rewards, distilabel generations and ratings, best-of-n scores.
+_COMPLETIONS = ("completions", "responses", "generations", "candidates", "answers")
+_RATINGS = ("ratings", "scores", "rewards")
+# Of answers that are objects: where the text stands, and how it is judged.
+_TEXTS = ("text", "response", "completion", "generation", "answer", "content", "output")
+_RATED = ("rating", "score", "reward", "overall_score")
+# Where a prompt stands in fields of other tools.
+_ASKED = (*OTHER_NAMES, "history", "conversations", "messages")
 
 
 def is_table(row: Mapping[str, Any]) -> bool:
     """It has a judgement of several completions."""
-    return any(row.get(name) is not None for name in _JUDGEMENTS)
+    return is_scored(row) or any(row.get(name) is not None for name in _JUDGEMENTS) or _have(row, ("rank",))
+
+
+def is_scored(row: Mapping[str, Any]) -> bool:
+    """Its answers have scores: in a list next to theirs, or each its own."""
+    answers = any(_is_list(row.get(name)) for name in _COMPLETIONS)
+    return (answers and any(_is_list(row.get(name)) for name in _RATINGS)) or _have(row, _RATED)
+
+
+def _have(row: Mapping[str, Any], names: tuple[str, ...]) -> bool:
+    answers = next((row[name] for name in _COMPLETIONS if _are_objects(row.get(name))), ())
+    return any(isinstance(one, Mapping) and name in one for one in answers for name in names)
+
+
+def is_ranked(row: Mapping[str, Any]) -> bool:
+    """Trainers take it as it is."""
+    completions = row.get("completions")
+    return isinstance(completions, list) and not _are_objects(completions) and isinstance(row.get("ranks"), list)
 
 
 def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[dict]:
@@ -25,10 +52,15 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
     named as in the ranking: "B > A" ranks the columns A and B, or completion_A and completion_B. Letters are names of
     the entries of `completions`. Ratings next to a ranking or ranks are kept as they are. All other fields are kept.
 
+    The completions may be called `responses`, `generations`, `candidates` or `answers`, their ratings `scores` or `rewards`; or
+    each is an object with its text and its `score`, `rating`, `reward` or `rank`. What other tools have of the prompt in fields
+    of its own becomes part of it, as in `chosen_rejected`.
+
     >>> next(table([{"prompt": "2 + 2 =", "A": " 5", "B": " 4", "ranking": "B > A"}], Counter()))
     {'prompt': '2 + 2 =', 'completions': [' 5', ' 4'], 'ranks': [2, 1], 'ratings': None, 'labeler': None}
     """
     for row in rows:
+        row = _with_own_names(row)
         ranking, used = row.get("ranking"), {"prompt", "completions", *_JUDGEMENTS}
         if not isinstance(ranking, str | None):
             raise UserError(
@@ -64,6 +96,40 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
             "labeler": None if row.get("labeler") is None else str(row["labeler"]),
             **aligned,
         }
+
+
+def _with_own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row with its prompt in one field, and its lists under the names that are read here."""
+    asked = {name: row[name] for name in ("prompt", "system", *_ASKED) if row.get(name)}
+    prompt = with_one_prompt(asked).get("prompt")
+    used = {"prompt"} | ({"system"} if row.get("system") else set()) | (set() if "prompt" in asked else set(_ASKED))
+    row = {**{name: value for name, value in row.items() if name not in used}, "prompt": prompt}
+    lists = {"completions": _COMPLETIONS}
+    if all(row.get(name) is None for name in _JUDGEMENTS):
+        lists["ratings"] = _RATINGS
+    for own, names in lists.items():
+        name = own if row.get(own) is not None else next((name for name in names if _is_list(row.get(name))), None)
+        if name is not None:
+            row = {**{key: value for key, value in row.items() if key != name}, own: _list(row, name)}
+    if not _are_objects(row.get("completions")):
+        return row
+    objects = entries(row, "completions", "text")
+    texts = [next((one[name] for name in _TEXTS if one.get(name) is not None), "") for one in objects]
+    row = {**row, "completions": texts}
+    for own, names in (("ratings", _RATED), ("ranks", ("rank",))):
+        name = next((name for name in names if any(one.get(name) is not None for one in objects)), None)
+        if name is not None and row.get(own) is None:
+            row[own] = [one.get(name) for one in objects]
+    return row
+
+
+def _is_list(value: Any) -> bool:
+    """It is a list, or a cell that may hold one."""
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+
+
+def _are_objects(answers: Any) -> bool:
+    return isinstance(answers, list) and any(isinstance(one, Mapping) for one in answers)
 
 
 def _names(ranking: str) -> list[str]:
