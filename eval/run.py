@@ -17,6 +17,18 @@ from prefopt.inference.jsonl import read_json, read_jsonl, write_whole
 logger = logging.getLogger(__name__)
 
 
+# What a row of completions has, but for the prompt's own columns.
+COMPLETION = {
+    "id": int,
+    "prompt": str | list,
+    "decoding": str,
+    "sample": int,
+    "completion": str,
+    "ids": list,
+    "truncated": bool,
+}
+
+
 class Question(NamedTuple):
     """A row of the report's lights: the measures (a pattern) whose comparison with the baseline answers it.
 
@@ -86,7 +98,10 @@ class EvaluationArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights of whole models to nf4."})
     dtype: str | None = field(
         default="auto",
-        metadata={"help": "auto (as saved; of a reward model, as trained), float32, bfloat16 or float16."},
+        metadata={
+            "help": "auto (as saved; of a reward model, as trained), float32, bfloat16 or float16.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
@@ -215,8 +230,7 @@ class EvaluationRun:
             raise FileNotFoundError(f"no completions of {model!r} at {path}; run `prefopt eval generate` first")
         rows = read_jsonl(path)
         for number, row in enumerate(rows):
-            is_one = {"id", "decoding", "sample"} <= row.keys() and isinstance(row.get("completion"), str)
-            if not is_one or not isinstance(row.get("ids") or [], list):
+            if not all(isinstance(row.get(name), kind) for name, kind in COMPLETION.items()):
                 raise UserError(f"{path} row {number}: not what `prefopt eval generate` writes; run that again")
         rows = [row for row in rows if row["decoding"] == decoding]
         return sorted(rows, key=lambda row: (row["id"], row["sample"]))

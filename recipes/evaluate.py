@@ -115,8 +115,9 @@ class Evaluation:
             print(line)
         print(f"written: {self.run.stage_path(stage.key)}")
         found = [(f"{m['name']} of {m['model']}", m["reason"]) for m in content["measures"] if m["status"] == "failed"]
-        # "ok" or the reason for each model that is generated for, and for each judge.
-        statuses = content["data"].get({"generate": "models", "judge": "judges"}.get(stage.name, ""), {})
+        # "ok" or the reason for each model that is generated for or scored, and for each judge.
+        of_stage = {"generate": "models", "judge": "judges", "overopt": "scored"}
+        statuses = content["data"].get(of_stage.get(stage.name, ""), {})
         found += [(name, why.reason) for name, text in statuses.items() if isinstance(why := no_number(text), Failed)]
         if found:
             more = f" ({len(found) - 1} more failed)" if len(found) > 1 else ""

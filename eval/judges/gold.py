@@ -1,11 +1,10 @@
 """Judges that score: the completion with the higher score is preferred. The gold reward is a function of one's own."""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
-
-import numpy as np
 
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.people import Completions, Row
@@ -49,14 +48,26 @@ def gold_scores(gold: Gold) -> Scores:
         for row in rows:
             given = gold(row["prompt"], row["completion"])
             names = [f.name for f in fields(given) if f.name != "total"] if is_dataclass(given) else []
-            value = float(getattr(given, "total", given))
-            if not np.isfinite(value):
-                raise UserError(f"gold reward of {model}, prompt {row['id']}: {value} is not a finite number")
-            parts = {"parts": {name: float(getattr(given, name)) for name in names}} if names else {}
+            place = f"gold reward of {model}, prompt {row['id']}"
+            value = _finite(getattr(given, "total", given), place)
+            parts = (
+                {"parts": {name: _finite(getattr(given, name), f"{place}, {name}") for name in names}} if names else {}
+            )
             found.append({"id": row["id"], "decoding": row["decoding"], "score": value, **parts})
         return found
 
     return score
+
+
+def _finite(given: Any, place: str) -> float:
+    try:
+        # A text is none, even where it could be read as one.
+        value = math.nan if isinstance(given, str) else float(given)
+    except (TypeError, ValueError, RuntimeError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{place}: {given!r:.80} is not a finite number")
+    return value
 
 
 def load_callable(name: str) -> Callable[..., Any]:

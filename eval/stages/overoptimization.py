@@ -98,8 +98,14 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
     rewards: dict[str, Rewards] = {}
     reasons: dict[str, NoNumber] = {}
     for model in args.models:
-        compute = partial(_rewards, run, args, own, judges, model, reward_model)
-        found = not_given or attempt(f"overopt: {model}", compute, skips=FileNotFoundError)
+        # First of all, so that rows that are none are told whether there is a judge for them or not.
+        read = partial(run.measured_samples, model, args.heldout_use_case)
+        rows = attempt(f"overopt: {model}", read, skips=FileNotFoundError)
+        if isinstance(rows, NoNumber):
+            found = rows if isinstance(rows, Failed) else not_given or rows
+        else:
+            compute = partial(_rewards, run, args, own, judges, model, rows, reward_model)
+            found = not_given or attempt(f"overopt: {model}", compute)
         (reasons if isinstance(found, NoNumber) else rewards)[model] = found
     measures, best = best_of_n_measures(args.baseline, rewards, reasons)
     rollouts: dict[str, Any] = {}
@@ -110,7 +116,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: OveroptArguments
             add = attempt(f"overopt: the log of {model}", partial(_rollout_measures, model, folder, rollouts[model]))
             measures += [MEASURES.record("overopt.rl_fit", model, add)] if isinstance(add, NoNumber) else add
     models = model_points(rewards, args.baseline, drift["measures"])
-    data = {"baseline": args.baseline, "best_of_n": best, "rollouts": rollouts, "models": models}
+    scored = {model: str(reasons.get(model, "ok")) for model in args.models}
+    data = {"baseline": args.baseline, "best_of_n": best, "rollouts": rollouts, "models": models, "scored": scored}
     run.write_stage(STAGE, measures, data)
 
 
@@ -206,10 +213,10 @@ def _rewards(
     own: OveroptArguments,
     judges: JudgeArguments,
     model: str,
+    rows: Sequence[Mapping[str, Any]],
     reward_model: Callable[[str], RewardModel],
 ) -> Rewards:
     """Proxy and gold reward of every sample, by prompt."""
-    rows = run.measured_samples(model, args.heldout_use_case)
 
     def compute() -> list[dict[str, Any]]:
         run.progress(f"overopt: scoring {len(rows)} samples of {model}")

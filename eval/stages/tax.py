@@ -69,7 +69,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: TaxArguments) ->
     """
     texts = [row["text"] for row in _rows("pretraining_text", own.pretraining_text)]
     tasks = _rows("heldout_tasks", own.heldout_tasks)
-    validate_tasks(tasks)
+    validate_tasks(tasks, f"{own.heldout_tasks} ")
     # Of every model its numbers per text or task, and what they come to.
     found: dict[str, dict[str, tuple[Any, Estimate] | NoNumber]] = {
         TEXT: dict.fromkeys(args.models, NO_TEXT),

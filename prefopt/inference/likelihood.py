@@ -98,17 +98,21 @@ def task_accuracy(
     return np.array(correct)
 
 
-def validate_tasks(tasks: Sequence[Mapping]) -> None:
-    """Stop at the first task that is none, with its number, the field and what was expected."""
+def validate_tasks(tasks: Sequence[Mapping], source: str = "") -> None:
+    """Stop at the first task that is none, with its number, the field and what was expected, `source` before them."""
     for number, task in enumerate(tasks):
+        place = f"{source}task {number}"
         missing = {"context", "choices", "answer"} - set(task)
         if missing:
-            raise UserError(f"task {number}: missing field {sorted(missing)[0]!r}")
+            raise UserError(f"{place}: missing field {sorted(missing)[0]!r}")
         choices, answer = task["choices"], task["answer"]
-        if len(choices) < 2 or len(set(choices)) < len(choices):
-            raise UserError(f"task {number}: field 'choices': expected two or more distinct texts, got {choices!r}")
+        if not isinstance(task["context"], str):
+            raise UserError(f"{place}: field 'context': expected a text, got {task['context']!r}")
+        are_texts = isinstance(choices, list | tuple) and all(isinstance(choice, str) for choice in choices)
+        if not are_texts or len(choices) < 2 or len(set(choices)) < len(choices):
+            raise UserError(f"{place}: field 'choices': expected two or more distinct texts, got {choices!r}")
         if answer not in choices:
-            raise UserError(f"task {number}: field 'answer': expected one of the choices {choices!r}, got {answer!r}")
+            raise UserError(f"{place}: field 'answer': expected one of the choices {choices!r}, got {answer!r}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import inspect
+import json
 import math
 import re
 import sys
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -96,6 +97,7 @@ def parse(
     argv = _named(argv, positional, {name for name, f in known.items() if f.default_factory is list})
     argv = [_with_underscores(argument) for argument in argv]
     mistakes: list[str] = []
+    keys: dict[str, Any] = {}
     if "--config" in argv:
         position = argv.index("--config") + 1
         if position == len(argv):
@@ -116,6 +118,8 @@ def parse(
     from trl import TrlParser
 
     parser = TrlParser(dataclass_types, prog=prog, usage=_usage(prog), allow_abbrev=False)
+    # argparse looks at those of the command line.
+    raise_all([f"{argv[position]}: {mistake}" for mistake in _not_chosen(keys, parser._actions)])
     if not {"-h", "--help", "--help_all"}.isdisjoint(argv):
         print(_help(parser, description, show_all="--help_all" in argv), end="")
         raise SystemExit(0)
@@ -124,6 +128,8 @@ def parse(
             # TRL's own default is spelt the way that transformers warns of.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
             parsed = parser.parse_args_and_config(argv)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{_key_of(error.doc, argv, keys)}: not valid JSON ({error})") from error
     except (ValueError, TypeError) as error:
         raise UserError(explain(error) or error) from error
     mistakes = [mistake for arguments in parsed for mistake in _out_of_range(arguments)]
@@ -154,14 +160,34 @@ def _of_another_type(keys: Mapping[str, Any], dataclass_types: Sequence[type], p
     hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
     for name, value in keys.items():
         allowed = _types(hints.get(name, Any))
-        # true means the newest checkpoint.
-        if not allowed or isinstance(value, str) or name == "resume_from_checkpoint":
+        if name == "resume_from_checkpoint":
+            # true means the newest checkpoint.
+            allowed.add(bool)
+        if not allowed or isinstance(value, str):
             continue
         kinds = {int, float} if isinstance(value, int) and not isinstance(value, bool) else {type(value)}
         if not kinds & allowed:
             expected = " or ".join(text for kind, text in TYPES.items() if kind in allowed)
             quotes = "; put it in quotes" if str in allowed and not isinstance(value, list | dict) else ""
             yield f"{path}: {name} is {value!r:.80}; expected {expected}{quotes}"
+
+
+def _not_chosen(keys: Mapping[str, Any], actions: Sequence[argparse.Action]) -> Iterator[str]:
+    """Of the keys whose values are a fixed set, those of a YAML file with another value."""
+    for action in actions:
+        value = keys.get(action.dest)
+        if action.choices is None or value is None or action.nargs == 0:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if str(one) not in map(str, action.choices):
+                yield f"{action.dest} is {one!r}; expected one of {', '.join(map(str, action.choices))}"
+
+
+def _key_of(text: str, argv: Sequence[str], keys: Mapping[str, Any]) -> str:
+    """The key with this text as its value, of the command line or of the file."""
+    after = {argument[2:]: value for argument, value in pairwise(argv)}
+    after |= dict(argument[2:].split("=", 1) for argument in argv if "=" in argument)
+    return next((key for key, value in {**keys, **after}.items() if value == text), text)
 
 
 def _types(hint: Any) -> set[type]:

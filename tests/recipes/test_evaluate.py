@@ -129,6 +129,28 @@ def test_a_stage_by_itself_ends_with_an_error_if_a_part_of_it_failed(folder, mon
         assert (folder / "run" / kept).is_file()
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "p", "id"',
+        "[]",
+        '{"prompt": "p", "id": 0, "decoding": "sampled", "sample": 0, "completion": "a", "ids": [5]}',
+        '{"prompt": "p", "id": "0", "decoding": "sampled", "sample": 0, "completion": "a", "ids": [5], "truncated": false}',
+    ],
+)
+@pytest.mark.parametrize("keys", [{}, {"reward_judge": "rm", "gold_judge": f"{__name__}:length"}])
+def test_overopt_tells_completions_that_are_none_whether_there_is_a_judge_or_not(folder, monkeypatch, row, keys):
+    monkeypatch.chdir(folder)
+    samples = [{"prompt": p["prompt"], "id": i, "decoding": "sampled", "sample": 0, "completion": "a", "ids": [5], "truncated": False} for i, p in enumerate(PROMPTS)]  # fmt: skip
+    for name in ("sft", "ppo", "dpo"):
+        write_jsonl(folder / "run" / "completions" / f"{name}.jsonl", samples)
+    (folder / "run" / "completions" / "ppo.jsonl").write_text(row + "\n")
+    argv = [part for key, value in keys.items() for part in (f"--{key}", value)]
+    models = json.dumps({name: name for name in ("sft", "ppo", "dpo")})
+    with pytest.raises(UserError, match=r"overopt: ppo failed: .*ppo\.jsonl "):
+        evaluate.main(["overopt", "--output_dir", "run", "--models", models, *argv])
+
+
 def test_a_reward_model_is_measured_without_a_policy_and_told(folder, capsys):
     path = config(folder, models={}, implicit_rewards={}, dtype="bfloat16")
     evaluate.main(["reward-model", "--config", path])

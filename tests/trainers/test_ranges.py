@@ -57,6 +57,14 @@ def test_the_ends_of_ranges_are_refused(tmp_path, config, options):
         make(config, tmp_path, **options)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_text_where_a_mapping_belongs_is_refused(tmp_path, config):
+    for name in ("model_init_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        with pytest.raises(UserError, match=f"{name}='x': expected pairs"):
+            make(config, tmp_path, **{name: "x"})
+        assert getattr(make(config, tmp_path, **{name: '{"a": 1}'}), name) == {"a": 1}
+
+
 def test_all_that_cannot_be_meant_is_named_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         make(SFTStepConfig, tmp_path, learning_rate=-1.0, save_steps=0, bf16="x")

@@ -551,7 +551,6 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             state = {
                 "pretraining_sequences": self.pretraining.position if self.pretraining else 0,
                 "rollout": self._rollout_layout,
-                "metrics": self._metrics["train"],
             }
             state |= {name: getattr(self, name).state_dict() for name in STATEFUL}
             with open(os.path.join(folder, STATE_FILE), "w") as file:
@@ -657,7 +656,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         try:
             with open(path) as file:
                 state = json.load(file)
-            missing = {"pretraining_sequences", "metrics", "rollout", *STATEFUL} - state.keys()
+            missing = {"pretraining_sequences", "rollout", *STATEFUL} - state.keys()
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"resume_from_checkpoint: {path} is damaged ({error}); name another checkpoint") from error
         if missing:
@@ -670,7 +669,6 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                     "give it as it was then"
                 )
             self.pretraining.position = position
-        self._metrics["train"].update(state["metrics"])
         self._rollouts.fits_values = False
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
@@ -715,25 +713,30 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
 
 
 def _returning_scores(reward: Callable) -> Callable:
-    """The reward function, named where it forgets to return; one that is awaited is left to TRL."""
+    """The reward function, named where it returns no score per completion; one that is awaited is left to TRL."""
     if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
         return reward
 
     @functools.wraps(reward)
-    def scores(*args: Any, **columns: Any) -> list:
-        returned = reward(*args, **columns)
+    def scores(completions: list, **columns: Any) -> list:
+        returned = reward(completions=completions, **columns)
+        name = f"reward function {getattr(reward, '__name__', reward)!r}"
         if returned is None:
             raise UserError(
-                f"reward function {getattr(reward, '__name__', reward)!r} returned None; expected a list with a score, or "
-                "None, for each completion: does it end without `return`?"
+                f"{name} returned None; expected a list with a score, or None, for each completion: does it end without "
+                "`return`?"
             )
-        is_list = isinstance(returned, Iterable) and not isinstance(returned, str)
-        if not is_list or not all(one is None or isinstance(one, Real | Tensor) for one in returned):
+        is_list = (
+            isinstance(returned, Iterable) and not isinstance(returned, str) and getattr(returned, "ndim", 1) == 1
+        )
+        of_each = list(returned) if is_list else [returned]
+        if not is_list or not all(one is None or isinstance(one, Real | Tensor) for one in of_each):
             raise UserTypeError(
-                f"reward function {getattr(reward, '__name__', reward)!r} returned {returned!r:.80}; expected a list with a "
-                "number, or None, for each completion"
+                f"{name} returned {returned!r:.80}; expected a list with a number, or None, for each completion"
             )
-        return returned
+        if len(of_each) != len(completions):
+            raise UserError(f"{name} returned {len(of_each)} scores for {len(completions)} completions")
+        return of_each
 
     return scores
 

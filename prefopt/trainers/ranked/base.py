@@ -441,6 +441,15 @@ class RankedTrainer(CompleteCheckpointsMixin, PublishingMixin):
         self._sums[mode].clear()
         super().log(logs, start_time)
 
+    def _not_yet_logged(self) -> dict[str, Any]:
+        sums = {name: pair.tolist() for name, pair in self._sums["train"].items()}
+        return {**super()._not_yet_logged(), "sums": sums}
+
+    def _go_on_logging(self, kept: dict[str, Any]) -> None:
+        super()._go_on_logging(kept)
+        sums = {name: torch.tensor(pair, dtype=torch.double) for name, pair in kept.get("sums", {}).items()}
+        self._sums["train"].update(sums)
+
     # ---- evaluation: every row once, whatever the batches ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

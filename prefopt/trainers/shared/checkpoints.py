@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -114,6 +115,19 @@ def superfluous(
     return [path for path in checkpoints if path not in kept][: max(0, surplus)]
 
 
+class GoOnWithTheWindow(TrainerCallback):
+    """Gives a resumed run what the checkpoint holds of its logging window, after Trainer has begun a new one."""
+
+    def __init__(self, trainer: "CompleteCheckpointsMixin") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if NOT_YET_LOGGED in state.stateful_callbacks:
+            self.trainer._go_on_logging(state.stateful_callbacks[NOT_YET_LOGGED]["attributes"])
+
+
 class CompleteCheckpointsMixin:
     """Put before a Trainer: a kill at any moment leaves the newest complete checkpoint, and `train` finds it.
 
@@ -138,8 +152,9 @@ class CompleteCheckpointsMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         self._sealed_step = None
         # Put last, after those that decide whether to save.
-        self.pop_callback(StopAtNonFinite)
-        self.add_callback(StopAtNonFinite)
+        for callback in (GoOnWithTheWindow(self), StopAtNonFinite()):
+            self.pop_callback(type(callback))
+            self.add_callback(callback)
         output = super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
         # What a run that was killed while it did so has left, if this one saved nothing more.
         if resume_from_checkpoint and self.args.save_strategy != "no":
@@ -193,10 +208,6 @@ class CompleteCheckpointsMixin:
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any
     ) -> tuple[int, int]:
         begun = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
-        if NOT_YET_LOGGED in self.state.stateful_callbacks:
-            kept = self.state.stateful_callbacks[NOT_YET_LOGGED]["attributes"]
-            self._total_train_tokens = kept["num_tokens"]
-            self._metrics["train"].update(kept["metrics"])
         # Trainer would take one step more on a run that was killed between its last step and its end.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
@@ -219,14 +230,24 @@ class CompleteCheckpointsMixin:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _add_to_checkpoint(self, folder: str) -> None:
-        """Write to `folder`, on every process, what a checkpoint of this trainer holds beside Trainer's files.
+        """Write to `folder`, on every process, what a checkpoint of this trainer holds beside Trainer's files."""
 
-        By default no file; Trainer's state takes along the tokens seen and the metrics to be logged, which TRL keeps
-        nowhere.
-        """
-        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-        kept = {"num_tokens": self._total_train_tokens, "metrics": metrics}
-        self.state.stateful_callbacks[NOT_YET_LOGGED] = {"args": {}, "attributes": kept}
+    def _not_yet_logged(self) -> dict[str, Any]:
+        """Of the current logging window, on every process: what Trainer and TRL keep nowhere, as JSON takes it."""
+        return {
+            "num_tokens": self._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "loss": self.accelerator.reduce(self._tr_loss.clone(), "mean").item(),
+            "logged_at": self._globalstep_last_logged,
+        }
+
+    def _go_on_logging(self, kept: dict[str, Any]) -> None:
+        """Take up what `_not_yet_logged` kept."""
+        self._total_train_tokens = kept["num_tokens"]
+        self._metrics["train"].update(kept["metrics"])
+        # Of a checkpoint that an earlier version has written, the loss begins anew.
+        self._tr_loss += kept.get("loss", 0.0)
+        self._globalstep_last_logged = kept.get("logged_at", self._globalstep_last_logged)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -242,6 +263,9 @@ class CompleteCheckpointsMixin:
         try:
             os.makedirs(unfinished / name, exist_ok=True)
             self._add_to_checkpoint(str(unfinished / name))
+            # Among what callbacks keep, as Trainer's state has no other place for it.
+            kept = {"args": {}, "attributes": self._not_yet_logged()}
+            self.state.stateful_callbacks[NOT_YET_LOGGED] = kept
             super()._save_checkpoint(model, trial)
         finally:
             self._save_folder = None

@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from prefopt.errors import UserError
 
@@ -64,10 +64,13 @@ TRAINING: dict[str, Range] = {
     "save_total_limit": Range(1, is_whole=True, also=(None,)),
     "seed": Range(is_whole=True),
 }
+# A text names the file in which the mapping is.
+FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
 
 def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
-    """Raise for all options that are outside their range; in training also for no step, and for switches that are none.
+    """Raise for all options that are outside their range; in training also for no step, and for switches and mappings that are
+    none.
 
     Example:
         >>> from types import SimpleNamespace
@@ -90,6 +93,9 @@ def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
         for name in _switches(type(args)):
             if getattr(args, name) not in (True, False, None):
                 problems.append(f"{name}={getattr(args, name)!r}: expected true or false")
+        for name in _mappings(type(args)):
+            if isinstance(value := getattr(args, name), str) and not value.startswith("{"):
+                problems.append(f"{name}={value!r}: expected pairs of a name and a value")
         if args.output_dir == "":
             problems.append("output_dir='': expected a folder")
     if problems:
@@ -104,6 +110,14 @@ def _switches(config: type) -> list[str]:
         for field in fields(config)
         if {*(get_args(hints[field.name]) or [hints[field.name]])} - {NoneType} == {bool}
     ]
+
+
+@cache
+def _mappings(config: type) -> list[str]:
+    """Options that are a mapping; transformers reads the JSON of a text that begins with a brace, and no other."""
+    hints = get_type_hints(config)
+    of_each = {name: {get_origin(one) or one for one in get_args(hint)} for name, hint in hints.items()}
+    return [name for name, kinds in of_each.items() if {dict, str} <= kinds and name not in FILES]
 
 
 def is_number(value: Any) -> bool:

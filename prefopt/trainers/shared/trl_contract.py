@@ -50,7 +50,7 @@ _TRAINER = Seams(
         "save_model": ("output_dir", "_internal_call"),
         "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     },
-    attributes=("_signature_columns",),
+    attributes=("_globalstep_last_logged", "_signature_columns", "_tr_loss"),
 )
 _CONFIG = Seams(attributes=("_name_or_path",))
 _PREPARE = ("dataset", "processing_class", "args", "dataset_name")
@@ -137,6 +137,7 @@ CLASSES: dict[str, dict[str, Seams]] = {
                 "_step",
                 "_tag_names",
                 "_tokenizer",
+                "_total_train_tokens",
                 "aux_loss_enabled",
                 "eos_token_ids",
                 "num_generations_eval",

@@ -207,7 +207,7 @@ def test_the_command_goes_from_prompts_to_win_rates(folder: Path, capsys):
     with pytest.raises(UserError, match="no judge gave a verdict"):  # a sum of texts is no number
         evaluate.main(["judge", "--config", str(path)])
     run = EvaluationRun(folder / "out")
-    assert run.stage("judge")["data"]["judges"]["gold"].startswith("failed: ValueError")
+    assert run.stage("judge")["data"]["judges"]["gold"].startswith("failed: gold reward of ppo, prompt 0: 'the cat")
     evaluate.main(["judge", "--config", str(path), "--gold_judge", f"{__name__}:length"])
     evaluate.main(["compare", "--config", str(path)])
     evaluate.main(["metadata", "--config", str(path)])

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
@@ -11,6 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from prefopt.errors import UserError
 from prefopt.evaluation.judges.gold import ScoreJudge, gold_scores, load_callable
 from prefopt.evaluation.judges.language_model import LanguageModelJudge, fill
 from prefopt.evaluation.judges.people import HumanJudge, check_labels, preferences
@@ -65,8 +67,22 @@ def test_gold_parts_and_numbers_that_are_none():
     (scored,) = gold_scores(world.gold_reward)("sft", [row])
     assert scored["score"] == 6.0
     assert scored["parts"] == {"follow": 1.0, "constraint": 1.0, "truth": 1.0, "polite": 1.0}
-    with pytest.raises(ValueError, match="gold reward of sft, prompt 0: nan"):
-        gold_scores(lambda p, c: float("nan"))("sft", [row])
+    for none in (
+        float("nan"),
+        "x",
+        "3.5",
+        None,
+        [1.0, 2.0],
+        np.ones(2),
+        replace(world.gold_reward(prompt, "a"), total="x"),
+    ):
+        with pytest.raises(UserError, match=r"gold reward of sft, prompt 0: .* is not a finite number"):
+            gold_scores(lambda p, c, none=none: none)("sft", [row])
+    part = replace(world.gold_reward(prompt, "a"), truth=None)
+    with pytest.raises(UserError, match="gold reward of sft, prompt 0, truth: None is not a finite number"):
+        gold_scores(lambda p, c: part)("sft", [row])
+    for number in (2, np.float32(2), torch.tensor(2.0), True + True):
+        assert gold_scores(lambda p, c, number=number: number)("sft", [row])[0]["score"] == 2.0
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "math:no_such", "math", "math:pi"])

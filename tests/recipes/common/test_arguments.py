@@ -7,7 +7,7 @@ from trl import ModelConfig
 
 from prefopt import cli
 from prefopt.errors import UserError
-from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from prefopt.recipes import dpo, evaluate, label, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.arguments import parse, read_config
 from prefopt.recipes.common.rows import check_fields, load_rows
 
@@ -220,11 +220,40 @@ def test_a_yaml_file_that_cannot_be_meant_is_refused(tmp_path, content, said):
         ("lora_target_modules: {a: b}", "lora_target_modules is {'a': 'b'}; expected"),
         ("save_strategy: no", "save_strategy is False; expected a text; put it in quotes"),
         ("bf16: 3", "bf16 is 3; expected true or false"),
+        ("resume_from_checkpoint: {a: 1}", r"resume_from_checkpoint is \{'a': 1\}; expected a text or true or false"),
+        ("loss_on: first", "loss_on is 'first'; expected one of all, last"),
+        ("optim: nope", "optim is 'nope'; expected one of adamw_torch, "),
+        ("lr_scheduler_type: nope", "lr_scheduler_type is 'nope'; expected one of linear, "),
     ],
 )
 def test_a_value_of_another_type_is_named_in_its_file(tmp_path, line, told):
     (tmp_path / "step.yaml").write_text(line + "\n")
     with pytest.raises(UserError, match=rf"step\.yaml: {told}"):
+        sft.main(["--config", str(tmp_path / "step.yaml")])
+
+
+def test_values_that_are_one_of_few_are_checked_in_every_command(tmp_path):
+    (tmp_path / "step.yaml").write_text(f"output_dir: {tmp_path}\nmodels: {{sft: base}}\ndtype: x\n")
+    told = r"step\.yaml: dtype is 'x'; expected one of auto, float32, bfloat16, float16"
+    with pytest.raises(UserError, match=told):
+        evaluate.main(["all", "--config", str(tmp_path / "step.yaml")])
+    (tmp_path / "step.yaml").write_text("format: nope\n")
+    with pytest.raises(UserError, match=r"step\.yaml: format is 'nope'; expected one of sheet, label-studio"):
+        label.main(["export", "samples.jsonl", "--config", str(tmp_path / "step.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("x", "model_init_kwargs='x': expected pairs of a name and a value"),
+        ('{"x', "model_init_kwargs: not valid JSON"),
+    ],
+)
+def test_a_text_where_a_mapping_belongs_is_named(tmp_path, value, told):
+    with pytest.raises(UserError, match=told):
+        sft.main(["--output_dir", str(tmp_path), "--model_init_kwargs", value])
+    (tmp_path / "step.yaml").write_text(f"output_dir: {tmp_path}\nmodel_init_kwargs: '{value}'\n")
+    with pytest.raises(UserError, match=told):
         sft.main(["--config", str(tmp_path / "step.yaml")])
 
 

@@ -264,14 +264,10 @@ def ppo_options(files, policy, **more):
 
 
 def logs_of(output):
-    """The log but for times, and for the loss, of which Trainer forgets what it has not logged."""
-    unlike = {"loss", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+    """The log but for times."""
+    unlike = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [{k: v for k, v in entry.items() if k not in unlike} for entry in history if "grad_norm" in entry]
-
-
-def tokens_of(output):
-    return [(entry["step"], entry["num_tokens"]) for entry in logs_of(output)]
 
 
 def test_killed_over_and_over_ends_as_if_never_killed(files):
@@ -335,9 +331,8 @@ def test_other_recipes_resume_from_complete_checkpoints_alone(recipe, rows, file
         assert_all_in_place_are_complete(files / "killed")
     assert run(recipe, files, "killed", options) == 0
     assert_same_end(files / "killed", files / "whole")
-    assert tokens_of(files / "killed") == tokens_of(files / "whole")
-    if recipe == "sft":
-        assert logs_of(files / "killed") == logs_of(files / "whole")
-    assert [step for step, _ in tokens_of(files / "whole")] == [2, 4, 6]
+    # Checkpoints at 3 and 6, so every window that a resumed run logs first has begun before it.
+    assert logs_of(files / "killed") == logs_of(files / "whole")
+    assert [entry["step"] for entry in logs_of(files / "whole")] == [2, 4, 6]
     assert [path.name for path in (files / "killed").glob("checkpoint-*")] == ["checkpoint-7"]
     assert not (files / "killed" / "_unfinished").exists()

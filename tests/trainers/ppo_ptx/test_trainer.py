@@ -4,6 +4,7 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from prefopt.errors import UserError, UserTypeError
 from prefopt.inference.scoring import score_ids
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.reward import sequence_scores, set_reward_bias, token_scores
@@ -673,6 +675,34 @@ def test_a_reward_function_that_forgets_to_return_is_named(make):
     assert trainer.reward_func_names == ["length_reward", "brevity"]
     with pytest.raises(ValueError, match=r"reward function 'brevity' returned None; expected a list"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (lambda n: "x" * n, "returned 'xx"),
+        (lambda n: ["1"] * n, r"returned \['1', "),
+        (lambda n: 1.0, "returned 1.0; expected a list"),
+        (lambda n: torch.tensor(1.0), "returned tensor"),
+        (lambda n: [1.0] * (n - 1), r"returned \d+ scores for \d+ completions"),
+        (lambda n: [1.0] * (n + 1), r"returned \d+ scores for \d+ completions"),
+    ],
+)
+def test_a_reward_function_that_gives_no_score_per_completion_is_named(make, returned, told):
+    def gold(completions, **columns):
+        return returned(len(completions))
+
+    with pytest.raises((UserError, UserTypeError), match=f"reward function 'gold' {told}"):
+        make(rewards=[length_reward, gold], max_steps=1).train()
+
+
+@pytest.mark.parametrize("kind", [iter, torch.tensor, np.array, tuple])
+def test_rewards_may_come_as_any_sequence(make, kind):
+    def gold(completions, **columns):
+        return kind([float(i) for i in range(len(completions))])
+
+    rollout = rollout_of(make(rewards=gold))
+    assert rollout["loss_mask"].any(1).all()
 
 
 # ---- it learns ----------------------------------------------------------------------------------------------------
