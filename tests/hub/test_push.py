@@ -284,6 +284,50 @@ def test_a_dry_run_writes_what_would_be_published_and_changes_nothing(hub, base,
         cli.main(["push", str(tmp_path / "rm"), "me/rm", "--dry_run", str(out)])
 
 
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+def test_a_dry_run_of_a_merge_writes_the_whole_model(kind, hub, base, tokenizer, tmp_path, capsys):
+    make, name = (dpo_trainer, "policy") if kind == "policy" else (reward_trainer, "rm")
+    trainer = make(base, tokenizer, tmp_path / name)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset_name="me/rankings")
+    before = contents(tmp_path / name)
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"measures": [measure("winrate", name, 0.7, "sft")]}))
+    options = [str(tmp_path / name), f"me/{name}", "--merge", "true", "--results", str(results)]
+    cli.main(["push", *options, "--dry_run", str(tmp_path / "look")])
+    shown = capsys.readouterr().out
+    assert "nothing was sent" in shown
+    assert "model.safetensors" in shown
+    assert hub.repositories.keys() == {"me/base"}
+    assert contents(tmp_path / name) == before
+    # What merging keeps for a while lies in the folder.
+    assert [path for path in (tmp_path / name).iterdir() if path.name.startswith("_")] == []
+    written = contents(tmp_path / "look")
+    assert "adapter_config.json" not in written
+    card = ModelCard(written[README].decode())
+    assert (card.data.library_name, card.data.base_model, card.data.datasets) == (
+        "transformers",
+        "me/base",
+        ["me/rankings"],
+    )
+    assert "LoRA adapter on" not in card.text
+    assert f'from_pretrained("me/{name}")' in card.text
+    assert "win rate against sft" in card.text
+    cli.main(["push", *options])
+    published = hub.files(f"me/{name}")
+    assert json.loads(written.pop(FACTS)) == json.loads(published[FACTS])
+    assert {name: content for name, content in published.items() if name in written} == written
+    assert published.keys() - written.keys() == {FACTS, ".gitattributes"} & published.keys()
+
+
+def test_a_dry_run_into_the_model_itself_is_refused(hub, folder):
+    before = contents(folder)
+    with pytest.raises(SystemExit, match="is there already; name a new folder"):
+        cli.main(["push", str(folder), "me/policy", "--dry_run", str(folder)])
+    assert contents(folder) == before
+
+
 def test_an_adapter_on_a_folder_of_this_machine_is_said(hub, causal_lm, tokenizer, tmp_path, caplog):
     causal_lm.save_pretrained(tmp_path / "base")
     reward_trainer(str(tmp_path / "base"), tokenizer, tmp_path / "rm").save_model()
