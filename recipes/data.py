@@ -172,8 +172,9 @@ def _notes(row: Row, tokenizer: Any = None) -> Iterator[str]:
         )
     if isinstance(prompt, str) and as_messages(prompt) is not prompt:
         yield "have messages as JSON in 'prompt', which are read as one text: write them as a list"
-    if unread := [name for name in PARTS if row.get(name)]:
-        yield f"have a field {unread[0]!r}, which is not read: write it into the prompt"
+    for name in PARTS:
+        if row.get(name):
+            yield f"have a field {name!r}, which is not read: write it into the prompt"
     if label(row) is False:
         yield "have label false, which SFT refuses: leave them out, or convert them"
 

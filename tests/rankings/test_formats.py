@@ -561,6 +561,34 @@ def test_scores_of_the_two_answers_are_ratings(names):
     assert converted([row])[0][0]["ratings"] == [4.5, 2]
 
 
+LEFT_OUT = "values of {!r}, which seem to belong to the prompt"
+
+
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        ([{"prompt": "p", "chosen": "a", "rejected": "b"}], []),
+        ([{"question": "p", "chosen": "a", "rejected": "b"}], ["history"]),
+        ([{"chosen": [*FRUIT, assistant("Plum.")], "rejected": [*FRUIT, assistant("No.")]}], []),
+        ([{"prompt": "p", "completion": text, "label": text == "a"} for text in "ab"], []),
+        ([{"instruction": "p", "output": text, "kto_tag": text == "a"} for text in "ab"], ["history"]),
+        ([{"messages": [*FRUIT, assistant(text)], "label": text == "a"} for text in "ab"], []),
+    ],
+)
+def test_what_belongs_to_the_prompt_is_read_or_counted(rows, read):
+    """A system message always, the history where another tool's names ask, a context never."""
+    more = {"history": [["x", "y"]], "context": "c", "system": "s"}
+    (found,), counts = converted([{**row, **more} for row in rows])
+    assert found["prompt"][0] == {"role": "system", "content": "s"}
+    assert (assistant("y") in found["prompt"]) == ("history" in read)
+    assert counts == {LEFT_OUT.format(name): len(rows) for name in ("history", "context") if name not in read}
+
+
+def test_what_is_asked_twice_is_asked_once():
+    row = {"instruction": "p", "input": "p", "chosen": "a", "rejected": "b"}
+    assert converted([row]) == ([{"prompt": [user("p")], "completions": ["a", "b"], "ranks": [1, 2]}], {})
+
+
 def test_a_pair_without_an_answer_costs_one_pair():
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": None, "rejected": "b"}]
     assert converted([*rows, rows[1] | {"chosen": "b", "rejected": None}])[1] == {

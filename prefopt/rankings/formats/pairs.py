@@ -9,7 +9,15 @@ from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import answer, entries, field, number, user
 from prefopt.rankings.formats.rated import helpsteer_messages
-from prefopt.rankings.prompts import OTHER_NAMES, TEMPLATE_FIELDS, NothingShared, is_chat, shared_turns, with_prompt
+from prefopt.rankings.prompts import (
+    OTHER_NAMES,
+    PARTS,
+    TEMPLATE_FIELDS,
+    NothingShared,
+    is_chat,
+    shared_turns,
+    with_prompt,
+)
 
 # Where the turns before the answers stand, if not in `prompt`.
 _CHATS = ("conversations", "messages")
@@ -40,6 +48,7 @@ def chosen_rejected(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> 
     [{'prompt': 'The sky is', 'completions': [' blue', ' black'], 'ranks': [1, 2], 'ratings': None, 'labeler': None}]
     """
     for row in rows:
+        counts.update(f"values of {name!r}, which seem to belong to the prompt" for name in unread(row))
         row = with_one_prompt(row)
         prompt, answers = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
         if None in answers:
@@ -104,6 +113,22 @@ def with_one_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
         return row
     row = _with_one_prompt(_with_two_answers(row))
     return {**row, "prompt": after_system(row.get("system"), row["prompt"])} if row.get("prompt") else row
+
+
+def unread(row: Mapping[str, Any]) -> list[str]:
+    """The fields that seem to belong to the prompt and are no part of the one that is made of the row.
+
+    >>> unread({"instruction": "Add.", "input": "2 + 2", "context": "sums"}), unread({"prompt": "Add.", "history": [["a", "b"]]})
+    (['context'], ['history'])
+    """
+    # A system message is put before any prompt, and what is asked twice is asked once.
+    names = [
+        name
+        for name in PARTS
+        if name != "system" and row.get(name) and row[name] not in [row.get(n) for n in OTHER_NAMES if n != name]
+    ]
+    prompt = with_one_prompt(row).get("prompt") if names else None
+    return [name for name in names if with_one_prompt({**row, name: None}).get("prompt") == prompt]
 
 
 def _with_two_answers(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.rankings.checks import shorten
 from prefopt.rankings.formats.fields import field
-from prefopt.rankings.formats.pairs import after_system, as_messages, with_one_prompt
+from prefopt.rankings.formats.pairs import after_system, as_messages, unread, with_one_prompt
 from prefopt.rankings.prompts import OTHER_NAMES, TEMPLATE_FIELDS, is_chat
 
 LABELS = ("label", "kto_tag")
@@ -39,6 +39,7 @@ def unpaired(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterato
         if good is None:
             counts["answers without a label"] += 1
             continue
+        counts.update(f"values of {name!r}, which seem to belong to the prompt" for name in unread(row))
         prompt, answer = exchange(row)
         of_template = {name: row[name] for name in TEMPLATE_FIELDS if row.get(name)}
         key = json.dumps([prompt, of_template], sort_keys=True, default=str)
@@ -80,7 +81,7 @@ def with_own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if name is None or not any(row.get(asked) for asked in ("prompt", *OTHER_NAMES)):
         return row
     prompt, answer = exchange(row)
-    used = ("prompt", "history", "system", name, *OTHER_NAMES)
+    used = {"prompt", "history", "system", name, *OTHER_NAMES} - {*unread(row)}
     return {**{key: value for key, value in row.items() if key not in used}, "prompt": prompt, "completion": answer}
 
 

@@ -86,6 +86,16 @@ def test_prompts_too(tmp_path, caplog):
     assert "'system' of 1 rows" in caplog.text
 
 
+def test_the_fields_of_demonstrations_that_are_not_read_are_counted(tmp_path, capsys):
+    """Beside a prompt of its own an input is nobody's, whatever the answer is called."""
+    row = {"prompt": "Hi", "response": " there", "history": [["a", "b"]], "input": "i", "context": "c"}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    data.main(["validate", str(tmp_path / "rows.jsonl")])
+    said = capsys.readouterr().out
+    for name in ("history", "input", "context"):
+        assert f"but 1 of 1 rows have a field {name!r}, which is not read: write it into the prompt" in said
+
+
 def turn(role, content):
     return {"role": role, "content": content}
 
