@@ -6,10 +6,18 @@ excludes reaches neither the value nor the gradient, be it NaN.
 """
 
 from prefopt.losses.ppo import clipped_policy_loss, clipped_value_loss, lm_loss
-from prefopt.losses.ranking import LOSS_TYPES, centering_loss, ranking_loss, rating_margins, strict_pairs
+from prefopt.losses.ranking import (
+    LOSS_TYPES,
+    best_likelihood_loss,
+    centering_loss,
+    ranking_loss,
+    rating_margins,
+    strict_pairs,
+)
 
 __all__ = [
     "LOSS_TYPES",
+    "best_likelihood_loss",
     "centering_loss",
     "clipped_policy_loss",
     "clipped_value_loss",

@@ -199,6 +199,38 @@ def centering_loss(scores: Tensor, ranks: Tensor, reduction: str = "mean") -> Te
     return _mean_over_pairs(sums.square(), pairs, reduction)
 
 
+def best_likelihood_loss(log_probs: Tensor, num_tokens: Tensor, ranks: Tensor, reduction: str = "mean") -> Tensor:
+    """Negative log-likelihood of the best-ranked completions, per token: what a policy shall not forget to say.
+
+    Pang et al. 2024 (arXiv:2404.19733), Eq. 1, first term; over the set W of completions ranked first, which ties make
+    several, then over prompts:
+
+        loss = -1/|W| * sum over w in W of log pi(y_w | x) / |y_w|
+
+    Args:
+        log_probs: `[B, K]`, log pi(y | x) in nats, summed over the tokens of each completion; any floating type.
+        num_tokens: `[B, K]`, the number of these tokens.
+        ranks: `[B, K]` integers, 1 = best, equal = tie, 0 = absent (its values are ignored).
+        reduction: `"mean"` over the prompts that have a completion, or `"none"`.
+
+    Returns:
+        A scalar, or `[B]` for `"none"`, in nats per token; 0 where there is no completion.
+
+    Raises:
+        ValueError: if the shapes differ, ranks are not integers, or the reduction is unknown.
+
+    Example:
+        >>> best_likelihood_loss(torch.tensor([[-6.0, -1.0]]), torch.tensor([[3, 1]]), torch.tensor([[1, 2]]))  # 6 / 3
+        tensor(2.)
+    """
+    require_same_shape(log_probs=log_probs, num_tokens=num_tokens, ranks=ranks)
+    is_beaten = strict_pairs(ranks).any(1)
+    best = (ranks > 0) & ~is_beaten
+    per_token = torch.where(best, at_least_fp32(log_probs) / num_tokens.clamp(min=1), 0.0)
+    count = best.sum(1)
+    return _mean_over_prompts(-per_token.sum(1) / count.clamp(min=1), count > 0, reduction)
+
+
 def _mean_over_pairs(values: Tensor, pairs: Tensor, reduction: str) -> Tensor:
     """Mean of values `[B, K, K]` over the pairs of a prompt, then over the prompts that have one."""
     num_pairs = pairs.sum((1, 2))

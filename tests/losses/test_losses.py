@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from prefopt import losses
 from prefopt.losses import (
+    best_likelihood_loss,
     centering_loss,
     clipped_policy_loss,
     clipped_value_loss,
@@ -716,3 +717,32 @@ def test_every_public_function_has_an_example():
     public = [f for name, f in vars(losses).items() if inspect.isfunction(f) and not name.startswith("_")]
     assert ranking_loss in public
     assert all(">>>" in f.__doc__ for f in public)
+
+
+# best_likelihood_loss
+
+
+def test_best_likelihood_loss_equals_the_loop_over_the_best():
+    torch.manual_seed(8)
+    log_probs, num_tokens, ranks = -10 * torch.rand(12, 5), torch.randint(1, 9, (12, 5)), random_ranks(12, 5)
+    ranks[2] = 0
+    per_prompt = []
+    for logps, tokens, row in zip(log_probs.tolist(), num_tokens.tolist(), ranks.tolist(), strict=True):
+        first = min((rank for rank in row if rank), default=None)
+        best = [-logp / n for logp, n, rank in zip(logps, tokens, row, strict=True) if rank and rank == first]
+        per_prompt.append(sum(best) / len(best) if best else 0.0)
+    assert any((row == row[row > 0].min()).sum() > 1 for row in ranks if row.any())
+    close(best_likelihood_loss(log_probs, num_tokens, ranks, reduction="none"), per_prompt)
+    close(best_likelihood_loss(log_probs, num_tokens, ranks), sum(per_prompt) / 11)
+
+
+def test_best_likelihood_loss_leaves_out_absent_completions_and_checks_shapes():
+    log_probs = torch.tensor([[float("nan"), -6.0, -1.0]], requires_grad=True)
+    loss = best_likelihood_loss(log_probs, torch.tensor([[0, 3, 1]]), torch.tensor([[0, 1, 2]]))
+    loss.backward()
+    close(loss.detach(), 6 / 3)
+    close(log_probs.grad, [[0.0, -1 / 3, 0.0]])
+    with pytest.raises(ValueError, match="shapes differ"):
+        best_likelihood_loss(log_probs, torch.tensor([3, 1]), torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="'mean' or 'none'"):
+        best_likelihood_loss(log_probs, torch.ones(1, 3), torch.tensor([[1, 2, 3]]), reduction="sum")

@@ -69,7 +69,7 @@ REFUSED_LOSSES = {
     "apo_zero": "it raises 'chosen' and lowers 'rejected' by itself, roles that the middle of a ranking lacks",
     "apo_down": "it lowers 'chosen' by itself, a role that the middle of a ranking lacks",
     "discopop": "its loss is not monotone in the margin: the pairs of a ranking would pull against each other",
-    "sft": "it is the likelihood of 'chosen', a role that the middle of a ranking lacks",
+    "sft": "its weight is an option here: set sft_coef, the weight of the likelihood of the best-ranked completions",
 }
 
 
@@ -93,6 +93,10 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
         default=None,
         metadata={"help": "Weight of the mean of (r_w + r_l)^2 over strict pairs, r being implicit rewards."},
     )
+    sft_coef: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the negative log-likelihood per token of the best-ranked completions."},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -101,6 +105,7 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
             self.loss_type = [self.loss_type]
         refuse_options(self, REFUSED)
         check_number(self, "beta", "a positive number; 0 teaches nothing, less inverts the ranks", above=0)
+        check_number(self, "sft_coef", "a finite number from 0; less would unlearn the best completions")
         if self.f_divergence_type not in F_DIVERGENCES:
             raise UserError(
                 f"f_divergence_type={self.f_divergence_type!r}: expected one of {', '.join(F_DIVERGENCES)}"

@@ -26,7 +26,7 @@ from trl.trainer.utils import use_adapter
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.inference.generate import end_as_learned, evaluating
-from prefopt.losses import centering_loss, ranking_loss, rating_margins
+from prefopt.losses import best_likelihood_loss, centering_loss, ranking_loss, rating_margins
 from prefopt.losses.divergences import divergence_scores
 from prefopt.models.heads import completion_logps
 from prefopt.models.loading import check_policy
@@ -84,7 +84,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     loss on it is one of the reward model's `ranking_loss`es, `loss_type`, or a weighted sum of several. Each
     completion is forwarded once. With two completions it is TRL's DPO with the same `loss_type` (`plackett_luce` then
     is `sigmoid`) and `f_divergence_type`. `ipo` and `sigmoid_norm` divide a score by the completion's number of
-    tokens, as TRL does. Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
+    tokens, as TRL does. With `sft_coef` the likelihood of the best completions is added (`best_likelihood_loss`). Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
 
     The reference is, as in `DPOTrainer`, whose arguments this takes: `ref_model` if given; else, for a `PeftModel`, a
     frozen copy `ref` of its adapter; with `peft_config`, the model without the adapter; for a model given by path,
@@ -289,9 +289,16 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
         if self.args.center_rewards_coefficient is not None:
             centering = centering_loss(values["scores"], inputs["ranks"], reduction="none")
             losses = losses + self.args.center_rewards_coefficient * centering
+        if self.args.sft_coef:
+            losses = losses + self.args.sft_coef * self._sft_losses(values, inputs)
         if self.aux_loss_enabled:
             losses = losses + self.router_aux_loss_coef * values["aux_loss"][:, 0]
         return losses
+
+    @staticmethod
+    def _sft_losses(values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        num_tokens = inputs["completion_mask"].sum(-1)
+        return best_likelihood_loss(values["log_probs"], num_tokens, inputs["ranks"], reduction="none")
 
     def _preference_losses(self, log_ratios: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """The weighted sum `[B]` of the ranking losses on scores beta * f'(pi / pi_ref) of each completion."""
@@ -331,6 +338,9 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
             "kendall_tau": kendall_tau(rewards, ranks),
             "gradient_weight": ((pairs * gradient_weights).sum((1, 2)), pairs.sum((1, 2))),
         }
+        if self.args.sft_coef:
+            sft_losses = self._sft_losses(values, inputs)
+            ratios["sft_loss"] = (sft_losses, torch.ones_like(sft_losses))
         if self.aux_loss_enabled:
             aux_loss = values["aux_loss"][:, 0]
             ratios["aux_loss"] = (aux_loss, torch.ones_like(aux_loss))

@@ -107,6 +107,17 @@ def test_label_smoothing_is_that_of_trl(row, exact_lm, tokenizer, tmp_path):
     )
 
 
+@pytest.mark.parametrize("row", range(len(PAIRS)))
+def test_the_likelihood_of_the_best_is_trls_sft_term(row, exact_lm, tokenizer, tmp_path):
+    theirs = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}
+    assert_same(
+        *[
+            loss_and_gradients(trainer_on(exact_lm, PAIRS[row : row + 1], tokenizer, tmp_path, cls=cls, **options))
+            for cls, options in ((RankedDPOTrainer, {"sft_coef": 0.3}), (DPOTrainer, theirs))
+        ]
+    )
+
+
 # ---- equal to loops on rankings ----
 
 
@@ -221,6 +232,28 @@ def test_centering_draws_the_implicit_rewards_to_zero(causal_lm, tokenizer, tmp_
     assert losses[1] - losses[0] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_likelihood_of_the_best_equals_loops(causal_lm, tokenizer, tmp_path):
+    first_tied = {**RAGGED[0], "ranks": [1 if rank <= 2 else rank - 1 for rank in RAGGED[0]["ranks"]]}
+    rows = [first_tied, *RAGGED[1:]]
+    plain, with_sft = (trainer_on(causal_lm, rows, tokenizer, tmp_path, sft_coef=coef) for coef in (0.0, 0.3))
+    losses = [trainer.compute_loss(trainer.model, whole_batch(trainer)).item() for trainer in (plain, with_sft)]
+    per_prompt = []
+    for row in plain.train_dataset:
+        nlls = []
+        for ids, rank in zip(row["completion_ids"], row["ranks"], strict=True):
+            if rank == 1:
+                with torch.no_grad():
+                    logits = plain.model(torch.tensor([[*row["prompt_ids"], *ids]])).logits[0].log_softmax(-1)
+                start = len(row["prompt_ids"]) - 1
+                nlls.append(-sum(logits[start + i, token].item() for i, token in enumerate(ids)) / len(ids))
+        per_prompt.append(sum(nlls) / len(nlls))
+    assert losses[1] - losses[0] == pytest.approx(0.3 * sum(per_prompt) / len(rows), abs=1e-5)
+    with_sft.train_dataset = plain.train_dataset
+    assert with_sft.evaluate(plain.train_dataset)["eval_sft_loss"] == pytest.approx(
+        sum(per_prompt) / len(rows), abs=1e-5
+    )
+
+
 def test_a_margin_needs_ratings(causal_lm, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="ratings"):
         trainer_on(causal_lm, RAGGED, tokenizer, tmp_path, margin_coef=0.2)
@@ -247,6 +280,7 @@ def test_accumulated_batches_equal_one(batch_size, accumulation, causal_lm, toke
             tmp_path,
             loss_type=["sigmoid", "ipo"],
             center_rewards_coefficient=0.5,
+            sft_coef=0.2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=steps,
             optim="sgd",
@@ -329,6 +363,7 @@ def test_every_loss_of_trl_is_decided():
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"ties": "both"}, "ties"),
         ({"beta": 0.0}, "beta=0.0: expected a positive number"),
+        ({"sft_coef": -0.1}, "sft_coef=-0.1: expected a finite number"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message, tmp_path):

@@ -147,7 +147,12 @@ CASES = {
     "dpo": ("dpo", {}),
     "dpo, two losses, centered": (
         "dpo",
-        {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.01], "center_rewards_coefficient": 0.3},
+        {
+            "loss_type": ["sigmoid", "ipo"],
+            "loss_weights": [1.0, 0.01],
+            "center_rewards_coefficient": 0.3,
+            "sft_coef": 0.1,
+        },
     ),
     "dpo, Plackett-Luce": ("dpo", {"loss_type": "plackett_luce"}),
     "dpo, ties half": ("dpo", {"ties": "half", "loss_type": "hinge"}),
