@@ -47,6 +47,7 @@ from prefopt.models.loading import (
     saved_config,
     saved_pad_token,
 )
+from prefopt.models.passes import check_rows
 from prefopt.models.reward import (
     add_reward_token,
     init_score_head,
@@ -119,7 +120,8 @@ def load_reward_model(
             was trained in; whatever it is, the head is the one that was saved, bit for bit.
 
     Raises:
-        UserError: the checkpoint or adapter does not contain the head, or the adapter names no base model.
+        UserError: the checkpoint or adapter does not contain the head, the adapter names no base model, or the model reads
+            padding or ahead (`check_rows`).
     """
     check_model_files(path, with_base=False)
     path = os.fspath(path)
@@ -141,6 +143,7 @@ def load_reward_model(
         keep_4bit_gradients(model)
     else:
         model = _on_base(path, _adapter_base(path, base_model, hub_arguments, kwargs), hub_arguments)
+    check_rows(model)
     return model.eval().requires_grad_(False)
 
 

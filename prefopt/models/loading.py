@@ -27,6 +27,7 @@ from transformers.utils import (
 
 from prefopt.errors import UserError
 from prefopt.models.files import check_decoder, check_model_files
+from prefopt.models.passes import check_rows
 from prefopt.models.reward import keep_4bit_gradients
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -176,7 +177,8 @@ def load_causal_lm(
         kwargs: for `from_pretrained` of the whole model or the base: `dtype`, `quantization_config`, `device_map`, ...
 
     Raises:
-        UserError: the source is a reward model, or `merge` is asked for what is no adapter.
+        UserError: the source is a reward model, `merge` is asked for what is no adapter, or the model is frozen and reads
+            padding or ahead (`check_rows`; the trainers look at one that is to be trained).
         OSError: there is no model at the source.
     """
     source = os.fspath(source)
@@ -201,6 +203,7 @@ def load_causal_lm(
     if is_trainable:
         keep_4bit_gradients(model)
         return model
+    check_rows(model)
     return model.eval().requires_grad_(False)
 
 

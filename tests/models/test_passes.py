@@ -1,5 +1,7 @@
 """Which models read a row in a batch as alone, how long a row may be, and an LM head that an adapter trains."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,11 +20,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from prefopt import PPOPtxTrainer, RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
 from prefopt.errors import UserError
+from prefopt.inference.jsonl import write_jsonl
 from prefopt.inference.likelihood import bits_per_byte, task_accuracy
 from prefopt.models import heads
+from prefopt.models.checkpoints import save_reward_model
 from prefopt.models.heads import completion_logps, token_logps
 from prefopt.models.passes import check_rows, max_positions
 from prefopt.models.prefix.layout import Rows
+from prefopt.recipes import best_of_n, evaluate, sample
 from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from tests.conftest import tiny_config
 from tests.test_matrix import ARCHITECTURES, build, config_of, padded
@@ -62,12 +67,32 @@ REFUSED = {
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [40, 41, 42, 43, 44, 45]]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_models_that_read_padding_or_ahead_are_refused(name):
-    settings, sentence = REFUSED[name]
+def refused(name, dtype=torch.float32):
     torch.manual_seed(0)
-    with pytest.raises(UserError, match=sentence):
-        check_rows(AutoModelForCausalLM.from_config(settings))
+    model = AutoModelForCausalLM.from_config(REFUSED[name][0])
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_read_padding_or_ahead_are_refused(name, dtype):
+    with pytest.raises(UserError, match=REFUSED[name][1]):
+        check_rows(refused(name, dtype))
+
+
+def test_what_16_bit_weights_may_differ_by_is_no_more_than_rounding():
+    """Positions that count padding, and weigh so little that the states differ by a fifth."""
+    model = refused("bart", torch.bfloat16).eval()
+    decoder = model.model.decoder
+    with torch.no_grad():
+        decoder.embed_positions.weight *= 0.15
+        ids, mask = padded([list(range(5, 13)), [20, 21, 22]], "left")
+        beside, alone = decoder(ids, mask).last_hidden_state[1, 5:], decoder(ids[1:, 5:]).last_hidden_state[0]
+    assert 0.1 < (beside - alone).float().norm() / alone.float().norm() < 0.3
+    with pytest.raises(UserError, match=PADDING):
+        check_rows(model)
 
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
@@ -81,22 +106,71 @@ def test_models_that_read_rows_alone_pass_in_the_mode_they_were_in(auto):
             assert model.training
 
 
-def test_every_trainer_checks_it(tokenizer, tmp_path):
+def not_causal_reward_model():
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(REFUSED["rwkv"][0])
+    reward = AutoModelForSequenceClassification.from_config(config_of("llama", num_labels=1))
+    for layer in reward.model.layers:
+        layer.self_attn.is_causal = False
+    reward.model.config.is_causal = False
+    return reward
+
+
+def test_every_trainer_checks_it(tokenizer, tmp_path):
+    policy = refused("rwkv")
     with pytest.raises(UserError, match=PADDING):
         RankedDPOTrainer(
             policy, args=RankedDPOConfig(**settings(tmp_path)), train_dataset=_rows(), processing_class=tokenizer
         )
     with pytest.raises(UserError, match=PADDING):
         PPOPtxTrainer(policy, lambda **_: [], config(tmp_path), PROMPTS, processing_class=tokenizer)
-    reward = AutoModelForSequenceClassification.from_config(config_of("llama", num_labels=1))
-    for layer in reward.model.layers:
-        layer.self_attn.is_causal = False
-    reward.model.config.is_causal = False
+    reward = not_causal_reward_model()
     with pytest.raises(UserError, match=AHEAD):
         RankedRewardTrainer(
             reward, args=RankedRewardConfig(**settings(tmp_path)), train_dataset=_rows(), processing_class=tokenizer
+        )
+
+
+def test_every_command_that_loads_a_model_checks_it(tokenizer, causal_lm, tmp_path):
+    keys = {
+        "model_name_or_path": tmp_path / "rwkv",
+        "dataset_name": tmp_path / "prompts.jsonl",
+        "output": tmp_path / "out.jsonl",
+        "max_new_tokens": 3,
+    }
+    of_eval = {
+        "models": json.dumps({"a": str(tmp_path / "rwkv")}),
+        "baseline": "a",
+        "prompts": tmp_path / "prompts.jsonl",
+        "output_dir": tmp_path / "eval",
+        "max_new_tokens": 3,
+    }
+    refused("rwkv").save_pretrained(tmp_path / "rwkv")
+    causal_lm.save_pretrained(tmp_path / "sft")
+    reward = not_causal_reward_model()
+    save_reward_model(reward, tmp_path / "rm")
+    for name in ("rwkv", "sft", "rm"):
+        tokenizer.save_pretrained(tmp_path / name)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "the cat"}])
+
+    def run(main, keys, *first):
+        main([*first, *(str(part) for key, value in keys.items() for part in (f"--{key}", value))])
+
+    with pytest.raises(UserError, match=PADDING):
+        run(sample.main, keys)
+    with pytest.raises(UserError, match=PADDING):
+        run(evaluate.main, of_eval, "generate")
+    keys |= {"model_name_or_path": tmp_path / "sft", "reward_model_name_or_path": tmp_path / "rm"}
+    with pytest.raises(UserError, match=AHEAD):
+        run(best_of_n.main, keys)
+    # Of PPO, by path and as objects.
+    for options in ({"reward_funcs": str(tmp_path / "rm")}, {"reward_funcs": reward}):
+        with pytest.raises(UserError, match=AHEAD):
+            PPOPtxTrainer(
+                causal_lm, **options, args=config(tmp_path), train_dataset=PROMPTS, processing_class=tokenizer
+            )
+    with pytest.raises(UserError, match=AHEAD):
+        PPOPtxTrainer(
+            causal_lm, lambda **_: [], config(tmp_path), PROMPTS, processing_class=tokenizer, value_model=reward
         )
 
 

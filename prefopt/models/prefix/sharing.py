@@ -19,7 +19,6 @@ second forward.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefopt.errors import UserError
-from prefopt.models.passes import unwrapped
+from prefopt.models.passes import TIMES_NOISE, nudged, unwrapped
 from prefopt.models.prefix.attention import prefix_sharing_attention
 from prefopt.models.prefix.layout import PackedRows, Rows, pack
 
@@ -91,9 +90,8 @@ MIN_SAVED_TOKENS = 64
 
 # So many tokens of what two completions share, and of what they do not, show whether a model shares prefixes rightly.
 CHECKED_TOKENS = 32
-# Values that differ by so little are the same, whatever the model's noise. More than so many times the noise is none.
+# Values that differ by so little are the same, whatever the model's noise.
 SAME = 1e-3
-TIMES_NOISE = 4.0
 
 
 def _registered(plain: str) -> str:
@@ -283,28 +281,6 @@ class PrefixSharing:
             for x in (rows.input_ids, rows.attention_mask, rows.completion_mask)
         )
         return Rows(*self.complete(model, ids, mask), completion, rows.prompts[both])
-
-
-@contextmanager
-def nudged(model: nn.Module) -> Iterator[None]:
-    """Inside, every entry of the embeddings is one unit in the last place larger or smaller, of the least exact type that
-    the model computes in: what that changes is rounding."""
-    compute = {getattr(module, "compute_dtype", None) for module in model.modules()} - {None}
-
-    def nudge(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        device_type = output.device.type
-        dtypes = {output.dtype, *compute}
-        if torch.is_autocast_enabled(device_type):
-            dtypes.add(torch.get_autocast_dtype(device_type))
-        unit = max(torch.finfo(dtype).eps for dtype in dtypes)
-        signs = 1 - 2 * (torch.arange(output.shape[-1], device=output.device) % 2)
-        return output * (1 + unit * signs).to(output.dtype)
-
-    handle = unwrapped(model).get_input_embeddings().register_forward_hook(nudge)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _each_alone(rows: Rows) -> Iterator[Rows]:

@@ -243,9 +243,11 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
                 adapter = "reward" if number == 1 else f"reward_{number}"
                 reward_model = load_reward_role(reward_model, self.model, adapter)
                 self.reward_models[number - 1] = reward_model
-            elif not hasattr(reward_model.config, "unread_token_id"):
-                # Neither loaded nor trained by prefopt.
-                leave_pad_unread(reward_model)
+            else:
+                check_rows(reward_model)
+                if not hasattr(reward_model.config, "unread_token_id"):
+                    # Neither loaded nor trained by prefopt.
+                    leave_pad_unread(reward_model)
             check_same_tokenizer(reward_model, self.model, self._tokenizer, "reward model")
             # The value function may be a copy of it.
             keep_4bit_gradients(reward_model)
@@ -342,6 +344,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
     def _make_value_function(self, value_model: RewardModel | str | None) -> ValueFunction:
         if value_model is None:
             value_model = self._value_model_from_reward() if self.reward_models else "head"
+        elif isinstance(value_model, nn.Module):
+            check_rows(value_model)
         if value_model == "head":
             value_function = ValueFunction.on_trunk_of(self.model)
         else:
