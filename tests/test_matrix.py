@@ -93,10 +93,6 @@ NOT_SHARED = {name: f"not proved for the architecture '{name}'" for name in ("gp
 NOT_COMPARED = {"phimoe": ({"num_local_experts": 4}, "draws random numbers in training that are no dropout")}
 
 DTYPES = ["fp32", "bf16", "autocast", "4-bit"]
-# Each trainer in those where it may differ: fp32 in PPO shows the least difference of a ratio from 1, autocast what is not
-# prepared yet, 16-bit and 4-bit weights what is loaded in another type.
-OF_PPO = ["fp32", "autocast", "4-bit"]
-OF_SAVED = [("dpo", "autocast"), ("dpo", "4-bit"), ("reward", "bf16"), ("reward", "4-bit")]
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]]
 
@@ -211,6 +207,35 @@ def as_4bit(model, auto, folder):
     return model
 
 
+def in_dtype(name, auto, dtype, folder):
+    model = build(name, auto, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return as_4bit(model, auto, folder) if dtype == "4-bit" else model
+
+
+def autocast_in(dtype):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast")
+
+
+def check_equal(values, expected, exact, what, tolerance=2e-5):
+    """Within four times what the model's own rounding makes of the `exact` values, which are None in fp32 and 4 bits."""
+    noise = torch.zeros(()) if exact is None else (exact - expected).abs().max()
+    difference = (values - expected).abs().max()
+    assert difference <= tolerance + 4 * noise, (what, float(difference), float(noise))
+
+
+def check_padding(role, model, exact, rows, dtype, relative=None):
+    with autocast_in(dtype):
+        alone = torch.cat([role(model, *padded([row], "left")) for row in rows])
+        batches = {side: role(model, *padded(rows, side)) for side in ("left", "right")}
+    if dtype in ("bf16", "autocast"):
+        exact = torch.cat([role(exact, *padded([row], "left")) for row in rows])
+    else:
+        exact = None
+    tolerance = relative * max(1.0, alone.abs().max().item()) if relative else 2e-5
+    for side, values in batches.items():
+        check_equal(values, alone, exact, (role.__name__, side), tolerance)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
@@ -218,23 +243,12 @@ def test_padded_batches_equal_single_rows(name, dtype, tmp_path):
     for auto, read in ((AutoModelForCausalLM, LANGUAGE), (AutoModelForSequenceClassification, SCALAR)):
         if auto is AutoModelForSequenceClassification and name in NO_REWARD_MODEL:
             continue
-        exact = build(name, auto)
-        model = build(name, auto, torch.bfloat16 if dtype == "bf16" else torch.float32)
-        if dtype == "4-bit":
-            model = as_4bit(model, auto, tmp_path)
+        model, exact = in_dtype(name, auto, dtype, tmp_path), build(name, auto)
         if auto is AutoModelForCausalLM:
             add_fused_lm_head(model)
             add_fused_lm_head(exact)
         for role in read:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
-                alone = torch.cat([role(model, *padded([row], "left")) for row in ROWS])
-                batches = {side: role(model, *padded(ROWS, side)) for side in ("left", "right")}
-            noise = torch.zeros(())
-            if dtype in ("bf16", "autocast"):
-                noise = (torch.cat([role(exact, *padded([row], "left")) for row in ROWS]) - alone).abs().max()
-            for side, values in batches.items():
-                difference = (values - alone).abs().max()
-                assert difference <= 2e-5 + 4 * noise, (role.__name__, side, float(difference), float(noise))
+            check_padding(role, model, exact, ROWS, dtype)
 
 
 # ---- the trainers --------------------------------------------------------------------------------------------------
@@ -249,7 +263,7 @@ def prepared(name, auto, dtype, folder):
     return model, {"peft_config": LoraConfig(r=2, target_modules="all-linear")}, {"bf16": True}
 
 
-@pytest.mark.parametrize("dtype", OF_PPO)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_ppo_starts_from_ratio_1_and_kl_0_and_stays_there_at_learning_rate_0(
     name, dtype, tokenizer, tmp_path, monkeypatch
@@ -284,7 +298,8 @@ def test_ppo_starts_from_ratio_1_and_kl_0_and_stays_there_at_learning_rate_0(
     assert min(logs_of(trainer, "grad_norm/value")) > 0
 
 
-@pytest.mark.parametrize(("kind", "dtype"), OF_SAVED)
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_saved_model_scores_as_the_trained_one(name, dtype, kind, tokenizer, tmp_path):
     if kind == "reward" and name in NO_REWARD_MODEL:
@@ -326,24 +341,30 @@ def test_a_saved_model_scores_as_the_trained_one(name, dtype, kind, tokenizer, t
 
 
 # ---- shared prefixes -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_shared_prefixes_equal_rows_or_are_refused(name):
+def test_shared_prefixes_equal_rows_or_are_refused(name, dtype, tmp_path):
     ids, mask = padded([[*ROWS[2], *rest] for rest in ([60, 61, 62], [60, 70], [80, 81, 82, 83])], "right")
     prompts = torch.zeros(3, dtype=torch.long)
-    policy = build(name, AutoModelForCausalLM)
     if name in NOT_SHARED:
-        assert NOT_SHARED[name] in prefix_sharing.why_not(policy)
+        assert NOT_SHARED[name] in prefix_sharing.why_not(in_dtype(name, AutoModelForCausalLM, dtype, tmp_path))
         return
-    reward = build(name, AutoModelForSequenceClassification)
     completion = mask.bool() & (torch.arange(ids.shape[1]) >= len(ROWS[2]))
-    values = []
-    for packed in (None, pack(ids, mask, prompts)):
-        for model in (policy, reward):
+
+    def logps(model, packed):
+        return completion_logps(model, Rows(ids, mask, completion, prompts, packed))["log_probs"]
+
+    def scores(model, packed):
+        return sequence_scores(model, ids, mask, packed)
+
+    for auto, read in ((AutoModelForCausalLM, logps), (AutoModelForSequenceClassification, scores)):
+        model = in_dtype(name, auto, dtype, tmp_path)
+        exact = read(build(name, auto), None) if dtype in ("bf16", "autocast") else None
+        with autocast_in(dtype):
+            rows = read(model, None)
             prefix_sharing.enable(model)
-        logps = completion_logps(policy, Rows(ids, mask, completion, prompts, packed))["log_probs"]
-        values.append(torch.cat([logps, sequence_scores(reward, ids, mask, packed)]))
-    torch.testing.assert_close(*values, rtol=0, atol=2e-5)
+            check_equal(read(model, pack(ids, mask, prompts)), rows, exact, read.__name__)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
