@@ -42,7 +42,7 @@ from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
 from prefopt.models.heads import has_adapter
 from prefopt.models.loading import check_policy
-from prefopt.models.passes import check_rows, max_positions, stop_randomness, unwrapped
+from prefopt.models.passes import check_rows, loaded_from, max_positions, stop_randomness, unwrapped
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
@@ -385,7 +385,15 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             kept = merged(self.model)
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
         with plain_generation(self.model), kept:
-            generated = super()._generate(prompts_as_read(self.processing_class, prompts))
+            try:
+                generated = super()._generate(prompts_as_read(self.processing_class, prompts))
+            except RuntimeError as error:
+                if "probability tensor contains" not in str(error):
+                    raise
+                place = (
+                    f"step {self.state.global_step + 1}: the policy's logits are not finite{loaded_from(self.model)}"
+                )
+                raise UserError(f"{place}: its weights are broken (NaN), or temperature is too small") from error
         # TRL leaves the model in training mode after continuous batching.
         self.model.train(was_training)
         if len(generated[1]) != len(prompts):

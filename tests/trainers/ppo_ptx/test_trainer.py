@@ -696,6 +696,15 @@ def test_a_reward_function_that_gives_no_score_per_completion_is_named(make, ret
         make(rewards=[length_reward, gold], max_steps=1).train()
 
 
+def test_a_policy_whose_logits_are_no_numbers_is_named_with_its_folder(make, causal_lm):
+    policy = copy.deepcopy(causal_lm)
+    policy.config._name_or_path = "my/policy"
+    with torch.no_grad():
+        policy.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"step 1: the policy's logits are not finite \(my/policy\)"):
+        make(policy, rewards=length_reward).train()
+
+
 @pytest.mark.parametrize("kind", [iter, torch.tensor, np.array, tuple])
 def test_rewards_may_come_as_any_sequence(make, kind):
     def gold(completions, **columns):
