@@ -71,7 +71,7 @@ class SFTStepConfig(SFTConfig):
 
 
 class SFTStepTrainer(CompleteCheckpointsMixin, PublishingMixin, SFTTrainer):
-    """Supervised fine-tuning: the likelihood of the text to be learned is maximized.
+    """Supervised fine-tuning: the likelihood of demonstrations, given what they answer, is maximized.
 
     TRL's SFTTrainer with checkpoints that survive a kill, and prefopt's model cards.
     """

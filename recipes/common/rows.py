@@ -159,15 +159,20 @@ def load_evaluation(data: DataArguments, wants_eval: bool, **how: Any) -> Datase
         if data.eval_dataset_name:
             raise UserError("eval_dataset_name is given but eval_strategy is 'no': set it to 'epoch' or 'steps'")
         return None
-    how["split"] = data.dataset_test_split
+    # All rows of what has no splits.
+    how["split"] = evaluation_split(data) or "train"
     if data.eval_dataset_name:
-        # The default: of a file, which has no split `test`, it means all rows.
-        if how["split"] == "test" and not (Path(data.eval_dataset_name) / "dataset_dict.json").is_file():
-            how["split"] = "train" if Path(data.eval_dataset_name).exists() else "test"
         return load_rows(data.eval_dataset_name, key="eval_dataset_name", **how)
     if Path(data.dataset_name).is_file():
         raise UserError("eval_strategy is on: set eval_dataset_name (a file has no test split)")
     return load_rows(data.dataset_name, config=data.dataset_config, key="dataset_name", **how)
+
+
+def evaluation_split(data: DataArguments) -> str | None:
+    """The split that evaluation rows are of; None, by default, of an `eval_dataset_name` that has no splits."""
+    place = Path(data.eval_dataset_name) if data.eval_dataset_name else None
+    has_none = place is not None and place.exists() and not (place / "dataset_dict.json").is_file()
+    return None if has_none and data.dataset_test_split == "test" else data.dataset_test_split
 
 
 def load_comparisons(

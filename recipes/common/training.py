@@ -20,7 +20,7 @@ from prefopt.recipes.common.lock import LOCK, lock
 from prefopt.recipes.common.models import check_model, load_tokenizer, model_init_kwargs, peft_config, quantization_for
 from prefopt.recipes.common.preflight import check_length, is_finished
 from prefopt.recipes.common.progress import show_progress
-from prefopt.recipes.common.rows import require_chat_template
+from prefopt.recipes.common.rows import evaluation_split, require_chat_template
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrainingStep:
         if isinstance(model, str):
             self.args.model_init_kwargs = {**self.init_kwargs, **(self.args.model_init_kwargs or {})}
         try:
-            return kind(
+            trainer = kind(
                 model=model,
                 args=self.args,
                 processing_class=tokenizer,
@@ -78,6 +78,8 @@ class TrainingStep:
         except UserError as error:
             # A trainer does not know where its rows come from.
             raise UserError(re.sub("^train: ", f"{self.data.dataset_name}: ", str(error))) from error
+        trainer.started_from = self.model_args.model_name_or_path
+        return trainer
 
 
 def begin(
@@ -128,8 +130,12 @@ def train_and_save(trainer: Trainer, data: DataArguments, then: Callable[[], obj
     may cost the trained model. Nor does a Hub that does not take it; the error then says how to push again.
     """
     args = trainer.args
-    trainer.eval_dataset_name = data.eval_dataset_name
-    others = {"pretraining text": "pretrain_dataset_name", "rated outputs": "rated_dataset_name"}
+    trainer.eval_dataset_name, trainer.eval_split = data.eval_dataset_name, evaluation_split(data)
+    others = {
+        "pretraining text": "pretrain_dataset_name",
+        "rated outputs": "rated_dataset_name",
+        "demonstrations that score 0 on average": "center_on",
+    }
     trainer.other_datasets = {what: name for what, key in others.items() if (name := getattr(data, key, None))}
     show_progress(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

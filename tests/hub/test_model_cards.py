@@ -52,18 +52,20 @@ def facts_table(text):
 
 
 def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
+    trained.eval_split = "validation"
     trained.create_model_card(dataset_name="me/rankings")
     card = ModelCard.load(tmp_path / "rm" / README)
     table = facts_table(card.text)
+    assert "started from" not in table
     assert table["prompts"] == "5"  # of the six one ties altogether and is dropped
     assert table["completions per prompt (K)"] == "3: 4 prompts, 4: 1 prompts"
-    assert table["strict pairs"] == str(4 * 3 + 5)
+    assert table["comparisons (pairs of unequal rank)"] == str(4 * 3 + 5)
     assert table["optimizer steps"] == "2"
     assert table["learning_rate"] == "0.05"
     assert table["seed"] == "3"
     assert table["ties"] == "drop"
     assert table["base in training"] == "4-bit nf4"
-    assert table["adapter"] == "LoRA adapter, rank 4, alpha 8, on q_proj v_proj"
+    assert table["adapter"] == "LoRA on q_proj v_proj, rank 4, alpha 8"
     for bookkeeping in ("output_dir", "report_to", "use_cpu", "logging_steps", "eval_strategy"):
         assert bookkeeping not in table
     assert "https://huggingface.co/papers/2203.02155" in card.text
@@ -86,17 +88,18 @@ def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
     assert accuracy.metric_value == logged["eval_accuracy"]
     low, high = logged["eval_accuracy_ci_low"], logged["eval_accuracy_ci_high"]
     assert accuracy.metric_name == f"pairwise accuracy (n = 2, 95 % interval {low:.4g} to {high:.4g})"
-    assert (accuracy.dataset_type, accuracy.dataset_split) == ("me/rankings", "test")
+    assert (accuracy.dataset_type, accuracy.dataset_split) == ("me/rankings", "validation")
 
 
 def test_a_card_names_the_rows_that_were_measured_and_no_hidden_token(trained, tmp_path):
     trained.eval_dataset_name = str(tmp_path / "heldout.jsonl")
     trained.create_model_card(dataset_name="me/rankings")
     card = ModelCard.load(tmp_path / "rm" / README)
-    assert {(found.dataset_type, found.dataset_name) for found in card.data.eval_results} == {
-        ("local", "heldout.jsonl")
+    # A file has no split.
+    assert {(found.dataset_type, found.dataset_name, found.dataset_split) for found in card.data.eval_results} == {
+        ("local", "heldout.jsonl", None)
     }
-    assert "| heldout.jsonl, test, step 2 |" in card.text
+    assert "| heldout.jsonl, step 2 |" in card.text
     assert card.data.datasets == ["me/rankings"]
     assert str(tmp_path) not in card.text.replace(json.dumps(str(tmp_path / "rm")), "")
     assert not {name for name in facts_table(card.text) if name.endswith("_token")}
@@ -157,6 +160,17 @@ def test_a_chain_of_steps_names_the_model_it_began_with(base, causal_lm, tokeniz
     assert ModelCard.load(tmp_path / "dpo" / README).data.base_model is None
 
 
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [("me/base", None), ("me/sft", "me/sft"), ("old/runs/sft", "sft"), (None, None)],
+)
+def test_a_card_names_the_step_before_where_that_is_not_the_base(start, said, saved, tmp_path):
+    saved.started_from = start
+    saved.create_model_card()
+    table = facts_table((tmp_path / "rm" / README).read_text())
+    assert table.get("started from") == said
+
+
 def test_without_pretraining_text_it_is_ppo(base, tokenizer, tmp_path):
     def length(completion_ids, **kwargs):
         return [float(len(ids)) for ids in completion_ids]
@@ -200,6 +214,7 @@ def test_each_of_several_evaluation_sets_is_named_with_its_rows(saved, tmp_path)
         {"step": 2, "eval_ann_accuracy": 0.6, "eval_ann_accuracy_ci_low": 0.5, "eval_ann_accuracy_ci_high": 0.7},
         {"step": 2, "eval_bob_accuracy": 0.8},
     ]
+    saved.eval_split = "test"
     saved.create_model_card(dataset_name="me/rankings")
     text = (tmp_path / "rm" / README).read_text()
     assert "| pairwise accuracy | 0.6 | 0.5 to 0.7 | 4 | rankings ann, test, step 2 |" in text

@@ -65,7 +65,10 @@ def test_every_step_starts_from_the_adapter_that_the_step_before_has_published(h
     for name, before in (("sft", "base"), ("dpo", "sft"), ("ppo", "sft")):
         assert not torch.allclose(logits[name], logits[before], atol=1e-6)
     for name in ("sft", "rm", "dpo", "ppo"):
-        assert b"base_model: me/base" in hub.files(f"me/{name}")["README.md"]
+        card = hub.files(f"me/{name}")["README.md"]
+        assert b"base_model: me/base" in card
+        assert (b"| started from | me/sft |" in card) == (name != "sft")
+        assert (b"| demonstrations that score 0 on average | demonstrations.jsonl |" in card) == (name == "rm")
         assert not {"training_args.bin", "optimizer.pt", "value_function.safetensors"} & set(hub.files(f"me/{name}"))
     # Published once, and centered: not what had been saved before centering.
     assert hub.repositories["me/rm"].messages == ["End of training"]

@@ -59,7 +59,7 @@ logger = get_logger(__name__)
 
 
 class RankedRewardTrainer(RankedTrainer, RewardTrainer):
-    """Train a reward model on ranked comparisons (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 1).
+    """A reward model is trained on ranked comparisons (InstructGPT, arXiv:2203.02155, section 3.5 and Eq. 1).
 
     Each completion is forwarded once and the C(K, 2) comparisons of a prompt are one batch element. Rows are
     `{"prompt", "completions", "ranks"}` or TRL preference rows; see `prefopt.rankings.dataset`.

@@ -80,9 +80,12 @@ class PublishingMixin:
     """
 
     _builds_on: tuple[str, str] | None = None  # a method beside that of `_paper`, and its number on arXiv
-    # For the card. None: a split of the dataset trained on; as the prompts of `train_dataset` are.
+    # For the card. None: rows of the dataset trained on; of no split that has a name; as the prompts of `train_dataset` are.
     eval_dataset_name: str | None = None
+    eval_split: str | None = None
     rows_are_chat: bool | None = None
+    # A path or Hub id: the model, or the adapter, of the step before.
+    started_from: str | None = None
     # What was learned from besides the rows, "pretraining text": its file or Hub id.
     other_datasets: Mapping[str, str] = MappingProxyType({})
     _card_dataset: str | None = None
@@ -205,6 +208,11 @@ class PublishingMixin:
         dataset = self.train_dataset
         columns = getattr(dataset, "column_names", None) or ()
         data: dict[str, Any] = {}
+        adapters = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        # The card names the base anyway.
+        named = {_origin(self.model), *(adapter.base_model_name_or_path for adapter in adapters.values())}
+        if self.started_from and self.started_from not in named:
+            data["started from"] = _public_name(self.started_from)
         if "ranks" in columns and isinstance(dataset, Dataset):
             ranks = dataset.with_format(None)["ranks"][:]
             sizes = Counter(map(len, ranks))
@@ -212,7 +220,7 @@ class PublishingMixin:
             pairs = sum(k * (k - 1) // 2 * n for k, n in sizes.items()) - ties
             data["prompts"] = len(ranks)
             data["completions per prompt (K)"] = ", ".join(f"{k}: {n} prompts" for k, n in sorted(sizes.items()))
-            data["strict pairs"] = pairs
+            data["comparisons (pairs of unequal rank)"] = pairs
         elif hasattr(dataset, "__len__"):
             data["prompts" if "prompt" in columns else "training rows"] = len(dataset)
         data["optimizer steps"] = self.state.global_step
@@ -260,7 +268,7 @@ class PublishingMixin:
                         "high": entry.get(f"{prefix}{key}_ci_high"),
                         "n": len(rows) if isinstance(rows, Dataset) else None,
                         "dataset": dataset,
-                        "split": "test",
+                        "split": self.eval_split,
                         "step": entry.get("step"),
                     }
                     for key, (title, metric) in METRICS.items()
@@ -334,11 +342,10 @@ def _adapter(model: PreTrainedModel | PeftModel, quantization: Mapping[str, Any]
         rows["adapter"] = ", ".join(
             f"{name} {value}"
             for name, value in (
-                (config.peft_type.value.replace("LORA", "LoRA"), "adapter"),
+                (config.peft_type.value.replace("LORA", "LoRA"), f"on {_names(config.target_modules)}"),
                 ("rank", getattr(config, "r", None)),
                 ("alpha", getattr(config, "lora_alpha", None)),
                 ("dropout", getattr(config, "lora_dropout", None)),
-                ("on", _names(config.target_modules)),
             )
             if value
         )

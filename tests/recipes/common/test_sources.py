@@ -4,16 +4,18 @@ import gzip
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.recipes import data
-from prefopt.recipes.common.rows import check_comparisons, check_fields, load_rows, stream_rows
+from prefopt.recipes.common.arguments import DataArguments
+from prefopt.recipes.common.rows import check_comparisons, check_fields, evaluation_split, load_rows, stream_rows
 from prefopt.recipes.common.sources import load_source
 
 ROWS = [{"prompt": f"question {i}", "chosen": " yes", "rejected": " no"} for i in range(8)]
@@ -84,6 +86,27 @@ def test_prompts_too(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_rows(str(tmp_path / "prompts.jsonl"), key="dataset_name", check=check_fields("prompt"))
     assert "'system' of 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "split"),
+    [
+        ({"eval_dataset_name": "rows.jsonl"}, None),
+        ({"eval_dataset_name": "single"}, None),
+        ({"eval_dataset_name": "rows.jsonl", "dataset_test_split": "train[75%:]"}, "train[75%:]"),
+        ({"eval_dataset_name": "splits"}, "test"),
+        ({"eval_dataset_name": "splits", "dataset_test_split": "validation"}, "validation"),
+        ({"eval_dataset_name": "me/rankings"}, "test"),
+        # Of the rows trained on there is no other split: they are not evaluation rows by default.
+        ({"dataset_name": "single"}, "test"),
+    ],
+)
+def test_the_split_that_evaluation_rows_are_of(options, split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("rows.jsonl"), ROWS)
+    Dataset.from_list(ROWS).save_to_disk("single")
+    DatasetDict({name: Dataset.from_list(ROWS) for name in ("validation", "test")}).save_to_disk("splits")
+    assert evaluation_split(DataArguments(**options)) == split
 
 
 def test_the_fields_of_demonstrations_that_are_not_read_are_counted(tmp_path, capsys):
