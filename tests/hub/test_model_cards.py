@@ -129,7 +129,9 @@ def test_ppo_ptx_reports_its_kl_and_score(base, tokenizer, tmp_path):
         assert table[title] == said
     assert table["pretraining text"] == "text.jsonl, sequences of 8 tokens"
     assert table["episodes per optimizer step"] == "4"
-    assert not {"beta", "loss_type", "scale_rewards", "top_p"} & set(table)  # TRL's, which PPO has no use for
+    # TRL's, which PPO has no use for, and the weight of the only reward.
+    assert not {"beta", "loss_type", "scale_rewards", "top_p", "reward_weights"} & set(table)
+    assert table["value_learning_rate"] == "9e-06"
     assert (table["kl_coef"], table["ptx_coef"], table["reward"]) == ("0.07", "27.8", "length")
     assert card.data.pipeline_tag == "text-generation"
     assert "ppo-ptx" in card.data.tags

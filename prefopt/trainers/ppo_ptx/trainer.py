@@ -620,11 +620,11 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             facts["method"] = "PPO"
             facts["summary"] = "PPO with a value function and the KL penalty in the reward."
             facts["tags"] = ["ppo" if tag == "ppo-ptx" else tag for tag in facts["tags"]]
-        kept = facts["hyperparameters"].items()
+        left_out = {"reward_weights"} if len(self.reward_funcs) == 1 else set()
+        if self.args.ptx_coef == 0:
+            left_out |= {name for name in facts["hyperparameters"] if name.startswith("ptx_") and name != "ptx_coef"}
         facts["hyperparameters"] = {
-            name: value
-            for name, value in kept
-            if name == "ptx_coef" or self.args.ptx_coef > 0 or not name.startswith("ptx_")
+            name: value for name, value in facts["hyperparameters"].items() if name not in left_out
         }
         return facts
 

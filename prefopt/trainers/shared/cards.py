@@ -44,6 +44,7 @@ IN_TRAINING = {
 # Settings that a reader looks for even where they are the default.
 ALWAYS = {
     "learning_rate",
+    "value_learning_rate",
     "lr_scheduler_type",
     "seed",
     "beta",
