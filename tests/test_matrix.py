@@ -91,6 +91,21 @@ ARCHITECTURES = {
 NO_REWARD_MODEL = {"lfm2": "Unrecognized configuration class"}
 NOT_SHARED = {name: f"not proved for the architecture '{name}'" for name in ("gpt_neo", "bloom", "qwen3_next", "lfm2")}
 NOT_COMPARED = {"phimoe": ({"num_local_experts": 4}, "draws random numbers in training that are no dropout")}
+# Where nothing is trained, sampled or scored.
+PADDING, AHEAD = "reads the padding of a row", "reads ahead"
+REFUSED = {
+    "rwkv": ({"attention_hidden_size": 64}, PADDING),
+    "recurrent_gemma": (
+        {"lru_width": 64, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+        PADDING,
+    ),
+    "bart": (
+        {"decoder_layers": 2, "decoder_ffn_dim": 64, "decoder_attention_heads": 4, "init_std": 0.2},
+        PADDING,
+    ),
+    "bert": ({"initializer_range": 0.2}, AHEAD),
+}
+BALANCED = ["gpt_oss", "qwen3_next", "qwen3_moe", "mixtral"]
 
 DTYPES = ["fp32", "bf16", "autocast", "4-bit"]
 
@@ -385,7 +400,7 @@ def test_models_that_are_random_in_training_are_refused(name, tokenizer, tmp_pat
         PPOPtxTrainer(policy, lambda **_: [], args, PROMPTS, processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_next", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", BALANCED)
 def test_ppo_refuses_to_balance_experts(name, tokenizer, tmp_path):
     policy, args = build(name, AutoModelForCausalLM), config(tmp_path)
     with pytest.raises(ValueError, match="load balancing is not supported: set router_aux_loss_coef=0"):
@@ -440,8 +455,8 @@ def layers_of(config):
 
 def table():
     lines = [
-        "| architecture | layers | positions | prefixes of a prompt's completions | reward and value model |",
-        "|---|---|---|---|---|",
+        "| architecture | layers | positions | prefixes of a prompt's completions | reward and value model | PPO-ptx |",
+        "|---|---|---|---|---|---|",
     ]
     for name in ARCHITECTURES:
         model = build(name, AutoModelForCausalLM)
@@ -449,8 +464,10 @@ def table():
         positions = "given" if "position_ids" in padded_inputs(model, ids, ids) else "from the mask"
         shared = "a row each" if prefix_sharing.why_not(model) else "shared"
         reward = "none in transformers" if name in NO_REWARD_MODEL else "yes"
-        lines.append(f"| `{name}` | {layers_of(model.config)} | {positions} | {shared} | {reward} |")
-    lines += [f"| `{name}` | | | | refused: {sentence} |" for name, (_, sentence) in NOT_COMPARED.items()]
+        ppo = "with `router_aux_loss_coef: 0`" if name in BALANCED else "yes"
+        lines.append(f"| `{name}` | {layers_of(model.config)} | {positions} | {shared} | {reward} | {ppo} |")
+    for name, (_, sentence) in {**NOT_COMPARED, **REFUSED}.items():
+        lines.append(f"| `{name}` | | | | refused: {sentence} | refused |")
     others = ", ".join(f"`{name}`" for name in sorted(prefix_sharing.MODEL_TYPES - {*ARCHITECTURES}))
     text = f"Prefix sharing is also proved, by `tests/models/test_prefix_sharing.py`, for {others}."
     return "\n".join([*lines, "", *textwrap.wrap(text, 120, break_on_hyphens=False)]) + "\n"

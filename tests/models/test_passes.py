@@ -5,17 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BartConfig,
-    BertConfig,
-    MptConfig,
-    Phi3Config,
-    RecurrentGemmaConfig,
-    RwkvConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, MptConfig, Phi3Config
 from trl.trainer.utils import add_fused_lm_head
 
 from prefopt import PPOPtxTrainer, RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
@@ -30,46 +20,18 @@ from prefopt.models.prefix.layout import Rows
 from prefopt.recipes import best_of_n, evaluate, sample
 from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from tests.conftest import tiny_config
-from tests.test_matrix import ARCHITECTURES, build, config_of, padded
+from tests.test_matrix import AHEAD, ARCHITECTURES, PADDING, REFUSED, build, config_of, padded
 from tests.trainers.conftest import RAGGED, settings
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config
 
 TOKENS = {"vocab_size": 320, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-PADDING, AHEAD = "reads the padding of a row", "reads ahead"
-REFUSED = {
-    "rwkv": (RwkvConfig(**TOKENS, **SIZES, attention_hidden_size=32), PADDING),
-    "recurrent_gemma": (
-        RecurrentGemmaConfig(
-            **TOKENS,
-            **SIZES,
-            lru_width=32,
-            attention_window_size=8,
-            block_types=["recurrent", "attention"],
-            head_dim=8,
-        ),
-        PADDING,
-    ),
-    "bart": (
-        BartConfig(
-            **TOKENS,
-            d_model=32,
-            decoder_layers=2,
-            decoder_ffn_dim=32,
-            decoder_attention_heads=4,
-            max_position_embeddings=64,
-            init_std=0.2,
-        ),
-        PADDING,
-    ),
-    "bert": (BertConfig(**TOKENS, **SIZES, initializer_range=0.2), AHEAD),
-}
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [40, 41, 42, 43, 44, 45]]
 
 
 def refused(name, dtype=torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(REFUSED[name][0])
+    model = AutoModelForCausalLM.from_config(config_of(name, **REFUSED[name][0]))
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
