@@ -9,6 +9,7 @@ Needs a token that may write: `hf auth login`, or HF_TOKEN. A LoRA adapter is pu
 as a whole model; of a PPO-ptx or DPO run the policy alone, unless `roles` is set.
 """
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,11 @@ def results_of(results: str, name: str) -> list[dict[str, Any]]:
         if title is None or m["status"] != "ok" or (m["against"] and not m["name"].startswith("winrate")):
             # Of other measures than win rates, `against` marks a difference.
             continue
+        numbers = [m["value"], *(end for end in (m["ci_low"], m["ci_high"]) if end is not None)]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise UserError(
+                f"--results {results}: {m['name']} of {m['model']} has no finite value; run `prefopt eval` again"
+            )
         title += f" against {m['against']}" if m["against"] else ""
         if judge and title.startswith("win rate") and not m["name"].startswith("winrate_judge"):
             title += f", judged by {judge}"

@@ -140,6 +140,11 @@ def parse(
 
             with collecting(mistakes):
                 check_reporting(arguments.report_to)
+        if hasattr(arguments, "lora_r"):
+            from prefopt.trainers.shared.ranges import LORA, check_ranges
+
+            with collecting(mistakes):
+                check_ranges(arguments, LORA)
     raise_all(mistakes)
     return parsed
 

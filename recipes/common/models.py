@@ -148,8 +148,6 @@ def _refuse_second_adapter(model_args: ModelConfig) -> None:
 
 def peft_config(model_args: ModelConfig, task_type: str, modules_to_save: Sequence[str] = ()) -> PeftConfig | None:
     """TRL's LoRA configuration for this task, or None without `use_peft`."""
-    if model_args.use_peft and model_args.lora_r < 1:
-        raise UserError(f"lora_r is {model_args.lora_r}; expected at least 1")
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     if quantized and not model_args.use_peft and not is_adapter(model_args.model_name_or_path):
         raise UserError(

@@ -1,6 +1,7 @@
 """`prefopt push` and what it says when the Hub does not take a model; the local Hub breaks as it is told to."""
 
 import json
+import math
 import os
 import shlex
 
@@ -228,6 +229,16 @@ def measure(name, model, value, against=None, status="ok"):
         "name": name, "model": model, "against": against, "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1,
         "n": 50, "status": status,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", [{"value": math.nan}, {"value": "0.7"}, {"value": None}, {"ci_high": math.inf}])
+def test_numbers_that_are_none_do_not_go_into_the_card(hub, folder, tmp_path, broken):
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"measures": [{**measure("winrate", "ppo", 0.7, "sft"), **broken}]}))
+    before = sorted((path, path.stat().st_mtime_ns) for path in folder.iterdir())
+    with pytest.raises(SystemExit, match=r"results\.json: winrate of ppo has no finite value"):
+        push(folder, "--results", str(results), "--results_name", "ppo")
+    assert sorted((path, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
 
 
 def test_win_rates_go_into_the_card_and_stay(hub, folder, tmp_path):

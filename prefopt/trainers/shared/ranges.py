@@ -64,6 +64,9 @@ TRAINING: dict[str, Range] = {
     "save_total_limit": Range(1, is_whole=True, also=(None,)),
     "seed": Range(is_whole=True),
 }
+# Of TRL's ModelConfig.
+LORA: dict[str, Range] = {"lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
+
 # A text names the file in which the mapping is.
 FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 

@@ -7,7 +7,7 @@ from trl import ModelConfig
 
 from prefopt import cli
 from prefopt.errors import UserError
-from prefopt.recipes import dpo, evaluate, label, ppo_ptx, reward, sample, sft
+from prefopt.recipes import dpo, evaluate, label, plan, ppo_ptx, reward, sample, sft
 from prefopt.recipes.common.arguments import parse, read_config
 from prefopt.recipes.common.rows import check_fields, load_rows
 
@@ -230,6 +230,15 @@ def test_a_value_of_another_type_is_named_in_its_file(tmp_path, line, told):
     (tmp_path / "step.yaml").write_text(line + "\n")
     with pytest.raises(UserError, match=rf"step\.yaml: {told}"):
         sft.main(["--config", str(tmp_path / "step.yaml")])
+
+
+def test_the_numbers_of_an_adapter_have_ranges(tmp_path):
+    lora = ["--lora_r", "0", "--lora_alpha", "0", "--lora_dropout", "2"]
+    told = r"lora_r=0: expected a whole number from 1; lora_alpha=0: expected .* above 0; lora_dropout=2\.0: expected"
+    with pytest.raises(UserError, match=told):
+        sft.main(["--output_dir", str(tmp_path), *lora])
+    with pytest.raises(UserError, match=told):
+        plan.main(["sft", "--model", "base", "--gpu", "24GB", *lora])
 
 
 def test_values_that_are_one_of_few_are_checked_in_every_command(tmp_path):
