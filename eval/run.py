@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Measures, jsonable
-from prefopt.inference.jsonl import read_json, read_jsonl, write_whole
+from prefopt.inference.jsonl import read_json, read_jsonl, unique_keys, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def parsed_mapping(key: str, value: dict[str, Any] | str | None) -> dict[str, An
     """A mapping from YAML as it is, one from the command line from its JSON."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value, object_pairs_hook=unique_keys)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deeply")
             raise UserError(f'{key}: expected JSON like {{"name": ...}}, got {value!r:.80} ({reason})') from error

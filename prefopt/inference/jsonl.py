@@ -17,6 +17,21 @@ from typing import Any, TextIO
 from prefopt.errors import UserError, UserTypeError
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for `json.loads`: a key that stands twice is an error, the first would be forgotten.
+
+    >>> json.loads('{"a": 1, "a": 2}', object_pairs_hook=unique_keys)
+    Traceback (most recent call last):
+    json.decoder.JSONDecodeError: the key 'a' stands twice: line 1 column 1 (char 0)
+    """
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise json.JSONDecodeError(f"the key {twice!r} stands twice", "", 0)
+    return result
+
+
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Read one JSON object per line; a line that is none is an error that names it."""
     return list(iter_jsonl(path))
@@ -31,7 +46,7 @@ def iter_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=unique_keys)
             except (json.JSONDecodeError, RecursionError) as error:
                 what = f"not valid JSON ({getattr(error, 'msg', 'nested too deeply')})"
                 remedy = "the file was cut off or edited: mend or remove that line"
@@ -64,7 +79,8 @@ def read_json(path: str | os.PathLike, *keys: str) -> dict[str, Any]:
     prefopt.errors.UserError: .../results.json: 'settings' is missing
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=unique_keys)
     except OSError as error:
         raise UserError(f"{path}: {os.strerror(error.errno or 0)}") from error
     except (ValueError, RecursionError) as error:

@@ -52,6 +52,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ("[]", "expected a JSON object, got list"),
         ('{"a": 1}', "'b' is missing"),
         ("\ud800", "not valid JSON"),
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' stands twice"),
     ],
 )
 def test_a_json_file_that_is_not_what_it_should_be_is_named(tmp_path, content, said):
@@ -62,9 +63,16 @@ def test_a_json_file_that_is_not_what_it_should_be_is_named(tmp_path, content, s
         read_json(path, "a", "b")
 
 
-def test_a_row_nested_too_deeply_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + "[" * 100000 + "\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl line 2: .*nested too deeply"):
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[" * 100000, "nested too deeply"),
+        ('{"a": [{"b": 1, "b": 1}]}', r"the key 'b' stands twice\); .*mend or remove"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_named(tmp_path, line, told):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl line 2: .*{told}"):
         read_jsonl(tmp_path / "rows.jsonl")
 
 

@@ -206,6 +206,7 @@ def test_the_time_of_an_evaluation_that_goes_on_is_the_whole(folder):
         (["all", "--promts", "x"], "did you mean 'prompts'"),
         (["all", "--output_dir", "x"], "models is required"),
         (["report", "--output_dir", "x", "--models", "{sft"], "models: expected JSON"),
+        (["report", "--output_dir", "x", "--models", '{"a": "b", "a": "c"}'], r"models: .*the key 'a' stands twice"),
     ],
 )
 def test_mistakes_are_told_in_one_line(argv, told):
