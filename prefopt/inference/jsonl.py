@@ -2,10 +2,12 @@
 
 import base64
 import filecmp
+import glob
 import gzip
 import json
 import math
 import os
+import platform
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prefopt.errors import UserError, UserTypeError
+
+# A process is known by its number on its own machine alone.
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,6 +172,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True
+
+
 @contextmanager
 def _whole(path: str | os.PathLike, replace: bool) -> Iterator[TextIO]:
     path = Path(path)
@@ -175,7 +190,12 @@ def _whole(path: str | os.PathLike, replace: bool) -> Iterator[TextIO]:
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path} is a link that leads nowhere; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    ours = f".{path.name}.{HOST}-"
+    temporary = path.with_name(f"{ours}{os.getpid()}.tmp")
+    # What kills have left of earlier tries.
+    for left in path.parent.glob(f"{glob.escape(ours)}*.tmp"):
+        if not _is_alive(left.name.removeprefix(ours).removesuffix(".tmp")):
+            left.unlink(missing_ok=True)
     try:
         # A lone surrogate has no UTF-8 form: written as \udXXX, which JSON reads back as the same character.
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ from decimal import Decimal
 import pytest
 
 from prefopt.errors import UserError
-from prefopt.inference.jsonl import read_json, read_jsonl, write_jsonl
+from prefopt.inference.jsonl import HOST, read_json, read_jsonl, write_jsonl
 
 
 @pytest.mark.parametrize("module", ["jsonl", "journal"])
@@ -41,6 +42,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_jsonl(path, [{"a": 2}, {"a": object()}])
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    names = [
+        f".a[1].jsonl.{HOST}-{gone.pid}.tmp",
+        f".a[1].jsonl.{HOST}-{os.getppid()}.tmp",
+        f".a[1].jsonl.{HOST}-x.tmp",
+    ]
+    names += [f".a[1].jsonl.other{HOST}-{gone.pid}.tmp", f".a[1].jsonl.x.{HOST}-{gone.pid}.tmp", ".a[1].jsonl.part"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    write_jsonl(tmp_path / "a[1].jsonl", [{"a": 1}])
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].jsonl", *names[1:]}
 
 
 @pytest.mark.parametrize(
