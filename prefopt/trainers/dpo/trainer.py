@@ -78,7 +78,7 @@ def kendall_tau(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RankedDPOTrainer(RankedTrainer, DPOTrainer):
-    """A policy is trained on ranked comparisons: DPO (arXiv:2305.18290, Eq. 7) over all strict pairs of a prompt.
+    """A policy is trained on ranked comparisons: DPO (arXiv:2305.18290, Eq. 7) over all pairs of unequal rank.
 
     A completion's implicit reward is beta * (log pi(y|x) - log pi_ref(y|x)), summed over the completion's tokens; the
     loss on it is one of the reward model's `ranking_loss`es, `loss_type`, or a weighted sum of several. Each
