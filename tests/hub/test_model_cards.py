@@ -266,6 +266,8 @@ def test_the_code_uses_an_sft_model_as_it_was_trained(kind, base, chat_tokenizer
     sft.main([*argv, "--disable_tqdm", "true", "--max_length", "64"])
     text = (tmp_path / "sft" / README).read_text()
     assert ("apply_chat_template" in text) == (kind in ("messages", "chat"))
+    # A text is gone on with; many a model ends it at once after a question mark.
+    assert ('tokenizer("The capital of France is"' in text) == (kind not in ("messages", "chat"))
     assert "on rows.jsonl" in text
     assert "Supervised fine-tuning" in text
     run_card(text)
