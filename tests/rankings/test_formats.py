@@ -757,6 +757,13 @@ def test_answers_that_are_objects_with_a_rank_each():
     assert converted([row])[0] == [{"prompt": prompt, "completions": ["a", "b"], "ranks": [2, 1]}]
 
 
+def test_all_samples_of_best_of_n_are_ranked_by_their_scores():
+    kept = {"completion": " a", "truncated": True, "ids": [4], "score": 2.5, "mean_score": 1.0}
+    row = {"prompt": "p", "source": "s", **kept, "completions": [" b", " a", ""], "scores": [0.5, 2.5, 0.0]}
+    expected = {"prompt": "p", "completions": [" b", " a"], "ranks": [2, 1], "ratings": [0.5, 2.5], "source": "s"}
+    assert converted([row]) == ([expected], {"empty completions": 1})
+
+
 def test_names_of_other_tools_give_way_to_our_own():
     """Scores beside ranks are no ratings, which would become margins; a text called `answers` is no list."""
     row = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "scores": [3, 4], "answers": "two"}

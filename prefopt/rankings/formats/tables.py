@@ -19,6 +19,8 @@ _RATINGS = ("ratings", "scores", "rewards")
 # Of answers that are objects: where the text stands, and how it is judged.
 _TEXTS = ("text", "response", "completion", "generation", "answer", "content", "output")
 _RATED = ("rating", "score", "reward", "overall_score")
+# What `prefopt best-of-n --keep_samples` says of the completion that it keeps, next to all of them.
+_OF_ONE = ("completion", "truncated", "ids", "score", "mean_score")
 # Where a prompt stands in fields of other tools.
 _ASKED = (*OTHER_NAMES, "history", "conversations", "messages")
 
@@ -104,6 +106,8 @@ def _with_own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
     prompt = with_one_prompt(asked).get("prompt")
     used = {"prompt"} | ({"system"} if row.get("system") else set()) | (set() if "prompt" in asked else set(_ASKED))
     row = {**{name: value for name, value in row.items() if name not in used}, "prompt": prompt}
+    if row.get("completion") is not None:
+        row = {name: value for name, value in row.items() if name not in _OF_ONE}
     lists = {"completions": _COMPLETIONS}
     if all(row.get(name) is None for name in _JUDGEMENTS):
         lists["ratings"] = _RATINGS
