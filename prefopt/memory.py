@@ -416,7 +416,7 @@ def _ranked(s: Settings) -> list[Moment]:
         # after the policy's forward, whose graph waits
         kept, _ = m.activations(batch, checkpointing=s.checkpointing)
         result += _reading(s, "reference", batch, in_reading, gradients, beside=(kept, in_keeping))
-    return result
+    return result + _text(s, head, m.gradients(head))
 
 
 def forwards(s: Settings) -> tuple[Batch, bool, bool]:
@@ -464,13 +464,16 @@ def _ppo(s: Settings) -> list[Moment]:
     policy, value = m.gradients(head), m.gradients(score)
     result += _training(s, "value function", rows, score, values, accumulates, policy * accumulates)
     result += _training(s, "policy", rows, head, in_training, accumulates, value)
-    if s.ptx_blocks:
-        blocks = Batch(min(s.ptx_batch, s.ptx_blocks), 1, s.ptx_length)
-        _, in_ptx, _ = head_bytes(m, blocks.prompts * (s.ptx_length - 1), is_cuda=s.is_cuda, is_fused=True)
-        # The policy's gradients are set aside, so that the norms of both parts are known.
-        several = s.ptx_blocks > blocks.prompts
-        result += _training(s, "pretraining", blocks, head, in_ptx, several, policy + value)
-    return result
+    return result + _text(s, head, policy + value)
+
+
+def _text(s: Settings, head: int, others: int) -> list[Moment]:
+    """The pretraining term. The gradients of the rest are set aside, so that the norms of both parts are known."""
+    if not s.ptx_blocks:
+        return []
+    blocks = Batch(min(s.ptx_batch, s.ptx_blocks), 1, s.ptx_length)
+    _, in_ptx, _ = head_bytes(s.model, blocks.prompts * (s.ptx_length - 1), is_cuda=s.is_cuda, is_fused=True)
+    return _training(s, "pretraining", blocks, head, in_ptx, s.ptx_blocks > blocks.prompts, others)
 
 
 # ---- what to change where it does not fit ----

@@ -27,7 +27,7 @@ from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import best_of_n, dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import ComparisonArguments, config_folder, parse, read_config, setting
+from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
 from prefopt.recipes.common.errors import collecting, raise_all
 from prefopt.recipes.common.sources import load_source
 from prefopt.recipes.common.steps import Steps
@@ -52,7 +52,7 @@ KINDS = {
     "ppo_start": SFT,
     "ppo": PPO,
     "ppo_ptx": PPO,
-    "dpo": (ComparisonArguments, RankedDPOConfig, ModelConfig),
+    "dpo": (dpo.DPOArguments, RankedDPOConfig, ModelConfig),
     "best_of_n": (best_of_n.BestOfNArguments, ModelConfig),
     "evaluate": evaluate.ARGUMENTS,
 }

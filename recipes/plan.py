@@ -38,8 +38,9 @@ from prefopt.memory import (
     peak,
 )
 from prefopt.models.files import checked_config
-from prefopt.recipes.common.arguments import DataArguments, parse, setting
+from prefopt.recipes.common.arguments import parse, setting
 from prefopt.recipes.common.models import is_adapter
+from prefopt.recipes.dpo import DPOArguments
 from prefopt.recipes.ppo_ptx import PPOPtxArguments
 from prefopt.recipes.reward import RewardArguments
 from prefopt.recipes.sft import SFTArguments, SFTStepConfig
@@ -51,7 +52,7 @@ GIB = 2**30
 ARGUMENTS: dict[str, tuple[type, type]] = {
     "sft": (SFTArguments, SFTStepConfig),
     "reward": (RewardArguments, RankedRewardConfig),
-    "dpo": (DataArguments, RankedDPOConfig),
+    "dpo": (DPOArguments, RankedDPOConfig),
     "ppo-ptx": (PPOPtxArguments, PPOPtxConfig),
 }
 # tests/benchmarks/memory_plan_error.py draws the shapes.
@@ -148,15 +149,19 @@ def settings_of(
         optimizer=optimizer_state(str(getattr(args.optim, "value", args.optim))),
         continues_adapter=continues,
     )
+    if step in ("dpo", "ppo-ptx") and args.ptx_coef > 0:
+        rows = settings.batch * settings.accumulation
+        settings = replace(
+            settings,
+            ptx_batch=args.ptx_per_device_batch_size,
+            ptx_length=args.ptx_max_length,
+            ptx_blocks=max(1, round(args.ptx_batch_ratio * rows)),
+        )
     if step == "ppo-ptx":
-        episodes = settings.batch * settings.accumulation
         return replace(
             settings,
             completion=args.max_completion_length,
             rollout=settings.batch * args.steps_per_generation,
-            ptx_batch=args.ptx_per_device_batch_size,
-            ptx_length=args.ptx_max_length,
-            ptx_blocks=max(1, round(args.ptx_batch_ratio * episodes)) if args.ptx_coef > 0 else 0,
             has_full_kl=args.kl_estimator == "full",
             has_average=args.ema_decay is not None,
         )

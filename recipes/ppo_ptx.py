@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from prefopt.errors import UserError
-from prefopt.recipes.common.arguments import DataArguments, setting
+from prefopt.recipes.common.arguments import DataArguments, PretrainingArguments, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
-from prefopt.recipes.common.rows import check_fields, load_pretraining, load_train_and_eval
+from prefopt.recipes.common.rows import check_fields, load_pretraining_term, load_train_and_eval
 from prefopt.recipes.common.training import begin, train_and_save
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
@@ -28,7 +28,7 @@ from prefopt.trainers.ppo_ptx.watch import OveroptimizationStop
 
 
 @dataclass
-class PPOPtxArguments(DataArguments):
+class PPOPtxArguments(PretrainingArguments, DataArguments):
     """Data and models of the PPO step, apart from the policy."""
 
     LEAST: ClassVar[dict[str, float]] = {"overoptimization_patience": 1}
@@ -36,8 +36,6 @@ class PPOPtxArguments(DataArguments):
     reward_model_name_or_path: str | None = setting(
         None, "Reward model: full checkpoint or LoRA adapter, folder or Hub id."
     )
-    pretrain_dataset_name: str | None = setting(None, 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.')
-    pretrain_streaming: bool = setting(False, "Read the pretraining text as it is needed, from a Hub id or a file.")
     gold_reward: str | None = setting(
         None, "Held-out judge, logged and not trained on: reward model or `module.function`."
     )
@@ -54,20 +52,16 @@ def main(argv: list[str] | None = None, monitors: Sequence[Callable[..., list[fl
     data, args = step.data, step.args
     if not data.reward_model_name_or_path:
         raise UserError("reward_model_name_or_path is required: the output of `prefopt reward`")
-    if (args.ptx_coef > 0) != (data.pretrain_dataset_name is not None):
-        raise UserError("ptx_coef > 0 needs pretrain_dataset_name, and ptx_coef 0 (plain PPO) takes none")
+    pretraining = load_pretraining_term(data, args.ptx_coef)
     train, evaluation = load_train_and_eval(
         data, args.eval_strategy != "no", check_fields("prompt"), prompts_from_messages
     )
-    pretraining = None
-    if data.pretrain_dataset_name:
-        pretraining = load_pretraining(data.pretrain_dataset_name, data.pretrain_streaming)
     gold = [] if data.gold_reward is None else [_gold_reward(data.gold_reward)]
     monitors = [*gold, *monitors]
     if data.overoptimization_patience is not None and (not monitors or args.eval_strategy == "no"):
         raise UserError("overoptimization_patience needs gold_reward, eval_strategy and evaluation prompts")
 
-    tokenizer = step.tokenizer(train, evaluation, length="ptx_max_length" if args.ptx_coef > 0 else None)
+    tokenizer = step.tokenizer(train, evaluation, lengths=["ptx_max_length"] if args.ptx_coef > 0 else [])
     if args.reward_weights is not None:
         raise UserError(
             "reward_weights: this recipe has one reward model, whose weight is 1; use PPOPtxTrainer for more"

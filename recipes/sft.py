@@ -35,11 +35,11 @@ from prefopt.recipes.common.errors import run_command
 from prefopt.recipes.common.models import load_policy
 from prefopt.recipes.common.rows import load_evaluation, load_pretraining, load_rows, load_train_and_eval
 from prefopt.recipes.common.training import begin, train_and_save
-from prefopt.trainers.ppo_ptx.pretraining import StreamedText, labels_of, pack_documents, unscored_token
 from prefopt.trainers.ranked.options import bf16_by_default
 from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.shared.learning_rates import DefaultRates
+from prefopt.trainers.shared.pretraining import StreamedText, labels_of, pack_documents, unscored_token
 from prefopt.trainers.shared.ranges import check_ranges
 
 

@@ -29,8 +29,8 @@ from prefopt.models.reward import keep_4bit_gradients, sequence_scores, token_sc
 from prefopt.rankings.tokens import build_ids
 from prefopt.trainers.ppo_ptx import episodes
 from prefopt.trainers.ppo_ptx.episodes import Roles
-from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from prefopt.trainers.ppo_ptx.roles import ValueFunction
+from prefopt.trainers.shared.pretraining import pretraining_loss
 from tests.trainers.conftest import CLASSES, RAGGED, settings
 from tests.trainers.ppo_ptx.conftest import PROMPTS, TEXTS, config, logs_of
 

@@ -77,6 +77,14 @@ class ComparisonArguments(DataArguments):
     )
 
 
+@dataclass
+class PretrainingArguments:
+    """Where the text of the pretraining term comes from."""
+
+    pretrain_dataset_name: str | None = setting(None, 'Pretraining text, rows {"text"}; needed if ptx_coef > 0.')
+    pretrain_streaming: bool = setting(False, "Read the pretraining text as it is needed, from a Hub id or a file.")
+
+
 # ---- keys and values --------------------------------------------------------------------------------------------
 def parse(
     dataclass_types: Sequence[type],

@@ -16,7 +16,7 @@ from prefopt.rankings.checks import half_a_character, shorten, validate_comparis
 from prefopt.rankings.dataset import prepare_comparisons
 from prefopt.rankings.formats import needs_conversion
 from prefopt.rankings.prompts import PARTS, columns_of, unread_parts
-from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments
+from prefopt.recipes.common.arguments import ComparisonArguments, DataArguments, PretrainingArguments
 from prefopt.recipes.common.conversations import is_message
 from prefopt.recipes.common.errors import explain
 from prefopt.recipes.common.sources import load_source, rows_of_jsonl
@@ -202,6 +202,13 @@ def load_pretraining(name: str, streaming: bool) -> Dataset | IterableDataset:
     """Pretraining text, rows {"text"}, of `pretrain_dataset_name`."""
     load = stream_rows if streaming else load_rows
     return load(name, check=check_fields("text"), key="pretrain_dataset_name")
+
+
+def load_pretraining_term(data: PretrainingArguments, ptx_coef: float) -> Dataset | IterableDataset | None:
+    """The text of a loss with `ptx_coef`; None without."""
+    if (ptx_coef > 0) != (data.pretrain_dataset_name is not None):
+        raise UserError("ptx_coef > 0 needs pretrain_dataset_name, and ptx_coef 0 (no pretraining term) takes none")
+    return load_pretraining(data.pretrain_dataset_name, data.pretrain_streaming) if ptx_coef > 0 else None
 
 
 def check_comparisons(rows: Rows, source: str) -> None:

@@ -34,13 +34,13 @@ class TrainingStep:
     adapter: PeftConfig | None
 
     def tokenizer(
-        self, *rows: Dataset | IterableDataset | None, length: str | None = "max_length"
+        self, *rows: Dataset | IterableDataset | None, lengths: Sequence[str] = ("max_length",)
     ) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, once the model reads as many tokens as the key `length` asks, and chat `rows`."""
+        """The model's tokenizer, once the model reads as many tokens as the keys `lengths` ask, and chat `rows`."""
         model, args = self.model_args, self.args
         # Only TRL's configs of SFT and of reward models name a chat template.
         tokenizer = load_tokenizer(model, args if hasattr(args, "chat_template_path") else None)
-        if length is not None:
+        for length in lengths:
             check_length(args, length, model.model_name_or_path, model.model_revision)
         require_chat_template(tokenizer, *rows)
         return tokenizer

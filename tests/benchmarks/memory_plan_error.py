@@ -5,11 +5,11 @@
     python tests/benchmarks/memory_plan_error.py --model SmolLM2-135M-Instruct --lora_r 16
 
 Each shape is a tiny model (architecture, width, depth, heads, vocabulary), a batch (K, lengths) and settings (adapter or
-all weights, gradient checkpointing, prefix sharing, a token budget, accumulation; of PPO-ptx the rollout, the
-pretraining text and the KL estimator). The trainer takes two optimizer steps as a user's would; what is compared is the
-highest sum of live bytes in the second, when the optimizer has its state. The bytes are the CPU allocator's own events,
-all of them since before the model was built, as the profiler records them: no tensor and no operator's scratch space is
-missed, and what Python holds outside tensors is not counted. With `--model` the shape is that of a pretrained model's
+all weights, gradient checkpointing, prefix sharing, a token budget, accumulation; of DPO and PPO-ptx the pretraining
+text; of PPO-ptx the rollout and the KL estimator). The trainer takes two optimizer steps as a user's would; what is
+compared is the highest sum of live bytes in the second, when the optimizer has its state. The bytes are the CPU
+allocator's own events, all of them since before the model was built, as the profiler records them: no tensor and no
+operator's scratch space is missed, and what Python holds outside tensors is not counted. With `--model` the shape is that of a pretrained model's
 config.json, at the lengths of recipes/smollm2; its weights are random, which take as much room.
 """
 
@@ -69,7 +69,7 @@ Shape = SimpleNamespace
 
 
 def draw(step: str, rng: random.Random, bf16: bool = False) -> Shape:
-    """A model, a batch and settings at random; those after `max_tokens` are of PPO-ptx."""
+    """A model, a batch and settings at random; those after `max_tokens` are of PPO-ptx, those of text also of DPO."""
     heads, head_dim = rng.choice([2, 4, 6]), rng.choice([16, 32])
     hidden = heads * rng.choice([head_dim, 16, 32, 48])
     return Shape(
@@ -113,7 +113,7 @@ def of_model(step: str, options: argparse.Namespace) -> Shape:
         is_tied=config.tie_word_embeddings, k=options.k, prompt=options.prompt, completion=options.completion,
         batch=options.batch, accumulation=1, lora_r=options.lora_r, targets="all-linear", dropout=0.0,
         checkpointing=False, shares_prefixes=True, max_tokens=None, minibatches=2, ptx_length=128, ptx_batch=2,
-        ptx_coef=1.0, kl_estimator="k1", ema_decay=None,
+        ptx_coef=float(step == "ppo-ptx"), kl_estimator="k1", ema_decay=None,
     )  # fmt: skip
     return shape
 
@@ -153,12 +153,15 @@ def arguments(shape: Shape, folder: str) -> tuple[Any, ModelConfig]:
         more = {
             "generation_batch_size": shape.batch * shape.accumulation * shape.minibatches,
             "max_completion_length": shape.completion,
+            "kl_estimator": shape.kl_estimator,
+            "ema_decay": shape.ema_decay,
+        }
+    if shape.step in ("dpo", "ppo-ptx"):
+        more |= {
             "ptx_coef": shape.ptx_coef,
             "ptx_batch_ratio": 1.0,
             "ptx_max_length": shape.ptx_length,
             "ptx_per_device_batch_size": shape.ptx_batch,
-            "kl_estimator": shape.kl_estimator,
-            "ema_decay": shape.ema_decay,
         }
     args = on_its_machine(ARGUMENTS[shape.step][1])(
         output_dir=folder,
@@ -253,14 +256,25 @@ def trainer_of(shape: Shape, folder: str) -> Trainer:
 
         given["train_dataset"] = rows.map(to_ids, remove_columns=rows.column_names)
         return SFTStepTrainer(**given)
-    return (RankedRewardTrainer if shape.step == "reward" else RankedDPOTrainer)(**given)
+    if shape.step == "reward":
+        return RankedRewardTrainer(**given)
+    return RankedDPOTrainer(**given, pretrain_dataset=text_of(shape))
+
+
+def text_of(shape: Shape) -> Dataset | None:
+    """Pretraining text, where there is some."""
+    if not shape.ptx_coef:
+        return None
+    rng = random.Random(1)
+    text = " ".join(str(rng.randint(3, shape.vocab - 1)) for _ in range(32 * shape.ptx_length))
+    return Dataset.from_list([{"text": text}])
 
 
 def _ppo_trainer(
     shape: Shape, config: PretrainedConfig, model_args: ModelConfig, given: dict[str, Any], folder: Path
 ) -> Trainer:
     """Policy and reward model from folders, as the steps before leave them: full, or adapters of one base."""
-    tokenizer, rng = given["processing_class"], random.Random(1)
+    tokenizer = given["processing_class"]
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     base = str(folder / "base")
@@ -277,11 +291,7 @@ def _ppo_trainer(
         get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder / "sft")
         policy = AutoPeftModelForCausalLM.from_pretrained(folder / "sft", is_trainable=True)
     given["args"].model_init_kwargs = {"dtype": "float32"} if isinstance(policy, str) else None
-    texts = None
-    if shape.ptx_coef:
-        text = " ".join(str(rng.randint(3, shape.vocab - 1)) for _ in range(32 * shape.ptx_length))
-        texts = Dataset.from_list([{"text": text}])
-    return PPOPtxTrainer(policy, reward, pretrain_dataset=texts, **given)
+    return PPOPtxTrainer(policy, reward, pretrain_dataset=text_of(shape), **given)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from prefopt.models.heads import completion_logps, token_logps
 from prefopt.models.passes import check_rows, max_positions
 from prefopt.models.prefix.layout import Rows
 from prefopt.recipes import best_of_n, evaluate, sample
-from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
+from prefopt.trainers.shared.pretraining import pretraining_loss
 from tests.conftest import tiny_config
 from tests.test_matrix import AHEAD, ARCHITECTURES, PADDING, REFUSED, build, config_of, padded
 from tests.trainers.conftest import RAGGED, settings

@@ -65,20 +65,11 @@ def warned():
 def test_the_steps_chain_with_lora_adapters(files, warned):
     run(sft, files, "base", "demos.jsonl", "sft", *LORA)
     run(reward, files, "sft", "rankings.jsonl", "rm", "--center_on", files / "demos.jsonl")
-    ppo = [
-        "--generation_batch_size",
-        "4",
-        "--max_completion_length",
-        "4",
-        "--ptx_batch_ratio",
-        "1",
-        "--ptx_max_length",
-        "8",
-    ]
-    ppo += ["--reward_model_name_or_path", str(files / "rm")]
-    ppo += ["--pretrain_dataset_name", str(files / "text.jsonl")]
-    run(ppo_ptx, files, "sft", "prompts.jsonl", "ppo", *ppo)
-    run(dpo, files, "sft", "rankings.jsonl", "dpo")
+    text = ["--pretrain_dataset_name", files / "text.jsonl", "--ptx_batch_ratio", "1", "--ptx_max_length", "8"]
+    ppo = ["--generation_batch_size", "4", "--max_completion_length", "4"]
+    run(ppo_ptx, files, "sft", "prompts.jsonl", "ppo", *ppo, "--reward_model_name_or_path", files / "rm", *text)
+    run(dpo, files, "sft", "rankings.jsonl", "dpo", "--ptx_coef", "0.5", *text)
+    assert "| pretraining text | text.jsonl, sequences of 8 tokens |" in (files / "dpo" / "README.md").read_text()
     run(reward, files, "rm", "rankings.jsonl", "rm-again")
     load_reward_model(files / "rm")
     # Nothing was missing, and nobody has set this.
@@ -93,6 +84,15 @@ def test_the_steps_chain_with_lora_adapters(files, warned):
     policies = {n: AutoModelForCausalLM.from_pretrained(files / n)(ids).logits for n in ("base", "sft", "ppo", "dpo")}
     for name in ("base", "ppo", "dpo"):
         assert not torch.allclose(policies["sft"], policies[name], atol=1e-6)
+
+
+def test_dpo_says_what_its_pretraining_term_needs(files):
+    for more in (["--ptx_coef", "0.5"], ["--pretrain_dataset_name", files / "text.jsonl"]):
+        with pytest.raises(UserError, match=r"ptx_coef > 0 needs pretrain_dataset_name, and .* 0 .* takes none"):
+            run(dpo, files, "base", "rankings.jsonl", "dpo", *more)
+    text = ["--pretrain_dataset_name", files / "text.jsonl", "--ptx_max_length", "1000000"]
+    with pytest.raises(UserError, match="ptx_max_length"):
+        run(dpo, files, "base", "rankings.jsonl", "dpo", "--ptx_coef", "0.5", *text)
 
 
 def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer, capsys, caplog):

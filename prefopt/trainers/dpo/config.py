@@ -13,7 +13,9 @@ from prefopt.trainers.ranked.options import (
     check_ranked_options,
     refuse_options,
 )
-from prefopt.trainers.shared.ranges import is_number
+from prefopt.trainers.shared import pretraining
+from prefopt.trainers.shared.pretraining import PretrainingOptions
+from prefopt.trainers.shared.ranges import check_ranges, is_number
 
 # Every field that TRL's DPOConfig adds to TrainingArguments is in one of these two tables.
 HONORED = {
@@ -74,7 +76,7 @@ REFUSED_LOSSES = {
 
 
 @dataclass
-class RankedDPOConfig(RankedOptions, DPOConfig):
+class RankedDPOConfig(PretrainingOptions, RankedOptions, DPOConfig):
     """Configuration of `RankedDPOTrainer`: TRL's `DPOConfig` on rankings.
 
     `per_device_train_batch_size` counts prompts, whatever their number of completions. bf16 is on by default only
@@ -106,6 +108,9 @@ class RankedDPOConfig(RankedOptions, DPOConfig):
         refuse_options(self, REFUSED)
         check_number(self, "beta", "a positive number; 0 teaches nothing, less inverts the ranks", above=0)
         check_number(self, "sft_coef", "a finite number from 0; less would unlearn the best completions")
+        check_ranges(self, pretraining.RANGES)
+        if self.ptx_coef > 0 and self.fp16:
+            raise UserError("ptx_coef: fp16 loss scaling does not carry over two backward passes: use bf16 or fp32")
         if self.f_divergence_type not in F_DIVERGENCES:
             raise UserError(
                 f"f_divergence_type={self.f_divergence_type!r}: expected one of {', '.join(F_DIVERGENCES)}"

@@ -38,6 +38,7 @@ from prefopt.trainers.dpo.config import RANKED_LOSSES, RankedDPOConfig
 from prefopt.trainers.ranked.base import RankedTrainer, Ratio
 from prefopt.trainers.ranked.options import check_arguments, check_model
 from prefopt.trainers.shared.precision import trainable_weights, undo_rounding
+from prefopt.trainers.shared.pretraining import Pretraining, gradient_norm
 
 
 @dataclass
@@ -84,7 +85,8 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     loss on it is one of the reward model's `ranking_loss`es, `loss_type`, or a weighted sum of several. Each
     completion is forwarded once. With two completions it is TRL's DPO with the same `loss_type` (`plackett_luce` then
     is `sigmoid`) and `f_divergence_type`. `ipo` and `sigmoid_norm` divide a score by the completion's number of
-    tokens, as TRL does. With `sft_coef` the likelihood of the best completions is added (`best_likelihood_loss`). Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
+    tokens, as TRL does. With `sft_coef` the likelihood of the best completions is added (`best_likelihood_loss`),
+    with `ptx_coef` that of `pretrain_dataset`, rows `{"text"}` or `{"input_ids"}` (InstructGPT, Eq. 2, second term). Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
 
     The reference is, as in `DPOTrainer`, whose arguments this takes: `ref_model` if given; else, for a `PeftModel`, a
     frozen copy `ref` of its adapter; with `peft_config`, the model without the adapter; for a model given by path,
@@ -125,6 +127,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        pretrain_dataset: Dataset | IterableDataset | None = None,
         **kwargs: Any,
     ):
         check_arguments(RankedDPOTrainer, DPOTrainer, RankedDPOConfig, kwargs)
@@ -148,6 +151,8 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 f"the PeftModel's active adapters are {model.active_adapters}: expected one called 'default', which is "
                 "trained and of which TRL keeps a frozen copy as the reference"
             )
+        if (args.ptx_coef > 0) != (pretrain_dataset is not None):
+            raise UserError("ptx_coef > 0 needs pretrain_dataset, and ptx_coef 0 takes none")
         keeps_reference = not args.precompute_ref_log_probs and peft_config is None
         if ref_model is None and keeps_reference and isinstance(model, PreTrainedModel):
             # TRL would load `config.name_or_path` again, which need not be these weights, nor exist.
@@ -180,6 +185,14 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 )
             self._read = partial(completion_logps, output_router_logits=True)
             self._prefixes.stop("the auxiliary loss of a mixture of experts counts every row's tokens")
+        self.pretraining = None
+        if args.ptx_coef > 0:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.aux_loss_enabled:
+                raise UserError(
+                    "ptx_coef: DeepSpeed and FSDP are not supported, whose optimizer steps have one backward pass, nor is the "
+                    "auxiliary loss of a mixture of experts: use DDP, or set router_aux_loss_coef=0"
+                )
+            self.pretraining = Pretraining(pretrain_dataset, self.model, self.processing_class, args, self.accelerator)
         if isinstance(self.train_dataset, Dataset):
             rows = self.train_dataset[:64]["completion_ids"]
             end_as_learned(self.model, self.processing_class, [ids for row in rows for ids in row])
@@ -256,6 +269,29 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
                 "with precompute_ref_log_probs=True no reference of a full model is kept, and without it there is no "
                 "implicit reward: pass `ref_model`, train an adapter, or set precompute_ref_log_probs=False"
             )
+
+    # ---- the step ----
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        # With the last micro-batch: what DPO adds to the step's gradient is complete.
+        if self.pretraining is not None and self.accelerator.sync_gradients:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._metrics["train"]["grad_norm/dpo"].append(gradient_norm(trained))
+            of_text, metrics = self.pretraining.add_to_gradient(model, trained)
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+            loss = loss + of_text
+        return loss
+
+    def _not_yet_logged(self) -> dict[str, Any]:
+        position = None if self.pretraining is None else self.pretraining.position
+        return {**super()._not_yet_logged(), "pretraining": position}
+
+    def _go_on_logging(self, kept: dict[str, Any]) -> None:
+        super()._go_on_logging(kept)
+        if self.pretraining is not None:
+            self.pretraining.position = kept["pretraining"]
 
     # ---- loss and log ----
 

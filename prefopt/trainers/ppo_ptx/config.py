@@ -8,8 +8,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
 from prefopt.errors import UserError
+from prefopt.trainers.shared import pretraining
 from prefopt.trainers.shared.arguments import refuse_unknown
 from prefopt.trainers.shared.precision import is_asked_for
+from prefopt.trainers.shared.pretraining import PretrainingOptions
 from prefopt.trainers.shared.ranges import COUNT, POSITIVE, SHARE, Range, check_ranges, is_number
 
 # GRPOConfig's own fields (beyond transformers' TrainingArguments) that mean here what they mean in TRL.
@@ -186,6 +188,7 @@ SHARDING = {
 
 OPTIONAL = Range(is_open=True, also=(None,))
 RANGES = {
+    **pretraining.RANGES,
     "num_generations": COUNT,
     "num_iterations": COUNT,
     "max_completion_length": COUNT,
@@ -204,12 +207,8 @@ RANGES = {
     "gae_lambda": SHARE,
     "score_clip": OPTIONAL,
     "missing_eos_penalty": Range(),
-    "ptx_coef": Range(),
-    "ptx_batch_ratio": POSITIVE,
     "steps_per_generation": Range(1, is_whole=True, also=(None,)),
     "generation_batch_size": Range(1, is_whole=True, also=(None,)),
-    "ptx_max_length": Range(2, is_whole=True),
-    "ptx_per_device_batch_size": COUNT,
 }
 
 
@@ -230,7 +229,7 @@ class _OnePerPrompt(int):
 
 
 @dataclass
-class PPOPtxConfig(GRPOConfig):
+class PPOPtxConfig(PretrainingOptions, GRPOConfig):
     r"""
     Configuration of [`PPOPtxTrainer`]. Fields not listed are those of [`~trl.GRPOConfig`] and
     [`~transformers.TrainingArguments`]; `HONORED`, `FIXED` and `REFUSED` in this module say what becomes of each of
@@ -374,8 +373,6 @@ class PPOPtxConfig(GRPOConfig):
         default=True, metadata={"help": "Fit the head of a copied reward model to the returns of the first rollout."}
     )
     value_learning_rate: float = field(default=9e-6, metadata={"help": "Peak learning rate of the value function."})
-    ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
-    ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
     prefix_sharing: bool = field(
         default=True, metadata={"help": "Forward a prompt with several completions once, where the model allows it."}
     )

@@ -4,26 +4,24 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from prefopt.trainers.shared.pretraining import gradient_norm
 
 
 def complete_gradient(
     policy: list[nn.Parameter],
     values: list[nn.Parameter],
-    backward_on_text: Callable[[], tuple[Tensor, float]] | None,
+    add_text: Callable[[list[nn.Parameter]], tuple[Tensor, dict[str, float]]] | None,
     is_warming_up: bool,
     accelerator: Accelerator,
 ) -> tuple[Tensor | None, dict[str, float]]:
     """What a step's gradient lacks after PPO's micro-batches: the value function's average, and the pretraining part.
 
-    PPO's gradients are set aside while the pretraining text runs, so that the norm of each part can be logged: one more
-    copy of the trainable parameters in memory.
-
     Args:
         policy, values: the trainable parameters of policy and value function.
-        backward_on_text: `pretraining.backward_on_text` of this step; None with `ptx_coef=0`.
+        add_text: `Pretraining.add_to_gradient` of this step; None with `ptx_coef=0`.
         is_warming_up: whether the value function learns alone: then the policy gets no gradient.
 
     Returns:
@@ -33,28 +31,15 @@ def complete_gradient(
         # Alone there is nothing to average, and `reduce` would copy the gradient all the same.
         if parameter.grad is not None and accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    metrics = {"grad_norm/value": _norm(values)}
+    metrics = {"grad_norm/value": gradient_norm(values)}
     if is_warming_up:
         for parameter in policy:
             parameter.grad = None
-    metrics["grad_norm/ppo"] = _norm(policy)
-    if backward_on_text is None or is_warming_up:
+    metrics["grad_norm/ppo"] = gradient_norm(policy)
+    if add_text is None or is_warming_up:
         return None, metrics
-    ppo_gradients = [parameter.grad for parameter in policy]
-    for parameter in policy:
-        parameter.grad = None
-    loss, metrics["loss/ptx"] = backward_on_text()
-    metrics["grad_norm/ptx"] = _norm(policy)
-    for parameter, gradient in zip(policy, ppo_gradients, strict=True):
-        if parameter.grad is None:
-            parameter.grad = gradient
-        elif gradient is not None:
-            parameter.grad += gradient
-    return loss, metrics
-
-
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+    loss, of_text = add_text(policy)
+    return loss, metrics | of_text
 
 
 def add_value_groups(

@@ -40,15 +40,13 @@ from prefopt.inference.generate import plain_generation, prompt_ids
 from prefopt.inference.scoring import score_ids
 from prefopt.losses.kl_control import KLController, RunningStatistics
 from prefopt.models.checkpoints import check_reward_model, leave_pad_unread, load_reward_model
-from prefopt.models.heads import has_adapter
 from prefopt.models.loading import check_policy
-from prefopt.models.passes import check_rows, loaded_from, max_positions, stop_randomness, unwrapped
+from prefopt.models.passes import check_rows, loaded_from, max_positions, stop_randomness
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, value_model_from
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
 from prefopt.trainers.ppo_ptx.config import ELSEWHERE, PAGE, PPOPtxConfig
 from prefopt.trainers.ppo_ptx.episodes import Roles, ppo_loss
-from prefopt.trainers.ppo_ptx.pretraining import PackedText, StreamedText, backward_on_text, pack_documents
 from prefopt.trainers.ppo_ptx.roles import (
     ValueFunction,
     add_reference_adapter,
@@ -77,6 +75,7 @@ from prefopt.trainers.shared.cards import PublishingMixin
 from prefopt.trainers.shared.checkpoints import CompleteCheckpointsMixin
 from prefopt.trainers.shared.learning_rates import DefaultRates
 from prefopt.trainers.shared.precision import refuse_several_devices, trainable_weights, undo_rounding
+from prefopt.trainers.shared.pretraining import Pretraining
 
 logger = get_logger(__name__)
 
@@ -291,19 +290,12 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.add_callback(self.weight_average)
         self.pretraining = None
         if args.ptx_coef > 0:
-            if self._positions is not None and args.ptx_max_length > self._positions:
-                raise UserError(
-                    f"ptx_max_length={args.ptx_max_length} exceeds the model's {self._positions} positions"
-                )
-            if isinstance(pretrain_dataset, IterableDataset):
-                self.pretraining = StreamedText(pretrain_dataset, self._tokenizer, args.ptx_max_length, args.seed)
-            else:
-                with self.accelerator.main_process_first():
-                    blocks = pack_documents(pretrain_dataset, self._tokenizer, args.ptx_max_length)
-                self.pretraining = PackedText(blocks, args.seed)
-            if self.temperature != 1:
+            has_temperature = self.temperature != 1
+            self.pretraining = Pretraining(
+                pretrain_dataset, self.model, self._tokenizer, args, self.accelerator, has_temperature
+            )
+            if has_temperature:
                 add_untempered_head(self.model, args.cast_lm_head_to_fp32)
-            self._has_adapted_head = has_adapter(unwrapped(self.model).get_output_embeddings())
 
     # ---- roles ------------------------------------------------------------------------------------------------
     def _as_function(self, reward: Any) -> Callable[..., list]:
@@ -503,22 +495,13 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         # Synchronized with the last micro-batch: PPO's part of the minibatch's gradient is complete.
         if self.accelerator.sync_gradients:
             start = time.perf_counter()
-            backward = None
+            add_text = None
             if self.pretraining is not None:
-                backward = functools.partial(
-                    backward_on_text,
-                    model,
-                    self.pretraining,
-                    self.args,
-                    self.accelerator,
-                    self._tokenizer,
-                    has_untempered_head=self.temperature != 1,
-                    has_adapted_head=self._has_adapted_head,
-                )
+                add_text = functools.partial(self.pretraining.add_to_gradient, model)
             ptx_loss, metrics = complete_gradient(
                 [p for p in self.model.parameters() if p.requires_grad],
                 self.value_function.parameters,
-                backward,
+                add_text,
                 self.state.global_step < self.args.value_warmup_steps,
                 self.accelerator,
             )
@@ -608,9 +591,6 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         names = [os.path.basename(model.config.name_or_path.rstrip("/")) for model in self.reward_models]
         functions = [name for name in self.reward_func_names if not name.startswith("reward_model")]
         data["reward"] = ", ".join(name for name in [*names, *functions] if name)
-        if self.pretraining is not None:
-            text = [data.get("pretraining text"), f"sequences of {self.args.ptx_max_length} tokens"]
-            data["pretraining text"] = ", ".join(filter(None, text))
         data["episodes per optimizer step"] = data.pop("rows per optimizer step")
         return data
 
@@ -620,12 +600,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             facts["method"] = "PPO"
             facts["summary"] = "PPO with a value function and the KL penalty in the reward."
             facts["tags"] = ["ppo" if tag == "ppo-ptx" else tag for tag in facts["tags"]]
-        left_out = {"reward_weights"} if len(self.reward_funcs) == 1 else set()
-        if self.args.ptx_coef == 0:
-            left_out |= {name for name in facts["hyperparameters"] if name.startswith("ptx_") and name != "ptx_coef"}
-        facts["hyperparameters"] = {
-            name: value for name, value in facts["hyperparameters"].items() if name not in left_out
-        }
+        if len(self.reward_funcs) == 1:
+            facts["hyperparameters"].pop("reward_weights", None)
         return facts
 
     def averaged_weights(self) -> AbstractContextManager[None]:
@@ -674,13 +650,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         if missing:
             raise UserError(f"resume_from_checkpoint: {path} lacks {min(missing)}; name another checkpoint")
         if self.pretraining is not None:
-            position = state["pretraining_sequences"]
-            if type(position) is not type(self.pretraining.position):
-                raise UserError(
-                    f"resume_from_checkpoint: the pretraining text of {checkpoint} was {'' if isinstance(position, dict) else 'not '}a stream: "
-                    "give it as it was then"
-                )
-            self.pretraining.position = position
+            self.pretraining.position = state["pretraining_sequences"]
         self._rollouts.fits_values = False
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])

@@ -230,6 +230,9 @@ class PublishingMixin:
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         data["rows per optimizer step"] = rows
         data |= {what: _public_name(name) for what, name in self.other_datasets.items()}
+        if getattr(self, "pretraining", None) is not None:
+            text = [data.get("pretraining text"), f"sequences of {args.ptx_max_length} tokens"]
+            data["pretraining text"] = ", ".join(filter(None, text))
         return data | self._card_course()
 
     def _card_course(self) -> dict[str, str]:
@@ -329,6 +332,9 @@ def _settings(args: TrainingArguments) -> dict[str, Any]:
         if name.endswith("_token") or name in fixed:
             continue
         is_default = value == default or (default is None and value is False)
+        # Of text that was not there: its settings; and that there was none, if that is as usual.
+        if name.startswith("ptx_") and not args.ptx_coef and (is_default or name != "ptx_coef"):
+            continue
         if name in ALWAYS or not (is_default or name.startswith(BOOKKEEPING)):
             value = ", ".join(map(str, value)) if isinstance(value, list) else value
             found[name] = value if isinstance(value, bool | int | float | str) or value is None else str(value)

@@ -16,8 +16,8 @@ from prefopt.models.heads import fp32_output
 from prefopt.trainers.ppo_ptx import episodes as of_episodes
 from prefopt.trainers.ppo_ptx import rollout as module
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
-from prefopt.trainers.ppo_ptx.pretraining import pretraining_loss
 from prefopt.trainers.ppo_ptx.roles import add_untempered_head
+from prefopt.trainers.shared.pretraining import pretraining_loss
 from tests.trainers.ppo_ptx.conftest import END_IDS, PROMPTS, logs_of, lora, rollout_of
 
 pytestmark = pytest.mark.slow
@@ -262,7 +262,7 @@ def test_pretraining_loss_of_a_step_is_at_temperature_one(checkpointing, adapts_
     trainer.train()
     trainer.pretraining.position = 0
     nats, tokens = 0.0, 0
-    for block in trainer.pretraining.take(2):
+    for block in trainer.pretraining.text.take(2):
         ids = torch.tensor([block])
         nats += start(ids, labels=ids).loss.item() * (len(block) - 1)
         tokens += len(block) - 1

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from prefopt.recipes.sft import SFTStepConfig, mix_pretraining, pack_texts
-from prefopt.trainers.ppo_ptx.pretraining import (
+from prefopt.trainers.shared.pretraining import (
     PackedText,
     StreamedText,
     added_bos,

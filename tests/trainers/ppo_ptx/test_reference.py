@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from prefopt.models.reward import set_reward_bias
-from prefopt.trainers.ppo_ptx.pretraining import PackedText
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from prefopt.trainers.shared.pretraining import PackedText
 from tests.trainers.ppo_ptx.conftest import END_IDS, config, lora
 
 pytestmark = pytest.mark.slow
@@ -224,7 +224,7 @@ def test_equals_plain_pytorch(case, checkpointing, causal_lm, reward_model, toke
             parameter += 0.05 * torch.randn_like(parameter)
     compare.trainer = trainer
     compare.reference = Reference(trainer, trainer.model, sft, trainer.value_function.module, score)
-    compare.stream = PackedText(trainer.pretraining.blocks, trainer.args.seed)
+    compare.stream = PackedText(trainer.pretraining.text.blocks, trainer.args.seed)
     trainer.train()
 
     assert compare.steps == 4  # 2 inner epochs of 2 minibatches

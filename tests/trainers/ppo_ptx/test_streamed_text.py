@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset, interleave_datasets, load_dataset
 
-from prefopt.trainers.ppo_ptx.pretraining import StreamedText, pack_documents
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
+from prefopt.trainers.shared.pretraining import StreamedText, pack_documents
 from tests.trainers.ppo_ptx.conftest import PROMPTS, config, length_reward
 
 pytestmark = pytest.mark.slow

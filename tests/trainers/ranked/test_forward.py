@@ -486,6 +486,7 @@ def test_bf16_keeps_sharing(kind, models, tokenizer, tmp_path, monkeypatch, capl
 def train_every_kind(folder, tokenizer, batch_size, rows):
     """Logs, metrics and weights of each; the main process writes them."""
     results = {}
+    texts = Dataset.from_list([{"text": row["prompt"]} for row in rows])
     for kind, budget, adapter in (
         ("reward", None, False),
         ("reward", 40, False),
@@ -493,6 +494,8 @@ def train_every_kind(folder, tokenizer, batch_size, rows):
         ("dpo", None, True),
         ("dpo", 40, False),
     ):
+        has_text = (kind, budget) == ("dpo", 40)
+        of_text = {"ptx_coef": 0.3, "ptx_max_length": 8, "ptx_batch_ratio": 0.4, "sft_coef": 0.1} if has_text else {}
         model_class = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
         trainer_class, config = CLASSES[kind]
         args = config(
@@ -513,6 +516,7 @@ def train_every_kind(folder, tokenizer, batch_size, rows):
             per_device_eval_batch_size=batch_size,
             max_tokens_per_forward=budget,
             gradient_checkpointing=adapter,
+            **of_text,
         )
         trainer = trainer_class(
             model=model_class.from_pretrained(folder / kind, dtype=torch.float32),
@@ -521,6 +525,7 @@ def train_every_kind(folder, tokenizer, batch_size, rows):
             eval_dataset=Dataset.from_list(rows[:13]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if adapter else None,
+            **({"pretrain_dataset": texts} if has_text else {}),
         )
         trainer.train()
         logs, metrics = [kept(log) for log in trainer.state.log_history], trainer.evaluate()

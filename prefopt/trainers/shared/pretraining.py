@@ -1,9 +1,10 @@
-"""The pretraining term of PPO-ptx: packed text, shuffled once per epoch, with a position that can be saved; its gradient."""
+"""The pretraining term of a loss: packed text, shuffled once per epoch, with a position that can be saved; its gradient."""
 
 import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,15 +12,38 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from prefopt.errors import UserError
-from prefopt.models.heads import read_head
+from prefopt.models.heads import has_adapter, read_head
+from prefopt.models.passes import max_positions, unwrapped
 from prefopt.models.prefix.layout import Rows
-from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
+from prefopt.trainers.shared.ranges import COUNT, POSITIVE, Range
 
 logger = logging.getLogger(__name__)
+
+RANGES = {
+    "ptx_coef": Range(),
+    "ptx_batch_ratio": POSITIVE,
+    "ptx_max_length": Range(2, is_whole=True),
+    "ptx_per_device_batch_size": COUNT,
+}
+
+
+@dataclass
+class PretrainingOptions:
+    """Options of `Pretraining`, next to those of a trainer."""
+
+    ptx_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the loss on pretraining text (the paper's gamma); 0: none."}
+    )
+    ptx_batch_ratio: float = field(
+        default=1.0, metadata={"help": "Pretraining sequences per row of an optimizer step."}
+    )
+    ptx_max_length: int = field(default=2048, metadata={"help": "Tokens per packed pretraining sequence."})
+    ptx_per_device_batch_size: int = field(default=1, metadata={"help": "Pretraining sequences per forward."})
 
 
 def pack_documents(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -348,41 +372,108 @@ def share_of_process(
     return batches, num_tokens
 
 
-def backward_on_text(
-    model: nn.Module,
-    text: PackedText | StreamedText,
-    args: PPOPtxConfig,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    has_untempered_head: bool,
-    has_adapted_head: bool,
-) -> tuple[Tensor, float]:
-    """Backward of ptx_coef * LM over the text of an optimizer step (InstructGPT, appendix C.4).
+class Pretraining:
+    """`ptx_coef` * LM in every optimizer step of a policy (InstructGPT, Eq. 2, second term, and appendix C.4).
 
-    Under DDP the last backward averages over the processes, as PPO's did.
+    Args:
+        dataset: rows `{"text"}` or `{"input_ids"}`; a stream is read as it is needed.
+        model: the policy, with TRL's fused LM head.
+        args: the trainer's.
+        has_untempered_head: whether the policy has one, next to a head that divides by a temperature.
 
-    Returns:
-        ptx_coef * LM of this process; LM of all.
+    Raises:
+        ValueError: as `pack_documents` and `StreamedText`, or a block is longer than the model reads.
     """
-    processes = accelerator.num_processes
-    episodes = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-    blocks = text.take(max(1, round(args.ptx_batch_ratio * episodes)))
-    batches, num_tokens = share_of_process(
-        blocks,
-        accelerator.process_index,
-        processes,
-        args.ptx_per_device_batch_size,
-        tokenizer.pad_token_id,
-        unscored_token(tokenizer),
-    )
-    total = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(batches, start=1):
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        with nullcontext() if number == len(batches) else accelerator.no_sync(model):
-            loss = pretraining_loss(model, batch, num_tokens / processes, has_untempered_head, has_adapted_head)
-            accelerator.backward(args.ptx_coef * loss)
-        total += loss.detach()
-    return args.ptx_coef * total, accelerator.reduce(total, "mean").item()
+
+    def __init__(
+        self,
+        dataset: Dataset | IterableDataset,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PretrainingOptions,
+        accelerator: Accelerator,
+        has_untempered_head: bool = False,
+    ) -> None:
+        positions = max_positions(model.config)
+        if positions is not None and args.ptx_max_length > positions:
+            raise UserError(f"ptx_max_length={args.ptx_max_length} exceeds the model's {positions} positions")
+        self.args, self.accelerator, self.tokenizer = args, accelerator, tokenizer
+        if isinstance(dataset, IterableDataset):
+            self.text: PackedText | StreamedText = StreamedText(dataset, tokenizer, args.ptx_max_length, args.seed)
+        else:
+            with accelerator.main_process_first():
+                blocks = pack_documents(dataset, tokenizer, args.ptx_max_length)
+            self.text = PackedText(blocks, args.seed)
+        self._has_untempered_head = has_untempered_head
+        self._has_adapted_head = has_adapter(unwrapped(model).get_output_embeddings())
+
+    @property
+    def position(self) -> int | dict[str, Any]:
+        """Where the run stands in the text, ready for JSON."""
+        return self.text.position
+
+    @position.setter
+    def position(self, position: int | dict[str, Any]) -> None:
+        if type(position) is not type(self.text.position):
+            was = "" if isinstance(position, dict) else "not "
+            raise UserError(
+                f"resume_from_checkpoint: the pretraining text was {was}a stream there: give it as it was then"
+            )
+        self.text.position = position
+
+    def add_to_gradient(self, model: nn.Module, parameters: list[nn.Parameter]) -> tuple[Tensor, dict[str, float]]:
+        """Add the term's gradient to the one that is there, of all the micro-batches of an optimizer step.
+
+        That one is set aside meanwhile, so that the norm of each part can be logged, and under DDP is averaged once: one
+        more copy of the trainable parameters in memory.
+
+        Args:
+            model: the policy, wrapped as it is trained.
+            parameters: those of it that are trained.
+
+        Returns:
+            ptx_coef * LM of this process; the numbers to log by their keys.
+        """
+        gradients = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        loss, mean = self._backward(model)
+        metrics = {"loss/ptx": mean, "grad_norm/ptx": gradient_norm(parameters)}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            elif gradient is not None:
+                parameter.grad += gradient
+        return loss, metrics
+
+    def _backward(self, model: nn.Module) -> tuple[Tensor, float]:
+        """ptx_coef * LM of this process, and LM of all. Under DDP the last backward averages over the processes."""
+        args, processes = self.args, self.accelerator.num_processes
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+        blocks = self.text.take(max(1, round(args.ptx_batch_ratio * rows)))
+        batches, num_tokens = share_of_process(
+            blocks,
+            self.accelerator.process_index,
+            processes,
+            args.ptx_per_device_batch_size,
+            self.tokenizer.pad_token_id,
+            unscored_token(self.tokenizer),
+        )
+        total = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(batches, start=1):
+            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(model):
+                loss = pretraining_loss(
+                    model, batch, num_tokens / processes, self._has_untempered_head, self._has_adapted_head
+                )
+                self.accelerator.backward(args.ptx_coef * loss)
+            total += loss.detach()
+        return args.ptx_coef * total, self.accelerator.reduce(total, "mean").item()
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> float:
+    """L2 norm of all gradients together."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def pretraining_loss(
