@@ -5,7 +5,8 @@
 
 A line for each measurement, in a process of its own, one after the other: steps of the reward and DPO trainers with shared
 prefixes against K rows and against TRL's trainers on all pairs (`ranking_step.py`, processor time, so that other work on
-the machine does not count), and an update of PPO against TRL 1.12's trainer (`ppo_step.py`). FOLDER, or the environment's
+the machine does not count), and an update of PPO against TRL 1.12's trainer (`ppo_step.py`), with one completion of a
+prompt and adapters on all layers, and with four and adapters on the upper half. FOLDER, or the environment's
 PREFOPT_REAL_MODELS, has a pretrained SmolLM2 (or a folder `smollm2` with one), of which there are lines too. About 15
 minutes on a quiet machine.
 
@@ -39,7 +40,10 @@ RANKINGS = {
 }
 OF_SMOLLM2 = ["--k", "4", "--lora", "--prompt", "128", "--completion", "32", "--repeats", "3"]
 PRETRAINED = {f"SmolLM2 {method} K=4 LoRA": ["--method", method, *OF_SMOLLM2] for method in ("reward", "dpo")}
-PPO = {"ppo LoRA": ["--lora", "--updates", "20"]}
+PPO = {
+    "ppo LoRA": ["--lora", "--updates", "20"],
+    "ppo LoRA, upper half, K=4": ["--lora", "--updates", "20", "--upper-half", "--completions", "4"],
+}
 SMALL = {
     "ranking_step.py": ["--layers", "2", "--hidden", "32", "--vocab", "64", "--prompt", "32", "--completion", "8",
                         "--repeats", "2"],
