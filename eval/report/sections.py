@@ -164,10 +164,13 @@ def glance(results: Results) -> list[Block]:
     for question, paper, models in lights(results):
         cells = [Cell(SIGNS[x.state], x.numbers, x.state, x.reason) for x in models.values()]
         rows.append(Line(question, [*cells, Cell(paper or "–", tone="paper")]))
+    prompts = results.settings.get("prompts")
     note = (
-        f"Compared with {label(results.baseline)} on the same prompts, documents or tasks. ▲ better and ▼ worse: the 95 % "
-        "interval excludes no difference; ● unclear: it does not."
+        f"Compared with {label(results.baseline)} on the same {f'{prompts:,} ' if prompts else ''}prompts, documents or tasks. "
+        "▲ better and ▼ worse: the 95 % interval excludes no difference; ● unclear: it does not."
     )
+    if str(results.settings.get("judge")).startswith("the reward model"):
+        note += " A reward model as judge favors what was trained against it, or chosen by it, whether that is better or not."
     heads = ["", *map(label, results.models), Cell("paper", MARK, "paper")]
     return [Table(heads, rows, "lights"), note, *_reasons(results), *_forest(results)]
 

@@ -157,10 +157,18 @@ def number(x: float | None, decimals: int, sign: bool = False) -> str:
 
 
 def interval(m: Measure, decimals: int, before: str = "") -> str:
-    """The interval of a measure, or nothing."""
-    if m.get("ci_low") is None or m.get("ci_high") is None:
+    """The interval of a measure, or nothing. A bound that excludes 0 is not rounded to it.
+
+    >>> interval({"ci_low": 0.00004, "ci_high": 0.00021}, 4), interval({"ci_low": -0.00004, "ci_high": 0.00021}, 4)
+    ('0.00004 to 0.00021', '−0.0000 to 0.0002')
+    """
+    low, high = m.get("ci_low"), m.get("ci_high")
+    if low is None or high is None:
         return ""
-    return f"{before}{number(m['ci_low'], decimals)} to {number(m['ci_high'], decimals)}"
+    near, finest = min(abs(low), abs(high)), decimals + 3
+    while low * high > 0 and decimals < finest and round(near, decimals) == 0 and near > 10**-finest:
+        decimals += 1
+    return f"{before}{number(low, decimals)} to {number(high, decimals)}"
 
 
 def label(model: str) -> str:

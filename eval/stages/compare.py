@@ -195,7 +195,8 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: CompareArguments
         if judge and judge not in broken:
             value = attempt(f"compare: {name} of {model}", compute)
             if isinstance(value, Estimate) and value.n == 0:
-                value = Skipped(f"judge {judge} has no judgement of this")
+                kind = "greedy completions" if name == "winrate_greedy" else "such completions"
+                value = Skipped(f"judge {judge} was given no {kind} of {model}")
         of_judge = MEASURES | ({"winrate": win_rate_by(sentences.get(judge) or called(judge))} if judge else {})
         measures.append({**Measures(of_judge).record(name, model, value, against=against), "judge": judge})
 

@@ -1,6 +1,7 @@
 """Stage `generate`: every model draws completions of the same prompts."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +96,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
 
 def _given(source: str, rows: Sequence[Mapping[str, Any]], _: Journal) -> list[dict[str, Any]]:
     """Completions that were drawn elsewhere, matched by their prompts: rows `prompt`, `completion`, perhaps `truncated`
-    and the `ids` that were sampled.
+    and the `ids` that were sampled. A prompt that is asked several times gets its completions in equal shares, in order.
 
     Raises:
         UserError: a row lacks a field, or a prompt has no completion.
@@ -106,8 +107,14 @@ def _given(source: str, rows: Sequence[Mapping[str, Any]], _: Journal) -> list[d
             raise UserError(f"{source} row {number}: expected 'prompt' and a text in 'completion'")
         drawn.setdefault(prompt_key(row["prompt"]), []).append(row)
     found = []
+    times = Counter(prompt_key(row["prompt"]) for row in rows)
+    asked: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        mine = drawn.get(prompt_key(row["prompt"]), [])
+        key = prompt_key(row["prompt"])
+        mine, share = drawn.get(key, []), len(drawn.get(key, [])) // times[key]
+        if share * times[key] == len(mine):
+            mine = mine[asked[key] * share :][:share]
+        asked[key] += 1
         if not mine:
             raise UserError(
                 f"{source} has no completion of prompt {number}; draw them for the prompts of the evaluation"

@@ -207,7 +207,7 @@ def pick_samples(
         >>> drawn = {"sft": [{"text": "a"}, {"text": "b"}], "ppo": [{"text": "c"}, {"text": "d"}]}
         >>> picked = pick_samples(["x", "y"], ["", ""], drawn, [1.0, -2.0], "ppo")
         >>> [(sample["prompt"], sample["why"]) for sample in picked]
-        [('y', '1. worst for PPO against SFT (-2.00)'), ('x', '2. worst for PPO against SFT (+1.00)')]
+        [('y', '1. worst for PPO against SFT (-2.00)'), ('x', '1. best for PPO against SFT (+1.00)')]
     """
     if not drawn:
         return []
@@ -224,7 +224,8 @@ def pick_samples(
         order = sorted(shuffled, key=lambda i: by[i] if np.isfinite(by[i]) else -np.inf)
         against = f"for {label(main)} against {label(baseline)}"
         for word, candidates, count in (
-            ("worst", order, worst),
+            # Of few prompts there are fewer: where it gains it is not at its worst.
+            ("worst", [i for i in order if not by[i] > 0], worst),
             ("best", [i for i in order[::-1] if by[i] > 0], best),
         ):
             take(candidates, count, lambda n, i, word=word: f"{n}. {word} {against} ({by[i]:+.2f})")

@@ -181,6 +181,20 @@ def test_the_file_is_judged_as_a_model(files, tokenizer, caplog):
         assert "holds completions: there are no weights to measure" in of["best"]["reason"]
 
 
+def test_a_prompt_that_is_asked_several_times_gets_its_completions_in_order(files):
+    """One or two for each time; where they do not come out even, all of them every time."""
+    asked = [{"prompt": p} for p in ("the cat", "a dog", "the cat")]
+    for rows, expected in (
+        (["the cat", "a dog", "the cat"], [[0], [1], [2]]),
+        (["the cat", "the cat", "a dog", "the cat", "the cat"], [[0, 1], [2], [3, 4]]),
+        (["the cat", "a dog"], [[0], [1], [0]]),
+    ):
+        drawn = [{"prompt": p, "completion": str(i)} for i, p in enumerate(rows)]
+        write_jsonl(files / "given.jsonl", drawn, replace=True)
+        found = generation._given(str(files / "given.jsonl"), asked, None)
+        assert [[int(r["completion"]) for r in found if r["id"] == i] for i in range(3)] == expected
+
+
 def test_completions_without_ids_have_no_number_of_tokens(files):
     write_jsonl(files / "given.jsonl", [{"prompt": p, "completion": " sat"} for p in PROMPTS])
     models = {"sft": str(files / "given.jsonl"), "best": str(files / "best.jsonl")}

@@ -240,6 +240,12 @@ def test_the_judge_is_the_one_that_judged(results, tmp_path):
     assert page.text.count("By win rate under the reward model rm300, PPO-ptx") == 1
     assert "Is it better? The judge: the reward model rm300" in page.text
     assert "gold reward as the judge" not in page.text
+    caution = "A reward model as judge favors what was trained against it, or chosen by it"
+    assert page.text.count(caution) == 1
+    results["settings"] |= {"judge": "the gold reward", "prompts": 1200}
+    _, page = page_of(results, tmp_path)
+    assert caution not in page.text
+    assert "on the same 1,200 prompts, documents or tasks" in page.text
 
 
 def test_a_light_is_out_for_the_reason_that_its_own_number_gives(results):

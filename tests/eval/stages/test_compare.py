@@ -196,6 +196,21 @@ def evaluation(tmp_path: Path) -> EvaluationRun:
 ARGUMENTS = {"models": {"sft": "a", "ppo": "b", "ppo_ptx": "c"}, "heldout_use_case": "brainstorming"}
 
 
+def test_a_model_of_completions_alone_has_nothing_greedy_to_judge(evaluation: EvaluationRun):
+    path = judgements_path(evaluation, "gold")
+    kept = [r for r in read_jsonl(path) if r.get("decoding") != "greedy" or "ppo" not in (r["a"], r["b"])]
+    write_jsonl(path, kept, replace=True)
+    compare.measure(
+        evaluation, EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS), CompareArguments()
+    )
+    greedy = {
+        m["model"]: (m["value"], m["reason"])
+        for m in evaluation.stage("compare")["measures"]
+        if m["name"] == "winrate_greedy"
+    }
+    assert greedy == {"ppo": (None, "judge gold was given no greedy completions of ppo"), "ppo_ptx": (0.5, None)}
+
+
 def test_the_stage_reports_every_number(evaluation: EvaluationRun):
     args = EvaluationArguments(output_dir=str(evaluation.folder), **ARGUMENTS)
     compare.measure(evaluation, args, CompareArguments(labeler_groups={"train": ["ann"], "heldout": ["bob"]}))

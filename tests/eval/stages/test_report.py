@@ -217,6 +217,17 @@ def test_a_thousand_rows_take_seconds_and_little_memory(tmp_path):
     assert after.ru_maxrss - before.ru_maxrss < 2**20  # KiB
 
 
+def test_where_a_model_gains_it_is_not_at_its_worst():
+    drawn = {m: [{"text": str(i)} for i in range(4)] for m in ("sft", "ppo")}
+    picked = pick_samples([*range(4)], [""] * 4, drawn, [2.0, -1.0, 0.0, 1.0], "ppo", best=1)
+    assert [(s["prompt"], s["why"]) for s in picked] == [
+        (1, "1. worst for PPO against SFT (-1.00)"),
+        (2, "2. worst for PPO against SFT (+0.00)"),
+        (0, "1. best for PPO against SFT (+2.00)"),
+        (3, "drawn at random"),
+    ]
+
+
 def test_pick_samples_breaks_ties_at_random_and_takes_nan_as_the_worst():
     drawn = {m: [{"text": str(i)} for i in range(50)] for m in ("sft", "ppo")}
     gain = [0.0] * 49 + [float("nan")]
