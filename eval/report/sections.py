@@ -166,7 +166,7 @@ def glance(results: Results) -> list[Block]:
         rows.append(Line(question, [*cells, Cell(paper or "–", tone="paper")]))
     prompts = results.settings.get("prompts")
     note = (
-        f"Compared with {label(results.baseline)} on the same {f'{prompts:,} ' if prompts else ''}prompts, documents or tasks. "
+        f"Compared with {label(results.baseline)} on the same prompts{f' ({prompts:,})' if prompts else ''}, documents or tasks. "
         "▲ better and ▼ worse: the 95 % interval excludes no difference; ● unclear: it does not."
     )
     if str(results.settings.get("judge")).startswith("the reward model"):

@@ -100,6 +100,7 @@ def test_a_card_names_the_rows_that_were_measured_and_no_hidden_token(trained, t
         ("local", "heldout.jsonl", None)
     }
     assert "| heldout.jsonl, step 2 |" in card.text
+    assert "\n\nn: how many rows, prompts, samples or documents were measured; " in card.text
     assert card.data.datasets == ["me/rankings"]
     assert str(tmp_path) not in card.text.replace(json.dumps(str(tmp_path / "rm")), "")
     assert not {name for name in facts_table(card.text) if name.endswith("_token")}

@@ -245,7 +245,7 @@ def test_the_judge_is_the_one_that_judged(results, tmp_path):
     results["settings"] |= {"judge": "the gold reward", "prompts": 1200}
     _, page = page_of(results, tmp_path)
     assert caution not in page.text
-    assert "on the same 1,200 prompts, documents or tasks" in page.text
+    assert "on the same prompts (1,200), documents or tasks" in page.text
 
 
 def test_a_light_is_out_for_the_reason_that_its_own_number_gives(results):
