@@ -25,6 +25,7 @@ from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import Rule, flex_attention, grouped_attention, prefix_sharing_attention
 from prefopt.models.prefix.layout import Layout, PackedRows, Rows, pack
 from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, sequence_scores
+from tests.test_matrix import build
 
 VOCABULARY = 64
 
@@ -691,6 +692,23 @@ def test_other_models_are_refused(variant, overrides, reason):
     with pytest.raises(ValueError, match="cannot share prefixes"):
         prefix_sharing.enable(model)
     assert not prefix_sharing.is_enabled(model)
+
+
+def test_a_difference_is_measured_by_that_of_nudged_embeddings():
+    """One unit in the last place of 1 in bf16 is 1 / 128."""
+    model = build("llama", AutoModelForSequenceClassification, torch.bfloat16)
+    embeddings = model.get_input_embeddings()
+    embeddings.weight.data[:, 0] = 1
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 10]])
+    rows = Rows(ids, torch.ones_like(ids), torch.ones_like(ids), torch.zeros(2, dtype=torch.long))
+    for units, is_equal in ((3.9, True), (4.1, False)):
+
+        def read(model, rows, units=units):
+            values = embeddings(rows.input_ids)[:, 0, 0].float()
+            return {"scores": values + units / 128 * (rows.packed is not None)}
+
+        prefixes = prefix_sharing.PrefixSharing(True, lambda model, *rows: rows, read, bool, None)
+        assert prefixes.is_equal(model, rows) is is_equal
 
 
 def test_plan_shares_only_what_pays(monkeypatch):

@@ -230,6 +230,9 @@ def test_vllm_samples_from_the_averaged_weights_where_they_are_evaluated(kind, e
         difference = generation.engine(ids).logits - trainer.model.eval()(ids).logits
         return bool(difference.abs().max() < 1e-5)
 
+    # TRL has sent the weights of this step then.
+    trainer.evaluate()
+    assert engine_is_policy()
     with trainer.averaged_weights():
         trainer.evaluate()
         assert engine_is_policy()

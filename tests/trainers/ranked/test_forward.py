@@ -449,13 +449,13 @@ def test_bf16_keeps_sharing(kind, models, tokenizer, tmp_path, monkeypatch, capl
     is_equal = prefix_sharing.PrefixSharing.is_equal
     name = "scores" if kind == "reward" else "log_probs"
 
-    def moved(where):
+    def moved(by):
         def check(self, model, rows):
             read = self.read
 
             def noisy(model, rows):
                 values = read(model, rows)
-                return values | {name: values[name] * (1.05 if where(rows) else 1) + 0.05 * where(rows)}
+                return values | {name: values[name] * (1 + 0.05 * by(rows)) + 0.05 * by(rows)}
 
             with monkeypatch.context() as patch:
                 patch.setattr(self, "read", noisy)
@@ -472,6 +472,12 @@ def test_bf16_keeps_sharing(kind, models, tokenizer, tmp_path, monkeypatch, capl
     rows = train(trainer_on(kind, models[kind], tokenizer, tmp_path, prefix_sharing=False, bf16=True))[0][0]
     assert (gradient - exact).norm() <= 2 * (rows - exact).norm()
     assert (rows - exact).norm() <= 0.1 * exact.norm()
+    # So much may shared ones, too, whichever way.
+    ways = moved(lambda rows: (len(rows.prompts) > 1) * (1 if rows.packed is None else -1))
+    monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", ways)
+    trainer = trainer_on(kind, models[kind], tokenizer, tmp_path, max_steps=2)
+    train(trainer)
+    assert trainer._prefixes.is_on
     # Where only shared ones do, it is no rounding; one batch alone proves nothing.
     monkeypatch.setattr(prefix_sharing.PrefixSharing, "is_equal", moved(lambda rows: rows.packed is not None))
     for steps, is_on in ((1, True), (2, False)):
