@@ -65,6 +65,17 @@ def test_a_text_where_a_mapping_belongs_is_refused(tmp_path, config):
         assert getattr(make(config, tmp_path, **{name: '{"a": 1}'}), name) == {"a": 1}
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_files_that_are_not_there_and_arguments_without_a_value_are_named(tmp_path, config):
+    for name in ("accelerator_config", "fsdp_config"):
+        with pytest.raises(UserError, match=f"{name}='x': there is no such file"):
+            make(config, tmp_path, **{name: "x"})
+    with pytest.raises(UserError, match="optim_args='betas': expected name=value"):
+        make(config, tmp_path, optim_args="betas")
+    (tmp_path / "a.json").write_text("{}")
+    assert make(config, tmp_path, fsdp_config=str(tmp_path / "a.json"), optim_args="a=1, b=2").optim_args == "a=1, b=2"
+
+
 def test_all_that_cannot_be_meant_is_named_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         make(SFTStepConfig, tmp_path, learning_rate=-1.0, save_steps=0, bf16="x")

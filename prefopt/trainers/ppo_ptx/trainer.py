@@ -701,8 +701,15 @@ def _returning_scores(reward: Callable) -> Callable:
 
     @functools.wraps(reward)
     def scores(completions: list, **columns: Any) -> list:
-        returned = reward(completions=completions, **columns)
         name = f"reward function {getattr(reward, '__name__', reward)!r}"
+        try:
+            inspect.signature(reward).bind(completions=completions, **columns)
+        except TypeError as error:
+            raise UserTypeError(
+                f"{name} is called with lists completions=, {'=, '.join(columns)}=, which it does not take ({error}); "
+                "end its arguments with **kwargs"
+            ) from error
+        returned = reward(completions=completions, **columns)
         if returned is None:
             raise UserError(
                 f"{name} returned None; expected a list with a score, or None, for each completion: does it end without "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -99,6 +100,12 @@ def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
         for name in _mappings(type(args)):
             if isinstance(value := getattr(args, name), str) and not value.startswith("{"):
                 problems.append(f"{name}={value!r}: expected pairs of a name and a value")
+        for name in FILES:
+            value = getattr(args, name)
+            if isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
+                problems.append(f"{name}={value!r}: there is no such file")
+        if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
+            problems.append(f"optim_args={args.optim_args!r}: expected name=value, separated by commas")
         if args.output_dir == "":
             problems.append("output_dir='': expected a folder")
     if problems:

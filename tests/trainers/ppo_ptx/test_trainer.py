@@ -696,6 +696,15 @@ def test_a_reward_function_that_gives_no_score_per_completion_is_named(make, ret
         make(rewards=[length_reward, gold], max_steps=1).train()
 
 
+def test_a_reward_function_with_other_arguments_is_named(make):
+    def judge(prompt, completion):
+        return 1.0
+
+    told = r"reward function 'judge' is called with lists completions=, .*prompts=.* \(.*'prompt'\); end .* \*\*kwargs"
+    with pytest.raises(UserTypeError, match=told):
+        make(rewards=[length_reward, judge], max_steps=1).train()
+
+
 def test_a_policy_whose_logits_are_no_numbers_is_named_with_its_folder(make, causal_lm):
     policy = copy.deepcopy(causal_lm)
     policy.config._name_or_path = "my/policy"
