@@ -87,7 +87,9 @@ class Sweep:
     def train(self, point: Point) -> None:
         folder, settings = self.root / point.name, json.dumps(self.settings(point), sort_keys=True, indent=1)
         known = folder / "settings.json"
-        if folder.exists() and (not known.is_file() or known.read_text(encoding="utf-8") != settings):
+        # But for what a kill has left of the settings themselves.
+        is_begun = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+        if is_begun and (not known.is_file() or known.read_text(encoding="utf-8") != settings):
             raise UserError(
                 f"{folder} was begun with other settings, so it is not gone on with; choose another output_dir, or "
                 "delete it to train it anew"

@@ -280,6 +280,25 @@ def test_a_run_begun_with_other_settings_is_not_gone_on_with(swept, finished):
         sweep.main(argv)
 
 
+def test_a_run_killed_before_its_settings_stood_is_begun(finished, monkeypatch):
+    begun = finished / "killed" / "ptx0_kl0.05"
+    begun.mkdir(parents=True)
+    (begun / ".settings.json.0-1.tmp").touch()
+    trained = []
+    monkeypatch.setattr(sweep.Pipeline, "train_ppo", lambda self, argv: trained.append(argv))
+    made = []
+    monkeypatch.setattr(sweep.Sweep, "run", lambda self: made.append(self))
+    sweep.main(command(finished, "--output_dir", str(begun.parent)))
+    settings, point = made[0], made[0].points[0]
+    assert point.name == begun.name
+    settings.train(point)
+    assert len(trained) == 1
+    (begun / "settings.json").unlink()
+    (begun / "adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match="begun with other settings"):
+        settings.train(point)
+
+
 def test_bad_input_stops_before_training(finished, tmp_path):
     with pytest.raises(UserError, match=r"not a finished pipeline run .*data\.json is missing"):
         sweep.main(["--run_dir", str(tmp_path)])

@@ -104,8 +104,25 @@ def test_what_is_of_another_type_is_refused(tmp_path, config, options):
         config(str(tmp_path), **{"report_to": "none", "use_cpu": True, **options})
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"gradient_checkpointing_kwargs": {"use_reentrent": False}}, "preserve_rng_state, use_reentrant, "),
+        ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, "num_cycles$"),
+        ({"lr_scheduler_kwargs": {"min_lr": 0.1}, "lr_scheduler_type": "linear"}, "none$"),
+    ],
+)
+def test_names_that_a_mapping_cannot_have_are_refused(tmp_path, config, options, names):
+    name, value = next(iter(options.items()))
+    with pytest.raises(UserError, match=f"^{name}: unknown name '{next(iter(value))}'; expected some of {names}"):
+        make(config, tmp_path, **{"lr_scheduler_type": "cosine", **options})
+
+
 def test_what_has_a_meaning_is_taken(tmp_path):
     make(SFTStepConfig, tmp_path, max_steps=3, num_train_epochs=-1, max_grad_norm=0, learning_rate=0.0)
+    make(RankedDPOConfig, tmp_path, gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": True})
+    make(RankedDPOConfig, tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
     make(RankedDPOConfig, tmp_path, save_total_limit=None, eval_steps=None, save_steps=0.1, warmup_steps=0.05)
     args = make(PPOPtxConfig, tmp_path, value_clip_range=math.inf, ema_decay=0.992, kl_target=None)
     assert args.value_clip_range == math.inf

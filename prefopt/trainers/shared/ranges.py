@@ -1,13 +1,17 @@
 """What numbers the options of a training step may be; transformers and TRL check few of theirs before the first step."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from torch.utils.checkpoint import checkpoint
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from prefopt.errors import UserError
 
@@ -68,6 +72,8 @@ TRAINING: dict[str, Range] = {
 # Of TRL's ModelConfig.
 LORA: dict[str, Range] = {"lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
 
+# What Trainer itself gives a schedule and a checkpointed function.
+OF_TRAINER = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "function")
 # A text names the file in which the mapping is.
 FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 
@@ -104,12 +110,34 @@ def check_ranges(args: Any, ranges: Mapping[str, Range] = TRAINING) -> None:
             value = getattr(args, name)
             if isinstance(value, str) and not value.startswith("{") and not Path(value).is_file():
                 problems.append(f"{name}={value!r}: there is no such file")
+        problems += _unknown_names(args)
         if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
             problems.append(f"optim_args={args.optim_args!r}: expected name=value, separated by commas")
         if args.output_dir == "":
             problems.append("output_dir='': expected a folder")
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _unknown_names(args: Any) -> Iterator[str]:
+    """Names in mappings that torch or transformers would refuse after the model is loaded."""
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    schedule = {one.value: function for one, function in TYPE_TO_SCHEDULER_FUNCTION.items()}.get(kind)
+    # The names that only torch's **kwargs shows.
+    for name, function, others in (
+        ("gradient_checkpointing_kwargs", checkpoint, ["preserve_rng_state"]),
+        ("lr_scheduler_kwargs", schedule, []),
+    ):
+        given = getattr(args, name)
+        if function is None or not isinstance(given, Mapping):
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        if any(one.kind is one.VAR_KEYWORD for one in parameters) and not others:
+            continue
+        named = [one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        known = [*others, *(one for one in named if one not in OF_TRAINER)]
+        for unknown in sorted(given.keys() - {*known}):
+            yield f"{name}: unknown name {unknown!r}; expected some of {', '.join(known) or 'none'}"
 
 
 @cache
