@@ -5,9 +5,9 @@
 
 The baseline that PPO is compared with, and that trains nothing (Stiennon et al. 2020, arXiv:2009.01325; Nakano et al.
 2021, arXiv:2112.09332). Each output row keeps the input row's fields, except those about other completions, and adds
-`completion`, `truncated`, `ids`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions` and their
-`scores` too. A killed run resumes where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16:
-best.jsonl}`.
+`completion`, `truncated`, `ids`, `score` and the `mean_score` of all n; with `--keep_samples true` all n `completions`,
+their `scores`, and which are cut (`completions_truncated`), too: rows that `prefopt data convert` makes rankings of. A
+killed run resumes where it was. The file is a "model" of `prefopt eval`: `models: {sft: sft, best_of_16: best.jsonl}`.
 """
 
 import logging
@@ -91,7 +91,11 @@ def _best(samples: Sequence[Completion], scores: Sequence[float], keep_samples: 
         "mean_score": sum(scores) / len(scores),
     }
     if keep_samples:
-        chosen |= {"completions": [completion.text for completion in samples], "scores": scores}
+        chosen |= {
+            "completions": [completion.text for completion in samples],
+            "completions_truncated": [completion.truncated for completion in samples],
+            "scores": scores,
+        }
     return chosen
 
 

@@ -762,6 +762,9 @@ def test_all_samples_of_best_of_n_are_ranked_by_their_scores():
     row = {"prompt": "p", "source": "s", **kept, "completions": [" b", " a", ""], "scores": [0.5, 2.5, 0.0]}
     expected = {"prompt": "p", "completions": [" b", " a"], "ranks": [2, 1], "ratings": [0.5, 2.5], "source": "s"}
     assert converted([row]) == ([expected], {"empty completions": 1})
+    # Which are cut is told of each; a file of before does not say it.
+    cut = {**row, "completions_truncated": [True, False, True]}
+    assert converted([cut])[0] == [{**expected, "truncated": [True, False]}]
 
 
 def test_names_of_other_tools_give_way_to_our_own():

@@ -66,6 +66,7 @@ def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, mon
         best = max(range(4), key=scores.__getitem__)
         assert row["scores"] == pytest.approx(scores, abs=1e-5)
         assert row["completions"] == [completion.text for completion in completions]
+        assert row["completions_truncated"] == [completion.truncated for completion in completions]
         assert row["completion"] == completions[best].text
         assert row["truncated"] == completions[best].truncated
         assert row["ids"] == completions[best].ids

@@ -21,6 +21,8 @@ _TEXTS = ("text", "response", "completion", "generation", "answer", "content", "
 _RATED = ("rating", "score", "reward", "overall_score")
 # What `prefopt best-of-n --keep_samples` says of the completion that it keeps, next to all of them.
 _OF_ONE = ("completion", "truncated", "ids", "score", "mean_score")
+# And which of them all are cut.
+_CUT = "completions_truncated"
 # Where a prompt stands in fields of other tools.
 _ASKED = (*OTHER_NAMES, "history", "conversations", "messages")
 
@@ -107,7 +109,8 @@ def _with_own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
     used = {"prompt"} | ({"system"} if row.get("system") else set()) | (set() if "prompt" in asked else set(_ASKED))
     row = {**{name: value for name, value in row.items() if name not in used}, "prompt": prompt}
     if row.get("completion") is not None:
-        row = {name: value for name, value in row.items() if name not in _OF_ONE}
+        cut = {"truncated": row[_CUT]} if row.get(_CUT) is not None else {}
+        row = {name: value for name, value in row.items() if name not in (*_OF_ONE, _CUT)} | cut
     lists = {"completions": _COMPLETIONS}
     if all(row.get(name) is None for name in _JUDGEMENTS):
         lists["ratings"] = _RATINGS
