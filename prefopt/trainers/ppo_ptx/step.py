@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-from prefopt.trainers.shared.pretraining import gradient_norm
 
 
 def complete_gradient(
@@ -31,15 +30,19 @@ def complete_gradient(
         # Alone there is nothing to average, and `reduce` would copy the gradient all the same.
         if parameter.grad is not None and accelerator.num_processes > 1:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    metrics = {"grad_norm/value": gradient_norm(values)}
+    metrics = {"grad_norm/value": _norm(values)}
     if is_warming_up:
         for parameter in policy:
             parameter.grad = None
-    metrics["grad_norm/ppo"] = gradient_norm(policy)
+    metrics["grad_norm/ppo"] = _norm(policy)
     if add_text is None or is_warming_up:
         return None, metrics
     loss, of_text = add_text(policy)
     return loss, metrics | of_text
+
+
+def _norm(parameters: list[nn.Parameter]) -> float:
+    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def add_value_groups(
