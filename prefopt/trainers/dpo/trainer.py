@@ -291,7 +291,7 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     def _go_on_logging(self, kept: dict[str, Any]) -> None:
         super()._go_on_logging(kept)
         if self.pretraining is not None:
-            self.pretraining.position = kept["pretraining"]
+            self.pretraining.go_to(kept.get("pretraining"), "the checkpoint")
 
     # ---- loss and log ----
 

@@ -650,7 +650,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         if missing:
             raise UserError(f"resume_from_checkpoint: {path} lacks {min(missing)}; name another checkpoint")
         if self.pretraining is not None:
-            self.pretraining.position = state["pretraining_sequences"]
+            self.pretraining.go_to(state["pretraining_sequences"], checkpoint)
         self._rollouts.fits_values = False
         for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])

@@ -412,12 +412,20 @@ class Pretraining:
         """Where the run stands in the text, ready for JSON."""
         return self.text.position
 
-    @position.setter
-    def position(self, position: int | dict[str, Any]) -> None:
+    def go_to(self, position: int | dict[str, Any] | None, checkpoint: str) -> None:
+        """Go on where a checkpoint stood.
+
+        Raises:
+            UserError: there was no text, or it was a stream then and is none now, or the other way round.
+        """
+        if position is None:
+            raise UserError(
+                f"resume_from_checkpoint: {checkpoint} is of a run without ptx_coef: leave it out, or start anew"
+            )
         if type(position) is not type(self.text.position):
             was = "" if isinstance(position, dict) else "not "
             raise UserError(
-                f"resume_from_checkpoint: the pretraining text was {was}a stream there: give it as it was then"
+                f"resume_from_checkpoint: the pretraining text of {checkpoint} was {was}a stream: give it as it was then"
             )
         self.text.position = position
 

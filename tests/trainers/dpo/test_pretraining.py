@@ -100,8 +100,17 @@ def test_a_resumed_run_goes_on_in_the_text(is_streamed, causal_lm, tokenizer, tm
 def test_another_kind_of_text_is_no_text_to_go_on_in(causal_lm, tokenizer, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_on(causal_lm, tokenizer, tmp_path, **options).train()
-    with pytest.raises(ValueError, match="pretraining text was not a stream there"):
+    with pytest.raises(ValueError, match="the pretraining text of the checkpoint was not a stream: give it"):
         trainer_on(causal_lm, tokenizer, tmp_path, True, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_a_run_without_text_is_not_gone_on_with(causal_lm, tokenizer, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer_on(causal_lm, tokenizer, tmp_path, ptx_coef=0.0, **options).train()
+    with pytest.raises(ValueError, match="is of a run without ptx_coef"):
+        trainer_on(causal_lm, tokenizer, tmp_path, **options).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")
         )
 

@@ -260,7 +260,7 @@ def test_pretraining_loss_of_a_step_is_at_temperature_one(checkpointing, adapts_
         ptx_per_device_batch_size=2,
     )
     trainer.train()
-    trainer.pretraining.position = 0
+    trainer.pretraining.text.position = 0
     nats, tokens = 0.0, 0
     for block in trainer.pretraining.text.take(2):
         ids = torch.tensor([block])
