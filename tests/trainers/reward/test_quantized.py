@@ -344,7 +344,7 @@ def test_prefopt_reward_on_a_4bit_base(recipe, tokenizer, tmp_path):
 
 
 def test_options_that_cannot_work_stop_early(recipe):
-    with pytest.raises(UserError, match="lora_r is 0; expected at least 1"):
+    with pytest.raises(UserError, match="lora_r=0: expected a whole number from 1"):
         run(recipe, "--load_in_4bit", "--use_peft", lora_r=0)
     with pytest.raises(UserError, match="quantized weights cannot be trained: add use_peft"):
         run(recipe, "--load_in_4bit")
