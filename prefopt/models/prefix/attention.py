@@ -223,6 +223,13 @@ def _flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 
+def _with_lse() -> dict[str, Any]:
+    """How to ask for the log of the softmax's sum, which torch 2.9 has named anew."""
+    from torch.nn.attention import flex_attention as module
+
+    return {"return_aux": module.AuxRequest(lse=True)} if hasattr(module, "AuxRequest") else {"return_lse": True}
+
+
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule) -> Tensor:
     """Attention of a packed row, `[1, S, heads, dim]`, by FlexAttention; no dropout."""
 
@@ -237,12 +244,12 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, ru
         block_mask=layout.block_mask(rule.window),
         scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_lse=rule.sinks is not None,
+        **({} if rule.sinks is None else _with_lse()),
     )
     if rule.sinks is None:
         return result.transpose(1, 2)
     # exp(lse) is the sum that a softmax divides by; with a sink it is larger by exp(sink).
-    out, lse = result
+    out, lse = result[0], getattr(result[1], "lse", result[1])
     share = torch.sigmoid(lse - rule.sinks.float()[:, None])
     return (out * share[..., None].to(out.dtype)).transpose(1, 2)
 

@@ -229,7 +229,7 @@ def broken(kind, path):
         ("folder", "is a folder; name a file"),
         ("link", "is a link that leads nowhere"),
         ("loop", "is a link that leads nowhere"),
-        ("damaged", ""),
+        ("damaged", "cut off or edited: mend|cut off or of another kind: copy|not a whole gzip file"),
     ],
 )
 def test_what_is_no_file_of_rows_is_said_once(tmp_path, suffix, kind, told, capsys):
