@@ -6,7 +6,7 @@
 Without a model the sandbox's closed world is pretrained on; a pretrained model learns to finish sentences of real text
 with a good feeling, of which a lexicon is the gold reward. Every step below is one `prefopt` command with one YAML file of
 `config_dir`, and the data between the steps are JSONL files in `output_dir/data`; so any step can be replaced by one's
-own. A finished step is kept: run the command again after an interruption and it goes on where it was.
+own. A finished step is kept: run the command again after an interruption and it begins with the step that it was in.
 """
 
 import json

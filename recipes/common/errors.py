@@ -42,7 +42,8 @@ RESUMES = {
         PLANNED,
         ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir",
     ),
-    **dict.fromkeys(("sample", "best-of-n", "eval", "pipeline", "sweep"), ". The same command goes on where it was"),
+    **dict.fromkeys(("sample", "best-of-n", "eval", "sweep"), ". The same command goes on where it was"),
+    "pipeline": ". The same command begins again with the step that it was in; those before are kept",
 }
 
 # What the system says of a path -> what it is and what helps.

@@ -227,7 +227,12 @@ def test_an_interruption_says_how_to_go_on(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "told"), [("sft", "resume_from_checkpoint: true"), ("sample", "The same command goes on")]
+    ("command", "told"),
+    [
+        ("sft", "resume_from_checkpoint: true"),
+        ("sample", "The same command goes on where it was"),
+        ("pipeline", "begins again with the step that it was in"),
+    ],
 )
 def test_sigterm_ends_as_an_interruption_does(capsys, command, told):
     """Schedulers and containers send it; it comes between any two lines."""
