@@ -6,11 +6,11 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test test-fast bench lint format
 
-# One thread: tiny tensors gain nothing from more, and where anything else runs threads wait for each other.
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
-	OMP_NUM_THREADS=1 $(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
+	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
 
-# One worker per core. A worker has whole files, whose fixtures are made once, until it takes from the other's rest.
+# One worker per core, one thread each: tiny tensors gain nothing from more. A worker has whole files, whose fixtures are
+# made once, until it takes from the other's rest.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: .venv/installed  ## Everything
