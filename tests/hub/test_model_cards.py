@@ -75,7 +75,7 @@ def test_a_card_says_how_the_reward_model_came_about(trained, tmp_path):
     assert data.base_model == "me/base"
     assert data["base_model_relation"] == "adapter"
     assert data.datasets == ["me/rankings"]
-    assert data.library_name == "peft"
+    assert data["library_name"] == "peft"
     assert data.pipeline_tag == "text-classification"
     assert {"trl", "prefopt", "ranked-reward", "lora"} <= set(data.tags)
 
@@ -347,7 +347,7 @@ def test_a_card_edited_on_the_hub_is_kept_there(saved, tmp_path, hub, caplog):
 
 def test_a_folder_without_facts_gets_a_card_of_what_its_files_say(base, tokenizer, tmp_path):
     card = build_card(tmp_path / "base", {}, "me/base")
-    assert card.data.library_name == "transformers"
+    assert card.data["library_name"] == "transformers"
     assert "Training" not in card.text
     assert "model" in run_card(card.text)
     assert not (tmp_path / "elsewhere" / FACTS).exists()

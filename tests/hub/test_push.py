@@ -203,7 +203,7 @@ def test_merge_publishes_a_whole_policy(four_bit, hub, base, tokenizer, tmp_path
     merged = AutoModelForCausalLM.from_pretrained("me/policy")
     torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=0)
     card = ModelCard(files[README].decode())
-    assert (card.data.library_name, card.data.base_model, card.data.datasets) == (
+    assert (card.data["library_name"], card.data.base_model, card.data.datasets) == (
         "transformers",
         "me/base",
         ["me/rankings"],
@@ -317,7 +317,7 @@ def test_a_dry_run_of_a_merge_writes_the_whole_model(kind, hub, base, tokenizer,
     written = contents(tmp_path / "look")
     assert "adapter_config.json" not in written
     card = ModelCard(written[README].decode())
-    assert (card.data.library_name, card.data.base_model, card.data.datasets) == (
+    assert (card.data["library_name"], card.data.base_model, card.data.datasets) == (
         "transformers",
         "me/base",
         ["me/rankings"],

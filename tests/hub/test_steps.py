@@ -134,7 +134,7 @@ def test_pushing_while_training_is_trainers(strategy, hub, base, tokenizer, tmp_
         )
         assert {"config.json", "tokenizer.json", "model_card.json"} <= set(files)
         card = ModelCard(files["README.md"].decode())
-        assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-classification")
+        assert (card.data["library_name"], card.data.pipeline_tag) == ("peft", "text-classification")
         assert 'PeftModel.from_pretrained(base, "me/rm")' in card.text
     assert ("last-checkpoint/optimizer.pt" in files) == (strategy == "checkpoint")
     trainer.push_to_hub()

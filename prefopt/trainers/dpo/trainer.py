@@ -85,8 +85,9 @@ class RankedDPOTrainer(RankedTrainer, DPOTrainer):
     loss on it is one of the reward model's `ranking_loss`es, `loss_type`, or a weighted sum of several. Each
     completion is forwarded once. With two completions it is TRL's DPO with the same `loss_type` (`plackett_luce` then
     is `sigmoid`) and `f_divergence_type`. `ipo` and `sigmoid_norm` divide a score by the completion's number of
-    tokens, as TRL does. With `sft_coef` the likelihood of the best completions is added (`best_likelihood_loss`),
-    with `ptx_coef` that of `pretrain_dataset`, rows `{"text"}` or `{"input_ids"}` (InstructGPT, Eq. 2, second term). Rows are `{"prompt", "completions", "ranks"}` or TRL preference rows.
+    tokens, as TRL does. With `sft_coef` the likelihood of the best completions is added (`best_likelihood_loss`), with
+    `ptx_coef` that of `pretrain_dataset`, rows `{"text"}` or `{"input_ids"}` (InstructGPT, Eq. 2, second term). Rows are
+    `{"prompt", "completions", "ranks"}` or TRL preference rows.
 
     The reference is, as in `DPOTrainer`, whose arguments this takes: `ref_model` if given; else, for a `PeftModel`, a
     frozen copy `ref` of its adapter; with `peft_config`, the model without the adapter; for a model given by path,

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
-from tests.trainers.conftest import RAGGED
+from tests.trainers.conftest import RAGGED, lora
 from tests.trainers.dpo.conftest import config
 
 pytestmark = pytest.mark.slow
@@ -36,9 +36,12 @@ def change_of(trainer):
     return {name: weight - before[name] for name, weight in trainer.model.state_dict().items()}
 
 
+@pytest.mark.parametrize("is_adapted", [False, True])
 @pytest.mark.parametrize("options", [{}, {"max_tokens_per_forward": 20}])
-def test_a_step_has_both_gradients(options, causal_lm, tokenizer, tmp_path):
+def test_a_step_has_both_gradients(options, is_adapted, causal_lm, tokenizer, tmp_path):
     """Weights move by -lr * (that of DPO + ptx_coef * that of the mean loss of a token of text, by a loop)."""
+    if is_adapted:
+        causal_lm = lora(causal_lm, "CAUSAL_LM")
     steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1, **options}
     of_dpo = change_of(trainer_on(causal_lm, tokenizer, tmp_path / "dpo", ptx_coef=0.0, **steps))
     trainer = trainer_on(causal_lm, tokenizer, tmp_path / "both", **steps)
@@ -53,7 +56,7 @@ def test_a_step_has_both_gradients(options, causal_lm, tokenizer, tmp_path):
             total, count = total - log_probs[place, block[place + 1]], count + 1
     loss = total / count
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2
     for name, gradient in gradients.items():
         torch.testing.assert_close(both[name] - of_dpo[name], -0.1 * 0.7 * gradient, rtol=1e-4, atol=1e-6, msg=name)
