@@ -70,15 +70,7 @@ def generate(
     >>> completions[0][0].text  # doctest: +SKIP
     ' an apple .'
     """
-    if temperature < 0:
-        raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature}")
-    if num_return < 1 or max_new_tokens < 1 or batch_size < 1:
-        raise UserError(
-            "num_return, max_new_tokens and batch_size: expected 1 or more, "
-            f"got {num_return}, {max_new_tokens}, {batch_size}"
-        )
-    if temperature == 0 and num_return > 1:
-        raise UserError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
+    check_settings(max_new_tokens, temperature, num_return, batch_size)
     end_ids = end_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
     reward_token = getattr(model.config, "reward_token_id", None)
@@ -92,15 +84,7 @@ def generate(
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     ids = all_prompt_ids(tokenizer, prompts, of_rows)
-    longest = max(range(len(ids)), key=lambda i: len(ids[i]), default=None)
-    limit = max_positions(model.config)
-    if longest is not None and limit is not None and len(ids[longest]) + max_new_tokens > limit:
-        raise UserError(
-            f"prompt {longest} of {len(ids[longest])} tokens and max_new_tokens {max_new_tokens} are more than the {limit} "
-            f"tokens that the model reads{loaded_from(model)}; lower max_new_tokens or leave out the longest prompts"
-        )
-    batches = batches_by_length([len(row) for row in ids], max(1, batch_size // num_return))
-    results: list[list[Completion]] = [[] for _ in ids]
+    check_room([len(row) for row in ids], max_new_tokens, max_positions(model.config), loaded_from(model))
     devices = [model.device] if model.device.type == "cuda" else []
 
     def draw(number: int, batch: list[int]) -> list[list[Completion]]:
@@ -112,18 +96,58 @@ def generate(
             generation_config=config,
             logits_processor=[partial(_refuse_nan, model)],
         )
-        drawn = [_completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
+        drawn = [completion(tokenizer, new, end_ids) for new in sequences[:, input_ids.shape[1] :].tolist()]
         return [drawn[i : i + num_return] for i in range(0, len(drawn), num_return)]
 
     with torch.random.fork_rng(devices), plain_generation(model), evaluating(model), torch.no_grad():
-        done = 0
-        for number, batch in enumerate(batches):
-            drawn = draw(number, batch) if journal is None else _kept(journal, lambda n=number, b=batch: draw(n, b))
-            for i, completions in zip(batch, drawn, strict=True):
-                results[i] = completions
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(ids))
+        return in_batches([len(row) for row in ids], max(1, batch_size // num_return), draw, progress, journal)
+
+
+def check_settings(max_new_tokens: int, temperature: float, num_return: int, batch_size: int) -> None:
+    """Raise for what cannot be drawn."""
+    if temperature < 0:
+        raise UserError(f"temperature: expected 0 (greedy) or more, got {temperature}")
+    if num_return < 1 or max_new_tokens < 1 or batch_size < 1:
+        raise UserError(
+            "num_return, max_new_tokens and batch_size: expected 1 or more, "
+            f"got {num_return}, {max_new_tokens}, {batch_size}"
+        )
+    if temperature == 0 and num_return > 1:
+        raise UserError(f"num_return: greedy decoding has one completion per prompt, got {num_return}")
+
+
+def check_room(lengths: Sequence[int], max_new_tokens: int, limit: int | None, source: str) -> None:
+    """Raise if a prompt of so many tokens leaves the model no room; `source` says in the error which model it is."""
+    longest = max(range(len(lengths)), key=lambda i: lengths[i], default=None)
+    if longest is not None and limit is not None and lengths[longest] + max_new_tokens > limit:
+        raise UserError(
+            f"prompt {longest} of {lengths[longest]} tokens and max_new_tokens {max_new_tokens} are more than the {limit} "
+            f"tokens that the model reads{source}; lower max_new_tokens or leave out the longest prompts"
+        )
+
+
+def in_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    draw: Callable[[int, list[int]], list[list[Completion]]],
+    progress: Callable[[int, int], None] | None = None,
+    journal: Journal | None = None,
+) -> list[list[Completion]]:
+    """What `draw(number, indices)` gives for batches of prompts of similar length, a list per prompt in their order.
+
+    Args:
+        progress: called with (prompts done, prompts in all) after every batch.
+        journal: has an entry for every batch; those that are there are not drawn again.
+    """
+    results: list[list[Completion]] = [[] for _ in lengths]
+    done = 0
+    for number, batch in enumerate(batches_by_length(lengths, batch_size)):
+        drawn = draw(number, batch) if journal is None else _kept(journal, lambda n=number, b=batch: draw(n, b))
+        for i, completions in zip(batch, drawn, strict=True):
+            results[i] = completions
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(lengths))
     return results
 
 
@@ -231,7 +255,8 @@ def _refuse_nan(model: PreTrainedModel, input_ids: torch.Tensor, scores: torch.T
     return scores
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end_ids: list[int]) -> Completion:
+def completion(tokenizer: PreTrainedTokenizerBase, tokens: list[int], end_ids: Sequence[int]) -> Completion:
+    """What was sampled as a completion; what stands after the first end token is padding."""
     end = next((position for position, token in enumerate(tokens) if token in end_ids), None)
     body = tokens[:end]
     # Special tokens inside the body stay visible: dropping them would show a text the policy did not write.

@@ -256,7 +256,7 @@ def scored_nats(
             (number, row * width + t - 1, rows[number][0][t])
             for row, i in enumerate(batch)
             for number in rows_of[inputs[i]]
-            for t in _places(*rows[number])
+            for t in places(*rows[number])
         ]
         numbers, index, labels = torch.tensor(read, dtype=torch.long).reshape(-1, 3).T
         with evaluating(model):
@@ -270,5 +270,10 @@ def scored_nats(
     return nats
 
 
-def _places(ids: Sequence[int], scored: int | Sequence[int]) -> Sequence[int]:
+def places(ids: Sequence[int], scored: int | Sequence[int]) -> Sequence[int]:
+    """Where a row is scored.
+
+    >>> list(places([5, 6, 7], 1)), places([5, 6, 7], [2])
+    ([1, 2], [2])
+    """
     return range(scored, len(ids)) if isinstance(scored, int) else scored

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -205,6 +206,33 @@ def load_causal_lm(
         return model
     check_rows(model)
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A language model without its weights: what it reads at most, how its completions end, and what it never says."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    never: int | None
+
+
+def outline(source: str | os.PathLike, revision: str | None = None) -> Outline:
+    """What `load_causal_lm` would find beside the weights of a whole model, or of an adapter and its base."""
+    source = os.fspath(source)
+    base, base_revision, own = source, revision, {}
+    if is_adapter(source, revision=revision):
+        adapter = PeftConfig.from_pretrained(source, revision=revision)
+        base, base_revision = adapter.base_model_name_or_path, adapter.revision
+        own = saved_config(source, revision=revision)
+    config = AutoConfig.from_pretrained(base, revision=base_revision)
+    never = own.get("reward_token_id") if base != source else getattr(config, "reward_token_id", None)
+    generation = GenerationConfig.from_model_config(config)
+    for place, of in ((source, revision), (base, base_revision)):
+        if _file(place, GENERATION_CONFIG_NAME, {"revision": of}) is not None:
+            generation = GenerationConfig.from_pretrained(place, revision=of)
+            break
+    return Outline(config, generation, never)
 
 
 def check_language_model(source: str | os.PathLike, revision: str | None = None) -> None:
