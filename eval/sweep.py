@@ -1,5 +1,5 @@
-"""What a sweep over ptx_coef and kl_coef shows: the two findings of InstructGPT's Figs 33 and 34, by intervals alone, and
-a page of findings, curves and every number."""
+"""What a sweep over the coefficients of PPO-ptx or DPO shows: the findings of InstructGPT's Figs 33 and 34, by intervals
+alone, and a page of findings, curves and every number."""
 
 import math
 import os
@@ -29,33 +29,100 @@ AXES = {
     "pretraining_bits_per_byte": "bits per byte, SFT − run",
     "heldout_task_accuracy": "task accuracy, run − SFT",
 }
-CRITERION = (
-    "PPO loses by a measure if the 95 % interval of PPO − SFT lies wholly on its worse side. A run recovers if each of "
-    "these holds by its whole interval, and does not if one of them fails by its whole interval (else it is open): by "
-    "every measure that PPO loses by, it is better than PPO and what is left of the loss is less than half of PPO's; its "
-    "gold reward is above SFT's. Nor does it if its gold reward is below PPO's by the whole interval. Finding 1 holds if "
-    "some ptx_coef above 0 recovers, finding 2 if no larger kl_coef does. No correction for the number of coefficients "
-    "tried.",
-    "All intervals are of 95 %, of paired differences, over prompts (gold reward), documents (bits per byte) or tasks. "
-    "There is one training run per point: they hold for these runs, and say nothing of how another seed of training "
-    "would fare.",
-)
+# Coefficient -> what is claimed of it; the last of a design holds the policy near SFT, the others weigh a term of the loss.
+TITLES = {
+    "PPO": {
+        "ptx_coef": "The pretraining term recovers what PPO loses (paper, Fig. 33)",
+        "kl_coef": "A larger KL coefficient does not recover it (paper, Fig. 34)",
+    },
+    "DPO": {
+        "ptx_coef": "The pretraining term recovers what DPO loses",
+        "sft_coef": "The likelihood of the best answers recovers what DPO loses",
+        "beta": "A larger beta does not recover it",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One training run of the sweep."""
+    """One training run of the sweep: a value of each coefficient.
 
-    ptx_coef: float
-    kl_coef: float
+    >>> Point((("ptx_coef", 27.8), ("kl_coef", 0.02))).name
+    'ptx27.8_kl0.02'
+    """
+
+    coefficients: tuple[tuple[str, float], ...]
+
+    def __getitem__(self, name: str) -> float:
+        return dict(self.coefficients)[name]
 
     @property
     def name(self) -> str:
-        return f"ptx{self.ptx_coef:g}_kl{self.kl_coef:g}"
+        return "_".join(f"{name.removesuffix('_coef')}{value:g}" for name, value in self.coefficients)
 
     @property
     def label(self) -> str:
-        return f"ptx_coef {self.ptx_coef:g}, kl_coef {self.kl_coef:g}"
+        return ", ".join(f"{name} {value:g}" for name, value in self.coefficients)
+
+
+@dataclass(frozen=True)
+class Design:
+    """The runs of a sweep: each coefficient over its values, the others at their smallest.
+
+    Args:
+        method: whose loss is added to, "PPO" or "DPO".
+        values: coefficient -> its values in ascending order; 0 is the first of each but the last one's.
+    """
+
+    method: str
+    values: Mapping[str, Sequence[float]]
+
+    @property
+    def plain(self) -> Point:
+        """The run that all coefficients have in common: no added term, the shortest leash."""
+        return Point(tuple((name, values[0]) for name, values in self.values.items()))
+
+    @property
+    def points(self) -> list[Point]:
+        return list(dict.fromkeys(point for name in self.values for point in self.along(name)))
+
+    def along(self, name: str) -> list[Point]:
+        """The runs in which one coefficient takes its values."""
+        return [
+            Point(tuple((other, value if other == name else start) for other, start in self.plain.coefficients))
+            for value in self.values[name]
+        ]
+
+    @property
+    def leash(self) -> str:
+        return [*self.values][-1]
+
+    @property
+    def terms(self) -> list[str]:
+        return [*self.values][:-1]
+
+    @property
+    def contrasts(self) -> list[tuple[str, str]]:
+        """The paired differences that `findings` reads, besides those to SFT."""
+        to_plain = [(point.name, self.plain.name) for point in self.points[1:]]
+        leashed = self.along(self.leash)[1:]
+        return to_plain + [(a.name, b.name) for term in self.terms for a in self.along(term)[1:] for b in leashed]
+
+    @property
+    def criterion(self) -> list[str]:
+        """How the findings are judged, in words."""
+        of = self.method
+        return [
+            f"{of} loses by a measure if the 95 % interval of {of} − SFT lies wholly on its worse side. A run recovers "
+            "if each of these holds by its whole interval, and does not if one of them fails by its whole interval (else "
+            f"it is open): by every measure that {of} loses by, it is better than {of} and what is left of the loss is less "
+            f"than half of {of}'s; its gold reward is above SFT's. Nor does it if its gold reward is below {of}'s by the "
+            f"whole interval. That a term recovers holds if some value above 0 does, that {self.leash} does not if no "
+            "larger value does. No correction for the number of coefficients tried.",
+            "All intervals are of 95 %, of paired differences, over prompts (gold reward), documents (bits per byte) or "
+            "tasks. There is one training run per point: they hold for these runs, and say nothing of how another seed of "
+            "training would fare.",
+        ]
 
 
 @dataclass(frozen=True)
@@ -89,55 +156,44 @@ def gain(measures: Measures, name: str, model: str, against: str) -> Gain | None
     return Gain(-m["ci_high"], -m["value"], -m["ci_low"])
 
 
-def contrasts(ptx: Sequence[Point], kl: Sequence[Point]) -> list[tuple[str, str]]:
-    """The paired differences that `findings` reads, besides those to SFT."""
-    ppo = plain_ppo(ptx)
-    others = [p for p in dict.fromkeys([*ptx, *kl]) if p != ppo]
-    to_ppo = [(p.name, ppo.name) for p in others]
-    return to_ppo + [(a.name, b.name) for a in ptx if a != ppo for b in kl if b != ppo]
-
-
-def plain_ppo(ptx: Sequence[Point]) -> Point:
-    """The run that both sweeps have in common: no pretraining term, the smallest KL coefficient."""
-    return next(p for p in ptx if p.ptx_coef == 0)
-
-
-def findings(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[Finding]:
-    """The paper's two findings, both judged by `CRITERION`; None where it hangs on runs that are open or not measured."""
-    ppo = plain_ppo(ptx)
-    titles = (
-        "The pretraining term recovers what PPO loses (paper, Fig. 33)",
-        "A larger KL coefficient does not recover it (paper, Fig. 34)",
-    )
-    losses = {name: gain(measures, name, ppo.name, BASELINE) for name in TAX}
+def findings(measures: Measures, design: Design) -> list[Finding]:
+    """What is claimed of each coefficient, judged by `Design.criterion`; None where that hangs on runs that are open."""
+    plain, of = design.plain, design.method
+    losses = {name: gain(measures, name, plain.name, BASELINE) for name in TAX}
     lost = {name: loss for name, loss in losses.items() if loss is not None and loss.high < 0}
     against_sft = "; ".join(f"{TAX[name]} {loss}" for name, loss in losses.items() if loss is not None)
-    start = f"PPO against SFT, positive is better: {against_sft or 'nothing was measured'}."
+    start = f"{of} against SFT, positive is better: {against_sft or 'nothing was measured'}."
     if not lost:
-        return [Finding(t, None, [start, "PPO loses nothing here that could be recovered."]) for t in titles]
-    tried = [[p for p in points if p != ppo] for points in (ptx, kl)]
-    verdicts = [{p: recovers(measures, p, ppo, lost) for p in points} for points in tried]
-    some = [_any(v.values()) if v else None for v in verdicts]
-    said = [
-        [_about(measures, p, ppo, lost, knob, v) for p, v in verdict.items()]
-        for verdict, knob in zip(verdicts, ("ptx_coef", "kl_coef"), strict=True)
-    ]
-    winners = [[p for p, v in verdict.items() if v] for verdict in verdicts]
-    why = [*_why_not(measures, winners[1], ppo), *_best_against_best(measures, *winners)]
-    return [
-        Finding(titles[0], some[0], [start, *said[0]]),
-        Finding(titles[1], None if some[1] is None else not some[1], [*said[1], *why]),
-    ]
+        why = [start, f"{of} loses nothing here that could be recovered."]
+        return [Finding(title, None, why) for title in _titles(design)]
+    found, winners = [], {}
+    for name, title in zip(design.values, _titles(design), strict=True):
+        verdicts = {p: recovers(measures, p, plain, lost) for p in design.along(name)[1:]}
+        recovered = _any(verdicts.values()) if verdicts else None
+        evidence = [_about(measures, p, design, lost, name, v) for p, v in verdicts.items()]
+        winners[name] = [p for p, v in verdicts.items() if v]
+        if name != design.leash:
+            found.append(Finding(title, recovered, [start, *evidence]))
+            continue
+        evidence += _why_not(measures, winners[name], design)
+        for term in design.terms:
+            evidence += _best_against_best(measures, design, term, winners[term], winners[name])
+        found.append(Finding(title, None if recovered is None else not recovered, evidence))
+    return found
 
 
-def recovers(measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain]) -> bool | None:
-    """Whether a run recovers what PPO lost, in the sense of `findings`; `lost`: measure -> PPO against SFT."""
-    over_ppo, over_sft = (gain(measures, REWARD, point.name, other) for other in (ppo.name, BASELINE))
-    if over_ppo is None or over_sft is None:
+def _titles(design: Design) -> list[str]:
+    return [TITLES[design.method][name] for name in design.values]
+
+
+def recovers(measures: Measures, point: Point, plain: Point, lost: Mapping[str, Gain]) -> bool | None:
+    """Whether a run recovers what the plain one lost, as `findings` has it; `lost`: measure -> plain run against SFT."""
+    over_plain, over_sft = (gain(measures, REWARD, point.name, other) for other in (plain.name, BASELINE))
+    if over_plain is None or over_sft is None:
         return None
-    decided = [_is_above(over_sft, 0), over_ppo.high >= 0]
+    decided = [_is_above(over_sft, 0), over_plain.high >= 0]
     for name, loss in lost.items():
-        for other, level in ((ppo.name, 0.0), (BASELINE, loss.value / 2)):
+        for other, level in ((plain.name, 0.0), (BASELINE, loss.value / 2)):
             decided.append(_is_above(gain(measures, name, point.name, other), level))
     return False if False in decided else None if None in decided else True
 
@@ -156,43 +212,50 @@ def _any(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _about(
-    measures: Measures, point: Point, ppo: Point, lost: Mapping[str, Gain], knob: str, verdict: bool | None
+    measures: Measures, point: Point, design: Design, lost: Mapping[str, Gain], knob: str, verdict: bool | None
 ) -> str:
     """One run in one sentence: what of the loss is back, and at what reward."""
     parts = []
     for name in (*lost, REWARD):
-        over_ppo, left = (gain(measures, name, point.name, other) for other in (ppo.name, BASELINE))
-        if over_ppo is None or (left is None and name in lost):
+        over_plain, left = (gain(measures, name, point.name, other) for other in (design.plain.name, BASELINE))
+        if over_plain is None or (left is None and name in lost):
             parts.append(f"{SHOWN[name]} not measured")
         else:
             back = f" ({1 - left.value / lost[name].value:.0%} of the loss is back)" if name in lost else ""
-            parts.append(f"{SHOWN[name]} {over_ppo} against PPO{back}")
+            parts.append(f"{SHOWN[name]} {over_plain} against {design.method}{back}")
     says = {True: "recovers", False: "does not recover", None: "is open"}[verdict]
-    return f"{knob} {getattr(point, knob):g} {says}: {', '.join(parts)}."
+    return f"{knob} {point[knob]:g} {says}: {', '.join(parts)}."
 
 
-def _why_not(measures: Measures, recovered: Sequence[Point], ppo: Point) -> list[str]:
-    """Why a larger KL coefficient recovers here, where the numbers tell: then PPO's own reward suffers as well."""
-    better = [p for p in recovered if gain(measures, REWARD, p.name, ppo.name).low > 0]
+def _why_not(measures: Measures, recovered: Sequence[Point], design: Design) -> list[str]:
+    """Why a longer leash recovers here, where the numbers tell: then the plain run's own reward suffers as well."""
+    plain, leash = design.plain, design.leash
+    better = [p for p in recovered if gain(measures, REWARD, p.name, plain.name).low > 0]
     if not better:
         return []
-    settings = ", ".join(f"{p.kl_coef:g}" for p in better)
+    settings = ", ".join(f"{p[leash]:g}" for p in better)
+    whom = "the reward model" if design.method == "PPO" else "the rankings"
     return [
-        f"Why: with kl_coef {ppo.kl_coef:g} PPO over-optimizes the reward model, for at kl_coef {settings} the gold "
+        f"Why: with {leash} {plain[leash]:g} {design.method} over-optimizes {whom}, for at {leash} {settings} the gold "
         "reward is higher, not lower; up to there a larger coefficient costs nothing."
     ]
 
 
-def _best_against_best(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[str]:
-    """Of the runs that recover, the one of the highest gold reward of either sweep, compared prompt by prompt."""
-    if not ptx or not kl:
+def _best_against_best(
+    measures: Measures, design: Design, term: str, with_term: Sequence[Point], leashed: Sequence[Point]
+) -> list[str]:
+    """Of the runs that recover, the one of the highest gold reward of either coefficient, compared prompt by prompt."""
+    if not with_term or not leashed:
         return []
-    a, b = (max(points, key=lambda p: gain(measures, REWARD, p.name, BASELINE).value) for points in (ptx, kl))
-    found = [(label, gain(measures, name, a.name, b.name)) for name, label in SHOWN.items()]
-    told = "; ".join(f"{label} {difference}" for label, difference in found if difference is not None)
+    a, b = (
+        max(points, key=lambda p: gain(measures, REWARD, p.name, BASELINE).value) for points in (with_term, leashed)
+    )
+    differences = [(label, gain(measures, name, a.name, b.name)) for name, label in SHOWN.items()]
+    compared = "; ".join(f"{label} {difference}" for label, difference in differences if difference is not None)
     return [
-        f"Of the runs that recover, those of the highest gold reward, ptx_coef {a.ptx_coef:g} against kl_coef "
-        f"{b.kl_coef:g} (positive: ptx is better): {told or 'not compared with one another'}."
+        f"Of the runs that recover, those of the highest gold reward, {term} {a[term]:g} against {design.leash} "
+        f"{b[design.leash]:g} (positive: {term.removesuffix('_coef')} is better): "
+        f"{compared or 'not compared with one another'}."
     ]
 
 
@@ -214,8 +277,7 @@ def last_third(points: Sequence[Mapping[str, float]], name: str) -> Gain | None:
 def build_sweep_page(
     path: str | os.PathLike,
     *,
-    ptx: Sequence[Point],
-    kl: Sequence[Point],
+    design: Design,
     measures: Measures,
     found: Sequence[Finding],
     rollouts: Mapping[str, Rollouts],
@@ -224,10 +286,10 @@ def build_sweep_page(
     """Write the page.
 
     Args:
-        ptx, kl: the runs of either sweep, in the order of their coefficient; plain PPO is in both.
-        measures: of every run, and its paired differences to SFT and plain PPO (`evaluate`).
+        design: the runs.
+        measures: of every run, and its paired differences to SFT and the plain run (`evaluate`).
         found: what `findings` says of them.
-        rollouts: a run's label -> its rollouts, from `rollout_gains`.
+        rollouts: a run's label -> its rollouts, from `rollout_gains`; DPO has none.
         settings: what is told at the end of the page.
     """
     verdict: list[str] = []
@@ -235,22 +297,23 @@ def build_sweep_page(
     for i, finding in enumerate(found, 1):
         verdict.append(f"{i}. {finding.title}: {VERDICT[finding.holds]}.")
         evidence += [Heading(f"{i}. {finding.title}"), Items([("", text) for text in finding.evidence])]
-    ptx_axis, kl_axis = f"ptx_coef (kl_coef {plain_ppo(ptx).kl_coef:g})", "kl_coef (ptx_coef 0)"
-    against_ptx = [*_curves(measures, ptx, "ptx_coef", ptx_axis), "As Fig. 33 of InstructGPT; up is better."]
-    against_kl = [*_curves(measures, kl, "kl_coef", kl_axis), "As Fig. 34 of InstructGPT; up is better."]
-    sections = [
-        Section("evidence", "Evidence", evidence),
-        Section("ptx", "Reward and alignment tax against ptx_coef", against_ptx),
-        Section("kl", "Reward and alignment tax against kl_coef", against_kl),
-        Section("frontier", "Reward against alignment tax", _frontier(measures, ptx, kl)),
-        Section("rollouts", "Over-optimization along training", _rollouts(rollouts)),
-        Section("numbers", "In numbers", _numbers(measures, list(dict.fromkeys([*ptx, *kl])), settings)),
-    ]
-    write_whole(path, to_html(Page("PPO-ptx: what the coefficients buy", verdict, sections, CRITERION)))
+    sections = [Section("evidence", "Evidence", evidence)]
+    for name in design.values:
+        others = ", ".join(f"{other} {value:g}" for other, value in design.plain.coefficients if other != name)
+        blocks: list[Block] = _curves(measures, design.along(name), name, f"{name} ({others})")
+        if design.method == "PPO":
+            blocks.append(f"As Fig. {34 if name == design.leash else 33} of InstructGPT; up is better.")
+        sections.append(Section(name, f"Reward and alignment tax against {name}", blocks))
+    sections.append(Section("frontier", "Reward against alignment tax", _frontier(measures, design)))
+    if design.method == "PPO":
+        sections.append(Section("rollouts", "Over-optimization along training", _rollouts(rollouts)))
+    sections.append(Section("numbers", "In numbers", _numbers(measures, design, settings)))
+    title = {"PPO": "PPO-ptx", "DPO": "DPO"}[design.method]
+    write_whole(path, to_html(Page(f"{title}: what the coefficients buy", verdict, sections, design.criterion)))
 
 
 def _curves(measures: Measures, points: Sequence[Point], knob: str, axis: str) -> list[Figure]:
-    ticks = [f"{getattr(p, knob):g}" for p in points]
+    ticks = [f"{p[knob]:g}" for p in points]
     figures = []
     for name, heading in AXES.items():
         drawn = [{"x": x, **_ends(measures, name, p, "y")} for x, p in enumerate(points)]
@@ -258,20 +321,20 @@ def _curves(measures: Measures, points: Sequence[Point], knob: str, axis: str) -
     return figures
 
 
-def _frontier(measures: Measures, ptx: Sequence[Point], kl: Sequence[Point]) -> list[Block]:
-    figures = []
+def _frontier(measures: Measures, design: Design) -> list[Block]:
+    figures: list[Block] = []
     for name in TAX:
         series = []
-        for knob, points in (("ptx_coef", ptx), ("kl_coef", kl)):
+        for knob in design.values:
             drawn = [
-                {**_ends(measures, name, p, "x"), **_ends(measures, REWARD, p, "y"), "label": f"{getattr(p, knob):g}"}
-                for p in points
+                {**_ends(measures, name, p, "x"), **_ends(measures, REWARD, p, "y"), "label": f"{p[knob]:g}"}
+                for p in design.along(knob)
             ]
             series.append(Series(knob, drawn))
         figures.append(curves_plot(series, AXES[REWARD], AXES[name], level=0))
     note = (
-        "Upper right is best: reward without tax. The two lines meet at plain PPO. A number next to a point is its "
-        "coefficient."
+        f"Upper right is best: reward without tax. The lines meet at plain {design.method}. A number next to a point is "
+        "its coefficient."
     )
     return [*figures, note]
 
@@ -310,10 +373,11 @@ def _last_third(points: Rollouts) -> str:
     return f"From the second to the last third of the run the reward model gives {proxy}, the gold reward {gold}: {verdict}."
 
 
-def _numbers(measures: Measures, points: Sequence[Point], settings: Mapping[str, Any]) -> list[Block]:
+def _numbers(measures: Measures, design: Design, settings: Mapping[str, Any]) -> list[Block]:
     decimals = {name: 2 if name == REWARD else 3 for name in SHOWN}
     rows = []
-    for title, name in [("SFT", BASELINE), *((f"{p.ptx_coef:g}, {p.kl_coef:g}", p.name) for p in points)]:
+    runs = [(", ".join(f"{value:g}" for _, value in p.coefficients), p.name) for p in design.points]
+    for title, name in [("SFT", BASELINE), *runs]:
         values = [measured(find(measures, key, name), digits) for key, digits in decimals.items()]
         differences = [
             measured(find(measures, key, name, BASELINE), digits, difference=True) for key, digits in decimals.items()
@@ -321,7 +385,7 @@ def _numbers(measures: Measures, points: Sequence[Point], settings: Mapping[str,
         others = [measured(find(measures, key, name), 2) for key in ("rm_score", "kl_to_sft")]
         rows.append(Line(title, [*values, *differences, *others]))
     minus = [f"{shown} − SFT" for shown in SHOWN.values()]
-    heads = ["ptx_coef, kl_coef", *SHOWN.values(), *minus, "reward-model score", "KL to SFT"]
+    heads = [", ".join(design.values), *SHOWN.values(), *minus, "reward-model score", "KL to SFT"]
     note = (
         "▲ and ▼: the interval of the difference to SFT excludes 0. Bits per byte: less is better. `prefopt explain-run` "
         "on a run's folder tells what moved its weights. "

@@ -307,8 +307,11 @@ class Pipeline:
         }
 
     def dpo(self) -> None:
-        self.step(dpo.main, "dpo", model_name_or_path=self.root / "sft", output_dir=self.root / "dpo",
-                  dataset_name=self.data / "rankings_rm_train_labelers.jsonl")  # fmt: skip
+        self.step(dpo.main, "dpo", output_dir=self.root / "dpo", **self.dpo_inputs())
+
+    def dpo_inputs(self) -> dict[str, object]:
+        rankings = self.data / "rankings_rm_train_labelers.jsonl"
+        return {"model_name_or_path": self.root / "sft", "dataset_name": rankings}
 
     def train_ppo(self, argv: list[str]) -> None:
         """PPO is trained on the reward model; the gold reward is only watched, to show over-optimization."""

@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassifi
 
 from prefopt import cli
 from prefopt.errors import UserError
-from prefopt.evaluation.sweep import VERDICT, Gain, Point, contrasts, findings, gain, last_third
+from prefopt.evaluation.sweep import VERDICT, Design, Gain, findings, gain, last_third
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.recipes import sweep
 from prefopt.sandbox import World, build_tokenizer
@@ -25,16 +25,16 @@ from tests.eval.measures import measure
 # Three trainings and their evaluation on a busy machine.
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
-PTX = [Point(0.0, 0.05), Point(1.0, 0.05), Point(20.0, 0.05)]
-KL = [Point(0.0, 0.05), Point(0.0, 0.5), Point(0.0, 5.0)]
-PPO = PTX[0]
+DESIGN = Design("PPO", {"ptx_coef": [0.0, 1.0, 20.0], "kl_coef": [0.05, 0.5, 5.0]})
+PTX, KL = DESIGN.along("ptx_coef"), DESIGN.along("kl_coef")
+PPO = DESIGN.plain
 BITS, TASKS, GOLD = "pretraining_bits_per_byte", "heldout_task_accuracy", "gold_reward"
 
 
-def measures_of(levels, half=0.01):
+def measures_of(levels, half=0.01, design=DESIGN):
     """Measures of a world where run -> (gold, bits, tasks) over SFT is known and every interval is +- `half`."""
     levels = {"sft": (0.0, 0.0, 0.0), **levels}
-    pairs = [(model, "sft") for model in levels if model != "sft"] + contrasts(PTX, KL)
+    pairs = [(model, "sft") for model in levels if model != "sft"] + design.contrasts
     found = []
     for a, b in pairs:
         for i, name in enumerate((GOLD, BITS, TASKS)):
@@ -55,7 +55,7 @@ PAPER = {
 
 
 def test_the_paper_s_findings_are_found_where_they_hold():
-    first, second = findings(measures_of(PAPER), PTX, KL)
+    first, second = findings(measures_of(PAPER), DESIGN)
     assert (first.holds, second.holds) == (True, True)
     assert "bits per byte −0.100 [−0.110, −0.090]" in first.evidence[0]
     assert [e.partition(":")[0] for e in first.evidence[1:]] == [
@@ -82,24 +82,24 @@ def test_the_paper_s_findings_are_found_where_they_hold():
     ],
 )
 def test_findings_follow_the_numbers(change, first, second):
-    found = findings(measures_of(PAPER | change), PTX, KL)
+    found = findings(measures_of(PAPER | change), DESIGN)
     assert [f.holds for f in found] == [first, second]
 
 
 def test_wide_intervals_show_nothing():
-    found = findings(measures_of(PAPER, half=0.2), PTX, KL)
+    found = findings(measures_of(PAPER, half=0.2), DESIGN)
     assert [f.holds for f in found] == [None, None]
 
 
 def test_the_half_that_must_be_back_is_judged_by_the_interval():
     barely = PAPER | {PTX[2].name: (1.0, 0.045, 0.0)}  # 0.045 + 0.01 is above 0.10 / 2
-    assert findings(measures_of(barely), PTX, KL)[0].holds is None
-    assert findings(measures_of(barely, half=0.004), PTX, KL)[0].holds is True
+    assert findings(measures_of(barely), DESIGN)[0].holds is None
+    assert findings(measures_of(barely, half=0.004), DESIGN)[0].holds is True
 
 
 def test_why_a_larger_kl_coefficient_may_recover_is_said():
     change = {KL[1].name: (1.4, 0.02, 0.0), PTX[2].name: (1.5, 0.01, 0.0)}
-    second = findings(measures_of(PAPER | change), PTX, KL)[1]
+    second = findings(measures_of(PAPER | change), DESIGN)[1]
     assert second.holds is False
     assert any("over-optimizes" in e and "kl_coef 0.5 " in e for e in second.evidence)
     best = second.evidence[-1]
@@ -108,15 +108,15 @@ def test_why_a_larger_kl_coefficient_may_recover_is_said():
         "+0.000", "0.000"
     ).replace("−0.000", "0.000")
     apart = [m for m in measures_of(PAPER | change) if (m["model"], m["against"]) != (PTX[2].name, KL[1].name)]
-    best = findings(apart, PTX, KL)[1].evidence[-1]
+    best = findings(apart, DESIGN)[1].evidence[-1]
     assert best.endswith("ptx_coef 20 against kl_coef 0.5 (positive: ptx is better): not compared with one another.")
 
 
 def test_a_run_that_was_not_measured_leaves_open_what_depends_on_it():
     measures = [m for m in measures_of(PAPER) if m["model"] != KL[1].name]
-    assert [f.holds for f in findings(measures, PTX, KL)] == [True, None]
+    assert [f.holds for f in findings(measures, DESIGN)] == [True, None]
     measures = [m for m in measures_of(PAPER) if m["model"] != PTX[2].name]
-    assert [f.holds for f in findings(measures, PTX, KL)] == [None, True]
+    assert [f.holds for f in findings(measures, DESIGN)] == [None, True]
 
 
 def test_a_gain_is_positive_where_better():
@@ -188,14 +188,55 @@ def finished(tmp_path_factory):
     for split, n in (("train", 40), ("test", 10)):
         write_jsonl(run / "data" / f"corpus_{split}.jsonl", [{"text": t} for t in world.corpus(split, n)])
     write_jsonl(run / "data" / "tasks.jsonl", [asdict(task) for task in world.knowledge_tasks()])
+    rankings = [
+        {
+            "prompt": p,
+            "completions": ["a dog", "the red house", "it ran"],
+            "ranks": [1, 2, 3],
+            "truncated": [False] * 3,
+        }
+        for p in world.prompts("rm", 16)
+    ]
+    write_jsonl(run / "data" / "rankings_rm_train_labelers.jsonl", rankings)
     (run / "steps").mkdir()
-    for step in ("data", "reward", "ppo_start", "evaluate"):
+    for step in ("data", "reward", "ppo_start", "select", "evaluate"):
         (run / "steps" / f"{step}.json").write_text(json.dumps({"run": f"{step} 1"}))
     (run / "results.json").write_text(json.dumps({"settings": {"seed": 3, "max_new_tokens": 6}}))
     short = {"max_steps": 2, "generation_batch_size": 8, "per_device_train_batch_size": 8, "logging_steps": 1}
     short |= {"ptx_batch_ratio": 0.5, "ptx_max_length": 16, "report_to": "none", "learning_rate": 1e-3}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(short | {"bf16": False}))
+    (folder / "dpo.yaml").write_text(yaml.safe_dump({k: v for k, v in short.items() if "generation" not in k}))
     return folder
+
+
+def test_every_term_of_dpo_has_a_finding_of_its_own():
+    design = Design("DPO", {"ptx_coef": [0.0, 1.0], "sft_coef": [0.0, 0.1], "beta": [0.1, 1.0]})
+    plain, ptx, sft, beta = design.points
+    assert [p.name for p in design.points] == [
+        "ptx0_sft0_beta0.1",
+        "ptx1_sft0_beta0.1",
+        "ptx0_sft0.1_beta0.1",
+        "ptx0_sft0_beta1",
+    ]
+    assert set(design.contrasts) == {
+        *((p.name, plain.name) for p in (ptx, sft, beta)),
+        *((p.name, beta.name) for p in (ptx, sft)),
+    }
+    levels = {
+        plain.name: (1.0, 0.10, -0.06),
+        ptx.name: (1.0, 0.02, 0.0),
+        sft.name: (1.0, 0.08, 0.0),
+        beta.name: (1.2, 0.02, 0.0),
+    }
+    found = findings(measures_of(levels, design=design), design)
+    assert [(f.title.partition(" recover")[0], f.holds) for f in found] == [
+        ("The pretraining term", True),
+        ("The likelihood of the best answers", False),
+        ("A larger beta does not", False),
+    ]
+    assert found[1].evidence[1].startswith("sft_coef 0.1 does not recover: bits per byte +0.020")
+    assert any("DPO over-optimizes the rankings, for at beta 1 " in e for e in found[2].evidence)
+    assert "ptx_coef 1 against beta 1 (positive: ptx is better)" in found[2].evidence[-1]
 
 
 def command(folder, *extra):
@@ -252,6 +293,26 @@ def test_the_coefficients_reach_the_trainer(swept):
         assert any("loss/ptx" in entry for entry in state["log_history"]) == (ptx_coef > 0)
 
 
+def test_the_coefficients_of_dpo_reach_the_trainer(finished, monkeypatch):
+    monkeypatch.setattr(World, "gold_reward", lambda self, prompt, text: SimpleNamespace(total=len(text) % 7))
+    argv = ["--method", "dpo", "--run_dir", str(finished / "run"), "--dpo_config", str(finished / "dpo.yaml")]
+    argv += ["--ptx_coefs", "0", "2", "--sft_coefs", "0", "0.5", "--betas", "0.1", "1", "--save_steps", "1"]
+    folder = finished / "dpo"
+    assert cli.main(["sweep", *argv, "--output_dir", str(folder)]) == 0
+    results = json.loads((folder / "sweep.json").read_text())
+    assert results["rollouts"] == {}
+    assert len(results["findings"]) == 3
+    for point in results["points"]:
+        log = json.loads((folder / point["name"] / "trainer_state.json").read_text())["log_history"]
+        assert any("loss/ptx" in entry for entry in log) == (point["ptx_coef"] > 0)
+        assert any("sft_loss" in entry for entry in log) == (point["sft_coef"] > 0)
+        first = next(entry["loss"] for entry in log if "loss" in entry)
+        assert (first == pytest.approx(math.log(2), abs=1e-6)) == (point["ptx_coef"] == point["sft_coef"] == 0)
+    assert "Over-optimization along training" not in (folder / "sweep.html").read_text()
+    with pytest.raises(UserError, match="method is 'ppo'; expected ppo-ptx or dpo"):
+        sweep.main([*argv, "--method", "ppo"])
+
+
 def test_a_second_run_trains_nothing_and_a_broken_off_one_goes_on(swept, finished, capsys):
     weights = {p: p.read_bytes() for p in swept.glob("*/model.safetensors")}
     sweep.main(command(finished))
@@ -289,7 +350,7 @@ def test_a_run_killed_before_its_settings_stood_is_begun(finished, monkeypatch):
     made = []
     monkeypatch.setattr(sweep.Sweep, "run", lambda self: made.append(self))
     sweep.main(command(finished, "--output_dir", str(begun.parent)))
-    settings, point = made[0], made[0].points[0]
+    settings, point = made[0], made[0].design.points[0]
     assert point.name == begun.name
     settings.train(point)
     assert len(trained) == 1
