@@ -37,6 +37,7 @@ STEPS = {
     "evaluate": evaluate,
     "pipeline": pipeline,
     "sweep": sweep,
+    "sweep_dpo": sweep,
     "frontier": frontier,
 }
 
