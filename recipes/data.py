@@ -41,9 +41,12 @@ Row = Mapping[str, Any]
 class ConvertArguments:
     """What to make of them."""
 
+    LEAST: ClassVar[dict[str, float]] = {"tie_margin": 0}
+
     format: str | None = setting(None, f"One of {', '.join(FORMATS)}; default: by the columns.")
     rating: str | None = setting(None, "Which rating makes the ranks, for ultrafeedback and helpsteer.")
     keep_tied: bool = setting(False, "Keep rows in which all completions tie; `ties: half` learns from them.")
+    tie_margin: float = setting(0.0, "Ratings or scores that differ by no more tie.")
     out: str = setting("rankings.jsonl", "File for the ranked comparisons.")
     overwrite: bool = setting(False, "Replace files that are there and hold something else.")
 
@@ -102,9 +105,9 @@ def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
             yield row
 
     def ranked() -> Iterator[Row]:
-        options = {"rating": args.rating, "keep_tied": args.keep_tied, "source": source.data}
+        options = {"rating": args.rating, "keep_tied": args.keep_tied, "tie_margin": args.tie_margin}
         row = None
-        for row in convert(counted(), args.format, counts=counts, **options):
+        for row in convert(counted(), args.format, counts=counts, source=source.data, **options):
             yield row
         if row is None:
             raise UserError(f"{source.data}: no comparison in {len(read)} rows. Left out: {_in_words(counts)}")

@@ -30,6 +30,7 @@ from prefopt.labeling.next_tasks import choose_next
 from prefopt.labeling.sheet import default_instructions, render_instructions, sheet_page
 from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.checks import row_problem
+from prefopt.rankings.formats.tables import without_choice
 from prefopt.recipes.common.arguments import dispatch, setting
 from prefopt.recipes.common.rows import check_fields, load_rows
 from prefopt.recipes.common.sources import keep_inputs, rows_of_jsonl
@@ -262,8 +263,8 @@ def _skips(report: Path) -> dict[str, int]:
 def _rows(name: str | None, key: str) -> Sequence[Mapping[str, Any]]:
     """As written where that is JSON lines: a table would give every row the fields of all. Checked when blinded."""
     if name and name.endswith(".jsonl") and Path(name).is_file():
-        return list(rows_of_jsonl(name, "train"))
-    return load_rows(name, key=key, check=check_fields("prompt"))
+        return list(map(without_choice, rows_of_jsonl(name, "train")))
+    return list(map(without_choice, load_rows(name, key=key, check=check_fields("prompt"))))
 
 
 COMMANDS = {"export": export, "import": import_rankings, "agreement": show_agreement, "next": choose_tasks}

@@ -17,7 +17,8 @@ from scipy.special import entr, expit
 
 from prefopt.errors import UserError
 from prefopt.labeling.key import MAX_OUTPUTS, MIN_OUTPUTS
-from prefopt.rankings.checks import PER_COMPLETION, row_problem
+from prefopt.rankings.checks import row_problem
+from prefopt.rankings.row import of_completions
 
 By = Literal["margin", "disagreement"]
 BY: tuple[By, ...] = ("margin", "disagreement")
@@ -148,10 +149,7 @@ def _mean_of_pairs(uncertainty: NDArray, chosen: Sequence[int]) -> float:
 
 def _cut(row: Mapping[str, Any], outputs: list[int], uncertainty: float, chosen: str) -> dict[str, Any]:
     kept = {name: value for name, value in row.items() if name != "ranks"}
-    for name in PER_COMPLETION:
-        if kept.get(name) is not None:
-            kept[name] = [kept[name][i] for i in outputs]
-    return {**kept, "outputs": outputs, "chosen": chosen, "uncertainty": uncertainty}
+    return {**of_completions(kept, outputs), "outputs": outputs, "chosen": chosen, "uncertainty": uncertainty}
 
 
 def _bits(p: NDArray) -> NDArray:

@@ -8,12 +8,13 @@ case K = 2, and their optional `margin` is `ratings` of [margin, 0]. `prefopt.ra
 `prefopt.rankings.dataset` has the public names of both modules too.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from prefopt.errors import UserError, UserTypeError
-from prefopt.rankings.checks import dense_ranks, ranks_problem, ratings_problem, row_problem, shorten
+from prefopt.rankings.checks import PER_COMPLETION, ranks_problem, ratings_problem, row_problem, shorten
 from prefopt.rankings.prompts import with_prompt
 
 
@@ -75,17 +76,35 @@ def format_ranking(ranks: Sequence[int], labels: Sequence[str] | None = None) ->
     return " > ".join(" = ".join(group) for group in groups)
 
 
-def ranks_from_ratings(ratings: Sequence[float]) -> list[int]:
-    """Dense ranks from ratings such as a 1-7 Likert scale: a higher rating is better, equal ratings tie.
+def ranks_from_ratings(ratings: Sequence[float], tie_margin: float = 0.0) -> list[int]:
+    """Dense ranks from ratings such as a 1-7 Likert scale or scores: a higher rating is better, equal ratings tie.
 
-    A rating that is not a finite number is a UserError.
+    From the best on down, a rating that is at most `tie_margin` below the best of its group ties with it, so that no two
+    of a group are further apart. One that is not a finite number is a UserError.
 
     >>> ranks_from_ratings([6, 2, 7, 6])
     [2, 3, 1, 2]
+    >>> ranks_from_ratings([2.0, 1.4, 0.9, 2.5], tie_margin=0.5)
+    [1, 2, 2, 1]
     """
     if problem := ratings_problem(ratings, len(ratings)):
         raise UserError(problem)
-    return dense_ranks([-rating for rating in ratings])
+    ranks, rank, best = [0] * len(ratings), 0, math.inf
+    for i in sorted(range(len(ratings)), key=lambda i: -ratings[i]):
+        if best - ratings[i] > tie_margin:
+            rank, best = rank + 1, ratings[i]
+        ranks[i] = rank
+    return ranks
+
+
+def of_completions(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """The row with the completions of these places alone, and what it has for each of them.
+
+    >>> of_completions({"prompt": "p", "completions": ["a", "b", "c"], "truncated": [True, False, False]}, [2, 0])
+    {'prompt': 'p', 'completions': ['c', 'a'], 'truncated': [False, True]}
+    """
+    aligned = {name: [row[name][i] for i in places] for name in PER_COMPLETION if row.get(name) is not None}
+    return {**row, **aligned}
 
 
 def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,21 @@ def test_next_takes_the_margins_of_the_reward_model(tmp_path, capsys, reward_mod
     assert {task.row["chosen"] for task in key.tasks.values()} == {"random", "disagreement"}
 
 
+def test_samples_of_best_of_n_are_exported_and_chosen_from(tmp_path, capsys, reward_models):
+    kept = {"completion": " b", "truncated": True, "ids": [4], "score": 2.0, "mean_score": 1.5}
+    rows = [
+        {"prompt": f"p{i}", **kept, "completions": [" a", " b"], "completions_truncated": [False, True], "scores": [1, 2]}
+        for i in range(2)
+    ]
+    write_jsonl(tmp_path / "best.jsonl", rows)
+    said_by(capsys, "export", tmp_path / "best.jsonl", "--out", tmp_path / "sheet.html")
+    options = ["--reward_model", reward_models[0], "--out", tmp_path / "next.jsonl"]
+    said_by(capsys, "next", tmp_path / "best.jsonl", *options)
+    for row in read_jsonl(tmp_path / "next.jsonl"):
+        assert (row["completions"], row["truncated"]) == ([" a", " b"], [False, True])
+        assert "completion" not in row
+
+
 def test_label_studio_there_and_back(tmp_path, capsys):
     samples, out = tmp_path / "samples.jsonl", tmp_path / "studio.json"
     write_jsonl(samples, ROWS)

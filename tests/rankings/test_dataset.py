@@ -119,6 +119,20 @@ def test_ranks_from_ratings_against_counting():
         assert ranks_from_ratings(ratings) == naive
 
 
+def test_ratings_within_the_margin_tie_with_the_best_of_their_group():
+    rng = random.Random(2)
+    for _ in range(300):
+        ratings = [rng.choice(range(12)) / 4 for _ in range(rng.randint(1, 9))]
+        left, ranks, rank = list(range(len(ratings))), {}, 0
+        while left:
+            rank += 1
+            best = max(ratings[i] for i in left)
+            group = [i for i in left if best - ratings[i] <= 0.5]
+            ranks |= dict.fromkeys(group, rank)
+            left = [i for i in left if i not in group]
+        assert ranks_from_ratings(ratings, tie_margin=0.5) == [ranks[i] for i in range(len(ratings))]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None, "7", True])
 def test_ranks_from_ratings_refuses(bad):
     with pytest.raises(ValueError, match=r"field 'ratings': expected finite numbers, got .* in "):

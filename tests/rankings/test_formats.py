@@ -765,6 +765,10 @@ def test_all_samples_of_best_of_n_are_ranked_by_their_scores():
     # Which are cut is told of each; a file of before does not say it.
     cut = {**row, "completions_truncated": [True, False, True]}
     assert converted([cut])[0] == [{**expected, "truncated": [True, False]}]
+    # Within the margin they tie; ranks have none.
+    assert [one["ranks"] for one in converted([row], keep_tied=True, tie_margin=2.0)[0]] == [[1, 1]]
+    assert converted([row], tie_margin=1.9)[0][0]["ranks"] == [2, 1]
+    assert converted([{**row, "ranks": [3, 1, 2]}], tie_margin=9.0)[0][0]["ranks"] == [2, 1]
 
 
 def test_names_of_other_tools_give_way_to_our_own():

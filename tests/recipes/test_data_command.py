@@ -249,6 +249,9 @@ def test_convert_by_another_rating_and_with_ties(tmp_path, capsys):
     assert read_jsonl(out)[0]["ranks"] == [2, 1]
     run(capsys, "convert", source, "--out", out, "--keep_tied", "true", "--overwrite")
     assert read_jsonl(out)[0]["ranks"] == [1, 1]
+    by = ["--rating", "overall_score", "--tie_margin"]
+    assert "1 rows in which all completions tie" in refused("convert", source, "--out", out, *by, 4, "--overwrite")
+    assert "tie_margin is -1.0; expected at least 0" in refused("convert", source, "--out", out, *by, -1)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def convert(
     counts: Counter[str],
     rating: str | None = None,
     keep_tied: bool = False,
+    tie_margin: float = 0.0,
     source: str = "rows",
 ) -> Iterator[dict[str, Any]]:
     """Ranked comparisons of rows in a public format, one after the other, so that a stream stays a stream.
@@ -158,6 +159,7 @@ def convert(
         counts: is filled with how many of what were dropped, by reason.
         rating: which of the format's ratings makes the ranks.
         keep_tied: keep rows in which all completions tie, for losses with `ties="half"`.
+        tie_margin: ratings that differ by no more tie (`ranks_from_ratings`); ranks stay what they are.
 
     Yields:
         Rows that `validate_comparisons` accepts: `prompt`, `completions`, `ranks`, where there are any `ratings` and
@@ -191,7 +193,7 @@ def convert(
     if first is None:
         raise UserError(f"{source}: expected at least one row, got none")
     known = _chosen(format, first, rating, source)
-    cleaner = Cleaner(counts, keep_tied)
+    cleaner = Cleaner(counts, keep_tied, tie_margin)
     options = {"rating": rating} if rating else {}
     try:
         for row in filter(None, map(cleaner, known.read(chain([first], feed), counts, **options))):

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.rankings.checks import PER_COMPLETION, dense_ranks, lone_surrogate
-from prefopt.rankings.row import ranks_from_ratings
+from prefopt.rankings.checks import dense_ranks, lone_surrogate
+from prefopt.rankings.row import of_completions, ranks_from_ratings
 
 
 class Cleaner:
@@ -17,9 +17,9 @@ class Cleaner:
     kept. Earlier rows are remembered by 16 bytes each.
     """
 
-    def __init__(self, counts: Counter[str], keep_tied: bool = False) -> None:
+    def __init__(self, counts: Counter[str], keep_tied: bool = False, tie_margin: float = 0.0) -> None:
         self.counts = counts
-        self.keep_tied = keep_tied
+        self.keep_tied, self.tie_margin = keep_tied, tie_margin
         self._seen: set[bytes] = set()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -36,13 +36,10 @@ class Cleaner:
         if len(kept) < 2:
             self.counts["rows with fewer than two completions left"] += 1
             return None
-        ranked = row.get("ranks") is not None
-        ranks = (dense_ranks if ranked else ranks_from_ratings)([values[i] for i in kept])
+        judged = [values[i] for i in kept]
+        ranks = ranks_from_ratings(judged, self.tie_margin) if row.get("ranks") is None else dense_ranks(judged)
         cleaned = {"prompt": row["prompt"], "completions": None, "ranks": None, "ratings": None, **row}
-        for name in PER_COMPLETION:
-            if cleaned.get(name) is not None:
-                cleaned[name] = [cleaned[name][i] for i in kept]
-        cleaned["ranks"] = ranks
+        cleaned = of_completions({**cleaned, "ranks": None}, kept) | {"ranks": ranks}
         if None in (cleaned["ratings"] or ()):  # ranked, but not all rated: such ratings are no margins
             self.counts["ratings of rows that are not rated throughout"] += 1
             cleaned["ratings"] = None

@@ -102,15 +102,26 @@ def table(rows: Iterable[Mapping[str, Any]], counts: Counter[str]) -> Iterator[d
         }
 
 
+def without_choice(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of `prefopt best-of-n --keep_samples` as the samples that it is; any other as it is.
+
+    >>> without_choice({"prompt": "p", "completion": "b", "truncated": False, "score": 2.0, "completions": ["a", "b"],
+    ...                 "completions_truncated": [True, False], "scores": [1.0, 2.0]})
+    {'prompt': 'p', 'completions': ['a', 'b'], 'scores': [1.0, 2.0], 'truncated': [True, False]}
+    """
+    if row.get("completion") is None:
+        return row
+    cut = {"truncated": row[_CUT]} if row.get(_CUT) is not None else {}
+    return {name: value for name, value in row.items() if name not in (*_OF_ONE, _CUT)} | cut
+
+
 def _with_own_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row with its prompt in one field, and its lists under the names that are read here."""
     asked = {name: row[name] for name in ("prompt", "system", *_ASKED) if row.get(name)}
     prompt = with_one_prompt(asked).get("prompt")
     used = {"prompt"} | ({"system"} if row.get("system") else set()) | (set() if "prompt" in asked else set(_ASKED))
     row = {**{name: value for name, value in row.items() if name not in used}, "prompt": prompt}
-    if row.get("completion") is not None:
-        cut = {"truncated": row[_CUT]} if row.get(_CUT) is not None else {}
-        row = {name: value for name, value in row.items() if name not in (*_OF_ONE, _CUT)} | cut
+    row = without_choice(row)
     lists = {"completions": _COMPLETIONS}
     if all(row.get(name) is None for name in _JUDGEMENTS):
         lists["ratings"] = _RATINGS
