@@ -16,6 +16,7 @@ GROUPS = {
     "data and labels": {
         "sample": ("prefopt.recipes.sample", "draw K completions per prompt, to be ranked"),
         "best-of-n": ("prefopt.recipes.best_of_n", "keep the best of n completions by the reward model"),
+        "rank": ("prefopt.recipes.rank", "rank samples by reward models, a language model or a function"),
         "data": ("prefopt.recipes.data", "public formats to rankings; check, describe and split data"),
         "label": ("prefopt.recipes.label", "people rank samples in a browser; who agrees; what to rank next"),
     },

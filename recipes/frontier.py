@@ -33,6 +33,7 @@ from prefopt.inference.likelihood import bits_per_byte, token_divergence
 from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model, load_tokenizer
+from prefopt.rankings.row import best_and_worst
 from prefopt.recipes import dpo
 from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
 from prefopt.recipes.pipeline import PipelineArguments, PretrainedPipeline, RealTextArguments, Step, command_line
@@ -100,7 +101,10 @@ class Seed:
         """Data, SFT, rankings and reward model."""
         pipeline = self.pipeline
         pipeline.run(self.first_steps())
-        rows = [_best_and_worst(row) for row in read_jsonl(pipeline.data / "rankings_rm_train_labelers.jsonl")]
+        rows = [
+            best_and_worst({name: row[name] for name in ("prompt", "completions", "ranks", "truncated")})
+            for row in read_jsonl(pipeline.data / "rankings_rm_train_labelers.jsonl")
+        ]
         write_jsonl(pipeline.data / "rankings_rm_best_worst.jsonl", [row for row in rows if row is not None])
 
     @property
@@ -197,16 +201,6 @@ class Seed:
 
 def _shown(completion: Completion) -> dict[str, Any]:
     return {"completion": completion.text, "tokens": len(completion.ids), "truncated": completion.truncated}
-
-
-def _best_and_worst(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of the best and the first of the worst completions of a ranking; None where all are equal."""
-    ranks = row["ranks"]
-    ends = [ranks.index(min(ranks)), ranks.index(max(ranks))]
-    if ends[0] == ends[1]:
-        return None
-    picked = {"completions": [row["completions"][i] for i in ends], "ranks": [1, 2]}
-    return {"prompt": row["prompt"], **picked, "truncated": [row["truncated"][i] for i in ends]}
 
 
 class Frontier:

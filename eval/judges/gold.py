@@ -40,15 +40,15 @@ class ScoreJudge:
         return found
 
 
-def gold_scores(gold: Gold) -> Scores:
-    """Scores of a function of prompt and text, for `ScoreJudge`."""
+def gold_scores(gold: Gold, called: str = "gold reward of ") -> Scores:
+    """Scores of a function of prompt and text, for `ScoreJudge`; `called` and the model stand in its errors."""
 
     def score(model: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         found = []
         for row in rows:
             given = gold(row["prompt"], row["completion"])
             names = [f.name for f in fields(given) if f.name != "total"] if is_dataclass(given) else []
-            place = f"gold reward of {model}, prompt {row['id']}"
+            place = f"{called}{model}, prompt {row['id']}"
             value = _finite(getattr(given, "total", given), place)
             parts = (
                 {"parts": {name: _finite(getattr(given, name), f"{place}, {name}") for name in names}} if names else {}

@@ -83,7 +83,7 @@ class LanguageModelJudge:
         asked = []  # prompts with both of their questions, where these are not too long
         for ours, theirs in shared:
             texts = [
-                fill(self.template, prompt_text(ours["prompt"]), first["completion"], second["completion"])
+                fill(self.template, prompt=prompt_text(ours["prompt"]), a=first["completion"], b=second["completion"])
                 for first, second in ((ours, theirs), (theirs, ours))
             ]
             both = [prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text) for text in texts]
@@ -102,11 +102,10 @@ class LanguageModelJudge:
         return found
 
 
-def fill(template: str, prompt: str, a: str, b: str) -> str:
+def fill(template: str, **texts: str) -> str:
     """The question; a place name inside an answer stays text.
 
-    >>> fill("{prompt}: {a} or {b}?", "Which", "{b}", "no")
+    >>> fill("{prompt}: {a} or {b}?", prompt="Which", a="{b}", b="no")
     'Which: {b} or no?'
     """
-    texts = {"{prompt}": prompt, "{a}": a, "{b}": b}
-    return re.sub(r"\{(?:prompt|a|b)\}", lambda found: texts[found[0]], template)
+    return re.sub(rf"\{{({'|'.join(texts)})\}}", lambda place: texts[place[1]], template)

@@ -107,6 +107,17 @@ def of_completions(row: Mapping[str, Any], places: Sequence[int]) -> dict[str, A
     return {**row, **aligned}
 
 
+def best_and_worst(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The pair that DPO on pairs takes of a ranking: the first of the best and the first of the worst; None if all tie.
+
+    >>> best_and_worst({"prompt": "p", "completions": ["a", "b", "c", "d"], "ranks": [2, 1, 3, 1]})
+    {'prompt': 'p', 'completions': ['b', 'c'], 'ranks': [1, 2]}
+    """
+    ranks = row["ranks"]
+    best, worst = ranks.index(min(ranks)), ranks.index(max(ranks))
+    return None if best == worst else of_completions(row, [best, worst]) | {"ranks": [1, 2]}
+
+
 def from_preference(row: Mapping[str, Any]) -> dict[str, Any]:
     """A TRL preference row (`prompt`, `chosen`, `rejected`) as a ranked row with K = 2; other fields are kept.
 

@@ -159,7 +159,7 @@ def _add_ranked(row: Row, found: Statistics, longer: list[int]) -> None:
     found.rows_without_comparison += len(set(ranks)) < 2
     texts = [json.dumps(completion, sort_keys=True, default=str) for completion in completions]
     found.rows_with_repeated_completions += len(set(texts)) < len(texts)
-    sizes = [_characters(completion) for completion in completions]
+    sizes = [characters(completion) for completion in completions]
     for (rank, size), (other_rank, other_size) in combinations(zip(ranks, sizes, strict=True), 2):
         found.pairs += 1
         found.tied_pairs += rank == other_rank
@@ -178,14 +178,14 @@ def _lengths(row: Row, tokens: Callable[[Any, Any], tuple[int, int]] | None) -> 
     prompt = row.get("prompt")
     if prompt is None:
         content = row["messages"] if row.get("messages") is not None else row["text"]
-        yield ("characters of the text", _characters(content))
+        yield ("characters of the text", characters(content))
         if tokens:
             yield ("tokens of the text", tokens(None, content)[1])
         return
     completions = row.get("completions") or ([row["completion"]] if row.get("completion") else [])
-    yield ("characters of the prompt", _characters(prompt))
+    yield ("characters of the prompt", characters(prompt))
     for completion in completions:
-        yield ("characters of a completion", _characters(completion))
+        yield ("characters of a completion", characters(completion))
     if tokens:
         counts = [tokens(prompt, completion) for completion in completions or [None]]
         yield ("tokens of the prompt", counts[0][0])
@@ -194,7 +194,7 @@ def _lengths(row: Row, tokens: Callable[[Any, Any], tuple[int, int]] | None) -> 
             yield ("tokens of both", of_prompt + of_completion)
 
 
-def _characters(text: Any) -> int:
+def characters(text: Any) -> int:
     """Of a text, or of what the messages say."""
     if isinstance(text, str):
         return len(text)

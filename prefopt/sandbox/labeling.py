@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from prefopt.errors import UserError
 from prefopt.labeling.flags import FLAGS
+from prefopt.rankings.row import ranks_from_ratings
 
 FLAG_ERROR = 0.05
 GROUP_SIZES = {"train": 5, "heldout": 3}
@@ -53,7 +54,7 @@ class Labeler:
         return {
             "prompt": prompt,
             "completions": list(completions),
-            "ranks": _ranks(impressions, self.world.tie_width),
+            "ranks": ranks_from_ratings(impressions, self.world.tie_width),
             "labeler": self.name,
             "ratings": [self._rating(i) for i in impressions],
             "flags": [self._flags(prompt, c, s) for c, s in zip(completions, scores, strict=True)],
@@ -71,16 +72,6 @@ class Labeler:
         seen = self.world.flags(score)
         rng = random.Random(f"{self._key}/flags/{prompt}/{completion}")
         return {f: bool(seen[f] ^ (rng.random() < FLAG_ERROR)) if f in seen else False for f in FLAGS}
-
-
-def _ranks(impressions: Sequence[float], tie_width: float) -> list[int]:
-    ranks = [0] * len(impressions)
-    rank, leader = 0, float("inf")
-    for i in sorted(range(len(impressions)), key=lambda i: -impressions[i]):
-        if leader - impressions[i] > tie_width:
-            rank, leader = rank + 1, impressions[i]
-        ranks[i] = rank
-    return ranks
 
 
 def labelers(world: Graded, group: str) -> list[Labeler]:

@@ -31,6 +31,7 @@ TO_LOWER = {
     "ppo-ptx": f"{BATCH}, ptx_per_device_batch_size, max_completion_length or ptx_max_length; or set {OF_TRAINING}",
     "sample": "batch_size or max_new_tokens",
     "best-of-n": "batch_size or max_new_tokens",
+    "rank": "batch_size",
     "eval": "batch_size or max_new_tokens",
 }
 # Of these `prefopt plan` knows the memory.
@@ -42,7 +43,7 @@ RESUMES = {
         PLANNED,
         ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir",
     ),
-    **dict.fromkeys(("sample", "best-of-n", "eval", "sweep"), ". The same command goes on where it was"),
+    **dict.fromkeys(("sample", "best-of-n", "rank", "eval", "sweep"), ". The same command goes on where it was"),
     "pipeline": ". The same command begins again with the step that it was in; those before are kept",
 }
 

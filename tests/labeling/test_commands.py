@@ -96,7 +96,13 @@ def test_next_takes_the_margins_of_the_reward_model(tmp_path, capsys, reward_mod
 def test_samples_of_best_of_n_are_exported_and_chosen_from(tmp_path, capsys, reward_models):
     kept = {"completion": " b", "truncated": True, "ids": [4], "score": 2.0, "mean_score": 1.5}
     rows = [
-        {"prompt": f"p{i}", **kept, "completions": [" a", " b"], "completions_truncated": [False, True], "scores": [1, 2]}
+        {
+            "prompt": f"p{i}",
+            **kept,
+            "completions": [" a", " b"],
+            "completions_truncated": [False, True],
+            "scores": [1, 2],
+        }
         for i in range(2)
     ]
     write_jsonl(tmp_path / "best.jsonl", rows)

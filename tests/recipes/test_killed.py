@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 import prefopt.cli
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.checkpoints import save_reward_model
+from prefopt.recipes import rank
 from tests.conftest import run_in_fork
 
 pytestmark = pytest.mark.slow
@@ -109,6 +110,28 @@ def test_one_file_is_as_if_never_killed(files, command, options):
     assert run(files, command, **options, output=out) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert "half written" not in (files / "log").read_text()
+
+
+def test_rankings_are_as_if_never_killed(files, monkeypatch):
+    monkeypatch.setattr(rank, "ROWS_AT_ONCE", 2)
+    write_jsonl(files / "samples.jsonl", [{"prompt": p, "completions": [" sat", " ran", " is"]} for p in PROMPTS])
+    command, options = f"rank {files / 'samples.jsonl'}", {"reward_model": files / "rm", "people": 1}
+    assert run(files, command, **options, output=files / "whole.jsonl") == 0, (files / "log").read_text()
+    for kill, found in [
+        (("part", 2), 2),
+        (("half a part", 1), 2),
+        (("rename out.judgements.jsonl", 1), 3),
+        (("remove .out.judgements.jsonl.part", 1), 3),
+        (("rename out.jsonl", 1), 0),
+        (("rename out.people.jsonl", 1), 0),
+        (("rename out.report.json", 1), 0),
+    ]:
+        status = run(files, command, kill, **options, output=files / "out.jsonl")
+        assert status == -signal.SIGKILL, (files / "log").read_text()
+        assert parts(files / ".out.judgements.jsonl.part") == found, kill
+    assert run(files, command, **options, output=files / "out.jsonl") == 0, (files / "log").read_text()
+    for name in ("jsonl", "judgements.jsonl", "people.jsonl", "report.json"):
+        assert (files / f"out.{name}").read_bytes() == (files / f"whole.{name}").read_bytes()
 
 
 def test_the_completions_of_an_evaluation_are_as_if_never_killed(files):

@@ -4,8 +4,8 @@ from itertools import combinations
 
 import pytest
 
+from prefopt.rankings.row import ranks_from_ratings
 from prefopt.sandbox import FLAGS, World, labelers
-from prefopt.sandbox.labeling import _ranks
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_ratings_and_flags_follow_the_gold_components(world, completions):
 def test_ranks_tie_within_the_width_of_the_best_of_the_group():
     w = World.tie_width
     # 0.6 w below the leader ties with it; 1.2 w below starts a group, with which 1.9 w below ties in turn
-    assert _ranks([0.0, -0.6 * w, -1.2 * w, -1.9 * w], w) == [1, 1, 2, 2]
-    assert _ranks([1.0, 5.0, 1.0], w) == [2, 1, 2]
+    assert ranks_from_ratings([0.0, -0.6 * w, -1.2 * w, -1.9 * w], w) == [1, 1, 2, 2]
+    assert ranks_from_ratings([1.0, 5.0, 1.0], w) == [2, 1, 2]
 
 
 def test_unknown_group_is_refused(world):

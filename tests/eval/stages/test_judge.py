@@ -239,7 +239,7 @@ def test_a_judge_that_cannot_write_its_verdict_is_refused(tokenizer, tmp_path: P
 def test_the_template_is_checked_and_filled_once(tmp_path: Path):
     with pytest.raises(ValueError, match="b} is missing"):
         LanguageModelJudge(lambda: None, "{prompt} {a}", folder=tmp_path)
-    assert fill("{prompt}/{a}/{b}", "{a}", "{b}", "x") == "{a}/{b}/x"
+    assert fill("{prompt}/{a}/{b}", prompt="{a}", a="{b}", b="x") == "{a}/{b}/x"
 
 
 # ---- ratings and flags ----------------------------------------------------------------------------------------------
