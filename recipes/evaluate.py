@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.evaluation.benchmarks.reward_yardsticks import YARDSTICKS
 from prefopt.evaluation.judges.gold import Gold
 from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt, no_number
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
@@ -87,6 +88,8 @@ class Evaluation:
         own = self.given[stage.arguments]
         if stage is generate.STAGE:
             own = replace(own, prompts=_prompts(own))
+        elif stage is reward_model.STAGE:
+            own = replace(own, on=None, dataset=None, yardsticks=_yardsticks(own))
         stage.measure(self.run, self.args, own, *(self.given[arguments] for arguments in stage.reads))
 
     def timed(self, stage: Stage) -> None:
@@ -160,13 +163,32 @@ ALL = Stage("all", "all stages whose data are given, then the report", Evaluatio
 
 
 def _prompts(own: generate.GenerateArguments) -> list[dict[str, Any]]:
-    # A file has no split but its own; the default is for what has several.
-    is_file = own.prompts is not None and Path(str(own.prompts)).is_file()
     rows = load_rows(
         own.prompts,
-        split="train" if is_file and own.prompts_split == "test" else own.prompts_split,
+        split=_split(own.prompts, own.prompts_split) if own.prompts_split == "test" else own.prompts_split,
         check=check_fields("prompt"),
         convert=prompts_from_messages,
         key="prompts",
     )
     return list(rows)
+
+
+def _yardsticks(own: reward_model.RewardModelArguments) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every yardstick that is asked for, each checked before a model is loaded."""
+    found = {}
+    for name, source in own.yardsticks.items():
+        published = YARDSTICKS[name]
+        found[name] = load_rows(
+            source or published.hub,
+            split=_split(source, published.split),
+            # Reading them is the check.
+            check=lambda rows, source: None,
+            convert=published.read,
+            key=f"yardsticks: {name}",
+        ).to_list()
+    return found
+
+
+def _split(source: str | None, published: str) -> str:
+    """A file has no split but its own; `published` is for what has several."""
+    return "train" if source is not None and Path(str(source)).is_file() else published

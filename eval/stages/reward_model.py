@@ -13,6 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.errors import UserError
+from prefopt.evaluation.benchmarks import reward_yardsticks
+from prefopt.evaluation.benchmarks.reward_yardsticks import YARDSTICKS
 from prefopt.evaluation.judges.gold import gold_function
 from prefopt.evaluation.report import tables
 from prefopt.evaluation.report.paper import MARK, REWARD_ACCURACY
@@ -50,7 +52,8 @@ NO_AGREEMENT = Skipped("no two labelers (by the rows' `labeler`) ranked the same
 NO_DEMONSTRATIONS = Skipped("no demonstrations: give `reward_demonstrations`, a file")
 _RANKED = "Ouyang et al. 2022, C.2 and E.2"
 MEASURES = Measures(
-    {
+    {f"rm.{name}": yardstick.definition for name, yardstick in YARDSTICKS.items()}
+    | {
         "rm.accuracy": Definition(
             True,
             "share of strictly ranked pairs that the reward model orders as the labelers did; equal scores count half; "
@@ -145,7 +148,7 @@ MEASURES = Measures(
 
 @dataclass
 class RewardModelArguments:
-    """Which reward models, and the rankings they are measured on."""
+    """Which reward models, and what they are measured on; for `measure`, `yardsticks` are the rows themselves."""
 
     reward_models: dict[str, str] | str | None = field(
         default=None,
@@ -163,9 +166,37 @@ class RewardModelArguments:
         default=None, metadata={"help": "JSONL file of `prompt`, `completion`; their mean score should be 0."}
     )
 
+    on: str | None = field(
+        default=None,
+        metadata={
+            "help": "A public yardstick to measure on, whose rows are `dataset`; in YAML `yardsticks`.",
+            "choices": list(YARDSTICKS),
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Rows of `on`, as published: a file, folder or Hub id; default: those on the Hub."},
+    )
+    yardsticks: dict[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": f"Public yardsticks ({', '.join(YARDSTICKS)}) and the rows of each: file, folder or Hub id; null: "
+            "those on the Hub."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for key in ("reward_models", "implicit_rewards", "rankings"):
+        for key in ("reward_models", "implicit_rewards", "rankings", "yardsticks"):
             setattr(self, key, parsed_mapping(key, getattr(self, key)))
+        if self.dataset and not self.on:
+            raise UserError(f"dataset: name the yardstick whose rows these are in `on`: {', '.join(YARDSTICKS)}")
+        if self.on:
+            self.yardsticks[self.on] = self.dataset
+        for name in self.yardsticks:
+            if name not in YARDSTICKS:
+                raise UserError(f"yardsticks: expected {', '.join(YARDSTICKS)}, got {name!r}")
+            if name in self.rankings:
+                raise UserError(f"rankings: {name} is the name of a yardstick; rename that group")
         check_names("reward_models", self.reward_models)
         check_names("rankings", self.rankings)
         for name, beta in self.implicit_rewards.items():
@@ -176,9 +207,9 @@ class RewardModelArguments:
 
 
 def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArguments, judges: JudgeArguments) -> None:
-    """Score the rankings with every reward model and measure; write `stages/reward_model.json`.
+    """Score rankings and yardsticks with every reward model and measure; write `stages/reward_model.json`.
 
-    Scores are kept in `reward_model/<model>.<group>.jsonl`. A reward model that breaks costs its own numbers. The
+    Scores are kept in `reward_model/<model>.<group or yardstick>.jsonl`. A reward model that breaks costs its own numbers. The
     accuracy of `judges.gold_judge` on the same rankings is a ceiling.
 
     Raises:
@@ -190,6 +221,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
     # Of a policy that is a reward model, the scores are relative to the baseline.
     against = args.baseline if own.implicit_rewards else None
     data: dict[str, Any] = {"baseline": against, "groups": {}, "reliability": {}, "tie_width": {}, "agreement": []}
+    data["yardsticks"] = {name: len(rows) for name, rows in own.yardsticks.items()}
     nothing = [why for given, why in ((groups, NO_RANKINGS), (scorers, NO_SCORER)) if not given]
     measures = [MEASURES.record("rm.accuracy", "reward_model", why) for why in nothing]
     scored: dict[tuple[str, str], Scores] = {}
@@ -212,6 +244,11 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: RewardModelArgum
                 what = f"reward-model: the demonstrations for {name}"
                 score = attempt(what, partial(scorer.mean_score, own.reward_demonstrations))
             measures.append(MEASURES.record("rm.demonstration_score", name, score))
+        for yardstick, rows in own.yardsticks.items():
+            what = f"reward-model: {name} on {yardstick}"
+            found = attempt(what, partial(scorer.official, yardstick, rows))
+            parts = {"overall": found} if isinstance(found, NoNumber) else found
+            measures += [MEASURES.record(f"rm.{yardstick}.{part}", name, value) for part, value in parts.items()]
     for group, rows in groups.items():
         here = {name: found for (name, of), found in scored.items() if of == group}
         measures += _of_labels(group, rows, next(iter(here.values()), None), gold, data)
@@ -260,8 +297,15 @@ class Scorer:
                 raise UserError(f"implicit_rewards: no model called {name!r} in models")
         return [self.args.models[self.name], self.args.models[self.args.baseline]]
 
-    def scores(self, group: str, rows: Sequence[Row]) -> Scores:
-        """Rows of `scores` and `lengths` in tokens, one per ranked row."""
+    def official(self, yardstick: str, rows: Sequence[Row]) -> dict[str, Estimate | Skipped]:
+        """The yardstick's own numbers."""
+        scored = self.scores(yardstick, rows, reward_yardsticks.posed)
+        return YARDSTICKS[yardstick].measures(rows, [row["scores"] for row in scored])
+
+    def scores(
+        self, group: str, rows: Sequence[Row], posed: Callable[[Any, Sequence[Row]], Sequence[Row]] | None = None
+    ) -> Scores:
+        """Rows of `scores` and `lengths` in tokens, one per row; `posed(tokenizer, rows)` makes them the model's."""
         state = [*map(source_state, self._sources()), *([] if self.beta is None else [self.beta])]
         content = fingerprint_of(
             [
@@ -275,11 +319,12 @@ class Scorer:
                 return self._known[content]
             self.run.progress(f"reward-model: {self.name} on {group}")
             (model, tokenizer), *reference = self.loaded
+            read = rows if posed is None else posed(tokenizer, rows)
             if reference:
-                scores = implicit_rewards(model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size)
+                scores = implicit_rewards(model, reference[0][0], tokenizer, read, self.beta, self.args.batch_size)
             else:
-                scores = score_rows(model, tokenizer, rows, self.args.batch_size)
-            lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in rows]
+                scores = score_rows(model, tokenizer, read, self.args.batch_size)
+            lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in read]
             return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
 
         path = self.run.folder / "reward_model" / f"{self.name}.{group}.jsonl"
@@ -411,9 +456,19 @@ DETAILS = [
 def section(results: tables.Results) -> list[tables.Block]:
     """Accuracy against its ceiling, calibration, and what a score mistakes for quality."""
     data = results.stage("reward_model")
+    yardsticks = data.get("yardsticks") or {}
+    on_yardsticks = [
+        m["model"] for m in results.measures if m["name"].startswith(tuple(f"rm.{n}." for n in yardsticks))
+    ]
+    public = reward_yardsticks.blocks(results, yardsticks, list(dict.fromkeys(on_yardsticks)))
     groups, scorers = data["groups"], [*data["reliability"]]
-    if not groups or not scorers:
+    if not (groups and scorers) and not public:
         raise results.missing("rm.", "no reward model was measured on rankings")
+    return [*(_on_rankings(results, data, scorers) if groups and scorers else []), *public]
+
+
+def _on_rankings(results: tables.Results, data: Mapping[str, Any], scorers: list[str]) -> list[tables.Block]:
+    groups = data["groups"]
     details: list[tables.Block] = []
     for group in groups:
         columns = [tables.Column(tables.label(s), s, f".{group}") for s in (*scorers, "labelers")]
@@ -494,5 +549,5 @@ STAGE = Stage(
     reads=(JudgeArguments,),
     title="Reward model",
     section=section,
-    headlines=("rm.accuracy.*", "rm.nll.*", "rm.agreement*"),
+    headlines=("rm.accuracy.*", "rm.nll.*", "rm.agreement*", *(f"rm.{name}.*" for name in YARDSTICKS)),
 )

@@ -3,12 +3,14 @@
 Pairs and tokens of one prompt are correlated, so intervals always resample whole prompts.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 
 from prefopt.errors import UserError
 
@@ -105,6 +107,69 @@ def ratio_of_sums(numerators: ArrayLike, denominators: ArrayLike, *, n_resamples
         n_resamples=n_resamples,
     )
     return replace(estimate, n=int(denominators[counted].sum()))
+
+
+class Stratum(NamedTuple):
+    """Of N prompts that are resampled by themselves, a score: sum_c weights_c * sum_n tops_nc / sum_n bottoms_nc.
+
+    Shapes: weights `[C]`, tops and bottoms `[N, C]`. A bottom of 0 leaves a prompt out of one ratio, so that ratios of
+    different prompts (rows of two kinds, pairs of rows) stand in one score.
+
+    >>> two_kinds = Stratum(np.array([0.6, 0.4]), np.array([[1.0, 0], [0, 0], [0, 1]]), np.array([[1.0, 0], [1, 0], [0, 1]]))
+    >>> round(float(two_kinds.score(np.arange(3))), 9)  # .6 * 1/2 + .4 * 1/1
+    0.7
+    """
+
+    weights: NDArray
+    tops: NDArray
+    bottoms: NDArray
+
+    @classmethod
+    def mean(cls, columns: ArrayLike, weights: ArrayLike = (1.0,)) -> "Stratum":
+        """sum_c weights_c * mean over prompts of columns `[N, C]` (or `[N]`)."""
+        columns = np.asarray(columns, dtype=float).reshape(len(columns), -1)
+        return cls(np.asarray(weights, dtype=float), columns, np.ones_like(columns))
+
+    def score(self, prompts: NDArray) -> NDArray:
+        """Of the prompts with these numbers `[..., N]`, one score for each of the leading axes."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.tops[prompts].sum(-2) / self.bottoms[prompts].sum(-2) @ self.weights
+
+
+def mean_over_strata(strata: Sequence[Stratum], *, n_resamples: int = 2000) -> Estimate:
+    """Mean of the scores of several strata, each weighing the same whatever its size; prompts are resampled within each.
+
+        value = 1/S sum_s score_s   (stratified bootstrap: Davison and Hinkley 1997, section 3.2)
+
+    `n` and `n_clusters` count the prompts of all strata. NaN where a stratum has no score; no interval where one has
+    fewer than two prompts.
+
+    >>> easy, hard = Stratum.mean([1.0, 1.0, 1.0, 0.0]), Stratum.mean([0.0, 1.0])
+    >>> mean_over_strata([easy, hard]).value, mean_over_strata([easy, hard]).n  # .75 and .5
+    (0.625, 6)
+    """
+    numbers = [np.arange(len(stratum.tops)) for stratum in strata]
+    total = sum(map(len, numbers))
+
+    def statistic(*chosen: NDArray, axis: int = -1) -> NDArray:
+        return np.mean([s.score(i.astype(int)) for s, i in zip(strata, chosen, strict=True)], axis=0)
+
+    value = float(statistic(*numbers)) if numbers and all(map(len, numbers)) else np.nan
+    if not np.isfinite(value) or min(map(len, numbers)) < 2:
+        return Estimate(value, np.nan, np.nan, total, total)
+    with warnings.catch_warnings():
+        # A resample in which a ratio has no prompt: there is no interval then.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        interval = bootstrap(
+            numbers,
+            statistic,
+            n_resamples=n_resamples,
+            batch=max(1, 250_000 // total),
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), total, total)
 
 
 def mean_estimate(x: ArrayLike) -> Estimate:

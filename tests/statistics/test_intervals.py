@@ -199,3 +199,35 @@ def test_every_public_function_has_an_example():
     ]
     assert win_rate in public
     assert all(">>>" in inspect.getdoc(x) for x in public)
+
+
+# Strata
+
+
+def test_a_single_stratum_is_the_mean_and_its_bootstrap():
+    x = np.random.default_rng(0).normal(size=50)
+    assert metrics.mean_over_strata([metrics.Stratum.mean(x)]) == mean_estimate(x)
+
+
+def test_strata_weigh_alike_and_are_resampled_by_themselves():
+    rng = np.random.default_rng(1)
+    x, constant = rng.normal(size=40), np.full(400, 3.0)
+    one = metrics.mean_over_strata([metrics.Stratum.mean(x)])
+    both = metrics.mean_over_strata([metrics.Stratum.mean(x), metrics.Stratum.mean(constant)])
+    assert both.value == pytest.approx((x.mean() + 3) / 2, abs=1e-12)
+    # What never varies halves the mean and the width, and moves neither.
+    assert both.ci_high - both.ci_low == pytest.approx((one.ci_high - one.ci_low) / 2, rel=0.1)
+    assert (both.n, both.n_clusters) == (440, 440)
+
+
+def test_ratios_of_different_prompts_in_one_score():
+    tops, bottoms = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 3.0]]), np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
+    estimate = metrics.mean_over_strata([metrics.Stratum(np.array([0.6, 0.4]), tops, bottoms)])
+    assert estimate.value == pytest.approx(0.6 * 1 / 2 + 0.4 * 3 / 4, abs=1e-12)
+
+
+def test_strata_without_prompts_or_with_one():
+    few = metrics.mean_over_strata([metrics.Stratum.mean([1.0, 0.0]), metrics.Stratum.mean([1.0])])
+    assert few.value == 0.75
+    assert math.isnan(few.ci_low)
+    assert math.isnan(metrics.mean_over_strata([]).value)
