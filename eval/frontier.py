@@ -24,6 +24,7 @@ METHODS = {
     "dpo": "DPO, all pairs",
     "dpo_plackett_luce": "DPO, Plackett-Luce",
     "dpo_best_worst": "DPO, best against worst",
+    "dpo_ptx": "DPO with ptx",
     "best_of_n": "best of n",
 }
 KNOBS = {"ppo": "kl_coef", "ppo_ptx": "kl_coef", "best_of_n": "n"}
@@ -121,7 +122,12 @@ def findings(runs: Runs) -> list[Finding]:
         if of[method]:
             found.append(_beats_sft(method, of[method], sft))
     if of["ppo"] and of["ppo_ptx"]:
-        found += [_ptx_keeps(of["ppo"], of["ppo_ptx"], sft), _kl_is_no_substitute(of["ppo"], of["ppo_ptx"], sft)]
+        found += [
+            _ptx_keeps("ppo", of["ppo"], of["ppo_ptx"], sft),
+            _kl_is_no_substitute(of["ppo"], of["ppo_ptx"], sft),
+        ]
+    if of["dpo"] and of["dpo_ptx"]:
+        found.append(_ptx_keeps("dpo", of["dpo"], of["dpo_ptx"], sft))
     if of["dpo"]:
         found += [
             _better(f"{METHODS['dpo']}, beats {METHODS[other]}", of["dpo"], of[other])
@@ -145,24 +151,30 @@ def _beats_sft(method: str, points: Mapping[float, Sequence[Measured]], sft: Seq
 
 
 def _ptx_keeps(
-    ppo: Mapping[float, Sequence[Measured]], ptx: Mapping[float, Sequence[Measured]], sft: Sequence[Measured]
+    method: str,
+    plain: Mapping[float, Sequence[Measured]],
+    ptx: Mapping[float, Sequence[Measured]],
+    sft: Sequence[Measured],
 ) -> Finding:
-    """At one kl_coef: PPO pays a tax, PPO-ptx less of it, and its gold reward is not lower by the whole interval."""
-    title = "ptx keeps what PPO loses at equal reward (InstructGPT, Fig. 33)"
+    """At one knob: the method pays a tax, with ptx less of it, and its gold reward is not lower by the whole interval."""
+    name = method.upper()
+    title = f"ptx keeps what {name} loses at equal reward" + (" (InstructGPT, Fig. 33)" if method == "ppo" else "")
     evidence, verdicts = [], []
-    for knob in sorted(ppo.keys() & ptx.keys()):
+    for knob in sorted(plain.keys() & ptx.keys()):
         paid, less, gold = (
-            tax_difference(ppo[knob], sft),
-            tax_difference(ptx[knob], ppo[knob]),
-            gold_difference(ptx[knob], ppo[knob]),
+            tax_difference(plain[knob], sft),
+            tax_difference(ptx[knob], plain[knob]),
+            gold_difference(ptx[knob], plain[knob]),
         )
-        evidence.append(f"kl_coef {knob:g}: tax of PPO {paid}; PPO-ptx minus PPO: tax {less}, gold reward {gold}.")
+        evidence.append(
+            f"{_knob(method, knob)}: tax of {name} {paid}; with ptx minus without: tax {less}, gold reward {gold}."
+        )
         if paid.ci_low > 0:
             verdicts.append(
                 True if less.ci_high < 0 <= gold.ci_high else False if less.ci_low > 0 or gold.ci_high < 0 else None
             )
     if not verdicts:
-        return Finding(title, None, [*evidence, "PPO pays no tax here that could be kept."])
+        return Finding(title, None, [*evidence, f"{name} pays no tax here that could be kept."])
     return Finding(title, True if True in verdicts else None if None in verdicts else False, evidence)
 
 

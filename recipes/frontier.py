@@ -5,7 +5,7 @@
 
 The controlled-sentiment experiment of the DPO paper (arXiv:2305.18290, section 6.1). Of every seed `prefopt pipeline`'s
 steps up to the reward model give an SFT model, rankings and a reward model; from these PPO and PPO-ptx are trained over
-`kl_coefs`, DPO (all pairs, Plackett-Luce, best against worst) over `betas`, and best-of-n is drawn over `best_of`. Each
+`kl_coefs`, DPO (all pairs, Plackett-Luce, best against worst, with pretraining text) over `betas`, and best-of-n is drawn over `best_of`. Each
 run is measured on the same held-out prompts and documents. Start the command once per core: each takes the next job that
 nobody works on. A killed job goes on from its newest checkpoint when the command is run again.
 """
@@ -45,6 +45,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dpo": ("dpo", "beta", {}),
     "dpo_plackett_luce": ("dpo", "beta", {"loss_type": "plackett_luce"}),
     "dpo_best_worst": ("dpo", "beta", {}),
+    "dpo_ptx": ("dpo_ptx", "beta", {}),
 }
 WAIT = 10.0  # seconds between two looks at jobs of other processes
 LOADING = 15.0  # seconds of each job that go by before its first token
@@ -156,7 +157,9 @@ class Seed:
             "resume_from_checkpoint": "latest",
             **more,
         }
-        if config == "dpo":
+        if config.endswith("_ptx"):
+            keys["pretrain_dataset_name"] = pipeline.data / "corpus_train.jsonl"
+        if knob == "beta":
             keys |= {
                 "model_name_or_path": pipeline.root / "sft",
                 "dataset_name": pipeline.data / f"rankings_rm_{rankings}.jsonl",
@@ -164,8 +167,6 @@ class Seed:
             dpo.main(command_line(pipeline.config(config), **keys))
             return
         keys |= pipeline.ppo_inputs()
-        if config == "ppo_ptx":
-            keys["pretrain_dataset_name"] = pipeline.data / "corpus_train.jsonl"
         pipeline.train_ppo(command_line(pipeline.config(config), **keys))
 
     def measure(self, point: Run, folder: Path) -> Iterator[dict[str, Any]]:
@@ -306,12 +307,15 @@ class Frontier:
         if kind not in RUNS:
             return LOADING + measuring
         settings = read_config(str(config / f"{RUNS[kind][0]}.yaml"))
-        if RUNS[kind][0] == "dpo":
+        # Of pretraining text per row.
+        texts = (
+            settings.get("ptx_batch_ratio", 0) * settings.get("ptx_max_length", 0) * (settings.get("ptx_coef", 0) > 0)
+        )
+        if RUNS[kind][1] == "beta":
             tokens = sizes.rm_prompts * 2 * length if kind == "dpo_best_worst" else ranked
-            return 2 * LOADING + measuring + tokens * (1 / train + 1 / forward)
+            return 2 * LOADING + measuring + tokens * (1 / train + 1 / forward) + sizes.rm_prompts * texts / train
         minibatch = settings["per_device_train_batch_size"] * settings.get("gradient_accumulation_steps", 1)
         episodes = settings["max_steps"] * minibatch
-        texts = settings.get("ptx_batch_ratio", 0) * settings.get("ptx_max_length", 0) * (settings["ptx_coef"] > 0)
         rollout = new / speeds["generation"] + length * 4 / forward + length * 2 / train
         return 2 * LOADING + measuring + episodes * (rollout + texts / train)
 

@@ -75,6 +75,16 @@ def test_ptx_that_costs_reward_or_where_nothing_is_lost():
     )
 
 
+def test_ptx_keeps_what_dpo_loses():
+    found = verdicts(dpo={0.1: (0.3, 0.05)}, dpo_ptx={0.1: (0.3, 0.0)})
+    assert found["ptx keeps what DPO loses at equal reward"] is True
+    assert "ptx keeps what PPO loses at equal reward" not in found
+    assert (
+        verdicts(dpo={0.1: (0.3, 0.05)}, dpo_ptx={0.1: (0.3, 0.08)})["ptx keeps what DPO loses at equal reward"]
+        is False
+    )
+
+
 def test_dpo_against_its_variants():
     found = verdicts(
         dpo={0.1: (0.3, 0.0), 0.5: (0.2, 0.0)},

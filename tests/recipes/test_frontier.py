@@ -58,26 +58,31 @@ def run(folder):
     text = str(folder / "text.jsonl")
     argv = ["frontier", "--config", str(folder / "recipe" / "frontier.yaml"), "--output_dir", str(folder / "out")]
     argv += ["--model_name_or_path", str(folder / "model"), "--texts", text, "--pretrain_text", text]
-    argv += ["--heldout_text", text, "--seeds", "0", "--methods", "ppo_ptx", "dpo_best_worst", "best_of_n"]
+    argv += ["--heldout_text", text, "--seeds", "0", "--methods", "ppo_ptx", "dpo_best_worst", "dpo_ptx"]
+    argv += ["best_of_n"]
     return cli.main([*argv, "--kl_coefs", "0.1", "--betas", "0.1", "--best_of", "2"])
 
 
 def test_each_job_is_done_once_and_the_numbers_are_there(folder, capsys, monkeypatch):
     assert run(folder) == 0
     told = capsys.readouterr().out
-    jobs = ["start", "sft", "ppo_ptx_0.1", "dpo_best_worst_0.1", "best_of_n"]
+    jobs = ["start", "sft", "ppo_ptx_0.1", "dpo_best_worst_0.1", "dpo_ptx_0.1", "best_of_n"]
     assert [line.split("/")[1].split(":")[0] for line in told.splitlines() if line.endswith("begins")] == jobs
     assert "in all" in told
     results = json.loads((folder / "out" / "frontier.json").read_text())
     assert [(p["method"], p["knob"]) for p in results["points"]] == [
         ("ppo_ptx", 0.1),
         ("dpo_best_worst", 0.1),
+        ("dpo_ptx", 0.1),
         ("best_of_n", 2),
     ]
     for point in results["points"]:
         assert point["gold_gain"]["n"] == SIZES["test_prompts"]
         assert point["kl"]["value"] >= 0
     assert "<svg" in (folder / "out" / "frontier.html").read_text()
+    for method in ("dpo_ptx_0.1", "ppo_ptx_0.1"):
+        log = json.loads((folder / "out" / "seed0" / "runs" / method / "model" / "trainer_state.json").read_text())
+        assert any("loss/ptx" in entry for entry in log["log_history"])
     # Best against worst: a pair of every ranking that has one.
     pairs = folder / "out" / "seed0" / "start" / "data" / "rankings_rm_best_worst.jsonl"
     assert {tuple(json.loads(line)["ranks"]) for line in pairs.read_text().splitlines()} == {(1, 2)}

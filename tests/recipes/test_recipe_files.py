@@ -36,6 +36,7 @@ STEPS = {
     "best_of_n": best_of_n,
     "evaluate": evaluate,
     "pipeline": pipeline,
+    "dpo_ptx": dpo,
     "sweep": sweep,
     "sweep_dpo": sweep,
     "frontier": frontier,
