@@ -36,7 +36,8 @@ from prefopt.models.loading import load_language_model, load_tokenizer
 from prefopt.rankings.row import best_and_worst
 from prefopt.recipes import dpo
 from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
-from prefopt.recipes.pipeline import PipelineArguments, PretrainedPipeline, RealTextArguments, Step, command_line
+from prefopt.recipes.common.steps import command_line
+from prefopt.recipes.pipeline import PipelineArguments, PretrainedPipeline, RealTextArguments, Step
 
 # Method -> the file of its settings, its knob, and the keys that make it what it is.
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -11,11 +11,9 @@ own. A finished step is kept: run the command again after an interruption and it
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from trl import ModelConfig
 
@@ -27,10 +25,9 @@ from prefopt.inference.scoring import score_completions
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import best_of_n, dpo, evaluate, ppo_ptx, reward, sample, sft
-from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
-from prefopt.recipes.common.errors import collecting, raise_all
+from prefopt.recipes.common.arguments import config_folder, parse, setting
 from prefopt.recipes.common.sources import load_source
-from prefopt.recipes.common.steps import Steps
+from prefopt.recipes.common.steps import Commands, Steps
 from prefopt.sandbox import SentimentWorld, World, build_model, build_tokenizer, labelers
 from prefopt.trainers.dpo.config import RankedDPOConfig
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
@@ -103,24 +100,19 @@ class PipelineArguments(RealTextArguments):
         check_ranges(self, {"seed": Range(is_whole=True), **dict.fromkeys(counts, SIZE)})
 
 
-def command_line(config: Path | str, **keys: object) -> list[str]:
-    """`--config FILE --key value ...`, as for a command."""
-    return ["--config", str(config), *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
-
-
-class Pipeline:
+class Pipeline(Commands):
     """The steps, in the order of the paper; each method is one."""
 
     models = ("sft", "ppo", "ppo_ptx", "dpo")
     # The model that is sampled from for the labelers, and that the reward model starts from.
     sampled = "sft-epochs"
+    kinds = KINDS
     recipe = "tiny"
 
     def __init__(self, args: PipelineArguments) -> None:
+        super().__init__(Path(args.output_dir), Path(args.config_dir or TINY), args.seed)
         self.args = args
-        self.root = Path(args.output_dir)
         self.data = self.root / "data"
-        self.configs = Path(args.config_dir or TINY)
         for name in self.steps_with_file():
             self.config(name)
         self.world = self.make_world()
@@ -158,7 +150,7 @@ class Pipeline:
     def run(self, steps: Sequence[Step] | None = None) -> None:
         """All steps, or the first ones; those that are done are skipped. A report ends the last one."""
         every = self.plan()
-        settings = self.settings()
+        settings = self.settings(self.steps_with_file())
         done = Steps(self.root, total=len(every))
         sizes = {key: value for key, value in asdict(self.args).items() if key != "config_dir"}
         # What is at its default of no model is not in the markers of runs before there were these keys.
@@ -173,37 +165,6 @@ class Pipeline:
 
     def steps_with_file(self) -> list[str]:
         return [name for name, _, _ in self.plan() if name not in WITHOUT_FILE]
-
-    def config(self, name: str) -> Path:
-        """The settings of a step."""
-        path = self.configs / f"{name}.yaml"
-        if not path.is_file():
-            raise UserError(
-                f"config_dir {str(self.configs)!r} has no {path.name}; `prefopt recipes copy {self.recipe}` copies a "
-                "folder that has all"
-            )
-        return path
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """What each step's file says, all of them at once: a mistake in a later step would be met after an hour."""
-        settings: dict[str, dict[str, Any]] = {}
-        mistakes: list[str] = []
-        for name in self.steps_with_file():
-            path = str(self.config(name))
-            found: list[str] = []
-            with collecting(found):
-                settings[name] = read_config(path)
-                output = "output" if "sample" in name or "best" in name else "output_dir"
-                parse(KINDS[name], command_line(path, **{output: self.root / name}), path)
-            mistakes += [text if path in text else f"{path}: {text}" for text in found]
-        raise_all(mistakes)
-        return settings
-
-    def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
-        """Run one recipe in this process, exactly as `prefopt <recipe> --config NAME.yaml --key value` would."""
-        if "output_dir" in keys and name != "evaluate":  # what a try of this step left that did not end
-            shutil.rmtree(str(keys["output_dir"]), ignore_errors=True)
-        main(command_line(self.config(name), seed=self.args.seed, **keys))
 
     # ---- the three steps ----------------------------------------------------------------------------------------
     def write_data(self) -> None:
@@ -225,11 +186,11 @@ class Pipeline:
         tokenizer = build_tokenizer()
         tokenizer.save_pretrained(start)
         build_model(tokenizer, seed=self.args.seed).save_pretrained(start)
-        self.step(sft.main, "pretrain", model_name_or_path=start, dataset_name=self.data / "corpus_train.jsonl",
+        self.anew(sft.main, "pretrain", model_name_or_path=start, dataset_name=self.data / "corpus_train.jsonl",
                   output_dir=self.root / "base")  # fmt: skip
 
     def sft(self) -> None:
-        self.step(sft.main, "sft", model_name_or_path=self.root / "base",
+        self.anew(sft.main, "sft", model_name_or_path=self.root / "base",
                   dataset_name=self.data / "demonstrations_sft.jsonl",
                   eval_dataset_name=self.data / "demonstrations_tuning.jsonl",
                   output_dir=self.root / "sft-epochs")  # fmt: skip
@@ -253,7 +214,7 @@ class Pipeline:
             write_jsonl(self.data / f"rankings_{split}_{group}_labelers.jsonl", rows)
 
     def reward(self) -> None:
-        self.step(reward.main, "reward", model_name_or_path=self.root / self.sampled,
+        self.anew(reward.main, "reward", model_name_or_path=self.root / self.sampled,
                   dataset_name=self.data / "rankings_rm_train_labelers.jsonl",
                   center_on=self.data / "demonstrations_sft.jsonl", output_dir=self.root / "reward")  # fmt: skip
 
@@ -286,17 +247,17 @@ class Pipeline:
 
         The result is what `sft` means from here on: PPO's start, every KL reference, the win-rate baseline.
         """
-        self.step(sft.main, "ppo_start", model_name_or_path=self.root / "base",
+        self.anew(sft.main, "ppo_start", model_name_or_path=self.root / "base",
                   dataset_name=self.data / "demonstrations_sft.jsonl",
                   pretrain_dataset_name=self.data / "corpus_train.jsonl", output_dir=self.root / "sft")  # fmt: skip
 
     def ppo(self) -> None:
-        self.step(self.train_ppo, "ppo", output_dir=self.root / "ppo", **self.ppo_inputs())
+        self.anew(self.train_ppo, "ppo", output_dir=self.root / "ppo", **self.ppo_inputs())
 
     def ppo_ptx(self) -> None:
         text = self.data / "corpus_train.jsonl"
         keys = {"output_dir": self.root / "ppo_ptx", "pretrain_dataset_name": text, **self.ppo_inputs()}
-        self.step(self.train_ppo, "ppo_ptx", **keys)
+        self.anew(self.train_ppo, "ppo_ptx", **keys)
 
     def ppo_inputs(self) -> dict[str, object]:
         return {
@@ -307,7 +268,7 @@ class Pipeline:
         }
 
     def dpo(self) -> None:
-        self.step(dpo.main, "dpo", output_dir=self.root / "dpo", **self.dpo_inputs())
+        self.anew(dpo.main, "dpo", output_dir=self.root / "dpo", **self.dpo_inputs())
 
     def dpo_inputs(self) -> dict[str, object]:
         rankings = self.data / "rankings_rm_train_labelers.jsonl"
@@ -415,7 +376,7 @@ class PretrainedPipeline(Pipeline):
         ]
 
     def sft(self) -> None:
-        self.step(sft.main, "sft", model_name_or_path=self.args.model_name_or_path,
+        self.anew(sft.main, "sft", model_name_or_path=self.args.model_name_or_path,
                   dataset_name=self.data / "demonstrations_sft.jsonl", output_dir=self.root / "sft")  # fmt: skip
 
     def best_of_n(self) -> None:

@@ -24,8 +24,8 @@ from prefopt.evaluation.training_run import read_run
 from prefopt.inference.jsonl import read_json, read_jsonl, write_whole
 from prefopt.recipes import dpo
 from prefopt.recipes.common.arguments import config_folder, parse, read_config, setting
-from prefopt.recipes.common.steps import Steps
-from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments, command_line
+from prefopt.recipes.common.steps import Steps, command_line
+from prefopt.recipes.pipeline import TINY, Pipeline, PipelineArguments
 from prefopt.statistics.overoptimization import rollout_gains
 
 # Method -> the steps of the pipeline whose results its sweep uses.

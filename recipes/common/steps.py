@@ -1,17 +1,82 @@
-"""Run named steps once each: a finished step is kept, and a second run of the command begins after it."""
+"""Steps of a run, each a `prefopt` command with a YAML file of settings; one that is finished is kept.
+
+A second run of the command begins after the finished ones.
+"""
 
 import hashlib
 import json
+import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_json, write_whole
+from prefopt.recipes.common.arguments import parse, read_config
+from prefopt.recipes.common.errors import collecting, raise_all
+
+
+def command_line(config: Path | str, **keys: object) -> list[str]:
+    """`--config FILE --key value ...`, as for a command."""
+    return ["--config", str(config), *(text for key, value in keys.items() for text in (f"--{key}", str(value)))]
+
+
+class Commands:
+    """Commands that run in this process as `prefopt <command> --config NAME.yaml --key value` would.
+
+    Args:
+        root: folder of the run.
+        configs: folder with a YAML file for each of them.
+        seed: of all of them, unless a step is given another.
+    """
+
+    # Step with a file -> the dataclasses of its keys.
+    kinds: ClassVar[Mapping[str, Sequence[type]]]
+    # A folder with files of all steps, to copy.
+    recipe: ClassVar[str]
+
+    def __init__(self, root: Path, configs: Path, seed: int) -> None:
+        self.root, self.configs, self.seed = root, configs, seed
+
+    def config(self, name: str) -> Path:
+        """The settings of a step."""
+        path = self.configs / f"{name}.yaml"
+        if not path.is_file():
+            raise UserError(
+                f"config_dir {str(self.configs)!r} has no {path.name}; `prefopt recipes copy {self.recipe}` copies a "
+                "folder that has all"
+            )
+        return path
+
+    def settings(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What each step's file says, all of them at once: a mistake in a later step would be met after an hour."""
+        settings: dict[str, dict[str, Any]] = {}
+        mistakes: list[str] = []
+        for name in names:
+            path = str(self.config(name))
+            found: list[str] = []
+            with collecting(found):
+                settings[name] = read_config(path)
+                known = {field.name for kind in self.kinds[name] for field in fields(kind)}
+                output = "output" if "output" in known else "output_dir"
+                parse(self.kinds[name], command_line(path, **{output: self.root / name}), path)
+            mistakes += [text if path in text else f"{path}: {text}" for text in found]
+        raise_all(mistakes)
+        return settings
+
+    def step(self, main: Callable[[list[str]], None], name: str, **keys: object) -> None:
+        """Run one command with the file of its name."""
+        main(command_line(self.config(name), **{"seed": self.seed, **keys}))
+
+    def anew(self, main: Callable[[list[str]], None], name: str, *, output_dir: Path, **keys: object) -> None:
+        """The same, without what a try of this step has left in its folder that did not end."""
+        shutil.rmtree(output_dir, ignore_errors=True)
+        self.step(main, name, output_dir=output_dir, **keys)
 
 
 class Steps:

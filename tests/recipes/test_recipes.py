@@ -2,16 +2,18 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import sequence_scores
 from prefopt.recipes import dpo, ppo_ptx, reward, sample, sft
+from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +95,49 @@ def test_dpo_says_what_its_pretraining_term_needs(files):
     text = ["--pretrain_dataset_name", files / "text.jsonl", "--ptx_max_length", "1000000"]
     with pytest.raises(UserError, match="ptx_max_length"):
         run(dpo, files, "base", "rankings.jsonl", "dpo", "--ptx_coef", "0.5", *text)
+
+
+def test_dpo_against_another_reference(files, tokenizer):
+    torch.manual_seed(5)
+    LlamaForCausalLM(tiny_config()).save_pretrained(files / "other")
+    tokenizer.save_pretrained(files / "other")
+    how = ["--logging_steps", "1", "--beta", "0.3"]
+    run(dpo, files, "base", "rankings.jsonl", "dpo", *how)
+    for reference in ("base", "other"):
+        more = ["--ref_model_name_or_path", files / reference]
+        run(dpo, files, "base", "rankings.jsonl", f"against-{reference}", *how, *more)
+    weights = [(files / name / "model.safetensors").read_bytes() for name in ("dpo", "against-base", "against-other")]
+    assert weights[0] == weights[1] != weights[2]
+
+    def logps(name, prompt, completion):
+        x, y = (tokenizer(text)["input_ids"] for text in (prompt, completion))
+        ids = [*x, *y, tokenizer.eos_token_id]
+        of = AutoModelForCausalLM.from_pretrained(files / name)(torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
+        return sum(float(of[t - 1, ids[t]]) for t in range(len(x), len(ids)))
+
+    ratios = [
+        [0.3 * (logps("base", p, y) - logps("other", p, y)) for y in (" sat", " ran to the house", " mat")]
+        for p in PROMPTS
+    ]
+    slow = [sum(math.log1p(math.exp(worse - best)) for worse in others) / 2 for best, *others in ratios]
+    log = json.loads((files / "against-other" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["loss"] == pytest.approx(sum(slow) / 4, abs=1e-5)
+
+
+def test_the_reference_may_be_an_adapter_and_has_the_policy_s_tokens(files, chat_tokenizer):
+    run(sft, files, "base", "demos.jsonl", "sft", *LORA)
+    run(dpo, files, "sft", "rankings.jsonl", "dpo")
+    run(dpo, files, "sft", "rankings.jsonl", "same", "--ref_model_name_or_path", files / "sft")
+    ids = torch.tensor([[5, 6, 7]])
+    dpo_logits, same = (AutoModelForCausalLM.from_pretrained(files / n)(ids).logits for n in ("dpo", "same"))
+    assert torch.allclose(dpo_logits, same, atol=1e-5)
+    with pytest.raises(UserError, match="ref_model_name_or_path: "):
+        run(dpo, files, "base", "rankings.jsonl", "new", "--ref_model_name_or_path", files / "nowhere")
+    LlamaForCausalLM(tiny_config(vocab_size=330)).save_pretrained(files / "other")
+    chat_tokenizer.add_tokens(["<new>"])
+    chat_tokenizer.save_pretrained(files / "other")
+    with pytest.raises(UserError, match="ref_model_name_or_path: .*other has other tokens than .*base"):
+        run(dpo, files, "base", "rankings.jsonl", "new", "--ref_model_name_or_path", files / "other")
 
 
 def test_a_reward_model_starts_from_the_sft_adapter(files, tokenizer, capsys, caplog):
