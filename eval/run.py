@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from prefopt.errors import UserError
 from prefopt.evaluation.results import Measures, jsonable
+from prefopt.inference.engines import HELP, check_engine
 from prefopt.inference.jsonl import read_json, read_jsonl, unique_keys, write_whole
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Sequences per forward."})
     seed: int = field(default=0, metadata={"help": "Of sampling, of judges' orders and of the intervals."})
+    engine: str = field(default="transformers", metadata={"help": HELP})
 
     heldout_use_case: str | None = field(
         default=None,
@@ -117,6 +119,7 @@ class EvaluationArguments:
         for name, source in self.models.items():
             if not isinstance(source, str) or not source:
                 raise UserError(f"models: {name}: expected a folder or Hub id, got {source!r}")
+        check_engine(self.engine)
         if Path(self.output_dir).is_file():
             raise UserError(f"output_dir: {self.output_dir!r} is a file; expected a folder")
 

@@ -19,13 +19,14 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import Completion, batches_by_length, derived_seed, generate, prompt_ids
+from prefopt.inference import processes
+from prefopt.inference.generate import Completion, batches_by_length, derived_seed, prompt_ids
 from prefopt.inference.journal import Journal, source_state
 from prefopt.inference.scoring import score_samples
 from prefopt.models.checkpoints import load_classifier
 from prefopt.rankings.tokens import template_kwargs
 from prefopt.recipes.common.arguments import parse, setting
-from prefopt.recipes.common.models import load_policy, model_init_kwargs
+from prefopt.recipes.common.models import model_init_kwargs, policy_engine
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.sample import (
     SamplingArguments,
@@ -74,8 +75,8 @@ def best_rows(
         return [_best(*of_prompt, keep_samples) for of_prompt in zip(*drawn, strict=True)]
 
     chosen: dict[int, dict[str, Any]] = {}
-    for number, batch in enumerate(batches):
-        entry = journal.entry(lambda n=number, b=batch: best(n, b))
+    entries = journal.entries(len(batches), lambda number: best(number, batches[number]))
+    for batch, entry in zip(batches, entries, strict=True):
         chosen |= zip(batch, entry, strict=True)
         progress(len(chosen), len(rows))
     return [without_completions(row) | chosen[i] for i, row in enumerate(rows)]
@@ -123,20 +124,21 @@ def main(argv: list[str] | None = None) -> None:
                 rows, batches, draw, journal=journal, seed=args.seed, keep_samples=args.keep_samples, progress=progress
             )
 
-    _report(written_rows(args, inputs, choose), args.n)
+    rows_of_all = written_rows(args, inputs, choose)
+    if processes.is_main():
+        _report(rows_of_all, args.n)
 
 
 def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, tokenizer: Any) -> Draw:
     """Draws from the policy and asks the reward model."""
-    policy = load_policy(model_args, init_kwargs, is_trainable=False)
+    # Before the engine: vLLM takes what memory is left.
     reward_model, reward_tokenizer = load_classifier(
         args.reward_model_name_or_path, load_in_4bit=model_args.load_in_4bit, dtype=model_args.dtype
     )
+    engine = policy_engine(args.engine, model_args, init_kwargs, tokenizer)
 
     def draw(rows: list[dict[str, Any]], seed: int) -> tuple[list[list[Completion]], list[list[float]]]:
-        samples = generate(
-            policy,
-            tokenizer,
+        samples = engine.generate(
             [row["prompt"] for row in rows],
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
@@ -148,7 +150,9 @@ def _drawer(args: BestOfNArguments, model_args: ModelConfig, init_kwargs: dict, 
         flat = [completion for completions in samples for completion in completions]
         repeated = [row for row in rows for _ in range(args.n)]
         prompts, of_rows = [row["prompt"] for row in repeated], [template_kwargs(row) for row in repeated]
-        scores = score_samples(reward_model, reward_tokenizer, tokenizer, prompts, flat, args.batch_size, of_rows)
+        # A server may not say which ids it has sampled.
+        known = tokenizer if all(completion.ids for completion in flat) else None
+        scores = score_samples(reward_model, reward_tokenizer, known, prompts, flat, args.batch_size, of_rows)
         return samples, [scores[i : i + args.n] for i in range(0, len(scores), args.n)]
 
     return draw

@@ -5,7 +5,8 @@
 runs the stages below in their order, as far as their data are given, and writes results.json, report.html and
 report.md into `output_dir`. Each stage also runs alone (`prefopt eval judge --config evaluation.yaml`). One YAML file
 has the keys of all. A stage reads and writes files in `output_dir` only, so each can run on another machine, and a
-second run of a stage does what is missing.
+second run of a stage does what is missing. `engine` says what draws and likelihoods are read by; the processes of
+`accelerate launch -m prefopt.recipes.evaluate generate` share the prompts.
 """
 
 import time
@@ -22,6 +23,7 @@ from prefopt.evaluation.results import Failed, NoNumber, Skipped, attempt, no_nu
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
 from prefopt.evaluation.stages import STAGES, benchmarks, generate, report, reward_model
 from prefopt.evaluation.stages.judge import JudgeArguments
+from prefopt.inference import processes
 from prefopt.recipes.common.arguments import choose, parse
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.rows import check_fields, load_rows
@@ -51,7 +53,11 @@ def main(
     if gold is not None:
         evaluation.given[JudgeArguments].gold_judge = gold
     try:
-        if name == "all":
+        if not processes.is_main():
+            # All draw; the rest is the first one's.
+            if name in (generate.STAGE.name, "all"):
+                evaluation.measure(generate.STAGE)
+        elif name == "all":
             evaluation.all()
         elif name == "report":
             evaluation.report()

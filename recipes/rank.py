@@ -232,9 +232,9 @@ def judgements(ranker: Ranker, rows: Sequence[Row], numbers: Sequence[int], jour
     starts = range(0, len(rows), ROWS_AT_ONCE)
     with counting("ranked") as progress:
         for number, part in enumerate(ranker.parts):
-            for start in starts:
-                of = slice(start, start + ROWS_AT_ONCE)
-                entry = journal.entry(lambda part=part, of=of: part(rows[of], numbers[of]))
+            slices = [slice(start, start + ROWS_AT_ONCE) for start in starts]
+            entries = journal.entries(len(slices), lambda i, part=part, of=slices: part(rows[of[i]], numbers[of[i]]))
+            for start, of, entry in zip(starts, slices, entries, strict=True):
                 for row, one in zip(found[of], entry, strict=True):
                     row |= {**one, "scores": row["scores"] + one["scores"]}
                 progress(number * len(rows) + min(start + ROWS_AT_ONCE, len(rows)), len(rows) * len(ranker.parts))

@@ -6,6 +6,7 @@ Rows are {"prompt"}, or {"messages"} up to the last user turn. Each output row k
 about other completions, and adds `completions` and `truncated` (cut at `max_new_tokens`, so that no end-of-sequence token
 is invented for it later). K is drawn per prompt between `k_min` and `k_max` (paper: 4 to 9). A killed run goes on where
 it was; a finished file stays, and is drawn anew for other rows, another model or other settings only with --overwrite.
+`--engine` says what draws; the processes of `accelerate launch -m prefopt.recipes.sample` share the prompts.
 """
 
 import logging
@@ -20,7 +21,9 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from prefopt.errors import UserError
-from prefopt.inference.generate import Completion, generate
+from prefopt.inference import processes
+from prefopt.inference.engines import HELP, check_engine, engine_state
+from prefopt.inference.generate import Completion
 from prefopt.inference.journal import (
     Journal,
     continued_rows,
@@ -34,7 +37,7 @@ from prefopt.rankings.tokens import template_kwargs
 from prefopt.recipes.common.arguments import DataArguments, parse, setting
 from prefopt.recipes.common.conversations import prompts_from_messages
 from prefopt.recipes.common.lock import lock
-from prefopt.recipes.common.models import check_model, load_policy, load_tokenizer, model_init_kwargs
+from prefopt.recipes.common.models import check_model, load_tokenizer, model_init_kwargs, policy_engine
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import check_fields, load_rows, require_chat_template
@@ -75,6 +78,7 @@ class SamplingArguments(DataArguments):
     temperature: float = setting(1.0, "Sampling temperature; 0 is greedy.")
     batch_size: int = setting(64, "Completions generated at once.")
     seed: int = setting(42, "Seed of all that is drawn.")
+    engine: str = setting("transformers", HELP)
 
 
 @dataclass
@@ -93,6 +97,7 @@ def draw_counts(n: int, k_min: int, k_max: int, seed: int) -> list[int]:
 
 def check_sampling(args: SamplingArguments) -> None:
     """Stop before anything is loaded for what cannot be drawn or written."""
+    check_engine(args.engine)
     if not args.output:
         raise UserError("output is required: the .jsonl file to write")
     if Path(args.output).is_dir():
@@ -131,6 +136,7 @@ def sampling_inputs(args: SamplingArguments, model_args: ModelConfig, rows: Data
         "model": source_state(model_args.model_name_or_path),
         "load": [str(getattr(model_args, name)) for name in OF_LOADING],
         "draw": [args.max_new_tokens, args.temperature, args.batch_size, args.seed],
+        **engine_state(args.engine),
     }
 
 
@@ -141,12 +147,16 @@ def written_rows(args: SamplingArguments, inputs: Any, draw: Callable[[Journal],
         UserError: rows of other inputs are there, or another command is drawing.
     """
     output = Path(args.output)
-    if output.is_file() and is_finished(output) and not is_kept(output, inputs) and not args.overwrite:
-        raise UserError(
-            f"output: {output} is finished, of other rows, another model or other settings; name another file, or replace "
-            "it with --overwrite"
-        )
-    lock(output.with_name(f".{output.name}.lock"), "output", output)
+
+    def begin() -> None:
+        if output.is_file() and is_finished(output) and not is_kept(output, inputs) and not args.overwrite:
+            raise UserError(
+                f"output: {output} is finished, of other rows, another model or other settings; name another file, or "
+                "replace it with --overwrite"
+            )
+        lock(output.with_name(f".{output.name}.lock"), "output", output)
+
+    processes.from_main(begin)
     return continued_rows(output, inputs, draw)
 
 
@@ -162,17 +172,15 @@ def main(argv: list[str] | None = None) -> None:
     rows, tokenizer = load_prompts(args, model_args)
     output = Path(args.output)
     inputs = sampling_inputs(args, model_args, rows) | {"k": [args.k_min, args.k_max]}
-    if is_kept(output, inputs):
+    if processes.is_main() and is_kept(output, inputs):
         print(f"{output} is finished, of the same rows, model and settings; it stays as it is")
 
     def draw(journal: Journal) -> list[dict[str, Any]]:
         counts = draw_counts(len(rows), args.k_min, args.k_max, args.seed)
         repeated = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
-        model = load_policy(model_args, init_kwargs, is_trainable=False)
+        engine = policy_engine(args.engine, model_args, init_kwargs, tokenizer)
         with counting("completions") as progress:
-            drawn = generate(
-                model,
-                tokenizer,
+            drawn = engine.generate(
                 [row["prompt"] for row in repeated],
                 max_new_tokens=args.max_new_tokens,
                 temperature=args.temperature,

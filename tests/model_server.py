@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -39,7 +39,9 @@ def serving(answer: Callable[[str, dict[str, Any] | None], Any]) -> Iterator[Ask
                 self.send_header("Location", content)
             text = content if isinstance(content, str) else json.dumps(content)
             self.end_headers()
-            self.wfile.write(text.encode())
+            # Who asked may have given up.
+            with suppress(BrokenPipeError):
+                self.wfile.write(text.encode())
 
         def log_message(self, *args):
             pass

@@ -22,7 +22,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "statistics": (set(), {"numpy", "scipy", "krippendorff", "sacrebleu"}),
     "rankings": (set(), {"torch", "datasets", "transformers", "accelerate"}),
     "models": ({"rankings"}, MODELS),
-    "inference": ({"rankings", "models"}, {"torch", "transformers", "numpy"}),
+    "inference": ({"rankings", "models"}, {"torch", "transformers", "accelerate", "numpy", "vllm"}),
     "hub": ({"models"}, {"huggingface_hub", "peft", "safetensors", "torch", "transformers"}),
     "trainers": (LIBRARY, MODELS | {"trl", "accelerate", "huggingface_hub", "numpy"}),
     "labeling": ({"rankings", "statistics", "inference"}, {"numpy", "scipy", "markdown_it"}),

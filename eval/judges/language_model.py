@@ -1,6 +1,7 @@
 """A language model as the judge, asked about every pair in both orders."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -10,9 +11,9 @@ from typing import Any
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.people import Completions, Row
 from prefopt.evaluation.report.tables import prompt_text
+from prefopt.inference.engines import Engine
 from prefopt.inference.generate import prompt_ids
 from prefopt.inference.journal import fingerprint_of, kept_rows
-from prefopt.inference.likelihood import scored_nats
 
 logger = logging.getLogger(__name__)
 TEMPLATE = (
@@ -20,6 +21,8 @@ TEMPLATE = (
     "Neither its length nor its place counts.\n\nInstruction:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
     "Say A or B. The better answer is"
 )
+# Tokens of a verdict that is written, for a model that thinks first.
+WRITTEN = 512
 
 
 class LanguageModelJudge:
@@ -31,7 +34,8 @@ class LanguageModelJudge:
     `too_long` counts pairs left out because the question does not fit into the model's positions.
 
     Args:
-        load: gives (model, tokenizer) when it is first needed; a tokenizer with a chat template is asked as a chat.
+        load: gives the engine when it is first needed; a tokenizer with a chat template is asked as a chat. Of a server
+            that takes no token ids, the letter that it writes is its verdict.
         template: the question, with {prompt}, {a} and {b}.
         folder: verdicts of every pair of models are kept there, and not asked for again.
         state: what the verdicts depend on besides the question and the completions: the model.
@@ -42,7 +46,7 @@ class LanguageModelJudge:
 
     def __init__(
         self,
-        load: Callable[[], tuple[Any, Any]],
+        load: Callable[[], Engine],
         template: str = TEMPLATE,
         *,
         batch_size: int = 16,
@@ -71,26 +75,16 @@ class LanguageModelJudge:
         return found
 
     def _ask(self, shared: Sequence[tuple[Row, Row]], a: str, b: str) -> list[dict[str, Any]]:
-        model, tokenizer = self.load()
+        engine = self.load()
         self.progress(f"judge lm: {a} and {b}, {len(shared)} prompts")
-        chat = tokenizer.chat_template is not None
-        letters = [
-            tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"
-        ]
-        if not all(letters) or letters[0] == letters[1]:
-            raise UserError("the judge's tokenizer does not tell A from B; choose a model that knows letters")
-        longest = model.config.max_position_embeddings - max(map(len, letters))
-        asked = []  # prompts with both of their questions, where these are not too long
+        asked = []  # prompts with both of their questions
         for ours, theirs in shared:
             texts = [
                 fill(self.template, prompt=prompt_text(ours["prompt"]), a=first["completion"], b=second["completion"])
                 for first, second in ((ours, theirs), (theirs, ours))
             ]
-            both = [prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text) for text in texts]
-            if max(map(len, both)) <= longest:
-                asked.append((ours["id"], both))
-        rows = [(question + letter, len(question)) for _, both in asked for question in both for letter in letters]
-        nats = scored_nats(model, rows, self.batch_size).reshape(-1, 2, 2).tolist() if rows else []
+            asked.append((ours["id"], texts))
+        asked, nats = (self._weighed if engine.takes_ids else self._written)(engine, asked)
         found = []
         for (prompt, _), orders in zip(asked, nats, strict=True):
             # [order, letter]; who is shown first is A. The smaller number of nats is the likelier letter.
@@ -100,6 +94,32 @@ class LanguageModelJudge:
             verdict = {"preference": for_a[0] if same else 0.5, "consistent": same, "first": sum(first) / 2}
             found.append({"id": prompt, "decoding": "sampled", "a": a, "b": b, **verdict})
         return found
+
+    def _weighed(self, engine: Engine, asked: list[tuple[Any, list[str]]]) -> tuple[list[tuple[Any, list]], list]:
+        """The questions that are not too long, and `[question, order, letter]`: nats of each letter as the next word."""
+        tokenizer = engine.tokenizer
+        chat = tokenizer.chat_template is not None
+        letters = [
+            tokenizer(letter if chat else f" {letter}", add_special_tokens=False)["input_ids"] for letter in "AB"
+        ]
+        if not all(letters) or letters[0] == letters[1]:
+            raise UserError("the judge's tokenizer does not tell A from B; choose a model that knows letters")
+        longest = math.inf if engine.limit is None else engine.limit - max(map(len, letters))
+        ids = [
+            (prompt, [prompt_ids(tokenizer, [{"role": "user", "content": text}] if chat else text) for text in texts])
+            for prompt, texts in asked
+        ]
+        ids = [(prompt, both) for prompt, both in ids if max(map(len, both)) <= longest]
+        rows = [(question + letter, len(question)) for _, both in ids for question in both for letter in letters]
+        return ids, engine.nats(rows, self.batch_size).reshape(-1, 2, 2).tolist() if rows else []
+
+    def _written(self, engine: Engine, asked: list[tuple[Any, list[str]]]) -> tuple[list[tuple[Any, list]], list]:
+        """The same of a model that writes its verdict: 0 for the letter that it names, 1 for the other, alike without one."""
+        chats = [[{"role": "user", "content": text}] for _, texts in asked for text in texts]
+        said = engine.generate(chats, max_new_tokens=WRITTEN, temperature=0, batch_size=self.batch_size)
+        named = [set(re.findall(r"\b[AB]\b", answer.text)) for (answer,) in said]
+        nats = [[float(letter not in letters) if len(letters) == 1 else 0.5 for letter in "AB"] for letters in named]
+        return asked, [nats[i : i + 2] for i in range(0, len(nats), 2)]
 
 
 def fill(template: str, **texts: str) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ from prefopt.errors import UserError
 from prefopt.evaluation.judges.people import prompt_key
 from prefopt.evaluation.results import NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage
-from prefopt.inference.generate import Completion, derived_seed, generate
+from prefopt.inference import processes
+from prefopt.inference.engines import engine_state, open_engine
+from prefopt.inference.generate import Completion, derived_seed
 from prefopt.inference.journal import Journal, continued_rows, set_aside, source_state, take_back
 from prefopt.inference.jsonl import read_jsonl
 from prefopt.models.loading import is_completions, load_language_model
@@ -71,6 +74,7 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
         "batch_size": args.batch_size,
         **args.loading,
         "seed": args.seed,
+        **engine_state(args.engine),
     }
 
     def complete(name: str, source: str) -> None:
@@ -81,15 +85,17 @@ def measure(run: EvaluationRun, args: EvaluationArguments, own: GenerateArgument
 
     done: dict[str, NoNumber | None] = {}
     for name, source in args.models.items():
-        take_back(run.completions_path(name))
+        if processes.is_main():
+            take_back(run.completions_path(name))
         done[name] = attempt(f"generate: {name}", partial(complete, name, source))
-        if done[name] is not None:
+        if done[name] is not None and processes.is_main():
             # Of other settings or another model, which may be the one that was meant.
             set_aside(run.completions_path(name))
     status = {name: "ok" if why is None else str(why) for name, why in done.items()}
-    run.write_stage(
-        STAGE, [], {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models}
-    )
+    if processes.is_main():
+        run.write_stage(
+            STAGE, [], {"models": status, "settings": {**settings, "prompts": len(rows)}, "sources": args.models}
+        )
     if all(done.values()):
         raise RuntimeError("no model gave completions; " + "; ".join(f"{n}: {s}" for n, s in status.items()))
 
@@ -151,28 +157,28 @@ def _draw(
     journal: Journal,
 ) -> list[dict[str, Any]]:
     source = args.models[name]
-    run.progress(f"{name}: loading {source}")
-    model, tokenizer = load_language_model(source, **args.loading)
+    progress = run.progress if processes.is_main() else lambda line: None
+    progress(f"{name}: loading {source}")
+    load = partial(load_language_model, source, **args.loading)
     found = []
-    for decoding, temperature, count in (("sampled", own.temperature, own.samples_per_prompt), ("greedy", 0.0, 1)):
-        if decoding == "greedy" and not own.greedy:
-            continue
-        drawn = generate(
-            model,
-            tokenizer,
-            [row["prompt"] for row in rows],
-            max_new_tokens=own.max_new_tokens,
-            temperature=temperature,
-            num_return=count,
-            batch_size=args.batch_size,
-            # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
-            seed=derived_seed(args.seed, name),
-            progress=lambda n, total, d=decoding: run.progress(f"{name}: {d} completions {n}/{total}"),
-            of_rows=[template_kwargs(row) for row in rows],
-            journal=journal,
-        )
-        for number, (row, samples) in enumerate(zip(rows, drawn, strict=True)):
-            found += _completed(row, number, decoding, samples)
+    with closing(open_engine(args.engine, source, load, names=[name], **args.loading)) as engine:
+        for decoding, temperature, count in (("sampled", own.temperature, own.samples_per_prompt), ("greedy", 0.0, 1)):
+            if decoding == "greedy" and not own.greedy:
+                continue
+            drawn = engine.generate(
+                [row["prompt"] for row in rows],
+                max_new_tokens=own.max_new_tokens,
+                temperature=temperature,
+                num_return=count,
+                batch_size=args.batch_size,
+                # Random numbers of its own: with shared ones two models' samples would be coupled, and so their win rate.
+                seed=derived_seed(args.seed, name),
+                progress=lambda n, total, d=decoding: progress(f"{name}: {d} completions {n}/{total}"),
+                of_rows=[template_kwargs(row) for row in rows],
+                journal=journal,
+            )
+            for number, (row, samples) in enumerate(zip(rows, drawn, strict=True)):
+                found += _completed(row, number, decoding, samples)
     return found
 
 

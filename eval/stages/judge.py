@@ -27,6 +27,7 @@ from prefopt.evaluation.judges.people import Completions, HumanJudge, Row
 from prefopt.evaluation.judges.reward import RewardModel
 from prefopt.evaluation.results import Definition, Measures, NoNumber, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, named_rows
+from prefopt.inference.engines import Engine, check_engine, engine_state, open_engine
 from prefopt.inference.journal import fingerprint_of, kept_rows, set_aside, source_state, take_back
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.models.loading import load_language_model
@@ -72,12 +73,19 @@ class JudgeArguments:
     lm_judge: str | None = field(
         default=None, metadata={"help": "Language model that is asked, in both orders: folder or Hub id."}
     )
+    lm_judge_engine: str | None = field(
+        default=None, metadata={"help": "What runs it, as `engine`, which is the default: its server may be another."}
+    )
     lm_judge_template: str = field(
         default=TEMPLATE, metadata={"help": "What it is asked, with {prompt}, {a} and {b}; its next word is A or B."}
     )
     reward_judge: str | None = field(
         default=None, metadata={"help": "Reward model whose higher score wins: folder or Hub id."}
     )
+
+    def __post_init__(self) -> None:
+        if self.lm_judge_engine is not None:
+            check_engine(self.lm_judge_engine)
 
     def labels(self) -> tuple[Sequence[Row], str]:
         """The labels by people, and where they stand."""
@@ -178,16 +186,20 @@ def _consistency(judge: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _lm_judge(run: EvaluationRun, args: EvaluationArguments, own: JudgeArguments) -> Judge:
-    def load() -> Any:
+    engine = own.lm_judge_engine or args.engine
+
+    def load() -> Engine:
         run.progress(f"judge lm: loading {own.lm_judge}")
-        return load_language_model(own.lm_judge, **args.loading)
+        return open_engine(
+            engine, own.lm_judge, partial(load_language_model, own.lm_judge, **args.loading), **args.loading
+        )
 
     return LanguageModelJudge(
         load,
         own.lm_judge_template,
         batch_size=args.batch_size,
         folder=run.folder / "judgements" / "lm",
-        state=[source_state(own.lm_judge), args.load_in_4bit, args.dtype],
+        state=[source_state(own.lm_judge), args.load_in_4bit, args.dtype, *engine_state(engine).values()],
         progress=run.progress,
     )
 

@@ -5,15 +5,21 @@ completion at the same tokens; the random numbers of each are its own.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
 
 from prefopt.errors import UserError
+from prefopt.inference import processes
 from prefopt.inference.generate import (
     Completion,
     all_prompt_ids,
@@ -28,7 +34,7 @@ from prefopt.inference.generate import (
 from prefopt.inference.journal import Journal
 from prefopt.inference.likelihood import places, scored_nats
 from prefopt.inference.server import Server, in_parallel
-from prefopt.models.loading import Outline, known_tokenizer, outline
+from prefopt.models.loading import Outline, known_tokenizer, load_tokenizer, outline, saved_vocabulary
 from prefopt.models.passes import max_positions
 from prefopt.rankings.tokens import plain_messages
 
@@ -40,17 +46,22 @@ HELP = "What draws: transformers, vllm (in this process), or the address of a se
 class Engine(Protocol):
     """Draws completions and reads likelihoods of one model.
 
-    `tokenizer` is None where only a server knows it, `limit` the most tokens that the model reads, None if nobody says.
+    `tokenizer` is None where only a server knows it, `limit` the most tokens that the model reads, None if nobody says;
+    without `takes_ids` it reads texts and chats alone.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     limit: int | None
+    takes_ids: bool
 
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
         """As `prefopt.inference.generate.generate`, with its settings."""
 
     def nats(self, rows: Sequence[tuple[list[int], int | Sequence[int]]], batch_size: int) -> np.ndarray:
         """As `prefopt.inference.likelihood.scored_nats`."""
+
+    def close(self) -> None:
+        """The memory that it holds is another's."""
 
 
 def check_engine(engine: str) -> None:
@@ -64,6 +75,10 @@ def check_engine(engine: str) -> None:
     elif engine == "vllm" and find_spec("vllm") is None:
         raise UserError(
             "engine: vLLM is not installed (pip install vllm); or name the address of a server that runs it"
+        )
+    elif engine == "vllm" and processes.count() > 1:
+        raise UserError(
+            "engine vllm is one process by itself: leave out accelerate launch, or name a server's address"
         )
 
 
@@ -105,14 +120,16 @@ def open_engine(
     """
     check_engine(engine)
     if engine == "transformers":
-        return Transformers(*load())
+        return Transformers(*processes.together(load))
     if engine == "vllm":
-        raise UserError("engine: vllm is not there yet")
+        return VLLM(source, tokenizer=tokenizer, revision=revision, dtype=dtype, load_in_4bit=load_in_4bit)
     return ServerEngine(Server(engine), source, *names, tokenizer=tokenizer, revision=revision)
 
 
 class Transformers:
     """A model in memory."""
+
+    takes_ids = True
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer, self.limit = model, tokenizer, max_positions(model.config)
@@ -123,12 +140,166 @@ class Transformers:
     def nats(self, rows: Sequence[tuple[list[int], int | Sequence[int]]], batch_size: int) -> np.ndarray:
         return scored_nats(self.model, rows, batch_size)
 
+    def close(self) -> None:
+        """It goes with the last reference to the model."""
 
-class ServerEngine:
+
+@dataclass(frozen=True)
+class _Asked:
+    """One completion that is to be drawn."""
+
+    prompt: Prompt
+    of_row: Mapping[str, Any]
+    ids: list[int]
+    seed: int
+
+
+class _Remote(ABC):
+    """What draws outside of transformers: every completion has a seed of its own, whatever the batch."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+    limit: int | None
+    saved: Outline | None
+    takes_ids = True
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        num_return: int = 1,
+        batch_size: int = 64,
+        seed: int = 0,
+        of_rows: Sequence[Mapping[str, Any]] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        journal: Journal | None = None,
+    ) -> list[list[Completion]]:
+        check_settings(max_new_tokens, temperature, num_return, batch_size)
+        of_rows = [{}] * len(prompts) if of_rows is None else of_rows
+        ids: list[list[int]] = [[] for _ in prompts]
+        lengths = [len(str(prompt)) for prompt in prompts]
+        if self.takes_ids:
+            ids = all_prompt_ids(self.tokenizer, prompts, of_rows)
+            lengths = [len(row) for row in ids]
+            check_room(lengths, max_new_tokens, self.limit, f" ({self.name})")
+
+        def draw(number: int, batch: list[int]) -> list[list[Completion]]:
+            asked = [
+                _Asked(prompts[i], of_rows[i], ids[i], derived_seed(seed, i, k) >> 1)
+                for i in batch
+                for k in range(num_return)
+            ]
+            drawn = iter(self.draw(asked, max_new_tokens, temperature))
+            return [[next(drawn) for _ in range(num_return)] for _ in batch]
+
+        return in_batches(lengths, max(1, batch_size // num_return), draw, progress, journal)
+
+    @abstractmethod
+    def draw(self, asked: Sequence[_Asked], max_new_tokens: int, temperature: float) -> list[Completion]:
+        """A completion for each."""
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        return end_token_ids(self.saved, self.tokenizer)
+
+    def plain_sampling(self) -> dict[str, Any]:
+        """What keeps vLLM at the model's own distribution, and has completions end where ours do."""
+        return {
+            **{"top_p": 1.0, "top_k": 0, "min_p": 0.0},
+            **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+            **{"ignore_eos": True, "stop_token_ids": self.end_ids},
+            **({} if self.saved.never is None else {"logit_bias": {self.saved.never: NEVER}}),
+        }
+
+
+class VLLM(_Remote):
+    """vLLM in this process, on one GPU, of whose free memory it takes nine tenths.
+
+    Raises:
+        UserError: weights or an adapter that vLLM does not read.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        revision: str | None = None,
+        dtype: str | None = "auto",
+        load_in_4bit: bool = False,
+    ) -> None:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+        self.name, self.saved = source, outline(source, revision)
+        self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+        self.limit = max_positions(self.saved.config)
+        self._adapter, options = None, {}
+        if load_in_4bit:
+            if "bitsandbytes" not in QUANTIZATION_METHODS:
+                raise UserError("engine vllm: this vLLM reads no bitsandbytes weights; leave out load_in_4bit")
+            options["quantization"] = "bitsandbytes"
+        if (adapter := self.saved.adapter) is not None:
+            if adapter.modules_to_save or adapter.use_dora or adapter.bias != "none" or saved_vocabulary(source):
+                raise UserError(
+                    f"engine vllm: the adapter {source} is more than LoRA factors (modules_to_save, embeddings, DoRA or "
+                    "bias), which vLLM does not read; merge it into its base, or use engine transformers"
+                )
+            rank = max(adapter.r, *adapter.rank_pattern.values(), 1)
+            options |= {"enable_lora": True, "max_lora_rank": next((r for r in RANKS if r >= rank), rank)}
+            self._adapter = LoRARequest("adapter", 1, _folder(source, revision))
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            options["gpu_memory_utilization"] = 0.9 * free / total
+        # "auto" as everywhere: vLLM's own would run weights of fp32 in bf16.
+        saved_dtype = str(self.saved.config.get_text_config().dtype or "auto").removeprefix("torch.")
+        self._llm = LLM(
+            model=self.saved.base,
+            revision=self.saved.base_revision,
+            dtype=saved_dtype if dtype in (None, "auto") else dtype,
+            skip_tokenizer_init=True,
+            # As long as the memory allows.
+            max_model_len=-1,
+            **options,
+        )
+
+    def draw(self, asked: Sequence[_Asked], max_new_tokens: int, temperature: float) -> list[Completion]:
+        plain = {"max_tokens": max_new_tokens, "temperature": temperature, **self.plain_sampling()}
+        outputs = self._run([one.ids for one in asked], [{**plain, "seed": one.seed} for one in asked])
+        return [completion(self.tokenizer, list(o.outputs[0].token_ids), self.end_ids) for o in outputs]
+
+    def nats(self, rows: Sequence[tuple[list[int], int | Sequence[int]]], batch_size: int) -> np.ndarray:
+        options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        outputs = self._run([ids for ids, _ in rows], [options] * len(rows))
+        found = [
+            -sum(output.prompt_logprobs[t][row[0][t]].logprob for t in places(*row))
+            for output, row in zip(outputs, rows, strict=True)
+        ]
+        return np.array(found, dtype=np.float64)
+
+    def _run(self, ids: Sequence[list[int]], options: Sequence[dict[str, Any]]) -> list[Any]:
+        from vllm import SamplingParams
+
+        return self._llm.generate(
+            [{"prompt_token_ids": row} for row in ids],
+            [SamplingParams(detokenize=False, **one) for one in options],
+            use_tqdm=False,
+            lora_request=self._adapter,
+        )
+
+    def close(self) -> None:
+        """Give the memory back, to the model that comes next."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+class ServerEngine(_Remote):
     """A model on a server, by token ids where the server gives back those that it sampled (vLLM), else by texts and chats.
 
     With token ids completions are drawn, and end, as in `generate`. A server that takes none decides itself on template,
-    filters and ends; its completions have no `ids`.
+    filters and ends; its completions have no `ids`. As many requests are under way as the batch has completions.
 
     Args:
         server: where it is.
@@ -146,10 +317,10 @@ class ServerEngine:
     ) -> None:
         self.server = server
         served = server.model(source, *names)
-        self.model = str(served["id"])
+        self.name = str(served["id"])
         self.tokenizer = known_tokenizer(source) if tokenizer is None else tokenizer
-        self._saved: Outline | None = None if self.tokenizer is None else outline(source, revision)
-        limits = [served.get("max_model_len"), None if self._saved is None else max_positions(self._saved.config)]
+        self.saved = None if self.tokenizer is None else outline(source, revision)
+        limits = [served.get("max_model_len"), None if self.saved is None else max_positions(self.saved.config)]
         self.limit = min((limit for limit in limits if limit is not None), default=None)
 
     @cached_property
@@ -157,12 +328,10 @@ class ServerEngine:
         """Whether the server takes token ids and says which it has sampled."""
         if self.tokenizer is None:
             return False
-        body = {"model": self.model, "prompt": all_prompt_ids(self.tokenizer, ["1"])[0], "max_tokens": 1}
+        body = {"prompt": all_prompt_ids(self.tokenizer, ["1"])[0], "max_tokens": 1, "return_token_ids": True}
         try:
             reason = "it does not tell what it samples"
-            if isinstance(
-                self.server.choice("/completions", {**body, "return_token_ids": True}).get("token_ids"), list
-            ):
+            if isinstance(self._choice("/completions", body).get("token_ids"), list):
                 return True
         except UserError as error:
             reason = str(error)
@@ -174,80 +343,55 @@ class ServerEngine:
         )
         return False
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        num_return: int = 1,
-        batch_size: int = 64,
-        seed: int = 0,
-        of_rows: Sequence[Mapping[str, Any]] | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        journal: Journal | None = None,
-    ) -> list[list[Completion]]:
-        """`batch_size` requests at a time, each of one completion with a seed of its own."""
-        check_settings(max_new_tokens, temperature, num_return, batch_size)
-        of_rows = [{}] * len(prompts) if of_rows is None else of_rows
-        common = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
+    def draw(self, asked: Sequence[_Asked], max_new_tokens: int, temperature: float) -> list[Completion]:
+        body = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
         if self.takes_ids:
-            ids = all_prompt_ids(self.tokenizer, prompts, of_rows)
-            lengths = [len(row) for row in ids]
-            check_room(lengths, max_new_tokens, self.limit, f" ({self.model})")
-            common |= self._plain_sampling()
+            body |= {**self.plain_sampling(), "return_token_ids": True}
+        return in_parallel(lambda one: self._one(one, {**body, "seed": one.seed}), asked, len(asked))
+
+    def _one(self, one: _Asked, body: dict[str, Any]) -> Completion:
+        if self.takes_ids:
+            sampled = self._choice("/completions", {**body, "prompt": one.ids})["token_ids"]
+            return completion(self.tokenizer, sampled, self.end_ids)
+        if isinstance(one.prompt, str):
+            choice = self._choice("/completions", {**body, "prompt": one.prompt})
+            text = choice.get("text")
         else:
-            lengths = [len(str(prompt)) for prompt in prompts]
-
-        def one(place: tuple[int, int]) -> Completion:
-            body = {**common, "seed": derived_seed(seed, *place) >> 1}
-            if self.takes_ids:
-                sampled = self.server.choice("/completions", {**body, "prompt": ids[place[0]]})["token_ids"]
-                return completion(self.tokenizer, sampled, self._end_ids)
-            return self._by_text(prompts[place[0]], of_rows[place[0]], body)
-
-        def draw(number: int, batch: list[int]) -> list[list[Completion]]:
-            drawn = iter(in_parallel(one, [(i, k) for i in batch for k in range(num_return)], batch_size))
-            return [[next(drawn) for _ in range(num_return)] for _ in batch]
-
-        return in_batches(lengths, max(1, batch_size // num_return), draw, progress, journal)
+            kwargs = dict(one.of_row)
+            tools = {"tools": kwargs.pop("tools")} if "tools" in kwargs else {}
+            body |= tools | ({"chat_template_kwargs": kwargs} if kwargs else {})
+            choice = self._choice("/chat/completions", {**body, "messages": plain_messages(one.prompt)})
+            text = (choice.get("message") or {}).get("content")
+        return Completion(text=text or "", ids=[], truncated=choice.get("finish_reason") == "length")
 
     def nats(self, rows: Sequence[tuple[list[int], int | Sequence[int]]], batch_size: int) -> np.ndarray:
         if not self.takes_ids:
             raise UserError(f"{self.server.address} takes no token ids, so nothing can be said of their likelihood")
 
         def one(row: tuple[list[int], int | Sequence[int]]) -> float:
-            body = {"model": self.model, "prompt": row[0], "max_tokens": 1, "prompt_logprobs": 0}
-            found = self.server.choice("/completions", body).get("prompt_logprobs")
+            found = self._choice("/completions", {"prompt": row[0], "max_tokens": 1, "prompt_logprobs": 0}).get(
+                "prompt_logprobs"
+            )
             if not found:
                 raise UserError(f"{self.server.address} gives no log-probabilities of a prompt; vLLM does")
             return -sum(found[t][str(row[0][t])]["logprob"] for t in places(*row))
 
         return np.array(in_parallel(one, rows, batch_size), dtype=np.float64)
 
-    @cached_property
-    def _end_ids(self) -> list[int]:
-        return end_token_ids(self._saved, self.tokenizer)
+    def _choice(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return self.server.choice(path, {"model": self.name, **body})
 
-    def _plain_sampling(self) -> dict[str, Any]:
-        """What keeps a vLLM server at the model's own distribution, and has completions end where ours do."""
-        return {
-            **{"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
-            **{"ignore_eos": True, "stop_token_ids": self._end_ids, "return_token_ids": True},
-            **({} if self._saved.never is None else {"logit_bias": {str(self._saved.never): NEVER}}),
-        }
-
-    def _by_text(self, prompt: Prompt, of_row: Mapping[str, Any], body: dict[str, Any]) -> Completion:
-        if isinstance(prompt, str):
-            choice = self.server.choice("/completions", {**body, "prompt": prompt})
-            text = choice.get("text")
-        else:
-            kwargs = {key: value for key, value in of_row.items() if key != "tools"}
-            body |= {"messages": plain_messages(prompt)} | ({"chat_template_kwargs": kwargs} if kwargs else {})
-            choice = self.server.choice("/chat/completions", body | {k: of_row[k] for k in ("tools",) if k in of_row})
-            text = (choice.get("message") or {}).get("content")
-        return Completion(text=text or "", ids=[], truncated=choice.get("finish_reason") == "length")
+    def close(self) -> None:
+        """Nothing is held."""
 
 
+def _folder(source: str, revision: str | None) -> str:
+    """Where an adapter is on this machine."""
+    config = find_adapter_config_file(source, revision=revision)
+    return str(Path(config).parent)
+
+
+# Of LoRA factors, those that vLLM has kernels for.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # As a bias of its logit, what keeps a token from being drawn.
 NEVER = -100.0

@@ -60,7 +60,8 @@ def generate(
             batch has random numbers of its own, which its place and the seed decide.
         of_rows: what each prompt's row gives the chat template (`prefopt.rankings.tokens.template_kwargs`).
         progress: called with (prompts done, prompts in all) after every batch.
-        journal: has an entry for every batch; those that are there are not drawn again.
+        journal: has an entry for every batch; those that are there are not drawn again, and the processes of
+            `accelerate launch` share the others.
 
     Raises:
         UserError: on a negative temperature, several greedy completions, a tokenizer without an end token, a prompt
@@ -139,10 +140,10 @@ def in_batches(
         progress: called with (prompts done, prompts in all) after every batch.
         journal: has an entry for every batch; those that are there are not drawn again.
     """
+    batches = batches_by_length(lengths, batch_size)
     results: list[list[Completion]] = [[] for _ in lengths]
     done = 0
-    for number, batch in enumerate(batches_by_length(lengths, batch_size)):
-        drawn = draw(number, batch) if journal is None else _kept(journal, lambda n=number, b=batch: draw(n, b))
+    for batch, drawn in zip(batches, _drawn(batches, draw, journal), strict=True):
         for i, completions in zip(batch, drawn, strict=True):
             results[i] = completions
         done += len(batch)
@@ -243,9 +244,18 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _kept(journal: Journal, draw: Callable[[], list[list[Completion]]]) -> list[list[Completion]]:
-    rows = journal.entry(lambda: [[asdict(completion) for completion in mine] for mine in draw()])
-    return [[Completion(**completion) for completion in mine] for mine in rows]
+def _drawn(
+    batches: Sequence[list[int]], draw: Callable[[int, list[int]], list[list[Completion]]], journal: Journal | None
+) -> Iterator[list[list[Completion]]]:
+    if journal is None:
+        yield from (draw(number, batch) for number, batch in enumerate(batches))
+        return
+
+    def entry(number: int) -> list[list[dict[str, Any]]]:
+        return [[asdict(completion) for completion in mine] for mine in draw(number, batches[number])]
+
+    for rows in journal.entries(len(batches), entry):
+        yield [[Completion(**completion) for completion in mine] for mine in rows]
 
 
 def _refuse_nan(model: PreTrainedModel, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefopt.inference import processes
 from prefopt.inference.jsonl import read_jsonl, write_jsonl, write_whole
+from prefopt.inference.processes import from_main, is_main, spread
 
 logger = logging.getLogger(__name__)
 Rows = Iterable[Mapping[str, Any]]
@@ -98,23 +100,27 @@ def _journal(path: Path) -> Path:
 def continued_rows(path: Path, inputs: Any, compute: Callable[["Journal"], Rows]) -> list[dict[str, Any]]:
     """`kept_rows` of a long computation: what it writes into the journal, a hidden file beside `path`, outlives a kill.
 
+    Every process of `accelerate launch` calls it; the first one writes.
+
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "squares.jsonl"
     >>> def squares(journal, numbers):
-    ...     return [{"x": journal.entry(lambda: next(numbers) ** 2)} for _ in range(3)]
-    >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([0, 1])))
+    ...     return [{"x": square} for square in journal.entries(3, lambda i: numbers[i] ** 2)]
+    >>> continued_rows(path, "squares", lambda journal: squares(journal, [0, 1]))
     Traceback (most recent call last):
-    StopIteration
-    >>> continued_rows(path, "squares", lambda journal: squares(journal, iter([2])))  # the first two are read
+    IndexError: list index out of range
+    >>> continued_rows(path, "squares", lambda journal: squares(journal, [None, None, 2]))  # the first two are read
     [{'x': 0}, {'x': 1}, {'x': 4}]
     """
-    if not is_kept(path, inputs):
-        journal = Journal(_journal(path), inputs)
-        kept_rows(path, inputs, lambda: compute(journal))
-    # Also one that a kill between the two has left; of other inputs, it may be gone on with.
-    if _journal(path).is_file() and _journal(path).open("rb").readline().strip() == fingerprint_of(inputs).encode():
-        _journal(path).unlink()
-    return read_jsonl(path)
+    if not from_main(lambda: is_kept(path, inputs)):
+        rows = compute(Journal(_journal(path), inputs))
+        from_main(lambda: len(kept_rows(path, inputs, lambda: rows)))
+    if is_main():
+        # Also one that a kill between the two has left; of other inputs, it may be gone on with.
+        journal = _journal(path)
+        if journal.is_file() and journal.open("rb").readline().strip() == fingerprint_of(inputs).encode():
+            journal.unlink()
+    return from_main(lambda: read_jsonl(path))
 
 
 class Journal:
@@ -129,23 +135,36 @@ class Journal:
     def __init__(self, path: Path, inputs: Any) -> None:
         self.path = path
         self._head = fingerprint_of(inputs).encode()
-        self._known = self._read()
+        self._known = from_main(self._read)
         self._asked = 0
 
-    def entry(self, compute: Callable[[], Any]) -> Any:
-        """The next entry as JSON gives it back: of an earlier run, or else `compute()`, on disk when this returns."""
-        number = self._asked
-        self._asked += 1
-        if number < len(self._known):
-            return self._known[number]
-        line = json.dumps([number, compute()])  # plain ASCII, which cannot be cut inside a character
+    def entries(self, count: int, compute: Callable[[int], Any]) -> Iterator[Any]:
+        """The next `count` entries as JSON gives them back: of an earlier run, or else number i is `compute(i)`, on disk when
+        it is given. The processes of `accelerate launch` share what is to be computed.
+
+        As many as there are processes are computed at a time and then written, so that the file is that of one process.
+        """
+        first = self._asked
+        self._asked += count
+        known = self._known[first : first + count]
+        yield from known
+        for start in range(len(known), count, processes.count()):
+            numbers = range(start, min(start + processes.count(), count))
+            # Plain ASCII, which cannot be cut inside a character.
+            lines = spread(numbers, lambda i: json.dumps([first + i, compute(i)]))
+            if is_main():
+                for number, line in zip(numbers, lines, strict=True):
+                    self._write(first + number, line)
+            for line in lines:
+                yield json.loads(line)[1]
+
+    def _write(self, number: int, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # What other inputs gave is written over only now: a run that stops before its first entry costs nothing.
         with self.path.open("ab" if number else "wb") as file:
             file.write((b"" if number else self._head + b"\n") + line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        return json.loads(line)[1]
 
     def _read(self) -> list[Any]:
         """The whole entries in their order, behind which the file is cut."""

@@ -212,6 +212,9 @@ def load_causal_lm(
 class Outline:
     """A language model without its weights: what it reads at most, how its completions end, and what it never says."""
 
+    base: str
+    base_revision: str | None
+    adapter: PeftConfig | None
     config: PreTrainedConfig
     generation_config: GenerationConfig
     never: int | None
@@ -219,20 +222,18 @@ class Outline:
 
 def outline(source: str | os.PathLike, revision: str | None = None) -> Outline:
     """What `load_causal_lm` would find beside the weights of a whole model, or of an adapter and its base."""
-    source = os.fspath(source)
-    base, base_revision, own = source, revision, {}
+    base, base_revision, adapter = os.fspath(source), revision, None
     if is_adapter(source, revision=revision):
-        adapter = PeftConfig.from_pretrained(source, revision=revision)
+        adapter = PeftConfig.from_pretrained(os.fspath(source), revision=revision)
         base, base_revision = adapter.base_model_name_or_path, adapter.revision
-        own = saved_config(source, revision=revision)
     config = AutoConfig.from_pretrained(base, revision=base_revision)
-    never = own.get("reward_token_id") if base != source else getattr(config, "reward_token_id", None)
+    places = [(base, base_revision), *([] if adapter is None else [(os.fspath(source), revision)])]
     generation = GenerationConfig.from_model_config(config)
-    for place, of in ((source, revision), (base, base_revision)):
+    for place, of in places:
         if _file(place, GENERATION_CONFIG_NAME, {"revision": of}) is not None:
             generation = GenerationConfig.from_pretrained(place, revision=of)
-            break
-    return Outline(config, generation, never)
+    never = saved_config(source, revision=revision).get("reward_token_id")
+    return Outline(base, base_revision, adapter, config, generation, never)
 
 
 def check_language_model(source: str | os.PathLike, revision: str | None = None) -> None:
@@ -345,7 +346,8 @@ def placement(
     load_in_4bit: bool = False, dtype: str | None = "auto", device: str | torch.device | None = None
 ) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for a model that is evaluated: all of it on one device."""
-    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    # The first GPU, or under `accelerate launch` that of the process.
+    device = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     keywords: dict[str, Any] = {"dtype": dtype or "auto", "device_map": {"": device}}
     if load_in_4bit:
         unsaid = torch.bfloat16 if torch.cuda.is_available() else torch.float32

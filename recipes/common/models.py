@@ -10,6 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig, RewardConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from prefopt.errors import UserError
+from prefopt.inference.engines import Engine, open_engine
 from prefopt.models.checkpoints import reward_model_from_adapter
 from prefopt.models.files import check_model_files
 from prefopt.models.loading import (
@@ -109,6 +110,23 @@ def load_policy(
         is_trainable=is_trainable,
         quantization_config=get_quantization_config(model_args),
         **placed | init_kwargs,
+    )
+
+
+def policy_engine(
+    engine: str, model_args: ModelConfig, init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> Engine:
+    """The engine of a command for the model that it names."""
+    if engine == "vllm" and model_args.load_in_8bit:
+        raise UserError("engine vllm reads no weights in 8 bit: leave out load_in_8bit")
+    return open_engine(
+        engine,
+        str(model_args.model_name_or_path),
+        lambda: (load_policy(model_args, init_kwargs, is_trainable=False), tokenizer),
+        tokenizer=tokenizer,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype,
+        load_in_4bit=model_args.load_in_4bit,
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
+from prefopt.inference.processes import is_main
+
 # What a row shows of a log entry, in this order: (key, head, digits; None for the exponent form). The longest row is
 # that of PPO-ptx, which fits into 80 columns.
 COLUMNS: list[tuple[str, str, int | None]] = [
@@ -94,7 +96,7 @@ def show_progress(trainer: Trainer) -> None:
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function to call with (done, in all), which shows a bar with the time left; in a log file every minute."""
     interval = 0.1 if sys.stderr.isatty() else 60.0
-    with tqdm(desc=what, dynamic_ncols=True, mininterval=interval) as bar:
+    with tqdm(desc=what, dynamic_ncols=True, mininterval=interval, disable=not is_main()) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

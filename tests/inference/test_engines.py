@@ -10,7 +10,7 @@ import torch
 from prefopt.errors import UserError
 from prefopt.inference import engines
 from prefopt.inference.engines import Transformers, open_engine
-from prefopt.inference.generate import Completion, generate
+from prefopt.inference.generate import Completion, end_token_ids, generate
 from prefopt.inference.journal import Journal
 from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.server import Server, in_parallel
@@ -48,8 +48,9 @@ def test_a_server_that_takes_ids_gives_what_the_model_gives(causal_lm, tokenizer
             engine.generate(PROMPTS, max_new_tokens=39)
     drawn = [body for path, body, _ in asked if path == "/v1/completions" and body["max_tokens"] == 6]
     # Else vLLM would take top_k and the like from the model's generation config.
-    plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    plain = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
     assert all(plain.items() <= body.items() for body in drawn)
+    assert all(body["stop_token_ids"] == end_token_ids(causal_lm, tokenizer) for body in drawn)
     assert len({body["seed"] for body in drawn}) == len(PROMPTS)
 
 

@@ -18,7 +18,7 @@ class Worker:
         self.breaks_behind = breaks_behind
 
     def entries(self, journal: Journal) -> list:
-        return [journal.entry(lambda i=i: self.compute(i)) for i in range(len(ENTRIES))]
+        return list(journal.entries(len(ENTRIES), self.compute))
 
     def rows(self, journal: Journal) -> list[dict]:
         return [{"entry": entry} for entry in self.entries(journal)]

@@ -12,6 +12,7 @@ from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
 from prefopt.evaluation.stages import drift, tax
 from prefopt.evaluation.stages import generate as generation
 from prefopt.evaluation.stages import judge as judges
+from prefopt.inference import engines
 from prefopt.inference.generate import Completion
 from prefopt.inference.journal import Journal
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
@@ -48,14 +49,14 @@ def run(files, *extra, output="best.jsonl"):
 
 
 def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, monkeypatch):
-    real, of = best_of_n.generate, {}
+    real, of = engines.generate, {}
 
     def remembered(model, tokenizer, prompts, **kwargs):
         drawn = real(model, tokenizer, prompts, **kwargs)
         of.update(zip(prompts, drawn, strict=True))
         return drawn
 
-    monkeypatch.setattr(best_of_n, "generate", remembered)
+    monkeypatch.setattr(engines, "generate", remembered)
     rows = run(files, "--keep_samples", "true")
     assert [row["prompt"] for row in rows] == PROMPTS
     assert all(row["use_case"] == "pets" and "ranks" not in row for row in rows)
@@ -79,7 +80,7 @@ def test_the_sample_with_the_highest_score_is_kept(files, tokenizer, capsys, mon
 
 def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
     whole = run(files, output="whole.jsonl")
-    real, calls = best_of_n.generate, []
+    real, calls = engines.generate, []
 
     def killed(model, tokenizer, prompts, **kwargs):
         calls.append(prompts)
@@ -87,7 +88,7 @@ def test_a_killed_run_goes_on_where_it_was(files, monkeypatch):
             raise KeyboardInterrupt
         return real(model, tokenizer, prompts, **kwargs)
 
-    monkeypatch.setattr(best_of_n, "generate", killed)
+    monkeypatch.setattr(engines, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         run(files)
     assert not (files / "best.jsonl").exists()
@@ -142,7 +143,7 @@ def test_mistakes_stop_early(files, extra, message):
 def test_a_prompt_too_long_for_the_reward_model_stops_before_anything_is_drawn(files, monkeypatch):
     config = json.loads((files / "rm" / "config.json").read_text())
     (files / "rm" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
-    monkeypatch.setattr(best_of_n, "load_policy", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(best_of_n, "policy_engine", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(UserError, match=r"row 3: its prompt of \d tokens .*more than the 8 tokens that .*rm reads"):
         run(files)
 

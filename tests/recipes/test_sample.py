@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from prefopt.errors import UserError
+from prefopt.inference import engines
 from prefopt.inference.generate import Completion, generate
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.recipes import sample
@@ -57,7 +58,7 @@ def batches(monkeypatch):
         model.generate = one
         return generate(model, *args, **kwargs)
 
-    monkeypatch.setattr(sample, "generate", counted)
+    monkeypatch.setattr(engines, "generate", counted)
     return sizes
 
 

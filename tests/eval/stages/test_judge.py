@@ -23,6 +23,7 @@ from prefopt.evaluation.stages import ratings as metadata
 from prefopt.evaluation.stages.judge import JudgeArguments
 from prefopt.evaluation.stages.ratings import MetadataArguments, counts_for, flag_share, share
 from prefopt.evaluation.stages.reward_model import RewardModelArguments
+from prefopt.inference.engines import Transformers
 from prefopt.inference.generate import Completion
 from prefopt.inference.journal import function_state
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
@@ -189,7 +190,9 @@ def lm_judge(tokenizer, folder, favors, **more):
 
     model = Model()
     template = "{prompt}|{a}|{b}|Better:"
-    return LanguageModelJudge(lambda: (model, tokenizer), template, batch_size=3, folder=folder, **more), Backbone
+    return LanguageModelJudge(
+        lambda: Transformers(model, tokenizer), template, batch_size=3, folder=folder, **more
+    ), Backbone
 
 
 def test_a_fair_language_model_is_consistent(tokenizer, tmp_path: Path):
@@ -229,9 +232,9 @@ def test_a_question_beyond_the_context_is_left_out_and_counted(tokenizer, tmp_pa
 
 def test_a_judge_that_cannot_write_its_verdict_is_refused(tokenizer, tmp_path: Path):
     judge, _ = lm_judge(tokenizer, tmp_path, lambda text: "A")
-    model, _ = judge.load()
+    model = judge.load().model
     words = Tokenizer(WordLevel({"<unk>": 0, "the": 1}, unk_token="<unk>"))
-    judge.load = lambda: (model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+    judge.load = lambda: Transformers(model, PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
     with pytest.raises(ValueError, match="does not tell A from B"):
         judge.judgements({"sft": answers("a"), "ppo": answers("b")}, [("ppo", "sft")])
 
