@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import LlamaForCausalLM
 
 from prefopt.inference.jsonl import write_jsonl
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
-from tests.conftest import run_in_fork
+from tests.conftest import run_in_fork, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -241,3 +242,27 @@ def test_bench_prints_a_line_for_each_and_goes_on(benchmarks, monkeypatch, capsy
     assert lines[2].startswith("reward K=4")
     assert "of 2.50" in lines[2]
     assert "of 7.50" in lines[2]
+
+
+def test_a_judge_at_once_and_by_pairs(benchmarks, sandbox_run, tokenizer, tmp_path, capsys):
+    import judge_orders
+
+    ranks, wins = [1, 2, 2], np.array([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
+    assert judge_orders.agreement(ranks, wins) == (1 + 0) / 2  # of the first against the two others
+    assert judge_orders.wins_of(np.array([2.0, 1.0, 1.0])).tolist() == [[0.5, 1, 1], [0, 0.5, 0.5], [0, 0.5, 0.5]]
+    tokenizer.save_pretrained(tmp_path / "judge")
+    LlamaForCausalLM(tiny_config(max_position_embeddings=2048)).save_pretrained(tmp_path / "judge")
+    rankings = sandbox_run / "data" / "rankings_test_train_labelers.jsonl"
+    found = judge_orders.main(["--model", str(tmp_path / "judge"), "--rankings", str(rankings), "--k", "3"])
+    sides = {name: value for name, value in found.items() if isinstance(value, dict)}
+    assert {name: one["calls"] / found["rows"] for name, one in sides.items()} == {
+        "at once, 1 orders": 1,
+        "at once, 2 orders": 2,
+        "at once, 4 orders": 4,
+        "all pairs, both orders": 2 * 3,
+    }
+    assert all(0 <= one["agreement"] <= 1 for one in sides.values())
+    assert sides["at once, 2 orders"]["difference"] == pytest.approx(
+        sides["at once, 2 orders"]["agreement"] - sides["all pairs, both orders"]["agreement"]
+    )
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found

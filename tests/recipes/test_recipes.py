@@ -112,13 +112,7 @@ def test_dpo_against_another_reference(files, tokenizer):
     def logps(name, prompt, completion):
         x, y = (tokenizer(text)["input_ids"] for text in (prompt, completion))
         ids = [*x, *y, tokenizer.eos_token_id]
-        of = (
-            AutoModelForCausalLM.from_pretrained(files / name)(torch.tensor([ids]))
-            .logits[0]
-            .detach()
-            .double()
-            .log_softmax(-1)
-        )
+        of = AutoModelForCausalLM.from_pretrained(files / name)(torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
         return sum(float(of[t - 1, ids[t]]) for t in range(len(x), len(ids)))
 
     ratios = [
