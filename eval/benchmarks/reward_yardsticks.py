@@ -336,16 +336,13 @@ def blocks(results: tables.Results, rows: Mapping[str, int], scorers: Sequence[s
         prefix, yardstick = f"rm.{name}.", YARDSTICKS[name]
         if name == "rm-bench":
             asks = [tables.Ask(part, prefix + part) for part in ("overall", *RM_BENCH_DOMAINS)]
-            columns = {
-                s: [tables.Column(d, s, f".{d}") for d in DIFFICULTIES] + [tables.Column("mean", s)] for s in scorers
-            }
-            parts = [
-                block for s in scorers for block in tables.headed(tables.label(s), results.table(asks, columns[s]))
-            ]
+            parts = []
+            for s in scorers:
+                columns = [*(tables.Column(d, s, f".{d}") for d in DIFFICULTIES), tables.Column("mean", s)]
+                parts += results.table([tables.label(s), *asks], columns)
         else:
             asks = [tables.Ask(part, prefix + part, count=True) for part in results.names(prefix)]
             parts = list(results.table(asks, list(scorers)))
-        found += tables.headed(
-            f"{yardstick.title}, {count:,} rows", [*parts, f"{yardstick.definition.text}."] if parts else []
-        )
+        explained = f"{yardstick.definition.text[0].upper()}{yardstick.definition.text[1:]}."
+        found += tables.headed(f"{yardstick.title}, {count:,} rows", [*parts, explained] if parts else [])
     return found

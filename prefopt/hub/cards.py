@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def build_card(folder: str | os.PathLike, facts: Mapping[str, Any], location: st
             for name in datasets
         ],
         "location": json.dumps(location),
+        "serve": _serve_command(location, model["reward_bias"]),
         "results": [
             {**row, "shown": f"{row['value']:.4g}", "interval": _interval(row), "dataset": Path(row["dataset"]).name}
             for row in facts.get("results", [])
@@ -170,11 +172,22 @@ def _describe(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "vocabulary": saved_vocabulary(folder) if is_adapter else None,
         "pad_token_id": config.get("pad_token_id"),
         "has_bias": has_bias,
+        "reward_bias": config.get("reward_bias") if has_bias else None,
         "has_generation_config": has_generation_config,
         "reward_token_id": config.get("reward_token_id") if is_reward else None,
         "is_chat": facts.get("is_chat", (folder / "chat_template.jinja").is_file()),
         "adds_eos": facts.get("adds_eos", False),
     }
+
+
+def _serve_command(location: str, bias: float | None) -> str:
+    """What has vLLM serve a whole reward model, its bias subtracted.
+
+    >>> _serve_command("me/rm", 0.25)
+    'vllm serve me/rm --runner pooling --pooler-config \'{"logit_mean": 0.25}\''
+    """
+    pooler = ["--pooler-config", json.dumps({"logit_mean": bias})] if bias else []
+    return shlex.join(["vllm", "serve", location, "--runner", "pooling", *pooler])
 
 
 def _quantization_code(quantization: Mapping[str, Any]) -> str:

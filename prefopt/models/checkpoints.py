@@ -50,6 +50,7 @@ from prefopt.models.loading import (
 from prefopt.models.passes import check_rows
 from prefopt.models.reward import (
     add_reward_token,
+    fold_reward_bias,
     init_score_head,
     keep_4bit_gradients,
     keep_head_fp32,
@@ -82,6 +83,7 @@ def save_reward_model(model: PreTrainedModel | PeftModel, path: str | os.PathLik
     A pad token that is EOS is left out of the model's config, with a warning: see the top of this module.
     """
     keep_pad_from_eos(model)
+    keep_logit_plain(model)
     model.save_pretrained(path, **kwargs)
     if isinstance(model, PeftModel):
         save_config_beside(model, path)
@@ -195,6 +197,8 @@ def merge_reward_model(
 ) -> PreTrainedModel:
     """Load a LoRA reward model and merge it into its base: a full reward model, head, bias and reward token included.
 
+    A head that has a bias of its own takes up `config.reward_bias` (`fold_reward_bias`).
+
     A quantized base is dequantized first: W = dequantized(W_4bit) + scale * B A, the weights the adapter was trained
     on. PEFT's own `merge_and_unload` on it would quantize the sum again and so move every score. Save the result with
     `save_reward_model`, and the tokenizer beside it.
@@ -221,7 +225,13 @@ def merge_reward_model(
             weight.data = weight.data.to(dtype).contiguous()
     model = _on_base(path, base, hub_arguments).merge_and_unload()
     keep_head_fp32(model)
+    fold_reward_bias(model)
     return model.eval().requires_grad_(False)
+
+
+def keep_logit_plain(model: PreTrainedModel | PeftModel) -> None:
+    """Have transformers' pipeline and vLLM give the logit itself: of one label both would give its sigmoid otherwise."""
+    model.config.problem_type = "regression"
 
 
 def keep_pad_from_eos(model: PreTrainedModel | PeftModel, eos_token_id: int | None = None) -> None:

@@ -208,6 +208,18 @@ def set_reward_bias(model: nn.Module, value: float) -> None:
     _classifier(model).config.reward_bias = float(value)
 
 
+@torch.no_grad()
+def fold_reward_bias(model: nn.Module) -> None:
+    """Move `config.reward_bias` into the head's own bias, where it has one: the plain logit is then prefopt's score.
+
+    The heads of transformers have none, so the field stays and the plain logit minus it is the score.
+    """
+    classifier = _classifier(model)
+    if (bias := getattr(classifier.score, "bias", None)) is not None:
+        bias -= get_reward_bias(classifier)
+        set_reward_bias(classifier, 0.0)
+
+
 # So many rows of so many random tokens show the scale of a model's hidden states.
 _PROBE = (8, 16)
 

@@ -34,7 +34,13 @@ from trl.trainer.utils import create_model_from_path
 
 from prefopt.errors import UserError, UserTypeError
 from prefopt.losses import centering_loss, ranking_loss, rating_margins
-from prefopt.models.checkpoints import head_comes_later, head_loaded_in_fp32, keep_pad_from_eos, save_config_beside
+from prefopt.models.checkpoints import (
+    head_comes_later,
+    head_loaded_in_fp32,
+    keep_logit_plain,
+    keep_pad_from_eos,
+    save_config_beside,
+)
 from prefopt.models.loading import saved_config, saved_pad_token
 from prefopt.models.passes import check_rows, stop_randomness
 from prefopt.models.reward import (
@@ -307,6 +313,7 @@ class RankedRewardTrainer(RankedTrainer, RewardTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         keep_pad_from_eos(self.model, self.processing_class.eos_token_id)
+        keep_logit_plain(self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             # The adapter's directory carries the bias.
