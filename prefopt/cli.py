@@ -20,6 +20,9 @@ GROUPS = {
         "data": ("prefopt.recipes.data", "public formats to rankings; check, describe and split data"),
         "label": ("prefopt.recipes.label", "people rank samples in a browser; who agrees; what to rank next"),
     },
+    "loop": {
+        "iterate": ("prefopt.recipes.iterate", "sample, rank, learn, evaluate, and again from the new policy"),
+    },
     "evaluate": {
         "eval": ("prefopt.recipes.evaluate", "is it better, by how much, how sure, at what cost"),
         "explain-run": ("prefopt.recipes.explain_run", "what moved the weights when, and what went wrong"),

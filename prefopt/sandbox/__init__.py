@@ -5,7 +5,7 @@ from prefopt.sandbox.gold import GoldScore
 from prefopt.sandbox.labeling import FLAGS, Labeler, labelers
 from prefopt.sandbox.model import build_model, build_tokenizer
 from prefopt.sandbox.sentiment import SentimentWorld
-from prefopt.sandbox.world import SPLIT_SIZES, World
+from prefopt.sandbox.world import SPLIT_SIZES, World, demo_gold_reward
 
 __all__ = [
     "FLAGS",
@@ -17,5 +17,6 @@ __all__ = [
     "World",
     "build_model",
     "build_tokenizer",
+    "demo_gold_reward",
     "labelers",
 ]

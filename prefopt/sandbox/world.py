@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from functools import cached_property
+from functools import cache, cached_property
 
 from prefopt.errors import UserError
 from prefopt.sandbox.answers import DEMONSTRATOR, write_answer
@@ -135,6 +135,22 @@ class World:
     def knowledge_tasks(self) -> list[Task]:
         """Distinct items on facts, background facts, the dictionary and sums; none stands word for word in the corpus."""
         return self._knowledge.tasks(self.seed)
+
+
+def demo_gold_reward(prompt: str, completion: str) -> GoldScore:
+    """The gold reward of the world of seed 0, that of `make demo`, for keys that name a function.
+
+    >>> world = World(seed=0)
+    >>> prompt = world.prompts("test")[0]
+    >>> demo_gold_reward(prompt, world.good_answer(prompt)).total
+    6.0
+    """
+    return gold_reward(_demo_facts(), prompt, completion)
+
+
+@cache
+def _demo_facts() -> Facts:
+    return Facts(0)
 
 
 def quotas(split: str, n: int) -> dict[str, int]:

@@ -43,7 +43,9 @@ RESUMES = {
         PLANNED,
         ". With `resume_from_checkpoint: true` the same command resumes from the newest complete checkpoint of output_dir",
     ),
-    **dict.fromkeys(("sample", "best-of-n", "rank", "eval", "sweep"), ". The same command goes on where it was"),
+    **dict.fromkeys(
+        ("sample", "best-of-n", "rank", "iterate", "eval", "sweep"), ". The same command goes on where it was"
+    ),
     "pipeline": ". The same command begins again with the step that it was in; those before are kept",
 }
 

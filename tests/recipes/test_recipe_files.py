@@ -14,7 +14,7 @@ from prefopt.errors import UserError
 from prefopt.inference.jsonl import read_jsonl, write_jsonl
 from prefopt.models.checkpoints import load_reward_model
 from prefopt.models.reward import get_reward_bias
-from prefopt.recipes import best_of_n, dpo, evaluate, frontier, pipeline, ppo_ptx, reward, sample, sft, sweep
+from prefopt.recipes import best_of_n, dpo, evaluate, frontier, iterate, pipeline, ppo_ptx, reward, sample, sft, sweep
 from prefopt.recipes.common import training
 from prefopt.recipes.recipes import copy
 from tests.conftest import tiny_config
@@ -40,6 +40,7 @@ STEPS = {
     "sweep": sweep,
     "sweep_dpo": sweep,
     "frontier": frontier,
+    "iterate": iterate,
 }
 
 

@@ -112,7 +112,13 @@ def test_dpo_against_another_reference(files, tokenizer):
     def logps(name, prompt, completion):
         x, y = (tokenizer(text)["input_ids"] for text in (prompt, completion))
         ids = [*x, *y, tokenizer.eos_token_id]
-        of = AutoModelForCausalLM.from_pretrained(files / name)(torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
+        of = (
+            AutoModelForCausalLM.from_pretrained(files / name)(torch.tensor([ids]))
+            .logits[0]
+            .detach()
+            .double()
+            .log_softmax(-1)
+        )
         return sum(float(of[t - 1, ids[t]]) for t in range(len(x), len(ids)))
 
     ratios = [
@@ -136,7 +142,7 @@ def test_the_reference_may_be_an_adapter_and_has_the_policy_s_tokens(files, chat
     LlamaForCausalLM(tiny_config(vocab_size=330)).save_pretrained(files / "other")
     chat_tokenizer.add_tokens(["<new>"])
     chat_tokenizer.save_pretrained(files / "other")
-    with pytest.raises(UserError, match="ref_model_name_or_path: .*other has other tokens than .*base"):
+    with pytest.raises(UserError, match=r"ref_model_name_or_path: .*other has other tokens than .*base"):
         run(dpo, files, "base", "rankings.jsonl", "new", "--ref_model_name_or_path", files / "other")
 
 
