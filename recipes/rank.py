@@ -3,6 +3,7 @@
     prefopt rank samples.jsonl --reward_model rm --output rankings.jsonl
     prefopt rank samples.jsonl --reward_model rm0 rm1 rm2 --combine minimum --tie_margin 0.2 --output rankings.jsonl
     prefopt rank samples.jsonl --judge Qwen/Qwen3-8B --orders 4 --output rankings.jsonl
+    prefopt rank samples.jsonl --judge Qwen/Qwen3-32B --judge_engine http://host:8000 --output rankings.jsonl
     prefopt rank samples.jsonl --function my_package.scores:helpful --output rankings.jsonl
     prefopt rank samples.jsonl --reward_model rm0 rm1 --people 100 --output rankings.jsonl
 
@@ -18,7 +19,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
@@ -36,15 +37,13 @@ from prefopt.evaluation.judges.ordering import (
     same_verdicts,
 )
 from prefopt.evaluation.results import Definition, Measures, jsonable
-from prefopt.inference.generate import generate
+from prefopt.inference.engines import HELP, Engine, check_engine, engine_state, open_engine
 from prefopt.inference.journal import Journal, fingerprint_of, function_state, is_foreign, is_kept, source_state
 from prefopt.inference.jsonl import write_json, write_jsonl
-from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows
 from prefopt.labeling.next_tasks import choose_next, pair_uncertainty
 from prefopt.models.checkpoints import load_classifier
 from prefopt.models.loading import check_language_model, load_language_model
-from prefopt.models.passes import max_positions
 from prefopt.rankings.checks import row_problem
 from prefopt.rankings.formats.cleaning import Cleaner
 from prefopt.rankings.formats.tables import without_choice
@@ -112,8 +111,11 @@ class RankArguments:
         "mean", "Score of several reward models (minimum: arXiv:2310.02743)."
     )
     judge: str | None = setting(None, "Language model that orders all completions of a prompt: folder or Hub id.")
+    judge_engine: str = setting("transformers", f"As the judge. {HELP}")
     judge_by: By | None = setting(
-        None, "letters: the likelihood of each answer's letter; order: the order that it writes. [letters]"
+        None,
+        "letters: the likelihood of each answer's letter; order: the order that it writes; default: letters, and order of a "
+        "server that takes no token ids.",
     )
     judge_template: str | None = setting(None, "What the judge is asked, with {prompt} and {answers}.")
     orders: int = setting(2, "Orders in which the judge sees the answers: drawn ones, each of them backwards as well.")
@@ -138,20 +140,6 @@ class RankArguments:
     def loading(self) -> dict[str, Any]:
         """How models are loaded."""
         return {"load_in_4bit": self.load_in_4bit, "dtype": self.dtype}
-
-
-class LocalModel:
-    """A language model in memory, as the judge asks it."""
-
-    def __init__(self, source: str, **loading: Any) -> None:
-        self.model, self.tokenizer = load_language_model(source, **loading)
-        self.limit = max_positions(self.model.config)
-
-    def generate(self, prompts: Sequence[Any], **settings: Any) -> list[list[Any]]:
-        return generate(self.model, self.tokenizer, prompts, **settings)
-
-    def nats(self, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray:
-        return scored_nats(self.model, rows, batch_size)
 
 
 # ---- who ranks ------------------------------------------------------------------------------------------------------
@@ -187,18 +175,28 @@ def ranker_of(args: RankArguments, gold: Gold | None = None) -> Ranker:
         )
         return Ranker(name, state, [_reward_model(source, args) for source in args.reward_model])
     if args.judge:
-        by = args.judge_by or "letters"
-        template = check_template(args.judge_template or TEMPLATES[by])
-        try:
-            check_language_model(args.judge)
-        except ValueError as error:
-            raise UserError(f"judge: {error}") from error
-        load = cache(lambda: OrderingJudge(LocalModel(args.judge, **args.loading), by, template, orders=args.orders,
-                                           batch_size=args.batch_size, seed=args.seed))  # fmt: skip
-        state = [source_state(args.judge), args.loading, by, template, args.orders, args.seed, args.batch_size]
-        return Ranker(args.judge, state, [lambda rows, numbers: load().judge(rows, numbers)])
+        if args.judge_template is not None:
+            check_template(args.judge_template)
+        check_engine(args.judge_engine)
+        if args.judge_engine == "transformers":
+            try:
+                check_language_model(args.judge)
+            except ValueError as error:
+                raise UserError(f"judge: {error}") from error
+        options = {"orders": args.orders, "batch_size": args.batch_size, "seed": args.seed}
+        load = cache(lambda: OrderingJudge(_engine(args), args.judge_by, args.judge_template, **options))
+        question = TEMPLATES.get(args.judge_by) if args.judge_template is None else args.judge_template
+        asked = [args.judge_by, question, args.loading, options, engine_state(args.judge_engine)]
+        return Ranker(
+            args.judge, [source_state(args.judge), asked], [lambda rows, numbers: load().judge(rows, numbers)]
+        )
     score = gold_scores(gold or gold_function(args.function), "")
     return Ranker(args.function, function_state(args.function), [_function(args.function, score)])
+
+
+def _engine(args: RankArguments) -> Engine:
+    load = partial(load_language_model, args.judge, **args.loading)
+    return open_engine(args.judge_engine, str(args.judge), load, **args.loading)
 
 
 def _reward_model(source: str, args: RankArguments) -> Callable[..., list[dict[str, Any]]]:

@@ -5,14 +5,15 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from string import ascii_uppercase
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import rankdata
 
 from prefopt.errors import UserError
-from prefopt.evaluation.judges.language_model import fill
+from prefopt.evaluation.judges.language_model import WRITTEN, fill
 from prefopt.evaluation.report.tables import prompt_text
+from prefopt.inference.engines import Engine
 from prefopt.inference.generate import derived_seed, prompt_ids
 from prefopt.rankings.row import parse_ranking
 
@@ -26,19 +27,6 @@ TEMPLATES: dict[By, str] = {
     "order": _ASKED + 'Order all of them from best to worst, with = between equally good ones, as in "B > A = C". '
     "Write the order and nothing else.",
 }
-# Room for an order of that many answers, and a few words before it.
-TOKENS_OF_AN_ORDER = 64
-
-
-class Engine(Protocol):
-    """What the judge needs of a model: `prefopt.inference`'s samples and likelihoods."""
-
-    tokenizer: Any
-    limit: int | None
-
-    def generate(self, prompts: Sequence[Any], **settings: Any) -> list[list[Any]]: ...
-
-    def nats(self, rows: Sequence[tuple[list[int], int]], batch_size: int) -> np.ndarray: ...
 
 
 class OrderingJudge:
@@ -50,24 +38,27 @@ class OrderingJudge:
 
     Args:
         engine: the model.
+        by: default: letters, and order of a server that takes no token ids.
         template: the question, with {prompt} and {answers}; default: that of `by` in `TEMPLATES`.
         seed: of the orders.
 
     Raises:
-        UserError: the template lacks one of the two places, the tokenizer writes two letters alike, or nobody here knows it.
+        UserError: the template lacks one of the two places, the tokenizer writes two letters alike, or the server takes no
+            token ids.
     """
 
     def __init__(
         self,
         engine: Engine,
-        by: By,
+        by: By | None = None,
         template: str | None = None,
         *,
         orders: int = 2,
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        self.engine, self.by, self.template = engine, by, check_template(template or TEMPLATES[by])
+        self.engine, self.by = engine, by or ("letters" if engine.takes_ids else "order")
+        self.template = check_template(template or TEMPLATES[self.by])
         self.orders, self.batch_size, self.seed = orders, batch_size, seed
         if by == "letters" and engine.tokenizer is None:
             raise UserError(
@@ -130,10 +121,10 @@ class OrderingJudge:
         """Scores of the places by the order that the model writes."""
         tokenizer, limit = self.engine.tokenizer, self.engine.limit
         lengths = [None if tokenizer is None else len(self._ids(text)) for text, _ in questions]
-        fits = [limit is None or n is None or n + TOKENS_OF_AN_ORDER <= limit for n in lengths]
+        fits = [limit is None or n is None or n + WRITTEN <= limit for n in lengths]
         chat = tokenizer is None or tokenizer.chat_template is not None
         prompts = [[{"role": "user", "content": text}] if chat else text for text, _ in questions]
-        settings = {"max_new_tokens": TOKENS_OF_AN_ORDER, "temperature": 0, "batch_size": self.batch_size}
+        settings = {"max_new_tokens": WRITTEN, "temperature": 0, "batch_size": self.batch_size}
         drawn = iter(self.engine.generate([p for p, fit in zip(prompts, fits, strict=True) if fit], **settings))
         result = []
         for (_, k), fit, length in zip(questions, fits, lengths, strict=True):
@@ -198,13 +189,15 @@ def shown_orders(k: int, orders: int, *seed: object) -> list[list[int]]:
 def order_scores(text: str, k: int) -> list[float] | None:
     """Of a written order, for each of the first k letters the answers below it, ties counting half; None if it is none.
 
+    The last one counts: models that think write others before.
+
     >>> order_scores("The order is: C > A = B.", 3)
     [0.5, 0.5, 2.0]
     >>> order_scores("All of them are good.", 3) is None
     True
     """
     letters = ascii_uppercase[:k]
-    for found in re.findall(r"\b[A-Z](?:\s*[>=]\s*[A-Z])+\b", text):
+    for found in reversed(re.findall(r"\b[A-Z](?:\s*[>=]\s*[A-Z])+\b", text)):
         if sorted(re.findall("[A-Z]", found)) == list(letters):
             return [float(rank) - 1 for rank in rankdata([-rank for rank in parse_ranking(found, letters)])]
     return None

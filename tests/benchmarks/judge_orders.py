@@ -19,8 +19,9 @@ import numpy as np
 
 from prefopt.evaluation.judges.language_model import LanguageModelJudge
 from prefopt.evaluation.judges.ordering import OrderingJudge, earlier_wins
+from prefopt.inference.engines import Transformers
 from prefopt.inference.jsonl import read_jsonl
-from prefopt.recipes.rank import LocalModel
+from prefopt.models.loading import load_language_model
 from prefopt.statistics.intervals import Estimate, mean_estimate, paired_difference
 
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args(argv)
     rows = chosen_rows(args.rankings, args.source, args.k, args.rows)
-    engine = LocalModel(args.model)
+    engine = Transformers(*load_language_model(args.model))
     found: dict[str, tuple[list[float], int, Estimate]] = {}
     for orders in (1, 2, 4):
         judge = OrderingJudge(engine, "letters", orders=orders, batch_size=args.batch_size)
@@ -84,9 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
         for name in names
     }
     with tempfile.TemporaryDirectory() as folder:
-        by_pairs = LanguageModelJudge(
-            lambda: (engine.model, engine.tokenizer), batch_size=args.batch_size, folder=Path(folder)
-        )
+        by_pairs = LanguageModelJudge(lambda: engine, batch_size=args.batch_size, folder=Path(folder))
         verdicts = by_pairs.judgements(answers, pairs)
     wins = np.full((len(rows), args.k, args.k), 0.5)
     for verdict in verdicts:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch
 from prefopt import cli
 from prefopt.errors import UserError
 from prefopt.evaluation.judges.ordering import OrderingJudge, earlier_wins, order_scores, same_verdicts, shown_orders
+from prefopt.inference.engines import Transformers
 from prefopt.inference.generate import Completion
 from prefopt.inference.jsonl import read_json, read_jsonl, write_jsonl
 from prefopt.inference.scoring import score_rows
 from prefopt.models.checkpoints import load_classifier, save_reward_model
 from prefopt.models.loading import load_language_model
 from prefopt.recipes import rank
+from tests.model_server import serving, vllm
 
 SAMPLES = [
     {
@@ -171,11 +174,12 @@ def test_the_judge_scores_by_the_likelihood_of_each_letter(files):
 def test_each_order_is_seen_backwards_so_that_a_taste_for_a_place_cancels():
     class FirstIsBest:
         tokenizer = limit = None
+        takes_ids = False
 
         def generate(self, prompts, **settings):
             return [[Completion("A > B > C", [], False)] for _ in prompts]
 
-    judge = OrderingJudge(FirstIsBest(), "order", orders=4)
+    judge = OrderingJudge(FirstIsBest(), orders=4)
     (found,) = judge.judge([{"prompt": "p", "completions": ["x", "y", "z"]}], [0])
     assert found["calls"] == 4
     assert [sum(of) for of in zip(*found["scores"], strict=True)] == [4.0, 4.0, 4.0]
@@ -186,12 +190,12 @@ def test_each_order_is_seen_backwards_so_that_a_taste_for_a_place_cancels():
 def test_orders_that_cannot_be_read_are_counted(files, monkeypatch):
     answers = iter(["B > A > C", "no idea", "C = A > B", "C = A > B", *["?"] * 6])
 
-    class Written(rank.LocalModel):
-        def generate(self, prompts, **settings):
-            assert (settings["temperature"], len(settings)) == (0, 3)
-            return [[Completion(next(answers), [1, 2], False)] for _ in prompts]
+    def written(self, prompts, **settings):
+        assert (settings["temperature"], len(settings)) == (0, 3)
+        return [[Completion(next(answers), [1, 2], False)] for _ in prompts]
 
-    monkeypatch.setattr(rank, "LocalModel", Written)
+    monkeypatch.setattr(Transformers, "generate", written)
+    monkeypatch.setattr("prefopt.evaluation.judges.ordering.WRITTEN", 64)
     write_jsonl("samples.jsonl", [{**row, "completions": [" a", " b", " c"], "truncated": None} for row in SAMPLES])
     rows = run("--judge", "base", "--judge_by", "order", "--judge_template", "{prompt} {answers}")
     first, second = (shown_orders(3, 2, 42, number) for number in (0, 1))
@@ -208,6 +212,7 @@ def test_orders_that_cannot_be_read_are_counted(files, monkeypatch):
     [
         ("B>A = C", [0.5, 2.0, 0.5]),
         ("Answer A is fine. Order: A = B = C", [1.0, 1.0, 1.0]),
+        ("Perhaps A > B > C? No: C > B > A.", [0.0, 1.0, 2.0]),
         ("B > A", None),
         ("A > B > C > D", None),
         ("A > B > B > C", None),
@@ -217,6 +222,44 @@ def test_orders_that_cannot_be_read_are_counted(files, monkeypatch):
 )
 def test_an_order_is_read_only_if_it_has_all_letters_once(text, scores):
     assert order_scores(text, 3) == scores
+
+
+@pytest.mark.enable_socket
+def test_a_server_judges_as_the_model_in_memory_does(files, tokenizer, causal_lm):
+    template = ["--judge_template", "{prompt} {answers} best:"]
+    with serving(vllm("base", causal_lm, tokenizer)) as server:
+        served = run("--judge", "base", "--judge_engine", server.address, *template, output="served.jsonl")
+        with pytest.raises(UserError, match="of other samples, another ranker"):
+            run("--judge", "base", *template, output="served.jsonl")
+    for row, expected in zip(served, run("--judge", "base", *template), strict=True):
+        assert row["ratings"] == pytest.approx(expected["ratings"], abs=1e-4)
+    assert read_json("served.report.json")["cost"] == read_json("out.report.json")["cost"]
+
+
+@pytest.mark.enable_socket
+def test_a_server_that_takes_texts_alone_writes_orders(files):
+    def answer(path, body):
+        if path == "/v1/models":
+            return {"data": [{"id": "gpt"}]}
+        assert path == "/v1/chat/completions"
+        (message,) = body["messages"]
+        # It prefers the answers in the order of the alphabet of their texts.
+        texts = dict(re.findall(r"Answer ([A-D]):\n(.*)", message["content"]))
+        return {
+            "choices": [{"message": {"content": " > ".join(sorted(texts, key=texts.get))}, "finish_reason": "stop"}]
+        }
+
+    with serving(answer) as server:
+        rows = run("--judge", "gpt", "--judge_engine", server.address)
+        asked = len(server)
+        run("--judge", "gpt", "--judge_engine", server.address, "--tie_margin", 0.1)
+        assert len(server) == asked
+    for row in rows:
+        order = sorted(row["completions"])
+        assert row["ranks"] == [1 + order.index(text) for text in row["completions"]]
+    report = read_json("out.report.json")
+    assert report["cost"] == {"calls": 10, "prompt_tokens": None, "completion_tokens": None, "unread": 0}
+    assert measures()["consistency"] == 1.0
 
 
 def test_questions_that_are_too_long_are_left_out_with_a_count(files):
