@@ -22,7 +22,7 @@ from prefopt.evaluation.report.plots import Series, curves_plot
 from prefopt.evaluation.results import Definition, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Stage, check_names, named_rows, parsed_mapping
 from prefopt.evaluation.stages.judge import JudgeArguments
-from prefopt.inference.journal import fingerprint_of, kept_rows, source_state
+from prefopt.inference.journal import Journal, continued_rows, fingerprint_of, source_state
 from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows, score_texts
 from prefopt.models.checkpoints import load_classifier
@@ -46,6 +46,8 @@ from prefopt.statistics.shared_pairs import labeler_agreement
 
 Row = Mapping[str, Any]
 Scores = list[dict[str, Any]]  # `scores` and `lengths` in tokens of every ranked row
+# Rows that are scored between two writes to disk: so many a kill costs at most.
+AT_ONCE = 512
 NO_RANKINGS = Skipped("no rankings: give `rankings`, a file for each group of labelers")
 NO_SCORER = Skipped("no reward model: give `reward_models` (name: folder) or `implicit_rewards` (policy: beta)")
 NO_AGREEMENT = Skipped("no two labelers (by the rows' `labeler`) ranked the same two completions of a prompt")
@@ -314,22 +316,37 @@ class Scorer:
             ]
         )
 
-        def compute() -> Scores:
+        def compute(journal: Journal) -> Scores:
             if content in self._known:
                 return self._known[content]
             self.run.progress(f"reward-model: {self.name} on {group}")
-            (model, tokenizer), *reference = self.loaded
-            read = rows if posed is None else posed(tokenizer, rows)
-            if reference:
-                scores = implicit_rewards(model, reference[0][0], tokenizer, read, self.beta, self.args.batch_size)
-            else:
-                scores = score_rows(model, tokenizer, read, self.args.batch_size)
-            lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in read]
-            return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
+            starts = range(0, len(rows), AT_ONCE)
+
+            def part(number: int) -> Scores:
+                chosen = rows[starts[number] : starts[number] + AT_ONCE]
+                try:
+                    return self._scored(chosen, posed)
+                except UserError as error:
+                    if len(starts) == 1:
+                        raise
+                    last = starts[number] + len(chosen) - 1
+                    raise UserError(f"rows {starts[number]} to {last}: {error}") from error
+
+            return [row for of_part in journal.entries(len(starts), part) for row in of_part]
 
         path = self.run.folder / "reward_model" / f"{self.name}.{group}.jsonl"
-        self._known[content] = kept_rows(path, [state, self.args.loading, content], compute)
+        self._known[content] = continued_rows(path, [state, self.args.loading, content], compute)
         return self._known[content]
+
+    def _scored(self, rows: Sequence[Row], posed: Callable[[Any, Sequence[Row]], Sequence[Row]] | None) -> Scores:
+        (model, tokenizer), *reference = self.loaded
+        rows = rows if posed is None else posed(tokenizer, rows)
+        if reference:
+            scores = implicit_rewards(model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size)
+        else:
+            scores = score_rows(model, tokenizer, rows, self.args.batch_size)
+        lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in rows]
+        return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
 
     def mean_score(self, demonstrations: str) -> Estimate:
         """Of a file of demonstrations, by the reward model."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from prefopt.errors import UserError
 from prefopt.evaluation.report.tables import Missing, Results
 from prefopt.evaluation.results import find
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun
@@ -281,6 +282,35 @@ def test_reward_model_stage(world, monkeypatch):
     monkeypatch.setattr(reward_model, "score_rows", lambda *a: pytest.fail("scored again"))
     reward_model.measure(world.run, world.args, own_reward(world), JudgeArguments(gold_judge=length))
     assert world.run.stage("reward_model")["measures"] == found
+
+
+def test_a_killed_scoring_goes_on_where_it_was(world, monkeypatch):
+    """Part by part; the scores are those of one pass, and an error tells the rows of its part."""
+    rows = [{**RANKINGS[0], "labeler": "a"}, {**RANKINGS[2], "labeler": "b"}, {**RANKINGS[1], "labeler": "c"}]
+    write_jsonl(world.folder / "train.jsonl", rows)
+    reward_model.measure(world.run, world.args, own_reward(world), JudgeArguments())
+    path = world.run.folder / "reward_model" / "reward_model.train.jsonl"
+    expected = [json.loads(line)["scores"] for line in path.open()]
+    path.unlink()
+    scored = []
+
+    def killed(model, tokenizer, part, batch_size):
+        scored.append(list(part))
+        if len(scored) == 2:
+            raise UserError("completion 0: gone")
+        return score_rows(model, tokenizer, part, batch_size)
+
+    monkeypatch.setattr(reward_model, "AT_ONCE", 1)
+    monkeypatch.setattr(reward_model, "score_rows", killed)
+    own = own_reward(world)
+    own.rankings, own.implicit_rewards = {"train": own.rankings["train"]}, {}
+    reward_model.measure(world.run, world.args, own, JudgeArguments())
+    failed = find(world.run.stage("reward_model")["measures"], "rm.accuracy.train", "reward_model")
+    assert failed["reason"] == "rows 1 to 1: completion 0: gone"
+    reward_model.measure(world.run, world.args, own, JudgeArguments())
+    assert [part[0]["labeler"] for part in scored] == ["a", "b", "b", "c"]
+    found = [json.loads(line)["scores"] for line in path.open()]
+    assert np.allclose(np.concatenate(found), np.concatenate(expected), rtol=0, atol=1e-5)
 
 
 def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
