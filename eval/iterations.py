@@ -36,8 +36,18 @@ class Round:
 
     @classmethod
     def of(cls, numbers: Mapping[str, Any]) -> "Round":
-        """From `asdict`."""
-        return cls(**{k: Estimate(**v) if isinstance(v, dict) else v for k, v in numbers.items()})
+        """From `asdict` as JSON has it, where what is no number is null."""
+
+        def value(of: Any) -> Any:
+            return (
+                float("nan")
+                if of is None
+                else Estimate(**{k: value(v) for k, v in of.items()})
+                if isinstance(of, dict)
+                else of
+            )
+
+        return cls(**{name: value(of) for name, of in numbers.items()})
 
     @property
     def is_exploiting(self) -> bool:

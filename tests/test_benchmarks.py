@@ -4,12 +4,15 @@ import json
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
-from prefopt.inference.jsonl import write_jsonl
+from prefopt.inference.jsonl import write_json, write_jsonl
+from prefopt.recipes import iterate
+from prefopt.recipes.common.arguments import parse
 from prefopt.sandbox import World, build_model, build_tokenizer, labelers
 from tests.conftest import run_in_fork, tiny_config
 
@@ -266,3 +269,43 @@ def test_a_judge_at_once_and_by_pairs(benchmarks, sandbox_run, tokenizer, tmp_pa
         sides["at once, 2 orders"]["agreement"] - sides["all pairs, both orders"]["agreement"]
     )
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
+
+
+def test_rounds_and_all_answers_are_compared_at_the_same_number_of_labels(benchmarks, tmp_path, monkeypatch):
+    import iterate_rounds
+
+    asked = []
+
+    def ran(argv):
+        (args,) = parse((iterate.IterateArguments,), argv, "")
+        run = iterate.Iteration(args)
+        # All sections are what their commands take.
+        asked.append((args, run.settings(run.steps)))
+        write_json(Path(args.output_dir) / "iterate.json", {"rounds": [1] * min(args.rounds, 2)})
+
+    gold = {"sft": 1.0, "round_1": 2.0, "round_2": 4.0}
+    monkeypatch.setattr(iterate, "main", ran)
+    monkeypatch.setattr(
+        iterate_rounds,
+        "gold_rewards",
+        lambda folder, model: {i: gold[model] + i + ("best" in folder.name) for i in (3, 5)},
+    )
+    options = ["--run_dir", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    found = iterate_rounds.main([*options, "--prompts_per_round", "10"])
+    assert [args.rounds * args.prompts_per_round for args, _ in asked] == [30] * 6
+    assert [(args.rounds, of["rank"]["keep"]) for args, of in asked[:3]] == [
+        (3, "all"),
+        (3, "best_and_worst"),
+        (1, "all"),
+    ]
+    assert [args.seed for args, _ in asked] == [0, 0, 0, 1, 1, 1]
+    # An arm that has ended after two rounds keeps its policy.
+    assert found["all_k, round 3"]["gold"] == 4.0 + 4
+    assert found["best_worst, round 3"]["last_minus_it"] == [-1.0, -1.0, -1.0]
+    assert found["offline, round 1"]["last_minus_it"] == [2.0, 2.0, 2.0]
+    assert found["sft"]["per_seed"] == [5.0, 5.0]
+    world = World(seed=0)
+    prompt = world.prompts("rl", 1)[0]
+    noise = [iterate_rounds.labeler(prompt, f" {i}") - world.gold_reward(prompt, f" {i}").total for i in range(400)]
+    assert np.std(noise) == pytest.approx(World.labeler_noise, rel=0.15)
+    assert iterate_rounds.labeler(prompt, " 7") == iterate_rounds.labeler(prompt, " 7")

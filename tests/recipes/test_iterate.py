@@ -230,6 +230,15 @@ def test_it_stops_where_ranker_and_judge_part(ranker, held_out, stops):
     assert round_of(ranker, held_out).is_exploiting is stops
 
 
+def test_a_round_is_read_as_it_was_written(tmp_path):
+    one = Estimate(0.25, math.nan, math.nan, 1, 1)
+    written_one = Round(1, "round_1", one, one, "sft", one, one, math.nan)
+    write_json(tmp_path / "round.json", asdict(written_one))
+    read = Round.of(read_json(tmp_path / "round.json"))
+    assert repr(read) == repr(written_one)
+    assert not read.is_exploiting
+
+
 def test_the_loop_ends_with_the_round_that_exploits(files, monkeypatch, capsys):
     rounds = [round_of((0.51, 0.6), (0.51, 0.6), 1, 0.6), round_of((0.51, 0.6), (0.4, 0.49), 2, 0.4)]
 
