@@ -1,5 +1,6 @@
 """What rounds of `prefopt iterate` show: a curve per judge, when to stop, and which policy is the best one."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,13 +40,9 @@ class Round:
         """From `asdict` as JSON has it, where what is no number is null."""
 
         def value(of: Any) -> Any:
-            return (
-                float("nan")
-                if of is None
-                else Estimate(**{k: value(v) for k, v in of.items()})
-                if isinstance(of, dict)
-                else of
-            )
+            if isinstance(of, dict):
+                return Estimate(**{name: value(one) for name, one in of.items()})
+            return math.nan if of is None else of
 
         return cls(**{name: value(of) for name, of in numbers.items()})
 
@@ -102,7 +99,7 @@ def judged_win_rate(pairs: Sequence[Row], judge: str, model: str, against: str) 
     Estimate(value=0.75, ci_low=0.5, ci_high=0.875, n=8, n_clusters=8)
     """
     pair = next(p for p in pairs if p["judge"] == judge and {p["model"], p["against"]} == {model, against})
-    value, low, high = (float("nan") if pair[key] is None else pair[key] for key in ("value", "ci_low", "ci_high"))
+    value, low, high = (math.nan if pair[key] is None else pair[key] for key in ("value", "ci_low", "ci_high"))
     if pair["model"] != model:
         value, low, high = 1 - value, 1 - high, 1 - low
     return Estimate(value, low, high, pair["n"], pair["n_clusters"])

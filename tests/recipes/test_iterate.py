@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_over_and_over_ends_in_the_same_bytes(files, monkey
         (iterate.evaluate.Evaluation, "report", 1),
         (iterate, "judged_win_rate", 1),
         (iterate, "build_iterate_page", 1),
-        (sample, "generate", 1),
+        (sample, "policy_engine", 1),
         (RankedDPOTrainer, "training_step", 2),
         (iterate, "ranker_win_rate", 2),
     ]
