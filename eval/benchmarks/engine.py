@@ -14,7 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks import BENCHMARKS, Benchmark, scores
+from prefopt.inference.engines import vllm_options
 from prefopt.inference.generate import end_token_ids
+from prefopt.models.loading import load_tokenizer, outline
 
 TASKS = Path(__file__).parent / "lm_eval"  # own YAML files; each says why it is needed
 logger = logging.getLogger(__name__)
@@ -142,6 +144,31 @@ def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_si
         model.train(training)
 
 
+@contextmanager
+def by_vllm(source: str, batch_size: int, seed: int, **loading: Any) -> Iterator[Any]:
+    """The same of lm-eval's own class for vLLM, which is in this process.
+
+    Raises:
+        UserError: weights or an adapter that vLLM does not read, or a policy that would draw its reward token.
+    """
+    from lm_eval.models.vllm_causallms import VLLM
+
+    options, adapter = vllm_options(source, **loading)
+    if outline(source).never is not None:
+        raise UserError(
+            f"{source} has a reward token, which lm-eval does not keep vLLM from drawing; engine transformers"
+        )
+    options["pretrained"] = options.pop("model")
+    if options.pop("enable_lora", False):
+        options["lora_local_path"] = adapter
+    with _quiet():
+        lm = VLLM(**options, tokenizer=load_tokenizer(source).name_or_path, batch_size=batch_size, seed=seed)
+    try:
+        yield lm
+    finally:
+        lm.model.llm_engine.engine_core.shutdown()
+
+
 def ask(
     lm: Any,
     name: str,
@@ -158,7 +185,7 @@ def ask(
     texts, `responses` and `target`; TruthfulQA's also have the `doc` that a judge needs.
 
     Args:
-        lm: from `wrapped`.
+        lm: from `wrapped` or `by_vllm`.
         limit: the first so many rows.
         instruction: text before everything else (the prompted baseline's).
         chat: prompts go through the tokenizer's chat template.
@@ -171,7 +198,8 @@ def ask(
         room = lm.max_length // 2
         wanted = task.config.generation_kwargs.get("max_gen_toks", lm.max_gen_toks)
         task.set_config("generation_kwargs", {"max_gen_toks": min(wanted, room)}, update=True)
-    devices = [lm.device] if lm.device.type == "cuda" else []
+    # vLLM has no device of this process.
+    devices = [lm.device] if lm.device is not None and lm.device.type == "cuda" else []
     with _quiet(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         task.set_fewshot_seed(seed)  # every model gets the same examples

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 
 from prefopt.errors import UserError
 from prefopt.evaluation.benchmarks import BENCHMARKS, PROMPTED, Score, conditions, paper_condition
-from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, load_rows, wrapped
+from prefopt.evaluation.benchmarks.engine import TASKS, ask, build_task, by_vllm, load_rows, wrapped
 from prefopt.evaluation.benchmarks.scorers import Answers, Key, judge_truthfulness, kept_file, score_toxicity
 from prefopt.evaluation.benchmarks.scores import difference, estimate
 from prefopt.evaluation.report import paper, tables
 from prefopt.evaluation.report.plots import intervals_plot
 from prefopt.evaluation.results import Definition, Failed, Measures, NoNumber, Skipped, attempt
 from prefopt.evaluation.run import EvaluationArguments, EvaluationRun, Question, Stage, parsed_mapping
+from prefopt.inference.engines import engine_state
 from prefopt.inference.journal import fingerprint_of, source_state
 from prefopt.inference.jsonl import write_whole
 from prefopt.models.loading import load_language_model
@@ -207,6 +208,10 @@ def _ask(
     with ExitStack() as stack:
 
         def load() -> Any:
+            if args.engine == "vllm":
+                return stack.enter_context(by_vllm(source, args.batch_size, args.seed, **args.loading))
+            if args.engine != "transformers":
+                raise UserError("a server has no way to be asked benchmarks; engine transformers or vllm")
             loaded = load_language_model(source, **args.loading)
             return stack.enter_context(wrapped(*loaded, args.batch_size))
 
@@ -251,7 +256,14 @@ def _settings(
         [] if benchmark.bundled else [path.read_text(encoding="utf-8") for path in sorted(TASKS.glob("*.yaml"))]
     )
     content = [
-        *("lm-eval", version("lm_eval"), source_state(source), args.loading, args.seed),
+        *(
+            "lm-eval",
+            version("lm_eval"),
+            source_state(source),
+            args.loading,
+            args.seed,
+            *engine_state(args.engine).values(),
+        ),
         *(name, asdict(benchmark), task_files, shots, prefix, instruction),
         {split: source_state(file) for split, file in files.items()},
         *(own.bench_limit, own.bench_chat_template),

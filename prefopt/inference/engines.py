@@ -232,39 +232,14 @@ class VLLM(_Remote):
     ) -> None:
         from vllm import LLM
         from vllm.lora.request import LoRARequest
-        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
         self.name, self.saved = source, outline(source, revision)
         self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
         self.limit = max_positions(self.saved.config)
-        self._adapter, options = None, {}
-        if load_in_4bit:
-            if "bitsandbytes" not in QUANTIZATION_METHODS:
-                raise UserError("engine vllm: this vLLM reads no bitsandbytes weights; leave out load_in_4bit")
-            options["quantization"] = "bitsandbytes"
-        if (adapter := self.saved.adapter) is not None:
-            if adapter.modules_to_save or adapter.use_dora or adapter.bias != "none" or saved_vocabulary(source):
-                raise UserError(
-                    f"engine vllm: the adapter {source} is more than LoRA factors (modules_to_save, embeddings, DoRA or "
-                    "bias), which vLLM does not read; merge it into its base, or use engine transformers"
-                )
-            rank = max(adapter.r, *adapter.rank_pattern.values(), 1)
-            options |= {"enable_lora": True, "max_lora_rank": next((r for r in RANKS if r >= rank), rank)}
-            self._adapter = LoRARequest("adapter", 1, _folder(source, revision))
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = 0.9 * free / total
-        # "auto" as everywhere: vLLM's own would run weights of fp32 in bf16.
-        saved_dtype = str(self.saved.config.get_text_config().dtype or "auto").removeprefix("torch.")
-        self._llm = LLM(
-            model=self.saved.base,
-            revision=self.saved.base_revision,
-            dtype=saved_dtype if dtype in (None, "auto") else dtype,
-            skip_tokenizer_init=True,
-            # As long as the memory allows.
-            max_model_len=-1,
-            **options,
-        )
+        options, adapter = vllm_options(source, revision=revision, dtype=dtype, load_in_4bit=load_in_4bit)
+        self._adapter = None if adapter is None else LoRARequest("adapter", 1, adapter)
+        # The longest rows that the memory has room for; ids go in and come out.
+        self._llm = LLM(**options, max_model_len=-1, skip_tokenizer_init=True)
 
     def draw(self, asked: Sequence[_Asked], max_new_tokens: int, temperature: float) -> list[Completion]:
         plain = {"max_tokens": max_new_tokens, "temperature": temperature, **self.plain_sampling()}
@@ -385,10 +360,43 @@ class ServerEngine(_Remote):
         """Nothing is held."""
 
 
-def _folder(source: str, revision: str | None) -> str:
-    """Where an adapter is on this machine."""
-    config = find_adapter_config_file(source, revision=revision)
-    return str(Path(config).parent)
+def vllm_options(
+    source: str, *, revision: str | None = None, dtype: str | None = "auto", load_in_4bit: bool = False
+) -> tuple[dict[str, Any], str | None]:
+    """Arguments of vLLM's `LLM` for the model at `source`, and the folder of the adapter to draw with, if it is one.
+
+    Raises:
+        UserError: weights or an adapter that vLLM does not read.
+    """
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    saved = outline(source, revision)
+    # Its own "auto" would run weights of fp32 in bf16.
+    saved_dtype = str(saved.config.get_text_config().dtype or "auto").removeprefix("torch.")
+    options = {
+        "model": saved.base,
+        "revision": saved.base_revision,
+        "dtype": saved_dtype if dtype in (None, "auto") else dtype,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        options["gpu_memory_utilization"] = 0.9 * free / total
+    if load_in_4bit:
+        if "bitsandbytes" not in QUANTIZATION_METHODS:
+            raise UserError("engine vllm: this vLLM reads no bitsandbytes weights; leave out load_in_4bit")
+        options["quantization"] = "bitsandbytes"
+    if (adapter := saved.adapter) is None:
+        return options, None
+    more = ("modules_to_save", "trainable_token_indices", "use_dora", "rank_pattern", "alpha_pattern")
+    has = [name for name in more if getattr(adapter, name, None)]
+    if has or adapter.bias != "none" or saved_vocabulary(source):
+        raise UserError(
+            f"engine vllm: the adapter {source} has {has[0] if has else 'weights'} beside the factors of one rank, which "
+            "vLLM does not read; merge it into its base, or use engine transformers"
+        )
+    rank = next((r for r in RANKS if r >= adapter.r), adapter.r)
+    options |= {"enable_lora": True, "max_lora_rank": rank}
+    return options, str(Path(find_adapter_config_file(source, revision=revision)).parent)
 
 
 # Of LoRA factors, those that vLLM has kernels for.
