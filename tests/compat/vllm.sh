@@ -4,7 +4,7 @@
 #   tests/compat/vllm.sh
 #   MODEL=folder tests/compat/vllm.sh -k samples       # of a real model, and pytest's own options
 #
-# FOLDER=... is where the environment is made. vLLM 0.31 and newer want another transformers than prefopt.
+# FOLDER=... is where the environment is made. vLLM 0.31 and newer want an older transformers than constraints.txt has.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-build/compat/vllm}
