@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -116,6 +117,7 @@ class Run:
     def is_ppo(self) -> bool:
         return self.kind in ("ppo", "ppo_ptx")
 
+    @cached_property
     def troubles(self) -> list[Trouble]:
         """What `diagnose` finds in a PPO run; nothing is known of others."""
         return diagnose(self.log, self.settings) if self.is_ppo else []
@@ -307,7 +309,7 @@ def summary(run: Run) -> str:
         ]
         lines.append("")
     lines += sentences(run)
-    troubles = run.troubles()
+    troubles = run.troubles
     lines += [f"Trouble at step {t.step}: {t.name}: {t.message}" for t in troubles]
     if run.is_ppo and not troubles:
         lines.append(no_trouble(run))
@@ -356,7 +358,7 @@ def build_page(run: Run, path: str | os.PathLike) -> None:
 
 
 def _troubles(run: Run) -> list[Block]:
-    items = [(f"Step {t.step}: {t.name}.", f"{t.message[0].upper()}{t.message[1:]}.") for t in run.troubles()]
+    items = [(f"Step {t.step}: {t.name}.", f"{t.message[0].upper()}{t.message[1:]}.") for t in run.troubles]
     return [Items(items) if items else no_trouble(run)]
 
 
@@ -391,7 +393,7 @@ def _curves(run: Run) -> list[Block]:
 
 
 def _plot(run: Run, series: Mapping[str, str], heading: str, **options) -> Figure:
-    marks = [(t.step, t.name) for t in run.troubles() if t.key.removeprefix("eval_") in series]
+    marks = [(t.step, t.name) for t in run.troubles if t.key.removeprefix("eval_") in series]
     log = [entry for entry in run.log if "train_loss" not in entry]  # the last entry holds totals
     return log_plot(log, series, heading, marks=marks, **options)
 

@@ -183,7 +183,8 @@ def curves_plot(
                 markersize=3.5,
             )
             for p in points:
-                _write(axes, p.get("label", ""), (p["x"], p["y"]), (3, 3), fontsize=7)
+                if p.get("label"):
+                    _write(axes, p["label"], (p["x"], p["y"]), (3, 3), fontsize=7)
         if logarithmic:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
