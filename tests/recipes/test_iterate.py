@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from prefopt.errors import UserError
@@ -15,6 +16,7 @@ from prefopt.inference.jsonl import read_json, read_jsonl, write_json, write_jso
 from prefopt.recipes import iterate, rank, sample
 from prefopt.statistics.intervals import Estimate
 from prefopt.trainers.dpo.trainer import RankedDPOTrainer
+from tests.conftest import PROMPTS
 
 TRAINING = {
     "per_device_train_batch_size": 2,
@@ -191,6 +193,27 @@ def test_ppo_learns_from_a_reward_model_of_all_rankings_so_far(files, asked):
     assert second["reward"]["model_name_or_path"] == "base"
     assert second["ppo_ptx"]["model_name_or_path"] == "run/round-1/policy"
     assert second["ppo_ptx"]["reward_model_name_or_path"] == "run/round-2/reward"
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_on_from_chats(files, causal_lm, chat_tokenizer):
+    causal_lm.save_pretrained("chat")
+    chat_tokenizer.save_pretrained("chat")
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("chat"), adapter)
+    model.save_pretrained("sft")
+    for name in ("sft", "rm"):
+        chat_tokenizer.save_pretrained(name)
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    write_jsonl("chats.jsonl", rows)
+    evaluation = {**KEYS["evaluate"], "prompts": "chats.jsonl"}
+    results = run(
+        policy="sft", prompts="chats.jsonl", evaluate=evaluation, rank={"reward_model": ["rm"]}, reference="start"
+    )
+    assert len(results["rounds"]) == 2
+    weights = [(files / name / "adapter_model.safetensors").read_bytes() for name in ("sft", "run/round-1/policy")]
+    weights.append((files / "run" / "round-2" / "policy" / "adapter_model.safetensors").read_bytes())
+    assert len(set(weights)) == 3
 
 
 @pytest.mark.slow
