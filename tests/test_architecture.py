@@ -28,8 +28,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "labeling": ({"rankings", "statistics", "inference"}, {"numpy", "scipy", "markdown_it"}),
     "sandbox": ({"rankings", "labeling"}, MODELS | {"numpy", "vaderSentiment"}),
     "memory": ({"models"}, MODELS),
+    "gpu": (LIBRARY | {"memory"}, MODELS | {"trl", "bitsandbytes"}),
     "evaluation": (LIBRARY | {"labeling", "sandbox"}, None),
-    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory"}, None),
+    "recipes": (LIBRARY | {"labeling", "sandbox", "evaluation", "memory", "gpu"}, None),
     "cli": ({"recipes", "evaluation", ""}, None),  # "" is prefopt itself, for the version
     "": (LIBRARY, set()),  # for type checkers only: the names are imported on first use
 }

@@ -38,6 +38,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 import prefopt
 from prefopt import PPOPtxConfig, PPOPtxTrainer
+from prefopt.gpu.random_models import build_tokenizer
+from prefopt.gpu.ranking_step import build_trainer
 
 SIZES = ["--k", "3", "--batch", "2", "--prompt", "6", "--completion", "6",
          "--layers", "2", "--hidden", "32", "--vocab", "64", "--device", "cpu"]  # fmt: skip
@@ -109,7 +111,7 @@ def trace_after_a_step(trainer: Trainer, method: str, package: ModuleType) -> Tr
 
 def build_rl_trainer(is_ours: bool, folder: str) -> Trainer:
     """PPO-ptx with a reward model, a value function and pretraining text; or TRL's GRPO, with the reward model alone."""
-    tokenizer = ranking_step.build_tokenizer(64)
+    tokenizer = build_tokenizer(64)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -145,7 +147,7 @@ def build_rl_trainer(is_ours: bool, folder: str) -> Trainer:
 
 
 def build_ranking_trainer(side: str, method: str, folder: str) -> Trainer:
-    return ranking_step.build_trainer(side, ranking_step.parse(["--method", method, *SIZES]), folder)
+    return build_trainer(side, ranking_step.parse(["--method", method, *SIZES]), folder)
 
 
 # What is traced -> how its trainer is built, the method, the package.

@@ -22,8 +22,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,9 +37,6 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch._C._profiler import RecordScope, _ExperimentalConfig
-from torch.autograd import profiler
 from torch.profiler import record_function
 from transformers import (
     AutoConfig,
@@ -49,7 +45,6 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     PretrainedConfig,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     Qwen3Config,
     Trainer,
@@ -58,6 +53,8 @@ from transformers import (
 from trl import ModelConfig, get_peft_config
 
 from prefopt import PPOPtxTrainer, RankedDPOTrainer, RankedRewardTrainer
+from prefopt.gpu.meter import allocations
+from prefopt.gpu.random_models import build_tokenizer
 from prefopt.memory import STEPS, Settings, peak
 from prefopt.models.checkpoints import save_reward_model
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, on_its_machine, settings_of
@@ -200,14 +197,6 @@ def plan(shape: Shape) -> Settings:
 # ---- the run ----
 
 
-def tokenizer_of(vocab: int) -> PreTrainedTokenizerFast:
-    """Every word is a number and a token."""
-    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-
-
 def rows_of(shape: Shape) -> Dataset:
     """Twice the rows of a step; every other prompt and completion is one token shorter."""
     rng = random.Random(0)
@@ -239,7 +228,7 @@ class Marks(TrainerCallback):
 def trainer_of(shape: Shape, folder: str) -> Trainer:
     """The trainer of the step, as its recipe builds it."""
     args, model_args = arguments(shape, folder)
-    tokenizer, rows, config = tokenizer_of(shape.vocab), rows_of(shape), config_of(shape)
+    tokenizer, rows, config = build_tokenizer(shape.vocab), rows_of(shape), config_of(shape)
     model_args.lora_task_type = "SEQ_CLS" if shape.step == "reward" else "CAUSAL_LM"
     given = {"args": args, "train_dataset": rows, "processing_class": tokenizer}
     torch.manual_seed(0)
@@ -292,25 +281,6 @@ def _ppo_trainer(
         policy = AutoPeftModelForCausalLM.from_pretrained(folder / "sft", is_trainable=True)
     given["args"].model_init_kwargs = {"dtype": "float32"} if isinstance(policy, str) else None
     return PPOPtxTrainer(policy, reward, pretrain_dataset=text_of(shape), **given)
-
-
-@contextmanager
-def allocations() -> Iterator[list[tuple[int, int, str]]]:
-    """Inside, note time, bytes (negative: freed) and name of every event of the CPU allocator, and of named places.
-
-    As `torch.profiler` with `profile_memory=True`, whose record of every operator would take most of the time.
-    """
-    config = profiler.ProfilerConfig(
-        profiler.ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig()
-    )
-    found: list[tuple[int, int, str]] = []
-    profiler._prepare_profiler(config, {profiler.ProfilerActivity.CPU})
-    profiler._enable_profiler(config, {profiler.ProfilerActivity.CPU}, {RecordScope.USER_SCOPE})
-    try:
-        yield found
-    finally:
-        events = profiler._disable_profiler().events()
-        found += sorted((e.start_ns(), e.nbytes(), e.name()) for e in events)
 
 
 def measured_peak(shape: Shape) -> int:

@@ -60,7 +60,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -68,9 +67,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from trl112_ppo_worker import targets
+
+from prefopt.gpu.random_models import build_tokenizer
 
 WORKER = Path(__file__).with_name("trl112_ppo_worker.py")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -142,14 +142,6 @@ def python_of_trl112(venv: Path) -> Path:
 
 
 # ---- what both sides load ----
-
-
-def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Every word is a number and a token."""
-    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
 @torch.no_grad()

@@ -3,11 +3,8 @@
     python tests/benchmarks/ranking_step.py --method reward --k 9 --prompt 256 --completion 64
     python tests/benchmarks/ranking_step.py --method dpo --grid
 
-Three trainers hold the same weights and get the same comparisons: TRL's own RewardTrainer or DPOTrainer on the C(K, 2)
-pairs of each prompt as one batch, the ranked trainer with `prefix_sharing=False` (K rows), and the ranked trainer as it
-is by default. Each takes its first step inside `train()`, with a learning rate of 0; then their steps
-(`training_step`: loss, logged metrics and backward; no collator, no optimizer) are timed in turn, in an order that
-rotates. Prompts and completions are random tokens, written out as text, so every trainer tokenizes for itself.
+The three sides and their steps are those of `prefopt.gpu.ranking_step`; the steps are timed in turn, in an order that
+rotates.
 
 What is reported (theirs / ours: above 1, shared prefixes win):
 
@@ -17,7 +14,7 @@ What is reported (theirs / ours: above 1, shared prefixes win):
   highest: `spread_vs_trl`, `spread_vs_rows`.
 - `bound_vs_trl`, `bound_vs_rows`: the ratio of tokens, K (P + L) of rows and K (K - 1) (P + L) of pairs to P + K L shared:
   what a network whose layers all cost the same for each token could gain. Attention costs more for a later token, so that
-  not all of it is reached.
+  not all of it is reached. `flop_bound_vs_trl`, `flop_bound_vs_rows`: the ratio of operations, attention and LM head too.
 - with `--clock cpu`, times are processor time: those of a machine that nobody else uses, when somebody does.
 - `peak_vs_trl`, `peak_vs_rows`: allocator peak of a step above what lies there before it (weights, gradients, batch).
   CUDA: `torch.cuda.max_memory_allocated`. CPU: the running sum of the allocator's events in `torch.profiler`.
@@ -28,19 +25,13 @@ fused LM head needs Triton to skip the tokens of prompts; on a CPU it projects e
 """
 
 import argparse
-import gc
 import json
 import os
-import statistics
 import sys
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,36 +41,25 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import datasets
 import torch
 import transformers
-from datasets import Dataset
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Qwen3Config,
-    Trainer,
-)
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+from transformers import AutoConfig
 
-from prefopt import RankedDPOConfig, RankedDPOTrainer, RankedRewardConfig, RankedRewardTrainer
-from prefopt.models.prefix.sharing import PrefixSharing
-from prefopt.models.reward import keep_4bit_gradients
-from prefopt.rankings.row import to_preferences
+from prefopt.gpu.ranking_step import CONFIGS, SIDES, Measured, Step, compare, measure
 
-SIDES = ("trl", "rows", "shared")
 NAMES = {"trl": "TRL, all pairs", "rows": "K rows", "shared": "shared prefixes"}
 GRID = {"prompt": (16, 128, 1024), "completion": (16, 64, 256), "k": (2, 4, 9)}
-CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 MIB = 2**20
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass
+class Options(Step):
+    """A step, and how it is reported."""
+
+    no_trl: bool = False
+    grid: bool = False
+    json: bool = False
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=["reward", "dpo"], required=True)
     parser.add_argument("--k", type=int, default=4, help="completions of a prompt")
@@ -117,334 +97,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.dtype = options.dtype or ("bf16" if options.device.startswith("cuda") else "fp32")
     if options.folder:
         options.vocab = AutoConfig.from_pretrained(options.folder).vocab_size
-    return options
+    return Options(**vars(options), head_dim=options.hidden // options.heads)
 
 
-# ---- the same model and comparisons for every side ----
-
-
-def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Every word is a number and a token."""
-    words = {"<pad>": 0, "<unk>": 1, "<eos>": 2, **{str(i): i for i in range(3, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-
-
-def build_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ranked comparisons without ties, in random order."""
-    generator = torch.Generator().manual_seed(0)
-
-    def words(count: int) -> str:
-        return "".join(f" {i}" for i in torch.randint(3, options.vocab, (count,), generator=generator).tolist())
-
-    return [
-        {
-            "prompt": words(options.prompt).strip(),
-            "completions": [words(options.completion - 1) for _ in range(options.k)],  # EOS comes on top
-            "ranks": (torch.randperm(options.k, generator=generator) + 1).tolist(),
-        }
-        for _ in range(options.batch)
-    ]
-
-
-def build_model(options: argparse.Namespace, seed: int) -> nn.Module:
-    """A new model with random weights, the same for the same seed; or the one in a folder."""
-    auto = AutoModelForSequenceClassification if options.method == "reward" else AutoModelForCausalLM
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
-    torch.manual_seed(seed)
-    if options.folder:
-        labels = {"num_labels": 1} if options.method == "reward" else {}
-        model = auto.from_pretrained(options.folder, dtype=dtype, **labels).to(options.device)
-        model.config.pad_token_id, model.config.eos_token_id = 0, 2
-        return model
-    config = CONFIGS[options.model](
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        head_dim=options.hidden // options.heads,
-        max_position_embeddings=options.prompt + options.completion,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-        num_labels=1,
-        initializer_range=options.hidden**-0.5,  # activations keep their scale, as in a trained model
-    )
-    with torch.device(options.device):
-        model = auto.from_config(config, dtype=dtype)
-    if not options.load_in_4bit:
-        return model
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["score", "lm_head"],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model
-        model = auto.from_pretrained(folder, dtype=dtype, quantization_config=quantization, device_map=options.device)
-    keep_4bit_gradients(model)
-    return model
-
-
-def build_trainer(side: str, options: argparse.Namespace, folder: str) -> Trainer:
-    """The trainer, as a user builds it."""
-    rows, batch = build_rows(options), options.batch
-    if side == "trl":
-        rows = [pair for row in rows for pair in to_preferences(row)]
-        batch = len(rows)
-    trainer_class, config_class = {
-        ("trl", "reward"): (RewardTrainer, RewardConfig),
-        ("trl", "dpo"): (DPOTrainer, DPOConfig),
-    }.get(
-        (side, options.method),
-        (RankedRewardTrainer, RankedRewardConfig)
-        if options.method == "reward"
-        else (RankedDPOTrainer, RankedDPOConfig),
-    )
-    more: dict[str, Any] = {} if side == "trl" else {"prefix_sharing": side == "shared"}
-    kwargs: dict[str, Any] = {}
-    if options.method == "dpo":
-        more["precompute_ref_log_probs"] = options.precompute_ref
-        if not options.lora:  # with an adapter, the model without it is the reference
-            kwargs["ref_model"] = build_model(options, seed=1).requires_grad_(False)
-    if options.lora:
-        kwargs["peft_config"] = LoraConfig(
-            r=16,
-            target_modules="all-linear",
-            task_type="SEQ_CLS" if options.method == "reward" else "CAUSAL_LM",
-            modules_to_save=["score"] if options.method == "reward" else None,
-        )
-    args = config_class(
-        output_dir=folder,
-        per_device_train_batch_size=batch,
-        max_length=None,
-        max_steps=1,
-        learning_rate=0.0,
-        optim="sgd",
-        max_grad_norm=0.0,
-        bf16=options.dtype == "bf16",
-        use_cpu=options.device == "cpu",
-        gradient_checkpointing=options.gradient_checkpointing,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **more,
-    )
-    trainer = trainer_class(
-        model=build_model(options, seed=0),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=build_tokenizer(options.vocab),
-        **kwargs,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-# ---- one side ----
-
-
-class Side:
-    """A trainer that has taken its first step, and its batch."""
-
-    def __init__(self, name: str, options: argparse.Namespace, folder: str, trainables: dict[str, Tensor]):
-        self.name, self.device = name, torch.device(options.device)
-        self.is_quantized = options.load_in_4bit
-        self.clock = time.perf_counter if options.clock == "wall" else time.process_time
-        self.packed, self.self_check_seconds = False, 0.0
-        with self._watched():
-            self.trainer = build_trainer(name, options, folder)
-            if options.lora:
-                self._adopt(trainables)
-            self.trainer.train()  # gradient checkpointing, mixed precision: whatever training sets up
-        self.model = self.trainer.model
-        self.batch = self.trainer._prepare_inputs(next(iter(self.trainer.get_train_dataloader())))
-
-    def _adopt(self, trainables: dict[str, Tensor]) -> None:
-        """Adapters are drawn by each trainer: take those of the first side, moved away from 0."""
-        for name, parameter in self.trainer.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if name not in trainables:
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.02)
-                trainables[name] = parameter.detach().to("cpu", torch.float32, copy=True)
-            # on a quantized base TRL rounds them to bf16, the ranked trainers do not
-            dtype = torch.float32 if self.is_quantized else parameter.dtype
-            parameter.data = trainables[name].to(parameter.device, dtype, copy=True)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Note whether rows are packed, and how long the self-check takes."""
-        pack, check = PrefixSharing.packed, PrefixSharing.is_equal
-
-        def watched_pack(*args: Any) -> Any:
-            rows = pack(*args)
-            self.packed = rows.packed is not None
-            return rows
-
-        def watched_check(*args: Any) -> bool:
-            self.self_check_seconds, equal = self._timed(lambda: check(*args))
-            return equal
-
-        watched = {"packed": watched_pack, "is_equal": watched_check}
-        with mock.patch.multiple(PrefixSharing, **watched):
-            yield
-
-    def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        self._synchronize()
-        start = self.clock()
-        result = work()
-        self._synchronize()
-        return self.clock() - start, result
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def step(self) -> Tensor:
-        batches, count = self.trainer.get_batch_samples(iter([dict(self.batch)]), 1, self.device)
-        return self.trainer.training_step(self.trainer.model_wrapped, batches[0], count)
-
-    def seconds(self) -> float:
-        self.model.zero_grad()
-        return self._timed(self.step)[0]
-
-    def peak(self) -> tuple[int, float]:
-        """Bytes that a step allocates at most above what is there, its gradients not counted; and its loss.
-
-        The gradients stay in the model.
-        """
-        self.step()
-        self.model.zero_grad(set_to_none=False)
-        if self.device.type == "cuda":
-            self._synchronize()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            loss = self.step().item()
-            return torch.cuda.max_memory_allocated(self.device) - before, loss
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            loss = self.step().item()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        allocated = highest = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            allocated += event.nbytes()
-            highest = max(highest, allocated)
-        return highest, loss
-
-
-# ---- all sides ----
-
-
-@dataclass
-class Measured:
-    """Of one side: seconds of each repeat; after them peak bytes and loss; None where it ran out of memory."""
-
-    seconds: list[float] | None = None
-    peak: int | None = None
-    loss: float | None = None
-    grads: dict[str, Tensor] | None = None
-    packed: bool = False
-    self_check_seconds: float = 0.0
-
-
-def measure(options: argparse.Namespace, names: Sequence[str] = SIDES, *, memory: bool = True) -> dict[str, Measured]:
-    """Time the sides in turn, then take memory, loss and gradients of each (unless `memory` is False)."""
-    results, sides, trainables = {name: Measured() for name in names}, {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            try:
-                sides[name] = Side(name, options, folder, trainables)
-            except torch.OutOfMemoryError:
-                _release()
-        for name in sides:
-            results[name] = Measured([], packed=sides[name].packed)
-            results[name].self_check_seconds = sides[name].self_check_seconds
-        gc.collect()
-        for repeat in range(options.repeats):
-            order = list(sides)
-            shift = repeat % len(order)
-            for name in order[shift:] + order[:shift]:
-                results[name].seconds.append(sides[name].seconds())
-                sides[name].model.zero_grad()
-        for name, side in sides.items() if memory else ():
-            results[name].peak, results[name].loss = side.peak()
-            results[name].grads = {
-                n: p.grad.detach().to("cpu", torch.float32)
-                for n, p in side.model.named_parameters()
-                if p.grad is not None
-            }
-            side.model.zero_grad()
-    return results
-
-
-def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def ratios(theirs: Measured, ours: Measured, *, self_check: bool) -> list[float]:
-    """Of each repeat, theirs / ours; nothing where one of them ran out of memory."""
-    if not theirs.seconds or not ours.seconds:
-        return []
-    extra = ours.self_check_seconds / len(ours.seconds) if self_check else 0.0
-    return [t / (o + extra) for t, o in zip(theirs.seconds, ours.seconds, strict=True)]
-
-
-def speedup(theirs: Measured, ours: Measured, *, self_check: bool) -> float | None:
-    """Median over the repeats of theirs / ours."""
-    of_repeats = ratios(theirs, ours, self_check=self_check)
-    return statistics.median(of_repeats) if of_repeats else None
-
-
-def bound(options: argparse.Namespace, name: str) -> float:
-    """Tokens of a side over those of the packed row."""
-    rows = options.k * (options.k - 1 if name == "trl" else 1)
-    return rows * (options.prompt + options.completion) / (options.prompt + options.k * options.completion)
-
-
-def distance(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
-    """|g - g'| / |g'| over all parameters."""
-    if theirs.keys() != ours.keys():
-        raise ValueError(f"different parameters have gradients: {sorted(theirs.keys() ^ ours.keys())}")
-    difference = sum((theirs[n].double() - ours[n].double()).square().sum() for n in ours)
-    return float((difference / sum(g.double().square().sum() for g in theirs.values())).sqrt())
-
-
-def compare(options: argparse.Namespace, results: dict[str, Measured]) -> dict[str, Any]:
-    """The figures that the module's docstring names."""
-    ours = results["shared"]
-    figures: dict[str, Any] = {"self_check_seconds": ours.self_check_seconds, "packed": ours.packed}
-    loss_differences, grad_differences = {}, {}
-    for name, theirs in results.items():
-        figures[f"seconds_{name}"] = statistics.median(theirs.seconds) if theirs.seconds else None
-        figures[f"peak_mib_{name}"] = theirs.peak / MIB if theirs.peak else None
-        figures[f"loss_{name}"] = theirs.loss
-        if name == "shared":
-            continue
-        figures[f"speedup_vs_{name}"] = speedup(theirs, ours, self_check=True)
-        figures[f"speedup_vs_{name}_later_steps"] = speedup(theirs, ours, self_check=False)
-        of_repeats = ratios(theirs, ours, self_check=False)
-        figures[f"spread_vs_{name}"] = [min(of_repeats), max(of_repeats)] if of_repeats else None
-        figures[f"bound_vs_{name}"] = bound(options, name)
-        figures[f"peak_vs_{name}"] = theirs.peak / ours.peak if theirs.peak and ours.peak else None
-        if theirs.grads is not None and ours.grads is not None:
-            loss_differences[name] = abs(theirs.loss - ours.loss)
-            grad_differences[name] = distance(theirs.grads, ours.grads)
-            figures[f"grad_rel_l2_{name}"] = grad_differences[name]
-    figures["loss_abs_diff"] = max(loss_differences.values(), default=None)
-    figures["grad_rel_l2"] = max(grad_differences.values(), default=None)
-    figures["peak_meter"] = meter(options)
-    return {**vars(options), "threads": torch.get_num_threads(), **figures}
-
-
-def meter(options: argparse.Namespace) -> str:
+def meter(options: Options) -> str:
     return (
         "torch.cuda.max_memory_allocated"
         if options.device.startswith("cuda")
@@ -452,7 +108,7 @@ def meter(options: argparse.Namespace) -> str:
     )
 
 
-def header(options: argparse.Namespace) -> str:
+def header(options: Options) -> str:
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     trained = ("4-bit base, " if options.load_in_4bit else "") + ("LoRA" if options.lora else "all weights")
@@ -470,7 +126,7 @@ def header(options: argparse.Namespace) -> str:
     )
 
 
-def report(options: argparse.Namespace, results: dict[str, Measured], figures: dict[str, Any]) -> None:
+def report(options: Options, results: dict[str, Measured], figures: dict[str, Any]) -> None:
     print(header(options))
     print(
         f"K {options.k}, prompt {options.prompt}, completion {options.completion}; "
@@ -491,7 +147,7 @@ def report(options: argparse.Namespace, results: dict[str, Measured], figures: d
         print(line)
 
 
-def run_grid(options: argparse.Namespace) -> dict[str, Any]:
+def run_grid(options: Options) -> dict[str, Any]:
     """Every cell of `GRID`: K rows against shared prefixes."""
     cells = []
     if not options.json:
@@ -501,7 +157,7 @@ def run_grid(options: argparse.Namespace) -> dict[str, Any]:
     for prompt in GRID["prompt"]:
         for completion in GRID["completion"]:
             for k in GRID["k"]:
-                cell = argparse.Namespace(**{**vars(options), "k": k, "prompt": prompt, "completion": completion})
+                cell = replace(options, k=k, prompt=prompt, completion=completion)
                 results = measure(cell, ("rows", "shared"), memory=False)
                 figures = compare(cell, results)
                 ratio, later = figures["speedup_vs_rows"], figures["speedup_vs_rows_later_steps"]
@@ -531,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"minimum {figures['min_speedup_vs_rows']:.2f}x")
     else:
         results = measure(options, SIDES[1:] if options.no_trl else SIDES)
-        figures = compare(options, results)
+        figures = {**compare(options, results), "peak_meter": meter(options)}
         if not options.json:
             report(options, results, figures)
     print(json.dumps(figures))

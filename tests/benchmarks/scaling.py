@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ranking_step
@@ -40,12 +41,12 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return covariance / sum((a - mean_x) ** 2 for a in log_x)
 
 
-def sweep(options: argparse.Namespace, axis: str, values: Sequence[int]) -> dict[str, Any]:
+def sweep(options: ranking_step.Options, axis: str, values: Sequence[int]) -> dict[str, Any]:
     """Seconds of a step of each side at each value of `k` or `prompt`; fastest of the repeats."""
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     counts: dict[str, list[int]] = {side: [] for side in SIDES}
     for value in values:
-        cell = argparse.Namespace(**{**vars(options), axis: value})
+        cell = replace(options, **{axis: value})
         results = measure(cell, memory=False)
         for side in SIDES:
             seconds[side].append(min(results[side].seconds))
@@ -60,7 +61,7 @@ def sweep(options: argparse.Namespace, axis: str, values: Sequence[int]) -> dict
     }
 
 
-def plot(sweeps: dict[str, dict[str, Any]], options: argparse.Namespace, path: str) -> None:
+def plot(sweeps: dict[str, dict[str, Any]], options: ranking_step.Options, path: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     labels = {
         "k": f"completions K (prompt {options.prompt}, completion {options.completion})",
