@@ -4,7 +4,7 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast bench lint format
+.PHONY: demo test test-fast bench gpu-check lint format
 
 demo: .venv/installed  ## The three-step pipeline on the sandbox, ending in runs/demo/report.html
 	$(BIN)/prefopt pipeline --config recipes/tiny/pipeline.yaml
@@ -21,6 +21,9 @@ test-fast: .venv/installed  ## Without the files marked slow: the arithmetic, th
 
 bench: .venv/installed  ## Ratios against K rows and against TRL in one table, with the bound of each; FOLDER=models/smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench.py $(FOLDER)
+
+gpu-check: .venv/installed  ## Everything that only a GPU can show, in one table within 8 minutes; on a CPU in miniature
+	$(BIN)/prefopt gpu-check
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from trl import TrlParser
 
 from prefopt import cli
 from prefopt.inference.jsonl import write_jsonl
+from prefopt.recipes import gpu_check
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -108,6 +109,7 @@ def test_commands_and_their_keys_exist(page, workshop, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(TrlParser, "parse_args_and_config", stop)
+    monkeypatch.setattr(gpu_check, "run", stop)
     for words in commands(page):
         assert words[0] in cli.COMMANDS, words
         while "--config" in words:  # files of the reader's own

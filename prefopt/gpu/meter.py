@@ -16,6 +16,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after all that a GPU was told to do."""
+    synchronize(device)
+    return time.perf_counter()
+
+
 def seconds(work: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that some work takes, no more and no less than all of it."""
     synchronize(device)
