@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -92,8 +93,12 @@ def forward(
 
 
 def last_states(model: nn.Module, rows: Rows) -> Tensor:
-    """The last hidden states `[M, hidden]` of a model's transformer at `rows.read`; no head is run."""
-    return forward(backbone(model), rows, rows.read.row, rows.read.position)[1]
+    """The last hidden states `[M, hidden]` of a model's transformer at `rows.read`.
+
+    No head of a language model is run, but of one that is sharded.
+    """
+    called = model if is_sharded(model) else backbone(model)
+    return forward(called, rows, rows.read.row, rows.read.position, of_head=False)[1]
 
 
 @contextmanager
@@ -343,6 +348,12 @@ def backbone(model: nn.Module) -> nn.Module:
     transformer = unwrapped(model).base_model
     # OPT's language model calls the decoder inside it, which is all there is.
     return getattr(transformer, "decoder", transformer) if transformer.config.model_type == "opt" else transformer
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model, or of a role, the model that it shares: its parts come together when all of it is
+    called."""
+    return isinstance(getattr(model, "shared_model", model), FSDPModule)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

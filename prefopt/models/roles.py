@@ -29,7 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from prefopt.errors import UserError
 from prefopt.models.loading import saved_config, saved_embeddings, saved_pad_token
-from prefopt.models.passes import backbone
+from prefopt.models.passes import backbone, is_sharded
 
 _HEAD = "base_model.model.score."  # the head's weights in a saved reward adapter
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -96,24 +96,36 @@ class AdapterScorer(nn.Module):
         **positions: Tensor,
     ) -> SequenceClassifierOutputWithPast:
         """Logits `[N, T, 1]`: the head's output at every position, no pooling."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache, **positions}
         with self.active():
-            hidden_states = self.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=use_cache,
-                **positions,
-            ).last_hidden_state
+            if is_sharded(self):
+                hidden_states = self._states_of_whole(**inputs)
+            else:
+                hidden_states = self.base_model(**inputs).last_hidden_state
         return SequenceClassifierOutputWithPast(logits=self.score(hidden_states.float()))
 
+    def _states_of_whole(self, **inputs: Any) -> Tensor:
+        """`hidden_states` by a call of the whole model, whose own head sees one position."""
+        states: list[Tensor] = []
+        handle = self.base_model.register_forward_hook(lambda *of_call: states.append(of_call[-1].last_hidden_state))
+        try:
+            self.shared_model(**inputs, logits_to_keep=1)
+        finally:
+            handle.remove()
+        return states[0]
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's weights by their name on the shared base."""
+        """The adapter's weights by their name on the shared base; to be asked again once these are sharded."""
         own = {id(weight) for weight in adapter_weights(self._model[0], self.adapter).values()}
         return {name: parameter for name, parameter in self._model[0].named_parameters() if id(parameter) in own}
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write a LoRA reward model, which `load_reward_model` and plain peft load by themselves."""
+    def save_pretrained(self, folder: str | os.PathLike, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write a LoRA reward model, which `load_reward_model` and plain peft load by themselves.
+
+        `state_dict` is that of the shared model, where its own is not whole.
+        """
         os.makedirs(folder, exist_ok=True)
-        weights = get_peft_model_state_dict(self._model[0], adapter_name=self.adapter)
+        weights = get_peft_model_state_dict(self._model[0], state_dict, self.adapter)
         weights |= {f"{_HEAD}{name}": weight for name, weight in self.score.state_dict().items()}
         weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         save_file(weights, os.path.join(folder, _ADAPTER_WEIGHTS), metadata={"format": "pt"})

@@ -6,6 +6,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -26,6 +27,7 @@ from prefopt import (
     RankedRewardConfig,
     RankedRewardTrainer,
 )
+from tests.trainers.ppo_ptx.conftest import END_IDS
 
 ROWS = [
     {
@@ -53,13 +55,24 @@ class ScriptedPPO(PPOPtxTrainer):
         return [[2 + (7 * sum(p) + 11 * t) % 300 for t in range(1 + sum(p) % 5)] for p in prompt_ids], None
 
 
+class LikeliestPPO(PPOPtxTrainer):
+    """Its completions are the policy's, on any number of processes: nothing is left to chance."""
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple:
+        with patch("torch.multinomial", lambda probs, num_samples: probs.argmax(-1, keepdim=True)):
+            return super()._generate_single_turn(*args, **kwargs)
+
+
 def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
     """The trainer of a kind: `reward`, `dpo` or `ppo`, then `-full`, `-lora`, `-shared` (all roles on one base).
 
-    `-resumed` at the end: trained, then trained again from the checkpoint of the second step. `-bf16` at the end: in bf16,
-    with gradient checkpointing, as on a GPU.
+    Of PPO also `-head` (the value function is one on the trunk), `-average` of the weights, `-exact` KL, `-drawn` (the
+    policy generates, the likeliest tokens).
+
+    `-resumed` at the end: trained, then trained again from the checkpoint of the second step. `-bf16` at the end: in bf16.
+    `-checkpointing`: of the activations, as on a GPU; also with `-bf16`.
     """
-    trainer, how, *_ = kind.split("-")
+    trainer, how, *more = kind.split("-")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
     settings = {
         "output_dir": str(out / kind),
@@ -69,11 +82,11 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
         "bf16": kind.endswith("-bf16"),
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 2,
-        "max_steps": 3,
+        "max_steps": 2 if "drawn" in more else 3,
         "save_strategy": "steps" if kind.endswith("-resumed") else "no",
         "save_steps": 2,
         "logging_steps": 1,
-        "gradient_checkpointing": kind.endswith("-bf16"),
+        "gradient_checkpointing": not {"bf16", "checkpointing"}.isdisjoint(more),
         "warmup_steps": 0,
     }
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}
@@ -84,11 +97,13 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
             ptx_coef=2.0,
             ptx_batch_ratio=0.4,
             ptx_max_length=16,
-            max_completion_length=32,
+            max_completion_length=8 if "drawn" in more else 32,
             fit_value_head=False,
             max_grad_norm=0.7,
             missing_eos_penalty=0.3,
             shuffle_dataset=False,
+            ema_decay=0.7 if "average" in more else None,
+            kl_estimator="full" if "exact" in more else "k1",
             **settings,
         )
         policy = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
@@ -98,14 +113,15 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
                 folder / "sft_adapter", is_trainable=True, dtype=torch.float32
             )
             reward = str(folder / "reward_adapter")
-        return ScriptedPPO(
+        policy.generation_config.eos_token_id = END_IDS
+        return (LikeliestPPO if "drawn" in more else ScriptedPPO)(
             policy,
             reward,
             args,
             Dataset.from_dict({"prompt": PROMPTS}),
             processing_class=tokenizer,
             pretrain_dataset=Dataset.from_dict({"text": TEXTS}),
-            value_model="head" if how == "head" else None,
+            value_model="head" if "head" in more else None,
             peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if how == "lora" else None,
         )
     settings |= {"learning_rate": 1e-2, "max_grad_norm": 0.7, "ties": "half", "optim": "adamw_torch"}
@@ -144,26 +160,34 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of all weights of the model, and of the value function where there is one."""
+    named = dict(trainer.model.named_parameters())
+    if isinstance(trainer, PPOPtxTrainer):
+        named |= {f"value.{name}": p for name, p in trainer.value_function.named_parameters.items()}
+    return {name: whole(parameter).clone() for name, parameter in named.items()}
+
+
 def train(kind: str, folder: Path, batch_size: int, out: Path) -> None:
     """Train, save the model, and write logs and weights to `OUT/KIND.pt`."""
     trainer = make(kind, folder, batch_size, out)
     trainer.train()
+    uninterrupted = weights_of(trainer)
     if kind.endswith("-resumed"):
         trainer = make(kind, folder, batch_size, out)
         trainer.train(resume_from_checkpoint=str(out / kind / "checkpoint-2"))
     trainer.save_model()
-    weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
-    if isinstance(trainer, PPOPtxTrainer):
-        weights |= {f"value.{n}": whole(p) for n, p in trainer.value_function.named_parameters.items()}
     timing = ("runtime", "second", "flos", "_time", "step_time")
     logs = [{n: x for n, x in log.items() if not n.endswith(timing)} for log in trainer.state.log_history]
+    weights = weights_of(trainer)
     if trainer.accelerator.is_main_process:
         state = {
             "processes": trainer.accelerator.num_processes,
             "type": trainer.accelerator.distributed_type.value,
             "sharded": sum(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         }
-        torch.save({"state": state, "weights": weights, "logs": logs}, out / f"{kind}.pt")
+        results = {"state": state, "weights": weights, "uninterrupted": uninterrupted, "logs": logs}
+        torch.save(results, out / f"{kind}.pt")
 
 
 def train_each(kinds: list[str], folder: Path, batch_size: int, out: Path) -> None:

@@ -84,6 +84,8 @@ def assert_equal(kind, one, two):
     for name, weight in one["weights"].items():
         difference = (two["weights"][name] - weight).abs().max().item()
         assert difference < 1e-5, (kind, name)
+        if kind.endswith("-resumed"):
+            assert torch.equal(two["weights"][name], two["uninterrupted"][name]), (kind, name)
 
 
 def test_ddp_equals_one_process(models):
@@ -116,6 +118,35 @@ def test_fsdp2_equals_one_process_and_saves_whole_models(models):
         assert whole.keys() == expected.keys()
         for name, weight in expected.items():
             assert (whole[name] - weight).abs().max().item() < 1e-5, (kind, name)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        # Four roles on one base; a policy and a value function that is a network of its own.
+        ["ppo-shared-average-resumed", "ppo-full-resumed"],
+        ["ppo-lora-head-drawn-exact-checkpointing", "ppo-full-head-drawn"],
+    ],
+)
+def test_fsdp2_trains_ppo_equal_to_one_process_and_saves_every_role_whole(kinds, models, monkeypatch):
+    # Processes whose completions differ in length would forward unequally often.
+    monkeypatch.setattr("prefopt.trainers.ppo_ptx.episodes.KL_POSITIONS", 8)
+    for kind, one, two in results(models, "fsdp2.yaml", kinds):
+        assert two["state"]["type"] == "FSDP"
+        assert two["state"]["sharded"] > 0
+        assert_equal(kind, one, two)
+        saved = {name: saved_weights(models / name / kind) for name in ("one", "two")}
+        assert saved["two"].keys() == saved["one"].keys()
+        for file, weights in saved["one"].items():
+            assert saved["two"][file].keys() == weights.keys(), file
+            for name, weight in weights.items():
+                assert (saved["two"][file][name] - weight).abs().max() < 1e-5, (kind, file, name)
+
+
+def saved_weights(folder):
+    """File -> name -> weight, of all safetensors in a folder that are not in a checkpoint."""
+    files = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path)]
+    return {path.relative_to(folder).as_posix(): load_file(path) for path in files}
 
 
 def test_fsdp2_trains_adapters_in_bf16(models):
@@ -180,12 +211,11 @@ def test_configs_are_read_by_accelerate(file, kind):
 @pytest.mark.parametrize(
     ("config", "variable", "options", "sentence"),
     [
-        (PPOPtxConfig, "ACCELERATE_USE_FSDP", {"fsdp": "full_shard"}, "need whole parameters.*ddp.yaml"),
         (
             PPOPtxConfig,
             "ACCELERATE_USE_DEEPSPEED",
             {"deepspeed": "zero3.json"},
-            "each backward pass.*ddp.yaml",
+            "each backward pass.*fsdp2.yaml",
         ),
         (
             RankedRewardConfig,

@@ -177,14 +177,6 @@ PLAIN_GENERATION = {
     "eos_token_id": (None, "set it in the model's generation config, which says where rollouts end"),
 }
 
-# Why parameters cannot be sharded over processes.
-SHARDING = {
-    "deepspeed": "DeepSpeed takes an optimizer step with each backward pass, of which a step of PPO-ptx has three (policy, "
-    "value function, pretraining)",
-    "fsdp": "the value function, the KL reference, averaged weights and checkpoints of PPO-ptx need whole parameters, and "
-    "FSDP leaves a process a part of each",
-}
-
 
 OPTIONAL = Range(is_open=True, also=(None,))
 RANGES = {
@@ -424,12 +416,12 @@ class PPOPtxConfig(PretrainingOptions, GRPOConfig):
             )
 
     def _refuse_options(self) -> None:
-        for engine, sentence in SHARDING.items():
-            if is_asked_for(engine, self):
-                raise UserError(
-                    f"{sentence}: launch with recipes/accelerate/ddp.yaml; a model too large for one GPU as a whole fits "
-                    "with load_in_4bit and use_peft, its four roles on one base"
-                )
+        if is_asked_for("deepspeed", self):
+            raise UserError(
+                "DeepSpeed takes an optimizer step with each backward pass, of which a step of PPO-ptx has three (policy, "
+                "value function, pretraining): launch with recipes/accelerate/ddp.yaml or fsdp2.yaml; a model too large for "
+                "one GPU as a whole also fits with load_in_4bit and use_peft, its four roles on one base"
+            )
         defaults = {f.name: f.default for f in fields(self)}
         for name, sentence in {**FIXED, **REFUSED}.items():
             value = getattr(self, name)

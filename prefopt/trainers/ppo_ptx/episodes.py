@@ -127,6 +127,7 @@ class Roles:
         pad_to_multiple_of: widths that forwards are cut to; None for any.
         has_dropout: whether some is left in training mode; passes without gradients, which are compared, go without it.
         shares_prefixes: whether rows of one prompt are forwarded as one, where a model allows it (`PrefixSharing`).
+        shares_trunk: whether layers that all adapters have alike are run once (`trunk`).
     """
 
     def __init__(
@@ -140,13 +141,14 @@ class Roles:
         pad_to_multiple_of: int | None,
         has_dropout: bool = False,
         shares_prefixes: bool = False,
+        shares_trunk: bool = True,
     ) -> None:
         self.policy, self.value_function, self.accelerator = policy, value_function, accelerator
         self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
         self.pad_to_multiple_of, self.has_dropout = pad_to_multiple_of, has_dropout
         self._reference, self.shares_prefixes = reference, shares_prefixes
         # Dropout differs from pass to pass.
-        self.num_shared_layers = 0 if has_dropout else num_shared_layers(policy)
+        self.num_shared_layers = num_shared_layers(policy) if shares_trunk and not has_dropout else 0
         self._logps_prefixes = self._prefixes(lambda model, rows: {"logps": token_logps(model, rows)[0]})
         self._value_prefixes = self._prefixes(lambda model, rows: {"values": token_values(model, rows)})
 
@@ -230,7 +232,9 @@ class Roles:
     @torch.no_grad()
     def full_kl(self, ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """KL divergence `[B, length]` at each completion token, exact; the logits of few rows exist at a time."""
-        rows, kl = max(1, KL_POSITIONS // length), []
+        # Of the longest on all processes: they forward equally often, which sharded weights need.
+        longest = self.accelerator.gather(torch.tensor([length], device=ids.device)).max().item()
+        rows, kl = max(1, KL_POSITIONS // longest), []
         for batch in zip(ids.split(rows), attention_mask.split(rows), strict=True):
             logits = self.logits(self.policy, *batch, length)
             with self.reference() as reference:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
@@ -26,6 +26,7 @@ from prefopt.models.roles import (
     why_not_shared,
     without_dropout,
 )
+from prefopt.models.sharding import fill, save_whole
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 
 logger = logging.getLogger(__name__)
@@ -144,19 +145,23 @@ class ValueFunction:
 
     def __init__(self, module: nn.Module, is_head: bool = False) -> None:
         self.module, self.is_head = module, is_head
-        named = dict(module.named_parameters())
         self.active = module.active if isinstance(module, AdapterScorer) else nullcontext
-        # An adapter's weights are trainable while it is the active one.
-        with self.active():
-            if isinstance(module, AdapterScorer):
-                named |= module.adapter_parameters()
-            self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.look_up()
         if not self.named_parameters:
             raise UserError("value_model has no trainable parameter; make one with `value_model_from`")
-        self.parameters = list(self.named_parameters.values())
         # 16-bit weights would swallow small updates.
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
+
+    def look_up(self) -> None:
+        """Find the parameters; again, once those of a shared base were replaced by sharded ones."""
+        named = dict(self.module.named_parameters())
+        # An adapter's weights are trainable while it is the active one.
+        with self.active():
+            if isinstance(self.module, AdapterScorer):
+                named |= self.module.adapter_parameters()
+            self.named_parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.parameters = list(self.named_parameters.values())
 
     @classmethod
     def on_trunk_of(cls, policy: PreTrainedModel | PeftModel) -> "ValueFunction":
@@ -171,10 +176,9 @@ class ValueFunction:
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.module(hidden_states.float()).squeeze(-1)
 
-    def save(self, folder: str) -> None:
-        """Write the trained weights to `folder`."""
-        weights = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters.items()}
-        save_file(weights, os.path.join(folder, VALUE_FILE))
+    def save(self, folder: str, is_writer: bool = True) -> None:
+        """Write the trained weights to `folder`, on the process that is to; all of them gather."""
+        save_whole(self.named_parameters, os.path.join(folder, VALUE_FILE), is_writer)
 
     def load(self, folder: str) -> None:
         """Read what `save` wrote; raises ValueError if it is missing or of another value function."""
@@ -185,5 +189,4 @@ class ValueFunction:
         if set(weights) != set(self.named_parameters):
             differing = sorted(set(self.named_parameters) ^ set(weights))[:5]
             raise UserError(f"{path} is of another value function; they differ in {differing}")
-        for name, parameter in self.named_parameters.items():
-            parameter.data.copy_(weights[name])
+        fill(self.named_parameters, weights)

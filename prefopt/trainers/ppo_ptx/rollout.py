@@ -21,6 +21,7 @@ from trl.trainer.utils import split_tensor_dict
 from prefopt.errors import UserError
 from prefopt.losses.advantages import clip_scores, gae, k1, k3, kl_shaped_rewards, masked_whiten
 from prefopt.losses.kl_control import KLController, RunningStatistics
+from prefopt.models.passes import is_sharded
 from prefopt.models.prefix.layout import longest_first
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.ppo_ptx.episodes import Episodes, OfTokens, Roles
@@ -129,11 +130,16 @@ def merged(model: PeftModel) -> Iterator[None]:
     """Inside, a LoRA policy is one model: its adapter stands in the weights of the base, which are kept (`base_kept`).
 
     Decoding a token is little work in many steps, of which an adapter takes several beside each layer of the base.
-    Quantized models, and adapters that are more than factors of a layer, stay as they are.
+    Quantized and sharded models, and adapters that are more than factors of a layer, stay as they are.
     """
     config = model.peft_config["default"]
     has_more = not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save
-    if has_more or config.trainable_token_indices or getattr(model.config, "quantization_config", None):
+    if (
+        is_sharded(model)
+        or has_more
+        or config.trainable_token_indices
+        or getattr(model.config, "quantization_config", None)
+    ):
         yield
         return
     with base_kept(model):

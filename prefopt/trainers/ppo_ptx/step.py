@@ -1,10 +1,11 @@
 """The optimizer step of PPO-ptx: the gradients of its parts, the groups that learn, and their warm-up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,21 +29,44 @@ def complete_gradient(
     """
     for parameter in values:
         # Alone there is nothing to average, and `reduce` would copy the gradient all the same.
-        if parameter.grad is not None and accelerator.num_processes > 1:
+        # FSDP has averaged a sharded one.
+        is_own = accelerator.num_processes > 1 and not isinstance(parameter, DTensor)
+        if parameter.grad is not None and is_own:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    metrics = {"grad_norm/value": _norm(values)}
+    metrics = {"grad_norm/value": _norm(values).item()}
     if is_warming_up:
         for parameter in policy:
             parameter.grad = None
-    metrics["grad_norm/ppo"] = _norm(policy)
+    metrics["grad_norm/ppo"] = _norm(policy).item()
     if add_text is None or is_warming_up:
         return None, metrics
     loss, of_text = add_text(policy)
     return loss, metrics | of_text
 
 
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients together, the same on every process."""
+    norms = [get_total_norm(kind) for kind in _by_kind(p.grad for p in parameters if p.grad is not None)]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else get_total_norm(norms)
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Whole and sharded tensors apart, which no fused operation takes together; no kind of which there is none.
+
+    An adapter on the policy's base is sharded with it, its head is whole.
+    """
+    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for tensor in tensors:
+        kinds[isinstance(tensor, DTensor)].append(tensor)
+    return [kind for kind in kinds if kind]
+
+
+def clip_gradient(parameters: list[nn.Parameter], max_norm: float) -> None:
+    """Clip all gradients together, of whole and of sharded parameters."""
+    norm = _norm(parameters)
+    for kind in _by_kind(parameters):
+        clip_grads_with_norm_(kind, max_norm, norm)
 
 
 def add_value_groups(
@@ -55,11 +79,11 @@ def add_value_groups(
     # Norms and biases do not decay, as in Trainer.
     for is_decayed in (True, False):
         group = {
-            "params": [p for p in parameters if (p.ndim > 1) == is_decayed],
             "lr": learning_rate,
             "weight_decay": weight_decay if is_decayed else 0.0,
         }
-        optimizer.add_param_group(group)
+        for kind in _by_kind(p for p in parameters if (p.ndim > 1) == is_decayed) or [[]]:
+            optimizer.add_param_group({"params": kind, **group})
 
 
 def warm_up_from(scheduler: LambdaLR, start: float, warmup_steps: int) -> LambdaLR:

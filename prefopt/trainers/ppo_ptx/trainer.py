@@ -67,7 +67,14 @@ from prefopt.trainers.ppo_ptx.rollout import (
     divided_anew,
     merged,
 )
-from prefopt.trainers.ppo_ptx.step import add_value_groups, complete_gradient, warm_up_from
+from prefopt.trainers.ppo_ptx.sharding import (
+    check_fsdp,
+    loaded_apart,
+    look_up_again,
+    prepared_reference,
+    saved_apart,
+)
+from prefopt.trainers.ppo_ptx.step import add_value_groups, clip_gradient, complete_gradient, warm_up_from
 from prefopt.trainers.ppo_ptx.watch import TrainingWatch
 from prefopt.trainers.shared.arguments import arguments_of, refuse_unknown, set_in
 from prefopt.trainers.shared.averaging import WeightAverage
@@ -208,11 +215,13 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             raise UserError(
-                "DeepSpeed and FSDP are not supported: a step has a backward pass each for policy, value function and "
-                "pretraining, and DeepSpeed steps on every one of them; use DDP (accelerate launch --multi_gpu)"
+                "DeepSpeed is not supported: a step has a backward pass each for policy, value function and "
+                "pretraining, and DeepSpeed steps on every one of them; use DDP or FSDP2"
             )
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator.state.fsdp_plugin, args)
         if self._is_vlm:
             raise UserError("only text models are supported")
         refuse_several_devices(self.model)
@@ -255,7 +264,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         reference = None
         if not isinstance(self.model, PeftModel):
             reference = frozen_copy(self.model, self.temperature, args.cast_lm_head_to_fp32)
-            reference = self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            reference = self.ref_model = prepared_reference(reference, self.accelerator)
         elif peft_config is None:
             reference = add_reference_adapter(self.model)
         self.value_function = self._make_value_function(value_model)
@@ -271,7 +280,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             # Continuous batching has an attention of its own.
             shares_prefixes=args.prefix_sharing
             and args.num_generations > 1
-            and not args.use_transformers_continuous_batching,
+            and not args.use_transformers_continuous_batching
+            and not self.is_fsdp_enabled,
+            shares_trunk=not self.is_fsdp_enabled,
         )
         self._rollouts = Rollouts(
             self.roles,
@@ -514,7 +525,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         values = self.value_function.parameters
-        self.accelerator.clip_grad_norm_(values, self.args.max_grad_norm)
+        clip_gradient(values, self.args.max_grad_norm)
         # Set aside: the value adapter on the policy's base is among the model's parameters, but clipped by itself.
         gradients = [parameter.grad for parameter in values]
         for parameter in values:
@@ -524,15 +535,14 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             parameter.grad = gradient
         return norm
 
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Trainer's parameter groups for the policy, and with `value_learning_rate` the value function's."""
-        optimizer = super().create_optimizer(model)
-        values, args = self.value_function.parameters, self.args
-        add_value_groups(optimizer, values, args.value_learning_rate, args.weight_decay)
-        return optimizer
-
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Trainer's schedule, whose warm-up starts at `warmup_start_ratio` of the peak instead of 0, for all groups."""
+        """Trainer's schedule, whose warm-up starts at `warmup_start_ratio` of the peak instead of 0, for all groups.
+
+        Those of the value function, at `value_learning_rate`, join Trainer's groups here: accelerate has sharded the policy.
+        """
+        look_up_again(self.model, self.value_function, self.weight_average)
+        values, args = self.value_function.parameters, self.args
+        add_value_groups(self.optimizer, values, args.value_learning_rate, args.weight_decay)
         is_given = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if not is_given and isinstance(scheduler, LambdaLR):
@@ -553,29 +563,31 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         if self._is_inside_rollout and not self.args.save_only_model:
             torch.save(self._buffered_inputs, os.path.join(folder, self._rollout_file))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        values = self.value_function.named_parameters
+        with saved_apart(self.model, self.optimizer, values, output_dir, self.args.should_save):
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy as a plain model or adapter, and the value function's trained weights next to it.
 
         With `ema_decay`, the policy with averaged weights is saved to the subfolder `ema/`, to be loaded by itself.
         """
         folder = output_dir or self.args.output_dir
-        if self.args.should_save:
+        is_writer = self.args.should_save
+        if is_writer:
             os.makedirs(folder, exist_ok=True)
-            self.value_function.save(folder)
+        self.value_function.save(folder, is_writer)
         if self.weight_average is not None:
             if not _internal_call:
                 with self.averaged_weights():
                     super().save_model(os.path.join(folder, AVERAGE_FOLDER), _internal_call=True)
-            elif self.args.should_save:
-                self.weight_average.save(folder)
+            else:
+                self.weight_average.save(folder, is_writer)
         super().save_model(output_dir, _internal_call)
         # Next to the adapter: the policy must never sample that token.
         config = self.model.config
-        if (
-            self.args.should_save
-            and is_peft_model(self.model)
-            and getattr(config, "reward_token_id", None) is not None
-        ):
+        if is_writer and is_peft_model(self.model) and getattr(config, "reward_token_id", None) is not None:
             config.save_pretrained(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -584,7 +596,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         for role in roles if self.args.should_save else ():
             # With its head, over what PEFT has written of the adapter.
             if isinstance(role, AdapterScorer):
-                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter))
+                role.save_pretrained(os.path.join(output_dir or self.args.output_dir, role.adapter), state_dict)
 
     def _card_data(self) -> dict[str, Any]:
         data = super()._card_data()
@@ -637,7 +649,8 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             self.weight_average.load(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loaded_apart(self.model, self.optimizer, self.value_function.named_parameters, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         path = os.path.join(checkpoint, STATE_FILE)

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState
 
 from prefopt.errors import UserError
+from prefopt.models.sharding import fill, save_whole
 
 AVERAGE_FILE = "weight_average.safetensors"
 
@@ -44,7 +45,12 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay = dict(parameters), decay
+        self.decay = decay
+        self.take(parameters)
+
+    def take(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Average these parameters from now on, from their current weights."""
+        self.parameters = dict(parameters)
         self.restart()
 
     def restart(self) -> None:
@@ -81,12 +87,10 @@ class WeightAverage(TrainerCallback):
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
-    def save(self, folder: str) -> None:
-        """Write the averages to `folder`."""
-        averages = {name: average.cpu().contiguous() for name, average in self.averages.items()}
-        save_file(averages, os.path.join(folder, AVERAGE_FILE))
+    def save(self, folder: str, is_writer: bool = True) -> None:
+        """Write the averages to `folder`, on the process that is to; all of them gather."""
+        save_whole(self.averages, os.path.join(folder, AVERAGE_FILE), is_writer)
 
-    @torch.no_grad()
     def load(self, folder: str) -> None:
         """Read what `save` wrote; raises ValueError if it is missing or of other weights."""
         path = os.path.join(folder, AVERAGE_FILE)
@@ -96,8 +100,7 @@ class WeightAverage(TrainerCallback):
         if saved.keys() != self.parameters.keys():
             differing = sorted(saved.keys() ^ self.parameters.keys())[:5]
             raise UserError(f"{path} averages other weights; they differ in {differing}")
-        for name, average in self.averages.items():
-            average.copy_(saved[name])
+        fill(self.averages, saved)
 
     # ---- Trainer's events -------------------------------------------------------------------------------------
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import (
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from prefopt.errors import UserError
+from prefopt.models.passes import is_sharded
 from prefopt.trainers.shared.divergence import StopAtNonFinite
 
 logger = get_logger(__name__)
@@ -217,7 +218,8 @@ class CompleteCheckpointsMixin:
         # Of several adapters, Trainer before transformers 5.23 loads those in subfolders and not the one at the top:
         # the policy would start anew without a word.
         at_the_top = (Path(resume_from_checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME).is_file()
-        if at_the_top and is_peft_model(model) and len(model.peft_config) > 1:
+        # Of a sharded model, accelerate has loaded the one that trains.
+        if at_the_top and not is_sharded(model) and is_peft_model(model) and len(model.peft_config) > 1:
             active = model.active_adapters[0]
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=active == "default")
             model.set_adapter(active)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedTokenizerBase
@@ -480,8 +481,9 @@ class Pretraining:
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> float:
-    """L2 norm of all gradients together."""
-    return get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+    """L2 norm of all gradients together, the same on every process; of parameters that are all whole or all sharded."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def pretraining_loss(

@@ -125,6 +125,7 @@ CLASSES: dict[str, dict[str, Seams]] = {
                 "_prepare_inputs": ("generation_batch",),
                 "_tokenize_prompts": ("prompts",),
                 "_save_checkpoint": ("model", "trial"),
+                "_save_optimizer_and_scheduler": ("output_dir",),
             },
             attributes=(
                 "_buffered_inputs",

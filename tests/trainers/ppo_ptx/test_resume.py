@@ -85,9 +85,8 @@ def die_at(event, number):
     """Raise SIGKILL at the `number`-th event."""
     import transformers.modeling_utils
 
-    from prefopt.trainers.ppo_ptx import roles as ppo_ptx_roles
+    from prefopt.models import sharding
     from prefopt.trainers.ppo_ptx import trainer as ppo_ptx_trainer
-    from prefopt.trainers.shared import averaging as weight_average
 
     seen = 0
 
@@ -144,8 +143,7 @@ def die_at(event, number):
     torch.save = writing_half(torch.save, lambda data, path, *args, **kwargs: path)
     for module, name in [
         (transformers.modeling_utils, "safe_save_file"),
-        (ppo_ptx_roles, "save_file"),
-        (weight_average, "save_file"),
+        (sharding, "save_file"),
     ]:
         function = getattr(module, name)
         setattr(module, name, writing_half(function, lambda data, path, *args, **kwargs: path))
