@@ -230,16 +230,17 @@ class Rollouts:
         counts = mask & is_scored.unsqueeze(1)
         kl_coef = self.kl_controller.kl_coef
         rewards = kl_shaped_rewards(scores, kl, counts, kl_coef)
+        baseline = values
         if is_training and self.fits_values:
             self.fits_values = False
             _, targets = gae(rewards, values, counts, args.discount, 1.0)
-            values = fitted_values(
+            values, baseline = fitted_values(
                 roles.value_function, ids, attention_mask, values, targets, counts, size, self.accelerator.autocast,
-                self.sum_over_processes,
+                self.sum_over_processes, args.num_generations,
             )  # fmt: skip
-        advantages, returns = gae(rewards, values, counts, args.discount, args.gae_lambda)
+        advantages, returns = gae(rewards, baseline, counts, args.discount, args.gae_lambda)
         metrics = rollout_metrics(
-            scores, is_scored, rewards, kl, logps, ref_logps, mask, values, returns, self.sum_over_processes
+            scores, is_scored, rewards, kl, logps, ref_logps, mask, baseline, returns, self.sum_over_processes
         )
         metrics["objective/kl_coef"] = kl_coef
         if metrics["objective/unscored"] == num_episodes:

@@ -1,35 +1,50 @@
 """The value function's head: solved on the first rollout by ridge regression, once, and only where it is a copy."""
 
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 
-from prefopt.trainers.ppo_ptx.value_start import PENALTIES, ridge
+from prefopt.models.reward import token_scores
+from prefopt.trainers.ppo_ptx.roles import ValueFunction
+from prefopt.trainers.ppo_ptx.value_start import PENALTIES, fitted_values, ridge
 
 
 def same(x):
     return x
 
 
-def slow_ridge(states, targets, counts):
-    """The definition in a loop over penalties and halves, by numpy's least squares on stacked rows."""
-    states, targets, counts = (x.numpy() for x in (states, targets, counts))
-    flat = states[counts]
+def slow_ridge(states, targets, counts, of_half):
+    """The definition in a loop over penalties, halves and episodes, by numpy's least squares on stacked rows."""
+    states, targets, counts, of_half = (x.numpy() for x in (states, targets, counts, of_half))
+    scale = (states[counts] ** 2).sum() / states.shape[-1]
 
-    def solve(h, r, penalty, of):
-        of_half = (of**2).sum() / of.shape[1] * penalty
-        stacked = np.vstack([h, np.sqrt(of_half) * np.eye(h.shape[1])])
+    def solve(episodes, penalty):
+        h, r = states[episodes][counts[episodes]], targets[episodes][counts[episodes]]
+        stacked = np.vstack([h, np.sqrt(scale * penalty) * np.eye(h.shape[1])])
         return np.linalg.lstsq(stacked, np.concatenate([r, np.zeros(h.shape[1])]), rcond=None)[0]
 
-    def error(penalty):
-        total = 0.0
-        for train, test in ((0, 1), (1, 0)):
-            h, r = states[train::2][counts[train::2]], targets[train::2][counts[train::2]]
-            w = solve(h, r, penalty, flat)
-            total += ((targets[test::2][counts[test::2]] - states[test::2][counts[test::2]] @ w) ** 2).sum()
-        return total
+    weights = {p: np.stack([solve(of_half, p), solve(~of_half, p)]) for p in PENALTIES}
+    errors = {
+        p: [
+            sum((states[i, t] @ of[int(of_half[i])] - targets[i, t]) ** 2 for t in np.flatnonzero(counts[i]))
+            for i in range(len(states))
+        ]
+        for p, of in weights.items()
+    }
+    best = min(PENALTIES, key=lambda p: sum(errors[p]))
+    for penalty in sorted(PENALTIES, reverse=True):
+        more = [a - b for a, b in zip(errors[penalty], errors[best], strict=True)]
+        if penalty == best or sum(more) <= len(more) ** 0.5 * np.std(more):
+            return solve(np.full(len(states), True), penalty), weights[penalty], penalty, best
 
-    return solve(flat, targets[counts], min(PENALTIES, key=error), flat)
+
+HALVES = torch.arange(12) % 2 == 1
 
 
 def drawn(noise, seed=0):
@@ -40,41 +55,80 @@ def drawn(noise, seed=0):
     return states, targets + noise * torch.randn(12, 5, generator=generator, dtype=torch.double), counts
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.5, 50.0])
-def test_the_head_is_that_of_a_slow_ridge_regression(noise):
+@pytest.mark.parametrize(("noise", "is_chance"), [(0.0, False), (0.5, True), (50.0, True)])
+def test_the_head_is_that_of_a_slow_ridge_regression(noise, is_chance):
+    """Where the least error is chance, it is not its penalty that is taken."""
     states, targets, counts = drawn(noise)
-    expected = slow_ridge(states, targets, counts)
-    assert ridge(states, targets, counts, same).numpy() == pytest.approx(expected, abs=1e-5)
+    expected, by_others, penalty, best = slow_ridge(states, targets, counts, HALVES)
+    assert (penalty > best) == is_chance
+    weight, weights = ridge(states, targets, counts, same, HALVES)
+    assert weight.numpy() == pytest.approx(expected, abs=1e-5)
+    assert weights.numpy() == pytest.approx(by_others, abs=1e-5)
 
 
 def test_what_does_not_count_is_not_read():
     states, targets, counts = drawn(0.1)
-    expected = ridge(states, targets, counts, same)
-    states[~counts], targets[~counts] = 1e9, -1e9
-    torch.testing.assert_close(ridge(states, targets, counts, same), expected)
-    assert ridge(states, targets, torch.zeros_like(counts), same) is None
+    expected = ridge(states, targets, counts, same, HALVES)
+    states[~counts], targets[~counts] = math.nan, -1e9
+    for weights, of in zip(ridge(states.nan_to_num(1e9), targets, counts, same, HALVES), expected, strict=True):
+        torch.testing.assert_close(weights, of)
+    assert ridge(states, targets, torch.zeros_like(counts), same, HALVES) is None
 
 
 def test_sums_over_processes_make_the_fit_of_the_whole_rollout():
     states, targets, counts = drawn(0.5)
-    # Both have the same number of episodes, so that halves stay halves.
-    parts = [slice(0, 6), slice(6, 12)]
-    shared = []
+    barrier, sums = threading.Barrier(2), {}
 
-    def of_other(x):
-        shared.append(x)
-        return x
+    def fit(process):
+        def add(x):
+            sums[process] = x
+            barrier.wait()
+            total = sums[0] + sums[1]
+            barrier.wait()
+            return total
 
-    ridge(states[parts[1]], targets[parts[1]], counts[parts[1]], of_other)
-    others = iter(shared)
-    both = ridge(states[parts[0]], targets[parts[0]], counts[parts[0]], lambda x: x + next(others))
-    torch.testing.assert_close(both, ridge(states, targets, counts, same))
+        of = slice(6 * process, 6 * process + 6)
+        return ridge(states[of], targets[of], counts[of], add, HALVES[of])
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(fit, (0, 1)))
+    for weights in both:
+        for ours, of in zip(weights, ridge(states, targets, counts, same, HALVES), strict=True):
+            torch.testing.assert_close(ours, of)
 
 
-def test_returns_that_the_states_do_not_tell_leave_nearly_nothing():
+def test_returns_that_the_states_do_not_tell_leave_a_constant():
     generator = torch.Generator().manual_seed(1)
     states = torch.randn(8, 1, 16, generator=generator, dtype=torch.double)
     targets = torch.randn(8, 1, generator=generator, dtype=torch.double)
     counts = torch.ones(8, 1, dtype=torch.bool)
-    fitted = states @ ridge(states, targets, counts, same).double()
-    assert fitted.var() < targets.var()
+    weight, _ = ridge(states, targets, counts, same, torch.arange(8) % 2 == 1)
+    assert (states @ weight.double()).var() < 0.01 * targets.var()
+
+
+@pytest.mark.parametrize("num_generations", [1, 2])
+def test_the_baseline_is_of_those_who_have_not_seen_the_episode(num_generations, reward_model):
+    """Returns of one half move the baseline of the other half alone; completions of a prompt are in one half."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 20, (8, 6), generator=generator)
+    mask = torch.ones_like(ids)
+
+    def read(model):
+        return token_scores(model, ids, mask)[:, 2:5].detach()
+
+    before = read(reward_model)
+    targets = 3 * before + 0.1 * torch.randn(8, 3, generator=generator)
+    of_half = [i // num_generations % 2 for i in range(8)]
+
+    def baseline(targets):
+        fitted = ValueFunction(copy.deepcopy(reward_model))
+        values, of_others = fitted_values(
+            fitted, ids, mask, before, targets, mask[:, 3:].bool(), 4, nullcontext, same, num_generations
+        )
+        torch.testing.assert_close(values, read(fitted.module))
+        return of_others
+
+    changed = targets.clone()
+    changed[0] += 0.1
+    differ = (baseline(changed) - baseline(targets)).abs().amax(1) > 1e-6
+    assert differ.tolist() == [half == 1 for half in of_half]
