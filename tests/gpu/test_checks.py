@@ -1,7 +1,7 @@
 """The checks of a GPU in miniature: they pass here, and each fails where what it looks at is broken."""
 
 import json
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -55,19 +55,23 @@ def test_everything_in_miniature(monkeypatch, capfd):
 # ---- a kernel ----
 
 
+@wraps(varlen_by_loop)
 def first_keys(*args, window_size=(-1, -1), **kwargs):
     """A window that begins a token late."""
     return varlen_by_loop(*args, window_size=(max(-1, window_size[0] - 1), 0), **kwargs)
 
 
+@wraps(varlen_by_loop)
 def other_scale(query, *args, scale=None, **kwargs):
     return varlen_by_loop(query, *args, scale=1.1 * query.shape[2] ** -0.5, **kwargs)
 
 
+@wraps(varlen_by_loop)
 def no_gradient_of_values(query, key, value, *args, **kwargs):
     return varlen_by_loop(query, key, value.detach() + 0 * value, *args, **kwargs)
 
 
+@wraps(varlen_by_loop)
 def not_finite(*args, **kwargs):
     return varlen_by_loop(*args, **kwargs) * float("nan")
 
@@ -76,6 +80,7 @@ def of_an_older_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sc
     raise AssertionError
 
 
+@wraps(varlen_by_loop)
 def refused(*args, **kwargs):
     raise RuntimeError("no kernel image is available")
 

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import pytest
@@ -184,7 +184,7 @@ def test_a_model_scores_as_with_rows(kind, checkpointing, monkeypatch):
     monkeypatch.setattr(
         prefix_attention,
         "varlen_attn",
-        lambda *args, **kwargs: calls.append(1) or varlen_by_loop(*args, **kwargs),
+        wraps(varlen_by_loop)(lambda *args, **kwargs: calls.append(1) or varlen_by_loop(*args, **kwargs)),
     )
     prefix_sharing.enable(model)
     scores, gradient = both_ways(pack(ids, mask, prompts))
@@ -217,6 +217,20 @@ def test_the_first_forward_may_be_one_of_training_under_autocast(monkeypatch):
     scores.sum().backward()
     assert set(dtypes) == {torch.bfloat16}
     assert kernel_works.cache_info().misses == 1
+
+
+def varlen_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    return varlen_by_loop(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_a_torch_without_the_switch_for_fewer_heads_of_keys(heads, monkeypatch):
+    monkeypatch.setattr(prefix_attention, "varlen_attn", varlen_of_torch_2_11)
+    assert kernel_works("varlen", torch.device("cpu"), torch.float32, (*heads, 8, 8), Rule(window=2))
 
 
 def test_the_cpu_has_no_kernel():
@@ -334,18 +348,22 @@ def test_a_flash_attention_that_drops_the_sinks_is_not_used(caplog, monkeypatch)
     assert "flash_attention_2 is not used" in caplog.records[-1].message
 
 
+@wraps(varlen_by_loop)
 def looks_ahead(*args, window_size, **kwargs):
     return varlen_by_loop(*args, window_size=(window_size[0], 1), **kwargs)
 
 
+@wraps(varlen_by_loop)
 def forgets_the_window(*args, window_size, **kwargs):
     return varlen_by_loop(*args, window_size=(-1, 0), **kwargs)
 
 
+@wraps(varlen_by_loop)
 def has_a_wrong_gradient(query, key, value, *args, **kwargs):
     return varlen_by_loop(query, key.detach(), value, *args, **kwargs) + 0 * key.sum()
 
 
+@wraps(varlen_by_loop)
 def is_missing(*args, **kwargs):
     raise RuntimeError("no kernel image is available for execution on the device")
 

@@ -8,6 +8,7 @@
 A kernel is used after one trial on its device, forward and backward. Which way a model's layers take is logged once.
 """
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -172,6 +173,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
     """Attention of a packed row, `[1, S, heads, dim]`, in one call of PyTorch's kernel: no padding and no masks."""
     sequences = layout.sequences
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    has_switch = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return varlen_attn(
         q,
         k.index_select(0, sequences.keys),
@@ -182,7 +184,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, 
         sequences.max_keys,
         scale=rule.scale,
         window_size=(-1 if rule.window is None else rule.window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        # PyTorch 2.11 takes fewer heads of keys without being told so: the kernel is the same.
+        **({"enable_gqa": q.shape[1] != k.shape[1]} if has_switch else {}),
     )[None]
 
 
