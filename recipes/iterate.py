@@ -13,6 +13,7 @@ the held-out judge part: the rule is in iterate.json. A killed run goes on where
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -48,6 +49,15 @@ from prefopt.recipes.pipeline import KINDS
 Section = dict[str, Any] | str | None
 # Method -> its steps between `rank` and `evaluate`.
 LEARNING = {"dpo": ("dpo",), "ppo-ptx": ("reward", "ppo_ptx")}
+# Section -> what in it the rounds give; a command line wins over a file, so that it would be read nowhere.
+GIVEN = {
+    "sample": ("model_name_or_path", "dataset_name", "output", "seed"),
+    "rank": ("samples", "output", "seed"),
+    "dpo": ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "output_dir", "seed"),
+    "reward": ("model_name_or_path", "dataset_name", "output_dir", "seed"),
+    "ppo_ptx": ("model_name_or_path", "reward_model_name_or_path", "dataset_name", "output_dir", "seed"),
+    "evaluate": ("models", "baseline", "output_dir", "report_dir", "seed"),
+}
 # Judge of an evaluation -> the key that names it there, and the ranker that it must not be.
 JUDGES = {
     "gold": ("gold_judge", "function"),
@@ -102,6 +112,11 @@ class Iteration(Commands):
             raise UserError(f"{'prompts' if args.policy else 'policy'} is required")
         if args.method == "ppo-ptx" and args.reference == "start":
             raise UserError("reference: start is of DPO; PPO-ptx stays near the policy that its round starts from")
+        if given := [f"{name}.{key}" for name in GIVEN for key in GIVEN[name] if key in getattr(args, name)]:
+            raise UserError(
+                f"{', '.join(given)}: the rounds give models, rows, outputs and seeds themselves (policy, prompts, reference, "
+                "reward_start, output_dir, seed); leave them out of the sections"
+            )
         # A command reads its settings from a file.
         self._files = tempfile.TemporaryDirectory()
         super().__init__(Path(args.output_dir), Path(self._files.name), args.seed)
@@ -118,6 +133,7 @@ class Iteration(Commands):
             sections = self.settings(self.steps)
         except UserError as error:
             raise UserError(str(error).replace(f"{self.configs}/", "section ").replace(".yaml", "")) from error
+        self.check_ranking()
         done = Steps(self.root, total=args.rounds * (len(self.steps) + 1))
         lock(self.root / "steps" / "_lock", "output_dir", self.root)
         shared = {k: v for k, v in asdict(args).items() if k not in {*self.kinds, "output_dir", "rounds"}}
@@ -143,6 +159,17 @@ class Iteration(Commands):
         ]:
             done.console.print(line)
         return results
+
+    def check_ranking(self) -> None:
+        """Raise what the first round would say only after sampling: of who ranks, and of one answer to each prompt."""
+        sampling, _ = self.arguments("sample", output=self.root)
+        if sampling.k_max < 2:
+            raise UserError(f"section sample: k_max is {sampling.k_max}; a ranking needs two answers or more")
+        (ranking,) = self.arguments("rank", output=self.root)
+        try:
+            rank.ranker_of(ranking)
+        except UserError as error:
+            raise UserError(f"section rank: {error}") from error
 
     def plan(self) -> Iterator[tuple[str, str, Any]]:
         """Name, title and work of the steps of a round."""
@@ -312,8 +339,11 @@ def held_out_judge(args: IterateArguments) -> str:
             f"{f', and main_judge {judge} names none' if judge else ''}"
         )
     key, ranker = JUDGES[judge]
-    rankers = args.rank.get(ranker) if ranker else None
-    if args.evaluate[key] in (rankers if isinstance(rankers, list) else [rankers]):
+    rankers = args.rank.get(ranker) or [] if ranker else []
+    # However the path is written.
+    if os.path.realpath(args.evaluate[key]) in map(
+        os.path.realpath, [rankers] if isinstance(rankers, str) else rankers
+    ):
         raise UserError(f"evaluate: {key} {args.evaluate[key]} is the ranker too; a held-out judge is another one")
     return judge
 

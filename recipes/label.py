@@ -225,7 +225,10 @@ def choose_tasks(args: NextArguments) -> None:
     labeled = {
         json.dumps(row.get("prompt"), sort_keys=True, default=str) for name in args.labeled for row in read_jsonl(name)
     }
-    left = [row for row in rows if json.dumps(row["prompt"], sort_keys=True, default=str) not in labeled]
+    numbers = [
+        i for i, row in enumerate(rows) if json.dumps(row["prompt"], sort_keys=True, default=str) not in labeled
+    ]
+    left = [rows[number] for number in numbers]
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     # Without rows it checks the arguments alone, before models are loaded.
     choose_next([], [], **options)
@@ -237,9 +240,14 @@ def choose_tasks(args: NextArguments) -> None:
     scores = []
     for name in args.reward_model:
         model, tokenizer = load_classifier(name)
-        parts = [left[start : start + ROWS_AT_ONCE] for start in range(0, len(left), ROWS_AT_ONCE)]
-        shown = track(parts, f"scores of {name}")
-        scores.append([score for part in shown for score in score_rows(model, tokenizer, part, args.batch_size)])
+        of: list[list[float]] = []
+        for start in track(range(0, len(left), ROWS_AT_ONCE), f"scores of {name}"):
+            part = slice(start, start + ROWS_AT_ONCE)
+            try:
+                of += score_rows(model, tokenizer, left[part], args.batch_size, numbers[part])
+            except UserError as error:
+                raise UserError(f"{args.samples}, {name}, {error}") from error
+        scores.append(of)
     chosen = choose_next(left, list(zip(*scores, strict=True)), **options, source=str(args.samples))
     if not chosen:
         raise UserError(f"{args.samples}: no prompt with two different outputs is left to label")

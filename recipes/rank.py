@@ -16,6 +16,7 @@ combination asks nothing; a killed run goes on where it was. rankings.report.jso
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,6 +170,11 @@ def ranker_of(args: RankArguments, gold: Gold | None = None) -> Ranker:
     if args.reward_model:
         for source in args.reward_model:
             check_reward_models(reward_model=source)
+        places = Counter(map(os.path.realpath, args.reward_model))
+        if twice := [source for source in args.reward_model if places[os.path.realpath(source)] > 1]:
+            raise UserError(
+                f"reward_model: {' and '.join(twice)} are one model, which agrees with itself; name it once"
+            )
         state = [[source_state(source) for source in args.reward_model], args.loading, args.batch_size]
         name = (
             f"{args.combine} of {', '.join(args.reward_model)}" if len(args.reward_model) > 1 else args.reward_model[0]
@@ -204,9 +210,9 @@ def _reward_model(source: str, args: RankArguments) -> Callable[..., list[dict[s
 
     def judge(rows: Sequence[Row], numbers: Sequence[int]) -> list[dict[str, Any]]:
         try:
-            return [{"scores": [scores]} for scores in score_rows(*load(), rows, args.batch_size)]
+            return [{"scores": [scores]} for scores in score_rows(*load(), rows, args.batch_size, numbers)]
         except UserError as error:
-            raise UserError(f"{args.samples}, {source}, rows {numbers[0]} to {numbers[-1]}: {error}") from error
+            raise UserError(f"{args.samples}, {source}, {error}") from error
 
     return judge
 
@@ -270,7 +276,10 @@ def samples_of(args: RankArguments, counts: Counter[str]) -> tuple[list[dict[str
             problem = f"field 'completions': expected a list of completions, got {row.get('completions')!r:.80}"
             raise UserError(f"{args.samples} row {number}: {problem}; `prefopt sample` draws them")
         row = {**row, "prompt": row.get("prompt"), "ratings": [0] * len(row["completions"])}
-        cleaned = clean(row)
+        try:
+            cleaned = clean(row)
+        except UserError as error:
+            raise UserError(f"{args.samples} row {number}: {error}") from error
         if cleaned is None:
             continue
         if problem := row_problem(cleaned, ("prompt", "completions")):
@@ -347,6 +356,9 @@ def rank(args: RankArguments, gold: Gold | None = None) -> None:
     write_jsonl(out, written, replace=args.overwrite)
     if for_people:
         write_jsonl(files["people.jsonl"], for_people, replace=args.overwrite)
+    elif args.overwrite:
+        # Of an earlier call: what stands there is ranked here now.
+        files["people.jsonl"].unlink(missing_ok=True)
     report = report_of(ranker, every, [one for _, one in judged], kept, counts)
     write_json(files["report.json"], jsonable(report), replace=args.overwrite)
     _tell(report, args, len(rows), len(written), len(for_people), files)

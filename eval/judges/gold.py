@@ -46,9 +46,13 @@ def gold_scores(gold: Gold, called: str = "gold reward of ") -> Scores:
     def score(model: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
         found = []
         for row in rows:
-            given = gold(row["prompt"], row["completion"])
-            names = [f.name for f in fields(given) if f.name != "total"] if is_dataclass(given) else []
             place = f"{called}{model}, prompt {row['id']}"
+            try:
+                given = gold(row["prompt"], row["completion"])
+            except Exception as error:
+                said = f"{place}: {type(error).__name__}: {error}"
+                raise UserError(f"{said} (PREFOPT_TRACEBACK=1 shows where it happened)") from error
+            names = [f.name for f in fields(given) if f.name != "total"] if is_dataclass(given) else []
             value = _finite(getattr(given, "total", given), place)
             parts = (
                 {"parts": {name: _finite(getattr(given, name), f"{place}, {name}") for name in names}} if names else {}

@@ -27,6 +27,7 @@ from prefopt.inference.likelihood import scored_nats
 from prefopt.inference.scoring import score_rows, score_texts
 from prefopt.models.checkpoints import load_classifier
 from prefopt.models.loading import load_language_model
+from prefopt.models.passes import max_positions
 from prefopt.rankings.checks import validate_comparisons
 from prefopt.rankings.row import from_preference
 from prefopt.rankings.tokens import Spans, row_ids, template_kwargs
@@ -323,14 +324,8 @@ class Scorer:
             starts = range(0, len(rows), AT_ONCE)
 
             def part(number: int) -> Scores:
-                chosen = rows[starts[number] : starts[number] + AT_ONCE]
-                try:
-                    return self._scored(chosen, posed)
-                except UserError as error:
-                    if len(starts) == 1:
-                        raise
-                    last = starts[number] + len(chosen) - 1
-                    raise UserError(f"rows {starts[number]} to {last}: {error}") from error
+                of = slice(starts[number], starts[number] + AT_ONCE)
+                return self._scored(rows[of], range(len(rows))[of], posed)
 
             return [row for of_part in journal.entries(len(starts), part) for row in of_part]
 
@@ -338,13 +333,20 @@ class Scorer:
         self._known[content] = continued_rows(path, [state, self.args.loading, content], compute)
         return self._known[content]
 
-    def _scored(self, rows: Sequence[Row], posed: Callable[[Any, Sequence[Row]], Sequence[Row]] | None) -> Scores:
+    def _scored(
+        self,
+        rows: Sequence[Row],
+        numbers: Sequence[int],
+        posed: Callable[[Any, Sequence[Row]], Sequence[Row]] | None,
+    ) -> Scores:
         (model, tokenizer), *reference = self.loaded
         rows = rows if posed is None else posed(tokenizer, rows)
         if reference:
-            scores = implicit_rewards(model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size)
+            scores = implicit_rewards(
+                model, reference[0][0], tokenizer, rows, self.beta, self.args.batch_size, numbers
+            )
         else:
-            scores = score_rows(model, tokenizer, rows, self.args.batch_size)
+            scores = score_rows(model, tokenizer, rows, self.args.batch_size, numbers)
         lengths = [[len(y) for y in _ids(tokenizer, row)[1]] for row in rows]
         return [{"scores": s, "lengths": n} for s, n in zip(scores, lengths, strict=True)]
 
@@ -363,19 +365,31 @@ def implicit_rewards(
     rows: Sequence[Row],
     beta: float,
     batch_size: int = 64,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """DPO's implicit reward of every completion, up to a term that is the same for all of a prompt.
 
     beta * sum_t [log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)]   (arXiv:2305.18290, Eq. 5)
 
-    Of several turns the sum is over the assistant's tokens, as in training.
+    Of several turns the sum is over the assistant's tokens, as in training. `numbers` are those of the rows in their file.
+
+    Raises:
+        UserError: a row without a prompt, or longer than the model has positions.
     """
-    ids = []
-    for row in rows:
-        x, completions, said = _ids(tokenizer, row)
+    ids, longest = [], max_positions(model.config)
+    for number, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
+        try:
+            x, completions, said = _ids(tokenizer, row)
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from error
         if not x:
-            raise UserError("an implicit reward needs a prompt: one of the rows has none")
-        for y, spans in zip(completions, said, strict=True):
+            raise UserError(f"row {number}: an implicit reward needs a prompt, and it has none")
+        for i, (y, spans) in enumerate(zip(completions, said, strict=True)):
+            if longest is not None and len(x) + len(y) > longest:
+                raise UserError(
+                    f"row {number}, completion {i}: {len(x) + len(y)} tokens, prompt included, the model has {longest} "
+                    "positions; shorten it or leave it out"
+                )
             ids.append((x + y, [len(x) + t for span in spans for t in range(*span)]))
     nats, ref_nats = (scored_nats(m, ids, batch_size) for m in (model, reference))
     flat = iter((beta * (ref_nats - nats)).tolist())

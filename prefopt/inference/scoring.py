@@ -24,19 +24,28 @@ Prompt = str | list[dict]
 
 
 def score_rows(
-    reward_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping], batch_size: int = 64
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping],
+    batch_size: int = 64,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[float]]:
     """Scores of all completions of every row, from the ids that reward-model training would build.
 
-    Completions of a row are forwarded together, what they share once where the model allows it.
+    Completions of a row are forwarded together, what they share once where the model allows it. `numbers` are those of the
+    rows in their file, for errors.
     """
-    ids, numbers = [], []
-    for number, row in enumerate(rows):
+    ids, of_rows, names = [], [], []
+    for number, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
         cuts = row.get("truncated") or [False] * len(row["completions"])
         kwargs, both = template_kwargs(row), zip(row["completions"], cuts, strict=True)
-        ids += [_joint_ids(tokenizer, row["prompt"], *one, **kwargs) for one in both]
-        numbers += [number] * len(row["completions"])
-    scores = iter(_checked_scores(reward_model, ids, batch_size, numbers))
+        try:
+            ids += [_joint_ids(tokenizer, row["prompt"], *one, **kwargs) for one in both]
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from error
+        of_rows += [number] * len(row["completions"])
+        names += [f"row {number}, completion {i}" for i in range(len(row["completions"]))]
+    scores = iter(_checked_scores(reward_model, ids, batch_size, of_rows, names))
     return [[next(scores) for _ in row["completions"]] for row in rows]
 
 
@@ -111,19 +120,26 @@ def score_samples(
 
 
 def _checked_scores(
-    reward_model: PreTrainedModel, ids: Sequence[list[int]], batch_size: int, prompts: Sequence[int] | None = None
+    reward_model: PreTrainedModel,
+    ids: Sequence[list[int]],
+    batch_size: int,
+    prompts: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[float]:
-    """`score_ids` of rows that must all have a score."""
+    """`score_ids` of rows that must all have a score; `names` is what errors call them."""
+    names = [f"completion {number}" for number in range(len(ids))] if names is None else names
     longest = max_positions(reward_model.config)
     extra = int(getattr(reward_model.config, "reward_token_id", None) is not None)
-    for number, length in enumerate(len(row) + extra for row in ids):
+    for name, length in zip(names, (len(row) + extra for row in ids), strict=True):
         if longest is not None and length > longest:
-            raise UserError(f"completion {number}: {length} tokens, the reward model has {longest} positions")
+            raise UserError(
+                f"{name}: {length} tokens, prompt included, the reward model has {longest} positions; shorten it or leave it out"
+            )
     scores = score_ids(reward_model, ids, batch_size, prompts)
-    for number, score in enumerate(scores):
+    for name, score in zip(names, scores, strict=True):
         if not math.isfinite(score):
             raise UserError(
-                f"completion {number}: the reward model's scores are not finite: its weights are broken{loaded_from(reward_model)}"
+                f"{name}: the reward model's scores are not finite: its weights are broken{loaded_from(reward_model)}"
             )
     return scores
 

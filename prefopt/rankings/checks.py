@@ -242,13 +242,24 @@ def row_problem(row: Any, required: tuple[str, ...]) -> str | None:
         return _problem("labeler", "a string", row["labeler"], "convert it with str()")
     if row.get("ratings") is not None and (problem := ratings_problem(row["ratings"], k)):
         return problem
-    for name in ("flags", "truncated"):
+    if problem := unaligned_problem(row, k, ("flags", "truncated")):
+        return problem
+    if not all(isinstance(cut, bool) for cut in row.get("truncated") or ()):
+        return _problem("truncated", "true or false for each completion", row["truncated"], "fill the gaps")
+    return None
+
+
+def unaligned_problem(row: Mapping[str, Any], k: int, names: Iterable[str] = PER_COMPLETION) -> str | None:
+    """Which of the fields that have one entry for each of the k completions of a row has more or fewer.
+
+    >>> unaligned_problem({"completions": ["a", "b"], "truncated": [True]}, 2)
+    "field 'truncated': expected a list with one entry for each of the 2 completions, got [True]; align it or drop it"
+    """
+    for name in names:
         value = row.get(name)
         if value is not None and not (isinstance(value, list | tuple) and len(value) == k):
             expected = f"a list with one entry for each of the {k} completions"
             return _problem(name, expected, value, "align it or drop it")
-    if not all(isinstance(cut, bool) for cut in row.get("truncated") or ()):
-        return _problem("truncated", "true or false for each completion", row["truncated"], "fill the gaps")
     return None
 
 

@@ -172,7 +172,8 @@ def check_reward_models(**paths: str) -> None:
         try:
             check_reward_model(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+            said = str(error).splitlines()[0]
+            raise UserError(f"{key}: {said if str(path) in said else f'{path}: {said}'}") from error
 
 
 # ---- logging ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ class Commands:
             )
         return path
 
+    def arguments(self, name: str, **keys: object) -> tuple[Any, ...]:
+        """What a step's command reads from its file and these keys."""
+        path = str(self.config(name))
+        return parse(self.kinds[name], command_line(path, **keys), path)
+
     def settings(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """What each step's file says, all of them at once: a mistake in a later step would be met after an hour."""
         settings: dict[str, dict[str, Any]] = {}
@@ -64,7 +69,7 @@ class Commands:
                 settings[name] = read_config(path)
                 known = {field.name for kind in self.kinds[name] for field in fields(kind)}
                 output = "output" if "output" in known else "output_dir"
-                parse(self.kinds[name], command_line(path, **{output: self.root / name}), path)
+                self.arguments(name, **{output: self.root / name})
             mistakes += [text if path in text else f"{path}: {text}" for text in found]
         raise_all(mistakes)
         return settings

@@ -36,6 +36,9 @@ KEYS = {
     "evaluate": {"prompts": "prompts.jsonl", "max_new_tokens": 4, "gold_judge": "mine:short_too", "batch_size": 8},
 }
 
+# What the rounds set and a section may say as well.
+NOT_GIVEN = ("resume_from_checkpoint", "main_judge", "people", "keep", "keep_tied")
+
 
 @pytest.fixture
 def files(files, monkeypatch):
@@ -81,6 +84,7 @@ def written(folder):
 def test_a_round_starts_from_the_policy_of_the_one_before(files, asked, reference):
     results = run(reference=reference, prompts_per_round=3)
     assert [name for name, _ in asked] == ["sample", "rank", "dpo", "evaluate", "rank"] * 2
+    assert all(set(keys) <= {*iterate.GIVEN[name], *NOT_GIVEN} for name, keys in asked)
     of = {(name, i): keys for i in (0, 1) for name, keys in asked[5 * i : 5 * i + 4]}
     for name in ("sample", "dpo"):
         assert of[name, 0]["model_name_or_path"] == "base"
@@ -319,12 +323,23 @@ def test_win_rates_by_the_judge_are_those_of_the_pair():
             {"rank": {"reward_model": ["rm"]}, "evaluate": {"reward_judge": "rm"}},
             "reward_judge rm is the ranker too",
         ),
+        (
+            {"rank": {"reward_model": "./rm"}, "evaluate": {"reward_judge": "rm"}},
+            "reward_judge rm is the ranker too",
+        ),
+        (
+            {"sample": {"output": "mine.jsonl"}, "dpo": {"seed": 1, "model_name_or_path": "base"}},
+            "sample.output, dpo.model_name_or_path, dpo.seed: the rounds give",
+        ),
         ({"dpo": {"learning_rat": 1}}, "unknown key in section dpo: 'learning_rat'"),
         (
             {"sample": {"max_new_tokens": 0}, "rank": {"orders": 0}},
             "section sample: max_new_tokens is 0(.|\n)*section rank",
         ),
         ({"sample": 3}, "sample is 3"),
+        ({"sample": {"k_min": 1, "k_max": 1}}, "section sample: k_max is 1; a ranking needs two"),
+        ({"rank": {"reward_model": ["base"]}}, "section rank: reward_model: .*no trained head"),
+        ({"rank": {}}, "section rank: no ranker given"),
     ],
 )
 def test_mistakes_stop_before_the_first_step(files, keys, message):

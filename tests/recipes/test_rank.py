@@ -285,6 +285,9 @@ def test_a_function_ranks(files, monkeypatch):
     (files / "bad.py").write_text("def none(prompt, completion):\n    return float('nan')\n")
     with pytest.raises(UserError, match="bad:none, prompt 0: nan is not a finite number"):
         run("--function", "bad:none", output="bad.jsonl")
+    (files / "worse.py").write_text("def none(prompt, completion):\n    raise KeyError(completion)\n")
+    with pytest.raises(UserError, match="worse:none, prompt 0: KeyError: ' sat'"):
+        run("--function", "worse:none", output="bad.jsonl")
 
 
 def test_the_least_certain_go_to_people_and_to_nobody_else(files):
@@ -299,6 +302,8 @@ def test_the_least_certain_go_to_people_and_to_nobody_else(files):
     assert [row for row in every if row["prompt"] in {row["prompt"] for row in rows}] == rows
     cli.main(["label", "export", "half.people.jsonl", "--out", "sheet.html"])
     assert (files / "sheet.key.jsonl").is_file()
+    assert len(run("--reward_model", "rm", "rm1", "--overwrite", output="half.jsonl")) == len(SAMPLES)
+    assert not (files / "half.people.jsonl").exists()
 
 
 # ---- kills, and what is there ---------------------------------------------------------------------------------------
@@ -308,11 +313,11 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(files, monkeypatch):
     run(*options, output="whole.jsonl")
     real, calls = rank.score_rows, []
 
-    def killed(model, tokenizer, rows, batch_size):
+    def killed(model, tokenizer, rows, *options):
         calls.append(len(rows))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(model, tokenizer, rows, batch_size)
+        return real(model, tokenizer, rows, *options)
 
     monkeypatch.setattr(rank, "score_rows", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -352,6 +357,8 @@ def test_nothing_of_others_is_written_over(files):
         ([], "no ranker given; expected one of reward_model"),
         (["--reward_model", "rm", "--judge", "base"], "reward_model and judge given; expected one"),
         (["--reward_model", "base"], "reward_model: .*no trained head"),
+        (["--reward_model", "nowhere"], "reward_model: .*nowhere"),
+        (["--reward_model", "rm", "rm1", "./rm"], r"reward_model: rm and \./rm are one model"),
         (["--judge", "rm"], "judge: "),
         (["--judge", "base", "--judge_template", "{prompt}"], r"\{answers\} is missing"),
         (["--function", "nowhere:at_all"], "cannot import 'nowhere:at_all'"),
@@ -365,7 +372,30 @@ def test_mistakes_stop_before_anything_is_asked(files, options, message):
     assert not list(files.glob("out*"))
 
 
-def test_a_row_that_is_no_sample_is_named(files):
-    write_jsonl("samples.jsonl", [*SAMPLES, {"prompt": "p", "completion": " a"}])
-    with pytest.raises(UserError, match=r"samples.jsonl row 5: field 'completions': expected a list"):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion": " a"}, "field 'completions': expected a list"),
+        ({"completions": [1, 2]}, r"field 'completions\[0\]': expected a string or a list of chat messages, got 1"),
+        ({"completions": [" a", " b"], "truncated": [True]}, "field 'truncated': .* one entry for each of the 2"),
+        ({"completions": [" a", " a", " b"], "flags": [{}] * 2}, "field 'flags': .* one entry for each of the 3"),
+    ],
+)
+def test_a_row_that_is_no_sample_is_named(files, row, message):
+    write_jsonl("samples.jsonl", [*SAMPLES, {"prompt": "p", **row}])
+    with pytest.raises(UserError, match=f"samples.jsonl row 5: {message}"):
+        run("--reward_model", "rm")
+
+
+def test_a_row_that_a_reward_model_cannot_score_is_named(files):
+    repeated = {"prompt": "p", "completions": [" a", " a"]}
+    write_jsonl("samples.jsonl", [SAMPLES[0], repeated, {"prompt": "p", "completions": [" a", " dog" * 300]}])
+    with pytest.raises(
+        UserError, match=r"samples.jsonl, rm, row 2, completion 1: \d+ tokens, .* 256 positions; shorten"
+    ):
+        run("--reward_model", "rm")
+    write_jsonl(
+        "samples.jsonl", [SAMPLES[0], {"prompt": [{"role": "user", "content": "p"}], "completions": ["a", "b"]}]
+    )
+    with pytest.raises(UserError, match=r"samples\.jsonl, rm, row 1: .* no chat template"):
         run("--reward_model", "rm")

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.rankings.checks import dense_ranks, lone_surrogate
+from prefopt.errors import UserError
+from prefopt.rankings.checks import dense_ranks, lone_surrogate, unaligned_problem
 from prefopt.rankings.row import of_completions, ranks_from_ratings
 
 
@@ -23,7 +24,11 @@ class Cleaner:
         self._seen: set[bytes] = set()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The row cleaned, or None if no comparison is left of it."""
+        """The row cleaned, or None if no comparison is left of it.
+
+        Raises:
+            UserError: a field that has one entry for each completion has more or fewer.
+        """
         if _is_empty(row["prompt"]):
             self.counts["rows with an empty prompt"] += 1
             return None
@@ -31,6 +36,8 @@ class Cleaner:
             self.counts["rows with half of a character, which no UTF-8 text has"] += 1
             return None
         completions = row["completions"]
+        if problem := unaligned_problem(row, len(completions)):
+            raise UserError(problem)
         values = row["ranks"] if row.get("ranks") is not None else row["ratings"]
         kept = self._kept(completions, values)
         if len(kept) < 2:
@@ -76,7 +83,10 @@ class Cleaner:
 
 
 def _is_empty(text: Any) -> bool:
-    if isinstance(text, str) or not text:
+    if isinstance(text, str | None):
         return not (text or "").strip()
-    said = (message for message in text if isinstance(message, Mapping))  # what else stands there is told later
+    # What is neither text nor messages is told later.
+    if not isinstance(text, list | tuple):
+        return False
+    said = (message for message in text if isinstance(message, Mapping))
     return not any(message.get("content") or message.get("tool_calls") for message in said)

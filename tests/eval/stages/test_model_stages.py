@@ -294,11 +294,11 @@ def test_a_killed_scoring_goes_on_where_it_was(world, monkeypatch):
     path.unlink()
     scored = []
 
-    def killed(model, tokenizer, part, batch_size):
+    def killed(model, tokenizer, part, batch_size, numbers):
         scored.append(list(part))
         if len(scored) == 2:
-            raise UserError("completion 0: gone")
-        return score_rows(model, tokenizer, part, batch_size)
+            raise UserError(f"row {numbers[0]}, completion 0: gone")
+        return score_rows(model, tokenizer, part, batch_size, numbers)
 
     monkeypatch.setattr(reward_model, "AT_ONCE", 1)
     monkeypatch.setattr(reward_model, "score_rows", killed)
@@ -306,11 +306,18 @@ def test_a_killed_scoring_goes_on_where_it_was(world, monkeypatch):
     own.rankings, own.implicit_rewards = {"train": own.rankings["train"]}, {}
     reward_model.measure(world.run, world.args, own, JudgeArguments())
     failed = find(world.run.stage("reward_model")["measures"], "rm.accuracy.train", "reward_model")
-    assert failed["reason"] == "rows 1 to 1: completion 0: gone"
+    assert failed["reason"] == "row 1, completion 0: gone"
     reward_model.measure(world.run, world.args, own, JudgeArguments())
     assert [part[0]["labeler"] for part in scored] == ["a", "b", "b", "c"]
     found = [json.loads(line)["scores"] for line in path.open()]
     assert np.allclose(np.concatenate(found), np.concatenate(expected), rtol=0, atol=1e-5)
+
+
+def test_implicit_rewards_name_the_row_that_is_too_long(world):
+    policy, reference = world.models["ppo"], world.models["sft"]
+    rows = [RANKINGS[0], {**RANKINGS[0], "completions": [" mat", " dog" * 300]}]
+    with pytest.raises(UserError, match=r"row 8, completion 1: \d+ tokens, .* the model has 256 positions"):
+        reward_model.implicit_rewards(policy, reference, world.tokenizer, rows, 0.5, numbers=[7, 8])
 
 
 def test_trouble_of_one_reward_model_is_told_and_wrong_rankings_stop(world):
