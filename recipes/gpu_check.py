@@ -10,10 +10,11 @@ nothing. docs/gpu.md says what each line is.
 """
 
 import argparse
+import os
+import shutil
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from prefopt.gpu.lines import FAILED, HEADER, NOT_RUN, Line, summary
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     names = parser.parse_args(argv).only
     start = time.monotonic()
     folder = tempfile.mkdtemp(prefix="prefopt-gpu-check-")
-    log = Path(folder) / "log.txt"
+    failed: list[Line] = []
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - start:4.0f} s] {text}", file=sys.stderr, flush=True)
@@ -45,14 +46,15 @@ def main(argv: list[str] | None = None) -> None:
         print(line, flush=True)
 
     say("starting: torch and the trainers are imported")
-    machine, lines = run(names, meet, show, say, log=str(log))
-    failed = [line for line in lines if line.verdict == FAILED]
+    try:
+        machine, lines = run(names, meet, show, say, log=os.path.join(folder, "log.txt"))
+        failed += [line for line in lines if line.verdict == FAILED]
+    finally:
+        if not failed:
+            shutil.rmtree(folder)
     print(f"{len(failed)} failed, {sum(line.verdict == NOT_RUN for line in lines)} not run")
     if failed:
-        print(f"what the checks printed, with tracebacks: {log}", file=sys.stderr)
-    else:
-        log.unlink(missing_ok=True)
-        Path(folder).rmdir()
+        print(f"what the checks printed, with tracebacks: {folder}", file=sys.stderr)
     print(summary(machine, lines, time.monotonic() - start), flush=True)
     if failed or not machine:
         raise SystemExit(1)

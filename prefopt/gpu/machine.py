@@ -69,13 +69,7 @@ class Machine:
     def why_no_4bit(self) -> str | None:
         """The reason why weights cannot be packed in 4 bit here, or None."""
         try:
-            from bitsandbytes import functional
-
-            weight = torch.linspace(-1, 1, 4096, device=self.device).reshape(64, 64)
-            back = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
-            # The widest gap between two values of NF4 is 0.3, half of it either way.
-            if not (back - weight).abs().max().item() < 0.3:
-                return "bitsandbytes gives other weights back"
+            pack_and_unpack(self.device)
         except Exception as error:  # whatever a package that does not fit the driver meets
             return f"bitsandbytes does not work: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
         return None
@@ -99,6 +93,18 @@ class Machine:
             "dtype": self.dtype,
             "versions": versions,
         }
+
+
+def pack_and_unpack(device: torch.device | str) -> None:
+    """Try bitsandbytes' 4-bit weights; whatever is wrong with it raises."""
+    from bitsandbytes import functional
+
+    weight = torch.linspace(-1, 1, 4096, device=device).reshape(64, 64)
+    back = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
+    error = (back - weight).abs().max().item()
+    # The widest gap between two values of NF4 is 0.3, half of it either way.
+    if not error < 0.3:
+        raise ValueError(f"values come back with an error of {error:.2g}")
 
 
 def this_machine() -> Machine:

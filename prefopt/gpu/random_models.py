@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -124,6 +123,9 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -
 
 
 def _pack(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    # Not above: where it does not fit the GPU's driver, everything else can still be looked at.
+    import bitsandbytes as bnb
+
     for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
         packed = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"

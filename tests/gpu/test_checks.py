@@ -36,8 +36,8 @@ def as_users_have_it(monkeypatch):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("forked")
 def test_everything_in_miniature(monkeypatch, capfd):
-    monkeypatch.setattr(run, "START_METHOD", "fork")
     monkeypatch.setattr(gpu_check, "run", partial(run.run, total=1100))
     gpu_check.main([])
     found = json.loads(capfd.readouterr().out.splitlines()[-1])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from types import ModuleType, SimpleNamespace
 
@@ -79,14 +80,13 @@ CHECKS = (right, wrong, full, crashes, hangs, breaks)
 
 
 @pytest.fixture
-def checks(monkeypatch):
-    """The functions above are the checks, on a GPU that is a CPU; a process of checks is forked."""
+def checks(monkeypatch, forked):
+    """The functions above are the checks, on a GPU that is a CPU."""
     fake = ModuleType("prefopt.gpu.fake")
     vars(fake).update({check.__name__: check for check in CHECKS})
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     found = {check.__name__: run.Check(f"fake.{check.__name__}", 0.5, check.__name__) for check in CHECKS}
     monkeypatch.setattr(run, "CHECKS", found)
-    monkeypatch.setattr(run, "START_METHOD", "fork")
     monkeypatch.setattr(run, "GRACE", 0.5)
     gpu = SimpleNamespace(is_cuda=True, device="cpu", described=lambda: {"device": "cuda", "name": "a card"})
     monkeypatch.setattr(machine, "this_machine", lambda: gpu)
@@ -139,7 +139,8 @@ def test_what_there_is_no_time_for_is_listed():
 # ---- the command ----
 
 
-def test_the_exit_status_says_whether_something_failed(monkeypatch, capsys):
+def test_the_exit_status_says_whether_something_failed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = [Line("a", "b", OK, "text"), not_run("c", "d", "no card")]
 
     def ran(names, meet, show, say, log):
@@ -150,6 +151,7 @@ def test_the_exit_status_says_whether_something_failed(monkeypatch, capsys):
 
     monkeypatch.setattr(gpu_check, "run", ran)
     assert cli.main(["gpu-check"]) == 0
+    assert [*tmp_path.iterdir()] == []
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"a CPU, 0.0 GiB; torch {torch.__version__}, transformers ")
     assert "miniature" in printed[1]
@@ -160,7 +162,11 @@ def test_the_exit_status_says_whether_something_failed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["gpu-check", "--only", "vllm"])
     assert stopped.value.code == 1
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["counts"]["FAILED"] == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["counts"]["FAILED"] == 1
+    # Of what failed the log is kept.
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in printed.err
 
 
 def test_the_process_of_checks_sees_one_gpu(monkeypatch):
