@@ -105,7 +105,7 @@ def trainer_of(
     policy, reward = policy_and_reward(machine, shape, folder, dtype, **of_models)
     settings = {
         "output_dir": str(Path(folder) / "run"),
-        "use_cpu": not machine.is_cuda,
+        "use_cpu": machine.device.type == "cpu",
         "bf16": dtype == torch.bfloat16,
         "per_device_train_batch_size": lengths.batch,
         "steps_per_generation": lengths.minibatches,
