@@ -142,6 +142,12 @@ class Iteration(Commands):
         results: dict[str, Any] = {}
         for number in range(1, args.rounds + 1):
             self.number = number
+            markers = self.root / "steps" / f"round-{number}-*.json"
+            if not self.folder.is_dir() and list(markers.parent.glob(markers.name)):
+                raise UserError(
+                    f"{self.folder} is gone, but steps of it are done: put it back, or delete {markers} and those of later "
+                    "rounds to run them again"
+                )
             for name, title, work in self.plan():
                 settings = {"iterate": shared, "step": sections.get(name)}
                 done.run(f"round-{number}-{name}", f"round {number}: {title}", settings, work)

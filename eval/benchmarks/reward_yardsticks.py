@@ -12,6 +12,7 @@ numbers of the scores (`strata`). Rows are read as they are published:
 What differs from that code on purpose: nothing is cut at 2,048 tokens, and the pass is in the dtype of the evaluation.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +129,10 @@ def _is_ties(subset: str) -> bool:
 
 def _read_rewardbench2(rows: Iterable[Row], source: str) -> list[dict[str, Any]]:
     first: dict[str, int] = {}
+    numbers = itertools.count()
 
     def convert(row: Row) -> dict[str, Any]:
+        number_of_row = next(numbers)
         chosen, rejected = _texts(row, "chosen"), _texts(row, "rejected")
         result = {
             "prompt": _question(_text(row, "prompt")),
@@ -138,6 +141,8 @@ def _read_rewardbench2(rows: Iterable[Row], source: str) -> list[dict[str, Any]]
             "subset": _text(row, "subset"),
             "id": str(row.get("id")),
         }
+        if result["subset"] not in REWARDBENCH2_SUBSETS and not _is_ties(result["subset"]):
+            raise UserError(f"field 'subset': expected {', '.join(REWARDBENCH2_SUBSETS)}, got {result['subset']!r}")
         if _is_ties(result["subset"]):
             kind, _, number = result["id"].partition(":")
             if kind not in ("ref", "tied") or not number.isdigit():
@@ -148,7 +153,7 @@ def _read_rewardbench2(rows: Iterable[Row], source: str) -> list[dict[str, Any]]
                 raise UserError("field 'chosen': expected two answers or more of a tied prompt, got 1")
             if result["id"] in first:
                 raise UserError(f"field 'id': {result['id']} is the id of row {first[result['id']]} too")
-            first[result["id"]] = len(first)
+            first[result["id"]] = number_of_row
         return result
 
     return _checked(rows, source, convert)

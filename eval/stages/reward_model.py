@@ -200,6 +200,10 @@ class RewardModelArguments:
                 raise UserError(f"yardsticks: expected {', '.join(YARDSTICKS)}, got {name!r}")
             if name in self.rankings:
                 raise UserError(f"rankings: {name} is the name of a yardstick; rename that group")
+        if self.yardsticks and not self.reward_models and not self.implicit_rewards:
+            raise UserError(
+                f"{', '.join(self.yardsticks)}: nothing to measure; give reward_models, or implicit_rewards"
+            )
         check_names("reward_models", self.reward_models)
         check_names("rankings", self.rankings)
         for name, beta in self.implicit_rewards.items():

@@ -348,3 +348,10 @@ def test_mistakes_stop_before_the_first_step(files, keys, message):
     with pytest.raises(UserError, match=message):
         iterate.main(["--config", "run.yaml"])
     assert not (files / "run").exists()
+
+
+def test_a_round_whose_folder_was_deleted_is_named(files):
+    (files / "run" / "steps").mkdir(parents=True)
+    write_json("run/steps/round-1-sample.json", {})
+    with pytest.raises(UserError, match=r"run/round-1 is gone, .* delete run/steps/round-1-\*\.json"):
+        run()

@@ -247,6 +247,7 @@ def test_other_sources_count_in_the_whole_alone():
             {"subset": "Ties", "id": "tied:3"},
             "field 'chosen': expected two answers or more of a tied prompt",
         ),
+        ("rewardbench2", {"subset": "Maths"}, "field 'subset': expected Factuality, .*, Ties, got 'Maths'"),
         ("rm-bench", {"chosen": ["a", "b"]}, "field 'chosen': expected a list of 3 texts"),
         (
             "rm-bench",
@@ -278,8 +279,9 @@ def test_missing_columns_are_named(name):
 
 
 def test_an_id_that_stands_twice():
-    with pytest.raises(UserError, match="row 2: field 'id': tied:0 is the id of row 0 too"):
-        YARDSTICKS["rewardbench2"].read([ties("tied", 0, 2, 1), ties("ref", 0, 1, 1), ties("tied", 0, 2, 1)], "file")
+    rows = [best_of_four("Math", 0), ties("tied", 0, 2, 1), ties("ref", 0, 1, 1), ties("tied", 0, 2, 1)]
+    with pytest.raises(UserError, match="row 3: field 'id': tied:0 is the id of row 1 too"):
+        YARDSTICKS["rewardbench2"].read(rows, "file")
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------
@@ -335,8 +337,9 @@ def test_mistakes_in_the_keys(tmp_path):
         (["--dataset", "rows.jsonl"], "dataset: name the yardstick whose rows these are in `on`"),
         (["--yardsticks", '{"rewardbench": "x"}'], "yardsticks: expected rewardbench2, rm-bench, judgebench, got"),
         (["--on", "rm-bench", "--rankings", '{"rm-bench": "x"}'], "rankings: rm-bench is the name of a yardstick"),
+        (["--on", "rm-bench", "--dataset", "rows.jsonl"], "rm-bench: nothing to measure; give reward_models"),
         (
-            ["--on", "rm-bench", "--dataset", str(tmp_path / "gone.jsonl")],
+            ["--on", "rm-bench", "--dataset", str(tmp_path / "gone.jsonl"), "--reward_models", '{"rm": "rm"}'],
             r"yardsticks: rm-bench: .*gone\.jsonl does not exist",
         ),
     ):
