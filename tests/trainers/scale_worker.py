@@ -44,7 +44,8 @@ ROWS = [
     ]
     * 4
 ]
-PROMPTS = ["the cat", "a dog ran", "what is", "red"] * 8
+# Five, so that processes, each of which takes a multiple of two, never have the same.
+PROMPTS = ["the cat", "a dog ran", "what is", "red", "the red house"] * 8
 TEXTS = ["the cat sat on the mat", "a dog ran to the red house"] * 5
 
 
@@ -99,6 +100,8 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
             ptx_max_length=16,
             max_completion_length=8 if "drawn" in more else 32,
             fit_value_head=False,
+            # So that the value function's gradient is clipped too.
+            vf_coef=20.0,
             max_grad_norm=0.7,
             missing_eos_penalty=0.3,
             shuffle_dataset=False,

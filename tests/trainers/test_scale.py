@@ -134,6 +134,7 @@ def test_fsdp2_trains_ppo_equal_to_one_process_and_saves_every_role_whole(kinds,
     for kind, one, two in results(models, "fsdp2.yaml", kinds):
         assert two["state"]["type"] == "FSDP"
         assert two["state"]["sharded"] > 0
+        assert max(log.get("grad_norm/value", 0.0) for log in two["logs"]) > 0.7
         assert_equal(kind, one, two)
         saved = {name: saved_weights(models / name / kind) for name in ("one", "two")}
         assert saved["two"].keys() == saved["one"].keys()
