@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftConfig, PeftType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
@@ -387,16 +388,44 @@ def vllm_options(
         options["quantization"] = "bitsandbytes"
     if (adapter := saved.adapter) is None:
         return options, None
-    more = ("modules_to_save", "trainable_token_indices", "use_dora", "rank_pattern", "alpha_pattern")
-    has = [name for name in more if getattr(adapter, name, None)]
-    if has or adapter.bias != "none" or saved_vocabulary(source):
+    if (more := beyond_factors(adapter)) or saved_vocabulary(source):
         raise UserError(
-            f"engine vllm: the adapter {source} has {has[0] if has else 'weights'} beside the factors of one rank, which "
-            "vLLM does not read; merge it into its base, or use engine transformers"
+            f"engine vllm: the adapter {source} is more than LoRA factors of one rank ({more or 'embeddings'}), all that vLLM "
+            "reads; merge it into its base, or use engine transformers"
         )
-    rank = next((r for r in RANKS if r >= adapter.r), adapter.r)
-    options |= {"enable_lora": True, "max_lora_rank": rank}
+    options |= lora_options(adapter)
     return options, str(Path(find_adapter_config_file(source, revision=revision)).parent)
+
+
+def beyond_factors(adapter: PeftConfig) -> str | None:
+    """The setting by which an adapter is more than LoRA factors of one rank on its base, all that vLLM reads or looks at.
+
+    >>> beyond_factors(LoraConfig(r=4)), beyond_factors(LoraConfig(use_dora=True)), beyond_factors(LoraConfig(bias="all"))
+    (None, 'use_dora', 'bias')
+    """
+    if adapter.peft_type != PeftType.LORA:
+        return adapter.peft_type.value
+    # The others take a part out of the base.
+    if adapter.init_lora_weights not in (True, False, "gaussian", "eva", "orthogonal"):
+        return "init_lora_weights"
+    plain = LoraConfig()
+    for name in sorted(vars(plain).keys() - FACTORS):
+        if (value := getattr(adapter, name, None)) and value != getattr(plain, name):
+            return name
+    return None
+
+
+# What a `LoraConfig` may say of its factors.
+FACTORS = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha",
+    "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "init_lora_weights", "eva_config",
+}  # fmt: skip
+
+
+def lora_options(adapter: PeftConfig) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` that has room for one such adapter."""
+    return {"enable_lora": True, "max_lora_rank": next((r for r in RANKS if r >= adapter.r), adapter.r)}
 
 
 # Of LoRA factors, those that vLLM has kernels for.

@@ -306,8 +306,9 @@ class PPOPtxConfig(PretrainingOptions, GRPOConfig):
     > [!NOTE]
     > Rollouts come from transformers, from its continuous batching (with `bf16=False`), or from vLLM, as in
     > GRPOTrainer. The log-probabilities of PPO's ratio and of the KL are the policy's own in any case; what vLLM
-    > sampled by is corrected for by TRL's importance weights, which multiply the advantages of the policy loss. vLLM
-    > is tested against a stand-in for the engine only: the engine itself needs a GPU.
+    > sampled by is corrected for by TRL's importance weights, which multiply the advantages of the policy loss. Of a
+    > policy that trains LoRA factors, on a base in 4 bit as well, vLLM gets each version of the adapter; any other is
+    > sent whole.
 
     > [!NOTE]
     > Defaults that differ from GRPOConfig: `num_generations=1`, `disable_dropout=True` (dropout would make the first

@@ -75,9 +75,15 @@ class PromptOrder(TrainerCallback):
 
 
 def check_vllm(
-    args: PPOPtxConfig, model: str | nn.Module, quantization_config: Any, suppressed_tokens: list[int]
+    args: PPOPtxConfig,
+    model: str | nn.Module,
+    quantization_config: Any,
+    suppressed_tokens: list[int],
+    by_adapter: bool,
 ) -> None:
     """Refuse the policies whose weights TRL would send to vLLM wrongly or under names that vLLM does not know.
+
+    `by_adapter`: these stay where they are (`prefopt.trainers.ppo_ptx.engine`), and may be in 4 bit.
 
     Raises ValueError; nothing happens without `use_vllm`.
     """
@@ -85,10 +91,12 @@ def check_vllm(
         return
     quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     to_quantize = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
-    if quantized or to_quantize:
+    in_8bit = getattr(model, "is_loaded_in_8bit", False) or getattr(to_quantize, "load_in_8bit", False)
+    if (quantized or to_quantize) and (in_8bit or not by_adapter):
         raise UserError(
-            "use_vllm with a 4-bit or 8-bit policy is not supported: TRL would send vLLM the packed weights; load "
-            "the policy in 16 bit, or generate with transformers (use_vllm=False)"
+            "use_vllm with a 4-bit or 8-bit policy is not supported, as TRL would send vLLM the packed weights, unless 4 "
+            "bits stay where they are: train LoRA factors of one rank, without vllm_enable_sleep_mode. Or load the policy "
+            "in 16 bit, or generate with transformers (use_vllm=False)"
         )
     for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
         if getattr(config, "modules_to_save", None):

@@ -46,6 +46,7 @@ from prefopt.models.reward import checkpoint_activations, keep_4bit_gradients, v
 from prefopt.models.roles import AdapterScorer, trainable_copy
 from prefopt.rankings.tokens import prompts_as_read, template_kwargs
 from prefopt.trainers.ppo_ptx.config import ELSEWHERE, PAGE, PPOPtxConfig
+from prefopt.trainers.ppo_ptx.engine import policy_engine, sends_adapter
 from prefopt.trainers.ppo_ptx.episodes import Roles, ppo_loss
 from prefopt.trainers.ppo_ptx.roles import (
     ValueFunction,
@@ -201,20 +202,22 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         functions = [self._as_function(reward) for reward in reward_funcs]
         suppressed = suppress_reward_tokens(args, self.reward_models)
         original = trainable_weights(model)
-        check_vllm(args, model, quantization_config, suppressed)
+        by_adapter = sends_adapter(model, args.vllm_enable_sleep_mode, peft_config)
+        check_vllm(args, model, quantization_config, suppressed, by_adapter)
 
-        super().__init__(
-            model,
-            functions,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with policy_engine(args.output_dir):
+            super().__init__(
+                model,
+                functions,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         if self.is_deepspeed_enabled:
             raise UserError(
                 "DeepSpeed is not supported: a step has a backward pass each for policy, value function and "
@@ -229,7 +232,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
             raise UserError("mixture-of-experts load balancing is not supported: set router_aux_loss_coef=0.0")
 
         # Again, for a policy that was a path.
-        check_vllm(args, self.model, None, [])
+        check_vllm(args, self.model, None, [], by_adapter)
+        if args.use_vllm:
+            self.vllm_generation.end_at(self.eos_token_ids)
         keep_4bit_gradients(self.model)
         undo_rounding(self.model, original)
         check_rows(self.model)
@@ -383,7 +388,7 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         was_training = self.model.training
         is_sent = self.use_vllm and self.state.global_step != self._last_loaded_step
-        kept = base_kept(self.model) if is_sent else nullcontext()
+        kept = base_kept(self.model) if is_sent and not self.vllm_generation.by_adapter else nullcontext()
         if isinstance(self.model, PeftModel) and not self.use_vllm:
             kept = merged(self.model)
         # Of the settings of TRL's own config, which names the end tokens, and of none in the checkpoint's.
@@ -438,6 +443,9 @@ class PPOPtxTrainer(CompleteCheckpointsMixin, PublishingMixin, GRPOTrainer):
         logged = self._metrics["train" if is_training else "eval"]
         for name, value in self._rollouts.complete(rollout, self._sampled, is_training).items():
             logged[name].append(value)
+        if self.use_vllm:
+            drawn_by, mask = rollout["sampling_per_token_logps"], rollout["completion_mask"].bool()
+            self.vllm_generation.check_base(rollout["old_per_token_logps"], drawn_by, mask)
         # With what it keeps of the trunk.
         self._sampled.episodes = None
         # Of groups of one it is always 1.

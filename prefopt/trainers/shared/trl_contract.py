@@ -147,6 +147,22 @@ CLASSES: dict[str, dict[str, Seams]] = {
                 "temperature",
             ),
         ),
+        "trl.generation.vllm_client.VLLMClient": Seams(
+            methods={"get_server_info": (), "init_communicator": ("device",), "reset_prefix_cache": ()},
+            attributes=("base_url", "model", "session"),
+        ),
+        "trl.generation.vllm_generation.VLLMGeneration": Seams(
+            methods={"_init_vllm": (), "sync_weights": ()},
+            attributes=(
+                "accelerator",
+                "enable_sleep_mode",
+                "generation_kwargs",
+                "llm",
+                "mode",
+                "model",
+                "vllm_client",
+            ),
+        ),
         "trl.trainer.utils.RepeatSampler": Seams(attributes=("generator",)),
     },
 }
@@ -159,6 +175,8 @@ IMPORTS: dict[str, dict[str, tuple[str, ...]]] = {
         "trl.trainer.utils": ("use_adapter", *_CARDS),
     },
     "PPOPtxTrainer": {
+        "trl.generation.vllm_generation": ("VLLMClient", "VLLMGeneration"),
+        "trl.trainer.grpo_trainer": ("VLLMGeneration",),
         "trl.trainer.utils": (
             "add_fused_lm_head",
             "split_tensor_dict",
