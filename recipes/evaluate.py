@@ -93,7 +93,7 @@ class Evaluation:
     def measure(self, stage: Stage) -> None:
         own = self.given[stage.arguments]
         if stage is generate.STAGE:
-            own = replace(own, prompts=_prompts(own))
+            own = replace(own, prompts=held_out_prompts(own))
         elif stage is reward_model.STAGE:
             own = replace(own, on=None, dataset=None, yardsticks=_yardsticks(own))
         stage.measure(self.run, self.args, own, *(self.given[arguments] for arguments in stage.reads))
@@ -140,7 +140,7 @@ class Evaluation:
     def all(self) -> None:
         """All stages whose data are given, then the report; a stage that breaks does not cost the reader the others."""
         # Every stage measures completions of these, so a mistake in them ends the command before the first.
-        _prompts(self.given[generate.GenerateArguments])
+        held_out_prompts(self.given[generate.GenerateArguments])
         self.notes.clear()
         for stage in STAGES:
             # An earlier result of what does not run or breaks now would mislead.
@@ -168,7 +168,8 @@ class Evaluation:
 ALL = Stage("all", "all stages whose data are given, then the report", EvaluationArguments, Evaluation.all)
 
 
-def _prompts(own: generate.GenerateArguments) -> list[dict[str, Any]]:
+def held_out_prompts(own: generate.GenerateArguments) -> list[dict[str, Any]]:
+    """The rows that the models answer, checked."""
     rows = load_rows(
         own.prompts,
         split=_split(own.prompts, own.prompts_split) if own.prompts_split == "test" else own.prompts_split,

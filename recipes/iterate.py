@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,9 +35,10 @@ from prefopt.evaluation.iterations import (
 )
 from prefopt.evaluation.results import BASELINE, jsonable
 from prefopt.evaluation.run import EvaluationRun, parsed_mapping
+from prefopt.evaluation.stages.generate import GenerateArguments
 from prefopt.evaluation.stages.judge import called
 from prefopt.inference.generate import derived_seed
-from prefopt.inference.journal import source_state
+from prefopt.inference.journal import fingerprint_of, source_state
 from prefopt.inference.jsonl import read_json, read_jsonl, write_json, write_jsonl
 from prefopt.recipes import dpo, evaluate, ppo_ptx, rank, reward, sample
 from prefopt.recipes.common.arguments import parse, setting
@@ -133,11 +135,11 @@ class Iteration(Commands):
             sections = self.settings(self.steps)
         except UserError as error:
             raise UserError(str(error).replace(f"{self.configs}/", "section ").replace(".yaml", "")) from error
-        self.check_ranking()
+        self.check()
+        shared = {k: v for k, v in asdict(args).items() if k not in {*self.kinds, "output_dir", "rounds"}}
+        shared |= {"policy": source_state(args.policy), "prompts": fingerprint_of(self.prompts)}
         done = Steps(self.root, total=args.rounds * (len(self.steps) + 1))
         lock(self.root / "steps" / "_lock", "output_dir", self.root)
-        shared = {k: v for k, v in asdict(args).items() if k not in {*self.kinds, "output_dir", "rounds"}}
-        shared["policy"] = source_state(args.policy)
         rounds: list[Round] = []
         results: dict[str, Any] = {}
         for number in range(1, args.rounds + 1):
@@ -154,8 +156,9 @@ class Iteration(Commands):
             rounds.append(Round.of(read_json(self.folder / "round.json")))
             results = results_of(rounds, called(self.judge), self.ranker)
             write_json(self.root / "iterate.json", results)
-            told = {key: value for key, value in shared.items() if key != "policy" and value is not None}
-            build_iterate_page(self.root / "iterate.html", results, {"policy": args.policy, **told})
+            told = {key: value for key, value in shared.items() if value is not None}
+            told |= {"policy": args.policy, "prompts": args.prompts}
+            build_iterate_page(self.root / "iterate.html", results, told)
             if results["stopped"]:
                 break
         for line in [
@@ -166,8 +169,9 @@ class Iteration(Commands):
             done.console.print(line)
         return results
 
-    def check_ranking(self) -> None:
-        """Raise what the first round would say only after sampling: of who ranks, and of one answer to each prompt."""
+    def check(self) -> None:
+        """Raise what the first round would say only after sampling or training: of rows, of who ranks, of one answer to each
+        prompt."""
         sampling, _ = self.arguments("sample", output=self.root)
         if sampling.k_max < 2:
             raise UserError(f"section sample: k_max is {sampling.k_max}; a ranking needs two answers or more")
@@ -176,6 +180,12 @@ class Iteration(Commands):
             rank.ranker_of(ranking)
         except UserError as error:
             raise UserError(f"section rank: {error}") from error
+        _, *stages = self.arguments("evaluate", output_dir=self.root)
+        held_out = next(one for one in stages if isinstance(one, GenerateArguments))
+        try:
+            evaluate.held_out_prompts(held_out)
+        except UserError as error:
+            raise UserError(f"section evaluate: {error}") from error
 
     def plan(self) -> Iterator[tuple[str, str, Any]]:
         """Name, title and work of the steps of a round."""
@@ -188,6 +198,13 @@ class Iteration(Commands):
             yield "ppo_ptx", "PPO-ptx", self.ppo_ptx
         yield "evaluate", "evaluate all policies", self.evaluate
         yield "compare", "compare with the best one before", self.compare
+
+    @cached_property
+    def prompts(self) -> list[dict[str, Any]]:
+        """The rows from which answers are sampled."""
+        return load_rows(
+            self.args.prompts, key="prompts", check=check_fields("prompt"), convert=prompts_from_messages
+        ).to_list()
 
     # ---- one round --------------------------------------------------------------------------------------------------
     @property
@@ -219,9 +236,7 @@ class Iteration(Commands):
         return {"model_name_or_path": self.policy_of(self.models[-2]), "seed": seed}
 
     def sample(self) -> None:
-        rows = load_rows(
-            self.args.prompts, key="prompts", check=check_fields("prompt"), convert=prompts_from_messages
-        ).to_list()
+        rows = self.prompts
         n = self.args.prompts_per_round or len(rows)
         first = (self.number - 1) * n
         write_jsonl(

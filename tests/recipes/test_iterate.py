@@ -340,6 +340,8 @@ def test_win_rates_by_the_judge_are_those_of_the_pair():
         ({"sample": {"k_min": 1, "k_max": 1}}, "section sample: k_max is 1; a ranking needs two"),
         ({"rank": {"reward_model": ["base"]}}, "section rank: reward_model: .*no trained head"),
         ({"rank": {}}, "section rank: no ranker given"),
+        ({"prompts": "none.jsonl"}, "prompts: .*none.jsonl"),
+        ({"evaluate": {**KEYS["evaluate"], "prompts": "none.jsonl"}}, "section evaluate: prompts: .*none.jsonl"),
     ],
 )
 def test_mistakes_stop_before_the_first_step(files, keys, message):
@@ -348,6 +350,14 @@ def test_mistakes_stop_before_the_first_step(files, keys, message):
     with pytest.raises(UserError, match=message):
         iterate.main(["--config", "run.yaml"])
     assert not (files / "run").exists()
+
+
+def test_other_prompts_in_the_same_file_are_another_run(files, asked):
+    run(rounds=1)
+    rows = read_jsonl(files / "prompts.jsonl")
+    write_jsonl(files / "prompts.jsonl", [*rows, rows[0]])
+    with pytest.raises(UserError, match="round-1-sample"):
+        run(rounds=2)
 
 
 def test_a_round_whose_folder_was_deleted_is_named(files):

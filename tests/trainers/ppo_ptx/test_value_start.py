@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from prefopt.models.reward import token_scores
+from prefopt.models.reward import set_reward_bias, token_scores
+from prefopt.trainers.ppo_ptx import value_start
 from prefopt.trainers.ppo_ptx.roles import ValueFunction
 from prefopt.trainers.ppo_ptx.value_start import PENALTIES, fitted_values, ridge
 
@@ -55,10 +56,12 @@ def drawn(noise, seed=0):
     return states, targets + noise * torch.randn(12, 5, generator=generator, dtype=torch.double), counts
 
 
-@pytest.mark.parametrize(("noise", "is_chance"), [(0.0, False), (0.5, True), (50.0, True)])
-def test_the_head_is_that_of_a_slow_ridge_regression(noise, is_chance):
+@pytest.mark.parametrize(
+    ("noise", "seed", "is_chance"), [(0.0, 0, False), (0.5, 0, True), (4.0, 1, True), (4.0, 11, True), (50.0, 0, True)]
+)
+def test_the_head_is_that_of_a_slow_ridge_regression(noise, seed, is_chance):
     """Where the least error is chance, it is not its penalty that is taken."""
-    states, targets, counts = drawn(noise)
+    states, targets, counts = drawn(noise, seed)
     expected, by_others, penalty, best = slow_ridge(states, targets, counts, HALVES)
     assert (penalty > best) == is_chance
     weight, weights = ridge(states, targets, counts, same, HALVES)
@@ -116,6 +119,7 @@ def test_the_baseline_is_of_those_who_have_not_seen_the_episode(num_generations,
     def read(model):
         return token_scores(model, ids, mask)[:, 2:5].detach()
 
+    set_reward_bias(reward_model, 0.5)
     before = read(reward_model)
     targets = 3 * before + 0.1 * torch.randn(8, 3, generator=generator)
     of_half = [i // num_generations % 2 for i in range(8)]
@@ -129,6 +133,18 @@ def test_the_baseline_is_of_those_who_have_not_seen_the_episode(num_generations,
         return of_others
 
     changed = targets.clone()
-    changed[0] += 0.1
+    changed[0] += 0.01
     differ = (baseline(changed) - baseline(targets)).abs().amax(1) > 1e-6
     assert differ.tolist() == [half == 1 for half in of_half]
+
+
+def test_values_and_baseline_have_the_bias_of_the_reward_model(reward_model, monkeypatch):
+    set_reward_bias(reward_model, 0.5)
+    weight = reward_model.score.weight[0].detach().clone()
+    monkeypatch.setattr(value_start, "ridge", lambda *args: (weight, torch.stack([weight, weight])))
+    ids = torch.randint(2, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    before = token_scores(reward_model, ids, mask)[:, 2:5].detach()
+    value_function = ValueFunction(reward_model)
+    for found in fitted_values(value_function, ids, mask, before, before, mask[:, 3:].bool(), 4, nullcontext, same):
+        torch.testing.assert_close(found, before)
