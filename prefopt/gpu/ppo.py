@@ -90,8 +90,8 @@ def policy_and_reward(
     nn.init.normal_(head.weight, std=base.config.hidden_size**-0.5)
     reward.task_type, reward.modules_to_save, reward.base_model_name_or_path = "SEQ_CLS", ["score"], base.name_or_path
     AdapterScorer(policy, "given", head, policy.config, reward).save_pretrained(place)
-    policy.delete_adapter("given")
     policy.set_adapter("default")
+    policy.delete_adapter("given")
     move_away(policy, seed=2)
     build_tokenizer(shape["vocab_size"]).save_pretrained(place)
     return policy, place

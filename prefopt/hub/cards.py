@@ -181,7 +181,7 @@ def _describe(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _serve_command(location: str, bias: float | None) -> str:
-    """What has vLLM serve a whole reward model, its bias subtracted.
+    r"""What has vLLM serve a whole reward model, its bias subtracted.
 
     >>> _serve_command("me/rm", 0.25)
     'vllm serve me/rm --runner pooling --pooler-config \'{"logit_mean": 0.25}\''
