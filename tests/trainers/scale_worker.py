@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -159,8 +160,17 @@ def shard_on_cpus() -> None:
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter as it is without sharding."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     parameter = parameter.detach()
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "full_tensor") or not getattr(parameter, "ds_persist", True)
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -174,6 +184,9 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 def train(kind: str, folder: Path, batch_size: int, out: Path) -> None:
     """Train, save the model, and write logs and weights to `OUT/KIND.pt`."""
     trainer = make(kind, folder, batch_size, out)
+    if plugin := trainer.accelerator.state.deepspeed_plugin:
+        # It leaves small weights whole, as all of these are.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     trainer.train()
     uninterrupted = weights_of(trainer)
     if kind.endswith("-resumed"):
@@ -187,7 +200,7 @@ def train(kind: str, folder: Path, batch_size: int, out: Path) -> None:
         state = {
             "processes": trainer.accelerator.num_processes,
             "type": trainer.accelerator.distributed_type.value,
-            "sharded": sum(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
+            "sharded": sum(map(is_sharded, trainer.model.parameters())),
         }
         results = {"state": state, "weights": weights, "uninterrupted": uninterrupted, "logs": logs}
         torch.save(results, out / f"{kind}.pt")
@@ -199,3 +212,7 @@ def train_each(kinds: list[str], folder: Path, batch_size: int, out: Path) -> No
         shard_on_cpus()
     for kind in kinds:
         train(kind, folder, batch_size, out)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -22,7 +22,7 @@ from prefopt.models.reward import keep_head_fp32, set_reward_bias
 from prefopt.trainers.ppo_ptx.config import PPOPtxConfig
 from prefopt.trainers.reward.config import RankedRewardConfig
 from tests.trainers.conftest import in_two_processes
-from tests.trainers.scale_worker import train_each
+from tests.trainers.scale_worker import train, train_each
 
 # Accelerate looks for a free port.
 pytestmark = [pytest.mark.slow, pytest.mark.enable_socket]
@@ -209,33 +209,50 @@ def test_configs_are_read_by_accelerate(file, kind):
     assert config.num_processes == 2
 
 
+LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
 @pytest.mark.parametrize(
-    ("config", "variable", "options", "sentence"),
+    ("config", "environment", "options"),
     [
-        (
-            PPOPtxConfig,
-            "ACCELERATE_USE_DEEPSPEED",
-            {"deepspeed": "zero3.json"},
-            "each backward pass.*fsdp2.yaml",
-        ),
-        (
-            RankedRewardConfig,
-            "ACCELERATE_USE_DEEPSPEED",
-            {"deepspeed": "zero3.json"},
-            "one dtype.*fsdp2.yaml",
-        ),
+        (PPOPtxConfig, {}, {"deepspeed": "zero3.json"}),
+        (PPOPtxConfig, LAUNCHED, {}),
+        (RankedRewardConfig, {}, {"deepspeed": "zero3.json"}),
+        (RankedRewardConfig, LAUNCHED, {"bf16": True}),
+        (RankedRewardConfig, LAUNCHED | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, {}),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
-    config, variable, options, sentence, monkeypatch, tmp_path
+    config, environment, options, monkeypatch, tmp_path
 ):
-    with pytest.raises(ValueError, match=sentence):
+    sentence = {
+        PPOPtxConfig: "each backward pass.*fsdp2.yaml",
+        RankedRewardConfig: "zero3_init_flag: false.*fsdp2.yaml",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence[config]):
         config(str(tmp_path), use_cpu=True, **options)
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=sentence):
-        config(str(tmp_path), use_cpu=True)
-    monkeypatch.setenv(variable, "false")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     config(str(tmp_path), use_cpu=True)
+
+
+# One a process: transformers shards what is loaded after the first. An operation for CPUs is compiled at the first start.
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["reward-full", "reward-lora", "dpo-full"])
+def test_deepspeed_equals_one_process_in_fp32(kind, models):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed, which needs a compiler")
+    one, two = models / "one", models / "two"
+    one.mkdir(), two.mkdir()
+    train(kind, models, 4, one)
+    launch = ["accelerate.commands.launch", "--config_file", str(CONFIGS / "deepspeed_zero3.yaml")]
+    worker = ["-m", "tests.trainers.scale_worker", kind, str(models), "2", str(two)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *launch, *worker], cwd=ROOT, env=environment, check=True)
+    results = [torch.load(folder / f"{kind}.pt") for folder in (one, two)]
+    assert results[1]["state"]["type"] == "DEEPSPEED"
+    assert results[1]["state"]["sharded"] == len(results[0]["weights"])
+    assert_equal(kind, *results)
 
 
 def test_deepspeed_takes_an_optimizer_step_with_each_backward_pass():

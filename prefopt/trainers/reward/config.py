@@ -11,7 +11,7 @@ from prefopt.trainers.ranked.options import (
     check_ranked_options,
     refuse_options,
 )
-from prefopt.trainers.shared.precision import is_asked_for
+from prefopt.trainers.shared.precision import is_asked_for, shards_before_loading
 
 # Every field that TRL's RewardConfig adds to TrainingArguments is in one of these two tables.
 HONORED = {
@@ -80,10 +80,11 @@ class RankedRewardConfig(RankedOptions, RewardConfig):
         if self.bf16 is None:
             self.bf16 = bf16_by_default(self)
         refuse_options(self, REFUSED)
-        if is_asked_for("deepspeed", self):
+        if is_asked_for("deepspeed", self) and (self.bf16 or self.fp16 or shards_before_loading(self)):
             raise UserError(
-                "DeepSpeed is not supported for reward models: it keeps all weights in one dtype and leaves a process a "
-                "part of each, where the head is to be drawn whole and kept in fp32; launch with "
+                "DeepSpeed trains reward models in fp32 alone (bf16: false, fp16: false), as it keeps all weights in one dtype, "
+                "and with zero3_init_flag: false and no `deepspeed` argument, as a part of each weight in a process is not enough "
+                "to draw the head from; launch with recipes/accelerate/deepspeed_zero3.yaml, or with "
                 "recipes/accelerate/fsdp2.yaml, which shards as much"
             )
         check_ranked_options(self, [self.loss_type])

@@ -43,6 +43,14 @@ def is_asked_for(engine: str, args: TrainingArguments) -> bool:
     return os.environ.get(_LAUNCHED[engine], "false").lower() == "true" or bool(getattr(args, engine))
 
 
+def shards_before_loading(args: TrainingArguments) -> bool:
+    """Whether DeepSpeed gives a process a part of each weight as soon as it is loaded (`zero.Init`).
+
+    With the argument `deepspeed` transformers does so wherever its file has stage 3.
+    """
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
+
+
 def refuse_several_devices(model: nn.Module) -> None:
     """Raise where one process has spread a model over several GPUs, as TRL does with a path and no launcher.
 
