@@ -14,6 +14,7 @@ from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import (
+    BitsAndBytesConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -72,7 +73,8 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
     policy generates, the likeliest tokens).
 
     `-resumed` at the end: trained, then trained again from the checkpoint of the second step. `-bf16` at the end: in bf16.
-    `-checkpointing`: of the activations, as on a GPU; also with `-bf16`.
+    `-checkpointing`: of the activations, as on a GPU; also with `-bf16`. `-4bit`: the base of reward model or DPO, packed as
+    FSDP wants it.
     """
     trainer, how, *more = kind.split("-")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -129,11 +131,14 @@ def make(kind: str, folder: Path, batch_size: int, out: Path) -> Trainer:
             peft_config=LoraConfig(task_type="CAUSAL_LM", **lora) if how == "lora" else None,
         )
     settings |= {"learning_rate": 1e-2, "max_grad_norm": 0.7, "ties": "half", "optim": "adamw_torch"}
+    loading: dict[str, Any] = {"dtype": torch.float32}
+    if "4bit" in more:
+        loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.float32)
     if trainer == "reward":
-        model = LlamaForSequenceClassification.from_pretrained(folder / "reward", dtype=torch.float32)
+        model = LlamaForSequenceClassification.from_pretrained(folder / "reward", **loading)
         trainer_class, args = RankedRewardTrainer, RankedRewardConfig(**settings)
     else:
-        model = LlamaForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+        model = LlamaForCausalLM.from_pretrained(folder / "policy", **loading)
         trainer_class, args = RankedDPOTrainer, RankedDPOConfig(**settings)
     return trainer_class(
         model=model,

@@ -165,6 +165,23 @@ def test_fsdp2_trains_adapters_in_bf16(models):
                 assert (two["weights"][name] - weight).abs().max() < 0.01, (kind, name)
 
 
+def test_fsdp2_trains_adapters_on_4_bit(models):
+    """The packed weights are sharded; what is trained and saved is that of one process."""
+    for kind, one, two in results(models, "fsdp2.yaml", ["reward-lora-4bit", "dpo-lora-4bit"]):
+        assert two["state"]["type"] == "FSDP"
+        assert two["state"]["sharded"] == len(one["weights"])
+        # Packed ones are numbers of no meaning.
+        trained = {name for name in one["weights"] if "lora_" in name or "modules_to_save" in name}
+        assert len(trained) == 2 * 2 * 2 + kind.startswith("reward")
+        for result in (one, two):
+            result["weights"] = {name: result["weights"][name] for name in trained}
+        assert_equal(kind, one, two)
+        saved, expected = (load_file(models / of / kind / "adapter_model.safetensors") for of in ("two", "one"))
+        assert saved.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert (saved[name] - weight).abs().max().item() < 1e-5, (kind, name)
+
+
 def test_recipes_run_under_accelerate_launch(models, tokenizer):
     """As the README says it, on CPUs."""
     with open(models / "rows.jsonl", "w") as file:
