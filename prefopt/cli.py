@@ -36,7 +36,7 @@ GROUPS = {
         "sweep": ("prefopt.recipes.sweep", "ptx_coef and kl_coef varied, from a finished pipeline run"),
         "frontier": ("prefopt.recipes.frontier", "reward against KL of every method on a pretrained model"),
         "recipes": ("prefopt.recipes.recipes", "settings that work, one folder per purpose: list, copy"),
-        "gpu-check": ("prefopt.recipes.gpu_check", "does it work on this GPU, and what does it gain there: a table"),
+        "gpu-check": ("prefopt.gpu.command", "does it work on this GPU, and what does it gain there: a table"),
         "env": ("prefopt.recipes.env", "versions and hardware, for a bug report"),
     },
 }

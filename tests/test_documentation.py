@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from trl import TrlParser
 
 from prefopt import cli
+from prefopt.gpu import command as gpu_check
 from prefopt.inference.jsonl import write_jsonl
-from prefopt.recipes import gpu_check
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow

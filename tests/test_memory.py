@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config, T5Config
 
 from prefopt.errors import UserError
+from prefopt.gpu.random_models import QWEN3_8B
 from prefopt.memory import (
     BACKWARD_TILES,
     CUDA_CONTEXT,
@@ -28,7 +29,6 @@ from prefopt.memory import (
     peak,
 )
 from prefopt.models.prefix import sharing as prefix_sharing
-from tests.conftest import QWEN3_8B
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer
 
 from prefopt.gpu import attention as checked
+from prefopt.gpu import command as gpu_check
 from prefopt.gpu import ppo, run, sharing
 from prefopt.gpu.attention import SMALL, compare
 from prefopt.gpu.lines import FAILED, NOT_RUN, OK
@@ -19,7 +20,6 @@ from prefopt.memory import Moment
 from prefopt.models.prefix import attention
 from prefopt.models.prefix import sharing as prefix_sharing
 from prefopt.models.prefix.attention import Rule, grouped_attention
-from prefopt.recipes import gpu_check
 from prefopt.trainers.ppo_ptx.episodes import Roles
 from prefopt.trainers.ppo_ptx.trainer import PPOPtxTrainer
 from tests.models.test_prefix_attention import varlen_by_loop

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from prefopt import cli
+from prefopt.gpu import command as gpu_check
 from prefopt.gpu import lines, machine, run
 from prefopt.gpu.lines import FAILED, NOT_RUN, OK, Line, figure, judged, not_run, summary, within
 from prefopt.gpu.machine import Budget, Machine
 from prefopt.gpu.ranking_step import SIDES, Step, flops
 from prefopt.gpu.sharing import Speeds, Timed, line_of
-from prefopt.recipes import gpu_check
 
 
 def test_a_limit_is_met_or_not():

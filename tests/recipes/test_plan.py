@@ -10,9 +10,9 @@ from trl import ModelConfig
 
 from prefopt.cli import main
 from prefopt.errors import UserError
+from prefopt.gpu.random_models import QWEN3_8B
 from prefopt.memory import STEPS
 from prefopt.recipes.plan import ARGUMENTS, PlanArguments, memory, on_its_machine, settings_of
-from tests.conftest import QWEN3_8B
 
 pytestmark = pytest.mark.slow
 
