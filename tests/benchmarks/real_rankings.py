@@ -173,11 +173,13 @@ def one(args: argparse.Namespace, source: str, seed: int, parts: tuple[list[dict
             scores = train_and_score(args, side, ranked, args.prompts_per_step, budget, seed, test)
             spent = dict(budget.spent)
         else:
-            match = "seconds" if side == "pairs, time" else "steps"
-            budget = Budget(match, spent[match], rate)
-            scores = train_and_score(args, side, pairs, compared, budget, seed, test)
+            in_time = side == "pairs, time"
+            batch = args.pairs_per_step or compared
+            amount = spent["seconds"] if in_time else round(spent["steps"] * compared / batch)
+            budget = Budget("seconds" if in_time else "steps", amount, rate)
+            scores = train_and_score(args, side, pairs, batch, budget, seed, test)
         found[side] = {**numbers(scores, test), "spent": budget.spent, "scores": scores}
-        share = budget.spent["steps"] * (args.prompts_per_step if side == "all K" else compared)
+        share = budget.spent["steps"] * (args.prompts_per_step if side == "all K" else batch)
         found[side]["passes"] = share / len(train if side == "all K" else pairs)
         print(f"{source} seed {seed} {side}: {told(found[side])}", flush=True)
     return found
@@ -200,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=600, help="of training, the evaluation not counted")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--prompts_per_step", type=int, default=4)
+    parser.add_argument("--pairs_per_step", type=int, help="of TRL; default: as many comparisons as a step of all K has")
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--pairs_learning_rate", type=float, help="default: that of all K")
     parser.add_argument("--lora_r", type=int, default=16, help="0: all weights")
