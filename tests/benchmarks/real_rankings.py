@@ -202,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=600, help="of training, the evaluation not counted")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--prompts_per_step", type=int, default=4)
-    parser.add_argument("--pairs_per_step", type=int, help="of TRL; default: as many comparisons as a step of all K has")
+    parser.add_argument(
+        "--pairs_per_step", type=int, help="of TRL; default: as many comparisons as a step of all K has"
+    )
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--pairs_learning_rate", type=float, help="default: that of all K")
     parser.add_argument("--lora_r", type=int, default=16, help="0: all weights")
