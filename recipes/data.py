@@ -32,7 +32,7 @@ from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
 from prefopt.recipes.common.arguments import dispatch, setting
-from prefopt.recipes.common.sources import Kind, SourceArguments, checked_rows, good_rows, keep_inputs, read_rows
+from prefopt.recipes.common.sources import Kind, SourceArguments, checked_rows, good_rows, check_output, read_rows
 
 Row = Mapping[str, Any]
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 def convert_rows(source: SourceArguments, args: ConvertArguments) -> None:
     """nectar.jsonl --out rankings.jsonl: ranked comparisons from a public format, detected by its columns."""
     out = Path(args.out)
-    keep_inputs(out, [str(source.data)])
+    check_output(out, [str(source.data)])
     counts: Counter[str] = Counter()
     # One entry per row; only the first says the format, which all of them share.
     read: list[str | None] = []
@@ -185,7 +185,7 @@ def _notes(row: Row, tokenizer: Any = None) -> Iterator[str]:
 def stats(source: SourceArguments, args: StatsArguments) -> None:
     """rankings.jsonl --against heldout.jsonl: sizes, ties, lengths, repeats, agreement, prompts shared with others."""
     if args.out:
-        keep_inputs(Path(args.out), [str(source.data), *args.against])
+        check_output(Path(args.out), [str(source.data), *args.against])
     others = {name: SourceArguments(name) for name in args.against}
     others |= {f"split {name}": replace(source, split=name, max_rows=None) for name in args.against_split}
     against = {
@@ -234,7 +234,7 @@ def split(source: SourceArguments, args: SplitArguments) -> None:
             raise UserError(f"{name} is {value}; expected 1 or more")
     shares = {"train": 1 - sum(shares.values()), **{name: share for name, share in shares.items() if share}}
     for side in shares:
-        keep_inputs(Path(args.out) / f"{side}.jsonl", [str(source.data)])
+        check_output(Path(args.out) / f"{side}.jsonl", [str(source.data)])
     rows = [row for _, row in good_rows(read_rows(source), str(source.data))]
     if not rows or "prompt" not in rows[0]:
         raise UserError(f"{source.data}: expected rows with a prompt, got {'others' if rows else 'no rows'}")

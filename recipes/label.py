@@ -33,7 +33,7 @@ from prefopt.rankings.checks import row_problem
 from prefopt.rankings.formats.tables import without_choice
 from prefopt.recipes.common.arguments import dispatch, setting
 from prefopt.recipes.common.rows import check_fields, load_rows
-from prefopt.recipes.common.sources import keep_inputs, rows_of_jsonl
+from prefopt.recipes.common.sources import check_output, rows_of_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def import_rankings(args: ImportArguments) -> None:
     answers = (answer for name in args.answers for answer in READERS[args.format](name))
     imported = import_answers(answers, map(read_key, keys), characters_per_second=args.characters_per_second)
     out = Path(args.out)
-    keep_inputs(out, [*args.answers, *keys])
+    check_output(out, [*args.answers, *keys])
     screening = out.with_suffix(".screening.jsonl")
     if screening.exists() and not imported.screening and not args.overwrite:
         raise UserError(
@@ -195,7 +195,7 @@ def show_agreement(args: AgreementArguments) -> None:
         raise UserError("rankings is required: ranked comparisons with `labeler`")
     files = [Path(name) for name in args.rankings]
     if args.out:
-        keep_inputs(Path(args.out), [*files, *args.screening])
+        check_output(Path(args.out), [*files, *args.screening])
     usual = [path.with_suffix(".screening.jsonl") for path in files]
     screening = [Path(name) for name in args.screening] or [path for path in usual if path.is_file()]
     skipped: Counter[str] = Counter()
@@ -232,7 +232,7 @@ def choose_tasks(args: NextArguments) -> None:
     options = {"n": args.n, "k": args.k, "random_share": args.random_share, "by": args.by, "seed": args.seed}
     # Without rows it checks the arguments alone, before models are loaded.
     choose_next([], [], **options)
-    keep_inputs(Path(args.out), [args.samples, *args.labeled])
+    check_output(Path(args.out), [args.samples, *args.labeled])
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"{args.out} is there already; name another file, or replace it with --overwrite")
     if not left:

@@ -53,7 +53,7 @@ from prefopt.rankings.statistics import characters
 from prefopt.recipes.common.arguments import parse, setting
 from prefopt.recipes.common.preflight import check_reward_models
 from prefopt.recipes.common.progress import counting
-from prefopt.recipes.common.sources import SourceArguments, keep_inputs, read_rows
+from prefopt.recipes.common.sources import SourceArguments, check_output, read_rows
 from prefopt.recipes.sample import written_rows
 from prefopt.statistics.intervals import mean_estimate
 from prefopt.statistics.rankings import Pairs
@@ -312,7 +312,7 @@ def rank(args: RankArguments, gold: Gold | None = None) -> None:
     out = Path(args.output)
     files = {name: out.with_suffix(f".{name}") for name in ("judgements.jsonl", "report.json", "people.jsonl")}
     for path in (out, *files.values()):
-        keep_inputs(path, [args.samples], "output")
+        check_output(path, [args.samples], "output")
     if is_foreign(files["judgements.jsonl"]):
         raise UserError(
             f"output: {files['judgements.jsonl']} is there, and this command did not write it; name another output"

@@ -41,7 +41,7 @@ from prefopt.recipes.common.models import check_model, load_tokenizer, model_ini
 from prefopt.recipes.common.preflight import check_prompts, check_reward_models
 from prefopt.recipes.common.progress import counting
 from prefopt.recipes.common.rows import check_fields, load_rows, require_chat_template
-from prefopt.recipes.common.sources import keep_inputs
+from prefopt.recipes.common.sources import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def check_sampling(args: SamplingArguments) -> None:
         raise UserError("output is required: the .jsonl file to write")
     if Path(args.output).is_dir():
         raise UserError(f"output {args.output!r} is a folder; expected a .jsonl file")
-    keep_inputs(Path(args.output), [str(args.dataset_name)], "output")
+    check_output(Path(args.output), [str(args.dataset_name)], "output")
     if is_foreign(Path(args.output)):
         raise UserError(
             f"output: {args.output} is there, and this command did not write it; name another file, or move that one"

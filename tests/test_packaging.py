@@ -164,3 +164,10 @@ def test_what_needs_no_model_loads_no_torch(argv):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_package_is_a_command_too():
+    done = subprocess.run([sys.executable, "-m", "prefopt", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"prefopt {prefopt.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "prefopt", "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "unknown command 'nonsense'" in done.stderr

@@ -37,8 +37,14 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 _FORMATS = {str: "text", list: "messages", tuple: "messages"}
 
 
-def keep_inputs(out: Path, inputs: Sequence[str | Path], key: str = "out") -> None:
-    """Data are people's work: what a command reads is never what it writes over."""
+def check_output(out: Path, inputs: Sequence[str | Path], key: str = "out") -> None:
+    """Data are people's work: what a command reads is never what it writes over. Nor is a name a promise that is not kept.
+
+    Raises:
+        UserError: `out` is one of `inputs`, or named as a table, as which nothing is written.
+    """
+    if out.suffix.lower() in (".csv", ".tsv", ".parquet", ".arrow"):
+        raise UserError(f"{key} {str(out)!r}: rows are written as JSON lines; name a .jsonl file")
     for name in inputs:
         # Not `resolve`, which a loop of links ends with an error.
         is_same = os.path.realpath(out) == os.path.realpath(name)
