@@ -32,7 +32,7 @@ from prefopt.rankings.row import from_preference
 from prefopt.rankings.splits import most_per_key, one_per_prefix, split_by_key
 from prefopt.rankings.statistics import Statistics, prompt_key, statistics
 from prefopt.recipes.common.arguments import dispatch, setting
-from prefopt.recipes.common.sources import Kind, SourceArguments, checked_rows, good_rows, check_output, read_rows
+from prefopt.recipes.common.sources import Kind, SourceArguments, check_output, checked_rows, good_rows, read_rows
 
 Row = Mapping[str, Any]
 

@@ -72,7 +72,8 @@ def public_names() -> dict[str, str]:
 def part(dotted: str) -> str:
     """The part of prefopt that a dotted name is in: prefopt.trainers.x.Y -> trainers; "" for prefopt itself."""
     first = dotted.split(".")[1] if "." in dotted else ""
-    return "" if first.startswith("__") else first
+    # `python -m prefopt` is the command.
+    return "cli" if first == "__main__" else "" if first.startswith("__") else first
 
 
 def is_private(dotted: str) -> bool:

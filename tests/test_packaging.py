@@ -170,4 +170,5 @@ def test_the_package_is_a_command_too():
     done = subprocess.run([sys.executable, "-m", "prefopt", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"prefopt {prefopt.__version__}\n"
     done = subprocess.run([sys.executable, "-m", "prefopt", "nonsense"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "unknown command 'nonsense'" in done.stderr
+    assert done.returncode == 2
+    assert "unknown command 'nonsense'" in done.stderr

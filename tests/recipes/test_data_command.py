@@ -558,7 +558,9 @@ def test_what_is_read_is_not_written_over(tmp_path, ranked):
     before = ranked.read_bytes()
     assert "is also read" in refused("convert", ranked, "--out", ranked)
     for name in ("rows.csv", "rows.TSV", "rows.parquet"):
-        assert "rows are written as JSON lines; name a .jsonl file" in refused("convert", ranked, "--out", tmp_path / name)
+        assert "rows are written as JSON lines; name a .jsonl file" in refused(
+            "convert", ranked, "--out", tmp_path / name
+        )
         assert not (tmp_path / name).exists()
     train = tmp_path / "train.jsonl"
     train.write_bytes(before)
