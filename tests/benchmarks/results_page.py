@@ -29,6 +29,15 @@ def shown(m: dict[str, Any], digits: int = 3) -> str:
     return f"{m['value']:.{digits}f} [{m['ci_low']:.{digits}f}, {m['ci_high']:.{digits}f}]"
 
 
+def explained(run: Path) -> str:
+    """Mean of the values' explained variance over the second half of a run's rollouts; "" where nothing was learned by PPO."""
+    state = run / "model" / "trainer_state.json"
+    log = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
+    values = [entry["value/explained_variance"] for entry in log if "value/explained_variance" in entry]
+    second = values[len(values) // 2 :]
+    return f"{sum(second) / len(second):.2f}" if second else ""
+
+
 def frontier(path: Path | None, weights: str) -> list[str]:
     lines = ["## Controlled sentiment: what each method gains and costs\n"]
     if path is None:
@@ -41,15 +50,17 @@ def frontier(path: Path | None, weights: str) -> list[str]:
         lines.append(f"- **{finding['title']}: {VERDICT[finding['holds']]}.** {' '.join(finding['evidence'])}")
     lines += [
         "",
-        "| run | gold reward − SFT | win rate | KL, nats | bits per byte − SFT | win rate by seed |",
-        "|---|---|---|---|---|---|",
+        "| run | gold reward − SFT | win rate | KL, nats | bits per byte − SFT | win rate by seed | explained variance |",
+        "|---|---|---|---|---|---|---|",
     ]
     for p in results["points"]:
         name = f"{METHODS[p['method']]}, {KNOBS.get(p['method'], 'beta')} {p['knob']:g}"
         by_seed = "; ".join(shown(of["win_rate"], 2) for of in p["seeds"].values())
-        cells = [shown(p["gold_gain"]), shown(p["win_rate"]), shown(p["kl"], 2), shown(p["tax"], 4), by_seed]
+        runs = [path.parent / f"seed{seed}" / "runs" / f"{p['method']}_{p['knob']:g}" for seed in seeds]
+        values = "; ".join(filter(None, map(explained, runs)))
+        cells = [shown(p["gold_gain"]), shown(p["win_rate"]), shown(p["kl"], 2), shown(p["tax"], 4), by_seed, values]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", "Explained variance is the values', mean of the second half of a run's rollouts, by seed.", ""]
 
 
 def rankings(path: Path | None, weights: str) -> list[str]:
@@ -77,7 +88,8 @@ def page(options: argparse.Namespace) -> str:
         [f"Settings frozen at commit {options.commit} before the test prompts were read.\n"] if options.commit else []
     )
     sections = [*frontier(options.frontier, options.weights), *rankings(options.rankings, options.weights)]
-    return "\n".join([HEAD, *commit, *sections]).rstrip() + "\n"
+    notes = [options.notes.read_text(encoding="utf-8")] if options.notes else []
+    return "\n".join([HEAD, *commit, *sections, *notes]).rstrip() + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rankings", type=Path)
     parser.add_argument("--weights", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--commit")
+    parser.add_argument("--notes", type=Path, help="Markdown to end with: what did not work")
     print(page(parser.parse_args(argv)), end="")
 
 
