@@ -164,7 +164,19 @@ def explain(error: BaseException, command: str = "") -> str | None:
     if isinstance(error, UserError):
         return str(error)
     for cause in _causes(error):
-        for rule in (_memory, _disk, _path, _hub, _bitsandbytes, _device, _attention, _package, _weights, _template):
+        for rule in (
+            _memory,
+            _disk,
+            _path,
+            _hub,
+            _bitsandbytes,
+            _device,
+            _attention,
+            _package,
+            _weights,
+            _template,
+            _adapter,
+        ):
             sentence = rule(cause, command)
             if sentence is not None:
                 return sentence
@@ -309,6 +321,13 @@ def _template(error: BaseException, command: str) -> str | None:
         return (
             f"the chat template fails{line}: {_first_line(str(error))}; mend it, or name another by chat_template_path"
         )
+    return None
+
+
+def _adapter(error: BaseException, command: str) -> str | None:
+    # PEFT's: a class of its own in newer versions alone.
+    if isinstance(error, ValueError) and "not found in the base model" in str(error):
+        return f"lora_target_modules: {_first_line(str(error))}; `prefopt plan` tries them without weights"
     return None
 
 

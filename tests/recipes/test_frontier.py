@@ -47,7 +47,10 @@ def folder(tmp_path_factory):
         path = folder / "recipe" / f"{name}.yaml"
         text = path.read_text().replace("generation_batch_size: 32", "generation_batch_size: 4")
         text = text.replace("per_device_train_batch_size: 16", "per_device_train_batch_size: 4")
-        path.write_text(text.replace("max_steps: 24", "max_steps: 2"))
+        path.write_text(text.replace("max_steps: 32", "max_steps: 2"))
+    # Of two layers there are no upper 15.
+    path = folder / "recipe" / "sft.yaml"
+    path.write_text(path.read_text().replace("(1[5-9]|2[0-9])", "1"))
     path = folder / "recipe" / "pipeline.yaml"
     lines = [line for line in path.read_text().splitlines() if line.partition(":")[0] not in {**SIZES, **SHORT}]
     path.write_text("\n".join([*lines, *(f"{key}: {value}" for key, value in {**SIZES, **SHORT}.items())]))
@@ -78,7 +81,8 @@ def test_each_job_is_done_once_and_the_numbers_are_there(folder, capsys, monkeyp
     ]
     for point in results["points"]:
         assert point["gold_gain"]["n"] == SIZES["test_prompts"]
-        assert point["kl"]["value"] >= 0
+        # Two steps at a tiny model: nearly 0, and a sum of a text's nats is rounded in fp32.
+        assert point["kl"]["value"] >= -1e-6
     assert "<svg" in (folder / "out" / "frontier.html").read_text()
     for method in ("dpo_ptx_0.1", "ppo_ptx_0.1"):
         log = json.loads((folder / "out" / "seed0" / "runs" / method / "model" / "trainer_state.json").read_text())

@@ -14,8 +14,9 @@ import warnings
 import pytest
 import torch
 from huggingface_hub import errors
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from prefopt import cli
@@ -136,6 +137,14 @@ def test_a_token_beyond_the_embeddings_is_said_to_be_so():
     with pytest.raises(IndexError) as raised:
         torch.nn.Embedding(2, 1)(torch.tensor([2]))
     assert "beyond the model's embeddings" in explain(raised.value, "sft")
+
+
+def test_adapters_that_fit_no_module_are_said_by_their_key():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                                         num_attention_heads=1))  # fmt: skip
+    with pytest.raises(ValueError, match="not found in the base model") as raised:
+        get_peft_model(model, LoraConfig(target_modules=r".*\.layers\.1[5-9]\..*_proj"))
+    assert explain(raised.value, "sft").startswith("lora_target_modules: Target modules .*\\.layers\\.1[5-9]")
 
 
 def test_a_template_that_fails_is_named_with_its_line(chat_tokenizer):
