@@ -327,7 +327,8 @@ def _template(error: BaseException, command: str) -> str | None:
 def _adapter(error: BaseException, command: str) -> str | None:
     # PEFT's: a class of its own in newer versions alone.
     if isinstance(error, ValueError) and "not found in the base model" in str(error):
-        return f"lora_target_modules: {_first_line(str(error))}; `prefopt plan` tries them without weights"
+        sentence = _first_line(str(error)).partition(". Please")[0]
+        return f"lora_target_modules: {sentence}; name other modules (`prefopt plan` tries them without weights)"
     return None
 
 
