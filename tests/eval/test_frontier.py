@@ -65,6 +65,12 @@ def test_a_coefficient_that_does_as_well_as_ptx():
     assert found["A larger KL coefficient is no substitute for ptx"] is False
 
 
+def test_one_coefficient_says_nothing_of_larger_ones():
+    found = verdicts(ppo={0.1: (0.3, 0.05)}, ppo_ptx={0.1: (0.3, 0.0)})
+    assert "A larger KL coefficient is no substitute for ptx" not in found
+    assert found["ptx keeps what PPO loses at equal reward"] is True
+
+
 def test_ptx_that_costs_reward_or_where_nothing_is_lost():
     assert (
         verdicts(ppo={0.1: (0.3, 0.05)}, ppo_ptx={0.1: (0.2, 0.0)})["ptx keeps what PPO loses at equal reward"]
