@@ -195,8 +195,10 @@ def _divergences(
 def _divergence(logits: torch.Tensor, ref_logits: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
     """`[3, N]`: KL, k1 and entropy at each of the tokens, from logits `[N, V]`."""
     logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    p = logps.exp()
-    kl = torch.where(p > 0, p * (logps - ref_logps), 0.0).sum(-1)
+    p, q, ratio = logps.exp(), ref_logps.exp(), logps - ref_logps
+    # Terms p log(p/q) + q - p, of which none is below 0: of nearly equal models p log(p/q) alone sums to less than its rounding.
+    terms = torch.where(ratio.abs() < 1, p * (ratio + torch.expm1(-ratio)), p * ratio + q - p)
+    kl = torch.where(p > 0, terms, q).sum(-1)
     entropy = -torch.where(p > 0, p * logps, 0.0).sum(-1)
     k1 = (logps - ref_logps).gather(-1, sampled[:, None]).squeeze(-1)
     return torch.stack([kl, k1, entropy])

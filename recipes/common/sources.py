@@ -44,7 +44,7 @@ def check_output(out: Path, inputs: Sequence[str | Path], key: str = "out") -> N
         UserError: `out` is one of `inputs`, or named as a table, as which nothing is written.
     """
     if out.suffix.lower() in (".csv", ".tsv", ".parquet", ".arrow"):
-        raise UserError(f"{key} {str(out)!r}: rows are written as JSON lines; name a .jsonl file")
+        raise UserError(f"{key} {str(out)!r}: nothing is written as a table; name a .jsonl or .json file")
     for name in inputs:
         # Not `resolve`, which a loop of links ends with an error.
         is_same = os.path.realpath(out) == os.path.realpath(name)

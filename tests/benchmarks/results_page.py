@@ -18,9 +18,11 @@ from prefopt.evaluation.sweep import VERDICT
 HEAD = """# Results on pretrained models
 
 Every figure with its interval (95 %), its n, seeds, weights and the command that gives it. This page is written by
-`tests/benchmarks/results_page.py` from the files that the runs leave.
+`tests/benchmarks/results_page.py` from the files that the runs leave; its end, by hand, is `results_notes.md` beside that.
 """
 MISSING = "Not yet measured.\n"
+# Written by hand: the text, how settings were chosen, what did not work.
+NOTES = Path(__file__).with_name("results_notes.md")
 FRONTIER = "prefopt frontier --config smollm2/frontier.yaml"
 RANKINGS = "python tests/benchmarks/real_rankings.py"
 
@@ -88,8 +90,7 @@ def page(options: argparse.Namespace) -> str:
         [f"Settings frozen at commit {options.commit} before the test prompts were read.\n"] if options.commit else []
     )
     sections = [*frontier(options.frontier, options.weights), *rankings(options.rankings, options.weights)]
-    notes = [options.notes.read_text(encoding="utf-8")] if options.notes else []
-    return "\n".join([HEAD, *commit, *sections, *notes]).rstrip() + "\n"
+    return "\n".join([HEAD, *commit, *sections, NOTES.read_text(encoding="utf-8")]).rstrip() + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rankings", type=Path)
     parser.add_argument("--weights", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--commit")
-    parser.add_argument("--notes", type=Path, help="Markdown to end with: what did not work")
     print(page(parser.parse_args(argv)), end="")
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from prefopt.inference.generate import generate
 from prefopt.inference.likelihood import (
+    _divergence,
     bits_per_byte,
     scored_nats,
     task_accuracy,
@@ -352,3 +353,26 @@ def test_a_reading_leaves_the_model_as_it_was():
     assert "forward" not in vars(model.model)
     scored_nats(model, [([5, 6, 7], 1)], 1)
     assert model.training
+
+
+def test_divergence_of_nearly_equal_models_is_no_rounding():
+    """To second order it is half the variance of the log-ratio, far below what fp32 keeps of a sum of p log(p/q)."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 5000, dtype=torch.double) * 3
+    ref_logits = logits + 1e-4 * torch.randn(64, 5000, dtype=torch.double)
+    p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    assert 1e-10 < float(exact.min()) < float(exact.max()) < 1e-8
+    # The very logits that fp32 has of them.
+    x, y = logits.float(), ref_logits.float()
+    p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+    found = _divergence(x, y, torch.zeros(64, dtype=torch.long))[0].double()
+    assert (found - exact).abs().max() < 1e-10
+    # Where one has nothing at all, and of one model: exactly 0.
+    x[:, 0] = y[:, 1] = -200.0
+    p, q = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    assert torch.allclose(
+        _divergence(x, y, torch.zeros(64, dtype=torch.long))[0].double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5
+    )
+    assert not _divergence(x, x, torch.zeros(64, dtype=torch.long))[0].any()

@@ -557,10 +557,11 @@ def test_a_file_that_is_missing_or_not_utf8_or_broken_is_named(tmp_path):
 def test_what_is_read_is_not_written_over(tmp_path, ranked):
     before = ranked.read_bytes()
     assert "is also read" in refused("convert", ranked, "--out", ranked)
-    for name in ("rows.csv", "rows.TSV", "rows.parquet"):
-        assert "rows are written as JSON lines; name a .jsonl file" in refused(
-            "convert", ranked, "--out", tmp_path / name
-        )
+    for name in ("rows.csv", "rows.TSV", "rows.parquet", "rows.arrow"):
+        for command in ("convert", "stats"):
+            assert "nothing is written as a table; name a .jsonl or .json" in refused(
+                command, ranked, "--out", tmp_path / name
+            )
         assert not (tmp_path / name).exists()
     train = tmp_path / "train.jsonl"
     train.write_bytes(before)

@@ -81,8 +81,7 @@ def test_each_job_is_done_once_and_the_numbers_are_there(folder, capsys, monkeyp
     ]
     for point in results["points"]:
         assert point["gold_gain"]["n"] == SIZES["test_prompts"]
-        # Two steps at a tiny model: nearly 0, and a sum of a text's nats is rounded in fp32.
-        assert point["kl"]["value"] >= -1e-6
+        assert point["kl"]["value"] >= 0
     assert "<svg" in (folder / "out" / "frontier.html").read_text()
     for method in ("dpo_ptx_0.1", "ppo_ptx_0.1"):
         log = json.loads((folder / "out" / "seed0" / "runs" / method / "model" / "trainer_state.json").read_text())

@@ -349,7 +349,7 @@ def test_nothing_of_others_is_written_over(files):
         run("--reward_model", "rm1")
     with pytest.raises(UserError, match="is also read"):
         run("--reward_model", "rm", output="samples.jsonl")
-    with pytest.raises(UserError, match=r"out\.csv': rows are written as JSON lines; name a \.jsonl file"):
+    with pytest.raises(UserError, match=r"out\.csv': nothing is written as a table; name a \.jsonl"):
         run("--reward_model", "rm", output="out.csv")
 
 

@@ -141,7 +141,7 @@ def test_a_file_of_others_is_not_written_over(files):
     before = (files / "prompts.jsonl").read_bytes()
     with pytest.raises(UserError, match="is also read; choose another name"):
         sample.main(options(files, "prompts.jsonl"))
-    with pytest.raises(UserError, match="rows are written as JSON lines"):
+    with pytest.raises(UserError, match="nothing is written as a table"):
         sample.main(options(files, "answers.csv"))
     write_jsonl(files / "mine.jsonl", [{"prompt": "by hand"}])
     with pytest.raises(UserError, match=r"mine\.jsonl is there, and this command did not write it"):
